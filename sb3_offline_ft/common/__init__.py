@@ -1,0 +1,1 @@
+"""What the algorithms, data and tools of this package stand on."""

@@ -1,0 +1,29 @@
+"""Types that several modules share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+
+Schedule = Callable[[float], float]
+"""A value as a function of the remaining progress of a run, from 1 (start) to 0 (end), as in Stable-Baselines3."""
+
+ScheduleLike = float | str | Schedule
+"""A constant, a schedule written as a string (see :func:`sb3_offline_ft.common.schedules.make_schedule`), or a function."""
+
+
+class OfflineToOnlineReplayBufferSamples(NamedTuple):
+    """
+    A batch of transitions, in the form of SB3's ``ReplayBufferSamples`` plus the origin of each row.
+
+    Shapes are ``(batch, ...)``; ``actions`` are in the policy's scaled range [-1, 1]; ``dones`` is 1 only where the
+    task itself ended (a time limit is 0, so that the value of the next state is bootstrapped).
+    """
+
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None
+    is_offline: th.Tensor
