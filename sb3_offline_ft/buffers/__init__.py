@@ -1,0 +1,5 @@
+"""Replay buffers that hold logged and new transitions."""
+
+from sb3_offline_ft.buffers.offline_to_online import OfflineToOnlineReplayBuffer
+
+__all__ = ["OfflineToOnlineReplayBuffer"]
