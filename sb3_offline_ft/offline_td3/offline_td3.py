@@ -1,0 +1,875 @@
+"""TD3 with logged data: offline pretraining, warm-up with the frozen policy, online finetuning."""
+
+import difflib
+import inspect
+import io
+import math
+import os
+import pathlib
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import TD3
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EventCallback, ProgressBarCallback, tqdm
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.utils import configure_logger, polyak_update
+from stable_baselines3.td3.policies import TD3Policy
+from torch.nn import functional as F
+
+from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text
+from sb3_offline_ft.common.logger import OfflineLogger
+from sb3_offline_ft.common.policies import STD_OFFSET, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_offline_ft.common.schedules import make_schedule
+from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples, Schedule, ScheduleLike
+from sb3_offline_ft.datasets import OfflineDataset, load_dataset
+
+SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
+Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
+
+SB3_LEARNING_STARTS = 100
+PROGRESS_CHUNK = 50
+"""Gradient steps between two updates of the progress bar."""
+
+
+class OfflineTD3(TD3):
+    """
+    TD3 with logged data: the life cycle that the algorithms of this package share, with TD3's own objective.
+
+    A run has four phases: offline *pretraining* on the dataset (:meth:`pretrain`), a *warm-up* in which the frozen
+    policy acts and nothing is updated, an optional *critic warm-up*, and *finetuning* on batches that mix offline and
+    online transitions. :meth:`learn` goes through all of them. Without a dataset and without pretrained weights it is
+    SB3's TD3, to the bit, for the same networks, hyper-parameters and seed.
+
+    A pretrained agent never takes random actions: ``learning_starts`` becomes 0 when it starts to act.
+    Each call of :meth:`learn` with ``reset_num_timesteps=True`` (SB3's default) begins a finetuning run of its own:
+    warm-up, fresh optimizer state, new reference. With ``reset_num_timesteps=False`` the run goes on.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate for adam optimizer, the same for all networks; it can be a function of the
+        current progress remaining (from 1 to 0), which stays 1 while pretraining
+    :param buffer_size: size of the online part of the replay buffer
+    :param learning_starts: random actions before learning starts, for an agent that is not pretrained
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps, or a tuple such as ``(5, "step")``
+    :param gradient_steps: How many gradient steps to do after each rollout; ``-1`` means as many as steps done
+    :param action_noise: the action noise type (None by default, as in SB3)
+    :param replay_buffer_class: Replay buffer class, :class:`OfflineToOnlineReplayBuffer` by default;
+        a dataset needs that class or a subclass
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation
+    :param optimize_memory_usage: Not supported together with a dataset
+    :param n_steps: Number of steps of the n-step return; a dataset needs 1
+    :param policy_delay: Policy and target networks will only be updated once every policy_delay steps
+    :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
+    :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
+    :param stats_window_size: Window size for the rollout logging
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param dataset: The logged data: a spec such as ``"mujoco/hopper/medium-v0"`` (see
+        :func:`sb3_offline_ft.load_dataset`) or an :class:`OfflineDataset`. Loaded at the first use; a saved
+        model holds its spec and fingerprint, not the data
+    :param offline_steps: Gradient steps of pretraining before the first interaction; :meth:`learn` does what is left
+    :param offline_fraction: Share of offline transitions in each online batch, exact, in [0, 1]:
+        a number or a schedule (see :func:`sb3_offline_ft.common.schedules.make_schedule`)
+    :param warmup_steps: Environment steps at the start of a finetuning run in which the pretrained policy acts unchanged
+        and nothing is updated: they measure its return and put its data into the buffer
+    :param warmup_action_noise: Whether to add ``action_noise`` during the warm-up
+    :param critic_warmup_steps: Gradient steps after the warm-up that update the critics only
+    :param reset_optimizers: Whether to forget the optimizers' moments when finetuning starts
+    :param normalize_observations: Whether the policy normalizes observations by the dataset's mean and standard
+        deviation; the statistics are fitted once, before the first update, and are part of the policy
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: TD3Policy
+
+    def __init__(
+        self,
+        policy: str | type[TD3Policy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = SB3_LEARNING_STARTS,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        policy_delay: int = 2,
+        target_policy_noise: float = 0.2,
+        target_noise_clip: float = 0.5,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        dataset: str | os.PathLike[str] | OfflineDataset | None = None,
+        offline_steps: int = 0,
+        offline_fraction: ScheduleLike = 0.5,
+        warmup_steps: int = 2000,
+        warmup_action_noise: bool = False,
+        critic_warmup_steps: int = 0,
+        reset_optimizers: bool = True,
+        normalize_observations: bool = True,
+    ) -> None:
+        try:
+            super().__init__(
+                policy,
+                env,
+                learning_rate,
+                buffer_size,
+                learning_starts,
+                batch_size,
+                tau,
+                gamma,
+                train_freq,
+                gradient_steps,
+                action_noise=action_noise,
+                replay_buffer_class=replay_buffer_class,
+                replay_buffer_kwargs=replay_buffer_kwargs,
+                optimize_memory_usage=optimize_memory_usage,
+                n_steps=n_steps,
+                policy_delay=policy_delay,
+                target_policy_noise=target_policy_noise,
+                target_noise_clip=target_noise_clip,
+                stats_window_size=stats_window_size,
+                tensorboard_log=tensorboard_log,
+                policy_kwargs=policy_kwargs,
+                verbose=verbose,
+                seed=seed,
+                device=device,
+                _init_setup_model=False,
+            )
+        except AssertionError as error:
+            action_space = getattr(self, "action_space", None)
+            if action_space is None or isinstance(action_space, spaces.Box):
+                raise
+            raise ValueError(
+                f"{type(self).__name__} needs a Box action space with finite bounds, the environment has {action_space}: "
+                "use an environment with continuous actions, or an algorithm for discrete ones such as DQN."
+            ) from error
+        self.dataset = os.fspath(dataset) if isinstance(dataset, os.PathLike) else dataset
+        self.dataset_fingerprint: str | None = None
+        self.offline_steps = offline_steps
+        self.offline_fraction = offline_fraction
+        self.warmup_steps = warmup_steps
+        self.warmup_action_noise = warmup_action_noise
+        self.critic_warmup_steps = critic_warmup_steps
+        self.reset_optimizers = reset_optimizers
+        self.normalize_observations = normalize_observations
+
+        self.offline_steps_done = 0
+        # Position in the life cycle; all of it is saved with the model
+        self._pretrained = False
+        self._went_online = False
+        self._finetuning = False
+        self._warmup_end = 0
+        self._critic_warmup_end = 0
+        self._extra_state: str | None = None
+        self._pretraining = False
+        self._online_timesteps: int | None = None
+        self._eval_callbacks: list[EvalCallback] = []
+        self._best_mean_reward = -math.inf
+
+        if _init_setup_model:
+            self._setup_model()
+
+    # Set-up, data
+
+    def _setup_model(self) -> None:
+        self._check_settings()
+        if isinstance(self.observation_space, spaces.Box) and self.n_steps == 1 and not self.optimize_memory_usage:
+            # A zip saved by SB3's TD3 names the class it would have chosen itself
+            if self.replay_buffer_class in (None, ReplayBuffer):
+                self.replay_buffer_class = OfflineToOnlineReplayBuffer
+        super()._setup_model()
+        if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            self.replay_buffer.seed_sampler(self.seed)
+            self.replay_buffer.offline_fraction = self.offline_fraction
+        self._noise_generator = th.Generator(device=self.device)
+        self._noise_generator.manual_seed(derive_seed(self.seed, stream=1))
+        self._logged: dict[str, list[th.Tensor | float]] = {}
+
+    def _check_settings(self) -> None:
+        """Check and convert what is settable in the constructor and in ``load``."""
+        for name in ("offline_steps", "warmup_steps", "critic_warmup_steps"):
+            setattr(self, name, _count(getattr(self, name), name))
+        make_schedule(self.offline_fraction, "offline_fraction", 0.0, 1.0)
+        if self.dataset is not None and not isinstance(self.dataset, str | OfflineDataset):
+            raise TypeError(
+                f"`dataset` must be a spec such as 'mujoco/hopper/medium-v0' or an OfflineDataset, found {self.dataset!r}."
+            )
+        if self.dataset is None:
+            return
+        problem = None
+        if self.n_steps != 1:
+            problem = f"`n_steps` must be 1, found {self.n_steps}"
+        elif self.optimize_memory_usage:
+            problem = "`optimize_memory_usage` must be False, since time limits in the data need their own next observation"
+        elif not isinstance(self.observation_space, spaces.Box):
+            problem = f"the observation space must be a Box, found {self.observation_space}"
+        elif self.replay_buffer_class not in (None, ReplayBuffer) and not issubclass(
+            self.replay_buffer_class, OfflineToOnlineReplayBuffer
+        ):
+            found = self.replay_buffer_class.__name__
+            problem = f"`replay_buffer_class` must be OfflineToOnlineReplayBuffer or a subclass, found {found}"
+        if problem is not None:
+            raise ValueError(f"With a dataset, {problem}. Change it, or leave out `dataset`.")
+
+    @property
+    def offline_dataset(self) -> OfflineDataset | None:
+        """The loaded dataset, None before the first use."""
+        buffer = self.replay_buffer
+        return buffer.offline_data if isinstance(buffer, OfflineToOnlineReplayBuffer) else None
+
+    @property
+    def remaining_offline_steps(self) -> int:
+        """Gradient steps of pretraining that :meth:`learn` still has to do before it goes online."""
+        if self.dataset is None or self._went_online:
+            return 0
+        return max(0, self.offline_steps - self.offline_steps_done)
+
+    def load_offline_data(self) -> None:
+        """
+        Load the dataset into the replay buffer, if there is one and it has not been loaded yet.
+
+        Called by :meth:`pretrain` and :meth:`learn`. Fits the observation normalizer before the first update.
+
+        :raises ValueError: The dataset cannot be read or does not fit the environment; nothing is changed then
+        """
+        if self.dataset is None or self.offline_dataset is not None:
+            return
+        assert isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer)
+        dataset = load_dataset(self.dataset)
+        self.replay_buffer.set_offline_data(dataset)
+        if self.dataset_fingerprint not in (None, dataset.fingerprint) and self.offline_steps_done > 0:
+            warnings.warn(
+                f"The dataset {dataset.name} is not the one this model was pretrained on: its fingerprint is "
+                f"{dataset.fingerprint[:12]}, expected {str(self.dataset_fingerprint)[:12]}.",
+                stacklevel=2,
+            )
+        self.dataset_fingerprint = dataset.fingerprint
+        if self.verbose >= 1:
+            print(
+                f"Offline data: {dataset.name}, {len(dataset):,} transitions in {dataset.n_episodes:,} episodes, "
+                f"mean return {np.mean(dataset.episode_returns):.1f}"
+            )
+        self._warn_about_vec_normalize()
+        if self.normalize_observations and not self._has_trained_weights:
+            self._fit_normalizer(dataset)
+
+    def _fit_normalizer(self, dataset: OfflineDataset) -> None:
+        vec_normalize = self._vec_normalize_env
+        if vec_normalize is not None and vec_normalize.norm_obs:
+            # The policy sees what VecNormalize returns, to which the dataset's statistics do not apply
+            return
+        normalizers = self.policy.normalizers() if isinstance(self.policy, MlpPolicy) else []
+        if not normalizers:
+            warnings.warn(
+                f"`normalize_observations` is not applied: {type(self.policy).__name__} with "
+                f"{self.policy.features_extractor_class.__name__} has no observation normalizer. Use MlpPolicy with its default "
+                "features extractor, or `normalize_observations=False`.",
+                stacklevel=3,
+            )
+        observations = dataset.observations.reshape(len(dataset), -1)
+        mean = observations.mean(axis=0, dtype=np.float64)
+        std = observations.std(axis=0, dtype=np.float64) + STD_OFFSET
+        for normalizer in normalizers:
+            normalizer.set_statistics(mean, std)
+
+    def _warn_about_vec_normalize(self) -> None:
+        vec_normalize = self._vec_normalize_env
+        if vec_normalize is None:
+            return
+        if vec_normalize.norm_obs and vec_normalize.training:
+            warnings.warn(
+                "VecNormalize updates its statistics online, so the same offline observations mean something else to the "
+                "policy after each step. Use `normalize_observations=True` without VecNormalize, or fit VecNormalize "
+                "beforehand and set its `training=False`.",
+                stacklevel=3,
+            )
+        if vec_normalize.norm_reward:
+            warnings.warn(
+                "VecNormalize divides rewards by the spread of the online returns, offline rewards too, by another number "
+                "at each step. Use `norm_reward=False` with a dataset.",
+                stacklevel=3,
+            )
+
+    @property
+    def _has_trained_weights(self) -> bool:
+        return self._pretrained or self._n_updates > 0
+
+    # Offline phase
+
+    def pretrain(
+        self: SelfOfflineTD3,
+        gradient_steps: int | None = None,
+        callback: MaybeCallback = None,
+        progress_bar: bool = False,
+        log_interval: int = 1000,
+    ) -> SelfOfflineTD3:
+        """
+        Train on the dataset alone.
+
+        Values are logged under ``offline/`` against the number of gradient steps. Callbacks run after every gradient
+        step, with ``num_timesteps`` counting gradient steps meanwhile, so that ``EvalCallback`` and
+        ``CheckpointCallback`` work as usual; if one returns False, pretraining stops. May be called several times, and
+        interrupted: the steps done are counted in ``offline_steps_done`` and saved with the model.
+
+        :param gradient_steps: Number of gradient steps, by default what is left of ``offline_steps``
+        :param callback: Callback(s) called after every gradient step
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :param log_interval: Gradient steps between two dumps of the logger
+        :return: The model itself
+        :raises ValueError: There is no dataset, it does not fit the environment, or a number is out of range
+        """
+        if gradient_steps is None:
+            gradient_steps = self.remaining_offline_steps
+        gradient_steps = _count(gradient_steps, "gradient_steps")
+        log_interval = _count(log_interval, "log_interval", least=1)
+        if self.dataset is None:
+            was_given = "" if self.dataset_fingerprint is None else " (this model was pretrained on data given as an object)"
+            raise ValueError(
+                f"{type(self).__name__}.pretrain needs a dataset, found None{was_given}: pass "
+                "`dataset='mujoco/hopper/medium-v0'`, say, to the constructor or to `load`."
+            )
+        self.load_offline_data()
+        if not self._custom_logger:
+            first = self.offline_steps_done == 0
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__, first)
+        with self._offline_phase():
+            started = None if callback is None else self._init_callback(callback)
+            total_timesteps = self.offline_steps_done + gradient_steps
+            if started is not None:
+                started.on_training_start(locals(), globals())
+            self._run_offline(gradient_steps, started, progress_bar, log_interval)
+            if started is not None:
+                started.on_training_end()
+        return self
+
+    def _run_offline(
+        self, gradient_steps: int, callback: BaseCallback | None, progress_bar: bool, log_interval: int = 1000
+    ) -> None:
+        bar = _progress_bar(gradient_steps, f"{type(self).__name__} offline") if progress_bar else None
+        start_time, start, last = time.monotonic(), self.offline_steps_done, self.offline_steps_done + gradient_steps
+        try:
+            while self.offline_steps_done < last:
+                until_log = log_interval - self.offline_steps_done % log_interval
+                chunk = 1 if callback is not None else min(PROGRESS_CHUNK, until_log, last - self.offline_steps_done)
+                self._count_offline_updates(chunk)
+                if bar is not None:
+                    bar.update(chunk)
+                if self.offline_steps_done % log_interval == 0 or self.offline_steps_done == last:
+                    elapsed = max(time.monotonic() - start_time, 1e-9)
+                    self.logger.record("offline/gradient_steps", self.offline_steps_done)
+                    self.logger.record("offline/steps_per_second", (self.offline_steps_done - start) / elapsed)
+                    self.logger.dump(self.offline_steps_done)
+                if callback is not None:
+                    self.num_timesteps = self.offline_steps_done
+                    callback.update_locals(locals())
+                    if not callback.on_step():
+                        break
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _count_offline_updates(self, gradient_steps: int) -> None:
+        before = self._n_updates
+        try:
+            self.train(gradient_steps, self.batch_size)
+        finally:
+            # Counted from what was really done: an interrupt may come in the middle
+            self.offline_steps_done += self._n_updates - before
+
+    @contextmanager
+    def _offline_phase(self) -> Iterator[None]:
+        """For the duration of the block, log under ``offline/`` and count gradient steps instead of environment steps."""
+        logger, progress_remaining = self._logger, self._current_progress_remaining
+        self._online_timesteps = self.num_timesteps
+        self._pretraining = True
+        self._logger = OfflineLogger(logger)
+        self._current_progress_remaining = 1.0
+        self.num_timesteps = self.offline_steps_done
+        try:
+            yield
+        finally:
+            self.num_timesteps = self._online_timesteps
+            self._online_timesteps = None
+            self._pretraining = False
+            self._logger = logger
+            self._current_progress_remaining = progress_remaining
+
+    # Online phase
+
+    def learn(
+        self: SelfOfflineTD3,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfOfflineTD3:
+        """
+        Do what is left of the pretraining, then finetune online.
+
+        Callbacks count environment steps and run in the online phase only; to evaluate while pretraining, call
+        :meth:`pretrain` with a callback. An ``EvalCallback`` also evaluates a pretrained agent before its first step.
+        If a progress bar is shown for the online phase, the offline phase has one too.
+
+        :param total_timesteps: The number of environment steps
+        :param callback: Callback(s) called at every environment step
+        :param log_interval: Episodes between two dumps of the logger, None for no automatic dump
+        :param tb_log_name: the name of the run for TensorBoard logging, the algorithm's name by default
+        :param reset_num_timesteps: whether to begin a finetuning run (True) or to go on with the last one (False)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: The trained model
+        :raises ValueError: The dataset does not fit the environment, or a number is out of range
+        """
+        return super().learn(
+            total_timesteps=_count(total_timesteps, "total_timesteps"),
+            callback=callback,
+            log_interval=log_interval,  # type: ignore[arg-type]  # SB3 documents None but does not type it
+            tb_log_name=tb_log_name or type(self).__name__,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        self.load_offline_data()
+        total_timesteps, started = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        self._eval_callbacks = list(_find_callbacks(started, EvalCallback))
+        if self.remaining_offline_steps > 0:
+            show = progress_bar or any(True for _ in _find_callbacks(started, ProgressBarCallback))
+            try:
+                with self._offline_phase():
+                    self._run_offline(self.remaining_offline_steps, None, show)
+            except KeyboardInterrupt:
+                # rl-zoo3 ends its callbacks after an interrupt, and SB3's progress bar cannot end before it has started
+                started.on_training_start(locals(), globals())
+                started.on_training_end()
+                raise
+            # SB3 derives the speed of the online phase from it
+            self.start_time = time.time_ns()
+        if reset_num_timesteps or not self._went_online:
+            self._begin_finetuning(total_timesteps - self.num_timesteps)
+        return total_timesteps, started
+
+    def _begin_finetuning(self, total_timesteps: int) -> None:
+        pretrained = self._has_trained_weights
+        self._went_online = True
+        self._finetuning = pretrained or self.dataset is not None
+        self._warmup_end = self.num_timesteps
+        self._critic_warmup_end = self._n_updates
+        if not self._finetuning:
+            warnings.warn(
+                f"{type(self).__name__} has neither a dataset nor pretrained weights: it trains online like TD3.", stacklevel=5
+            )
+        if pretrained:
+            self._begin_with_trained_weights(total_timesteps)
+        self._best_mean_reward = max((callback.best_mean_reward for callback in self._eval_callbacks), default=-math.inf)
+        self._on_finetuning_start(pretrained)
+        if pretrained:
+            for callback in self._eval_callbacks:
+                self._evaluate_now(callback)
+
+    def _evaluate_now(self, callback: EvalCallback) -> None:
+        # SB3 evaluates after `eval_freq` calls at the earliest, but the start is what everything is compared with
+        n_calls, callback.n_calls = callback.n_calls, 0
+        callback.num_timesteps = self.num_timesteps
+        callback._on_step()
+        callback.n_calls = n_calls
+
+    def _begin_with_trained_weights(self, total_timesteps: int) -> None:
+        if self.learning_starts > 0:
+            if self.learning_starts != SB3_LEARNING_STARTS:
+                warnings.warn(
+                    f"`learning_starts={self.learning_starts}` would replace the pretrained policy by random actions: 0 is used. "
+                    "To let the pretrained policy act before the first update, use `warmup_steps`.",
+                    stacklevel=6,
+                )
+            self.learning_starts = 0
+        if self.reset_optimizers:
+            self.actor.optimizer.state.clear()
+            self.critic.optimizer.state.clear()
+        self._warmup_end += self.warmup_steps
+        self._critic_warmup_end += self.critic_warmup_steps
+        if 0 < total_timesteps <= self.warmup_steps:
+            warnings.warn(
+                f"The warm-up ({self.warmup_steps} steps) is as long as the run ({total_timesteps} steps): nothing will be "
+                "learned online. Use more steps or a smaller `warmup_steps`.",
+                stacklevel=6,
+            )
+
+    def _on_finetuning_start(self, pretrained: bool) -> None:
+        """
+        Called once at the start of a finetuning run, before its first interaction.
+
+        :param pretrained: Whether the agent has weights worth keeping
+        """
+
+    def _on_new_best(self) -> None:
+        """Called before the next update when an ``EvalCallback`` has found the current policy better than all before."""
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.num_timesteps < self._warmup_end and not self.warmup_action_noise:
+            action_noise = None
+        return super()._sample_action(learning_starts, action_noise, n_envs)
+
+    def _may_update(self, batch_size: int) -> bool:
+        if 0 < self.num_timesteps <= self._warmup_end:
+            return False
+        buffer = self.replay_buffer
+        assert buffer is not None
+        if self.learning_starts > 0 or not self._finetuning:
+            # SB3's own rule has been applied by `learn`
+            return True
+        rows = buffer.size() * buffer.n_envs
+        if isinstance(buffer, OfflineToOnlineReplayBuffer) and buffer.offline_fraction > 0:
+            rows += buffer.offline_size
+        return rows >= min(batch_size, buffer.buffer_size * buffer.n_envs)
+
+    # Updates
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Sample batches and update the networks.
+
+        :param gradient_steps: Number of gradient steps
+        :param batch_size: Number of transitions in a batch
+        """
+        if not hasattr(self, "_logger"):
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__, True)
+        if not self._pretraining:
+            self._look_for_new_best()
+            if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+                self.replay_buffer.update_progress_remaining(self._current_progress_remaining)
+            if not self._may_update(batch_size):
+                return
+        self.policy.set_training_mode(True)
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        for _ in range(gradient_steps):
+            self._n_updates += 1
+            batch = self._sample_batch(batch_size)
+            self._update_critic(batch)
+            if self._n_updates % self.policy_delay == 0:
+                update_actor = self._pretraining or self._n_updates > self._critic_warmup_end
+                if update_actor:
+                    self._update_actor(batch)
+                self._update_targets(update_actor)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, values in self._logged.items():
+            self.logger.record(name, float(th.stack([th.as_tensor(value, dtype=th.float64) for value in values]).mean()))
+        self._logged.clear()
+
+    def _update_targets(self, update_actor: bool) -> None:
+        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        if update_actor:
+            polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
+        # Copy running stats, see SB3's issue #996
+        polyak_update(self.critic_batch_norm_stats, self.critic_batch_norm_stats_target, 1.0)
+        if update_actor:
+            polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)
+
+    def _log(self, name: str, value: th.Tensor | float) -> None:
+        # Tensors are kept as they are: reading their values here would stall each gradient step
+        self._logged.setdefault(name, []).append(value.detach() if isinstance(value, th.Tensor) else value)
+
+    def _sample_batch(self, batch_size: int) -> Batch:
+        buffer = self.replay_buffer
+        assert buffer is not None
+        if isinstance(buffer, OfflineToOnlineReplayBuffer):
+            fraction = 1.0 if self._pretraining else None
+            return buffer.sample(batch_size, self._vec_normalize_env, fraction)
+        return buffer.sample(batch_size, env=self._vec_normalize_env)
+
+    def _update_critic(self, batch: Batch) -> None:
+        target_q_values = self._target_q_values(batch)
+        loss = th.stack([F.mse_loss(q, target_q_values) for q in self.critic(batch.observations, batch.actions)]).sum()
+        self._log("train/critic_loss", loss)
+        self.critic.optimizer.zero_grad()
+        loss.backward()
+        self.critic.optimizer.step()
+
+    @th.no_grad()
+    def _target_q_values(self, batch: Batch) -> th.Tensor:
+        """
+        Targets of the critics: reward plus discounted minimum over the target critics at the smoothed target action
+        (Fujimoto et al. 2018, algorithm 1).
+
+        :param batch: The batch
+        :return: Targets, shape ``(batch, 1)``
+        """
+        discounts = batch.discounts if batch.discounts is not None else self.gamma
+        # Online, SB3's stream (the global generator); offline a saved one, so that pretraining resumes to the bit
+        generator = self._noise_generator if self._pretraining else None
+        noise = th.empty_like(batch.actions).normal_(0, self.target_policy_noise, generator=generator)
+        noise = noise.clamp(-self.target_noise_clip, self.target_noise_clip)
+        next_actions = (self.actor_target(batch.next_observations) + noise).clamp(-1, 1)
+        next_q_values = th.cat(self.critic_target(batch.next_observations, next_actions), dim=1)
+        next_q_values, _ = th.min(next_q_values, dim=1, keepdim=True)
+        return batch.rewards + (1 - batch.dones) * discounts * next_q_values
+
+    def _update_actor(self, batch: Batch) -> None:
+        actions = self.actor(batch.observations)
+        q_values = self.critic.q1_forward(batch.observations, actions)
+        loss = self._actor_loss(batch, actions, q_values)
+        self._log("train/actor_loss", loss)
+        self.actor.optimizer.zero_grad()
+        loss.backward()
+        self.actor.optimizer.step()
+        self._after_actor_update()
+
+    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+        """
+        The objective of the policy, to be minimised: the one method in which the algorithms differ.
+
+        :param batch: The batch
+        :param actions: The policy's actions at the batch's observations, shape ``(batch, action_dim)``, in [-1, 1]
+        :param q_values: The first critic's values of these actions, shape ``(batch, 1)``
+        :return: Scalar loss
+        """
+        return -q_values.mean()
+
+    def _after_actor_update(self) -> None:
+        """Called after each step of the actor's optimizer."""
+
+    def _look_for_new_best(self) -> None:
+        # Evaluations run inside `collect_rollouts`; the weights have not changed since
+        best = max((callback.best_mean_reward for callback in self._eval_callbacks), default=-math.inf)
+        if best > self._best_mean_reward:
+            self._best_mean_reward = best
+            self._on_new_best()
+
+    # Saving and loading
+
+    def _excluded_save_params(self) -> list[str]:
+        live = ["_noise_generator", "_logged", "_eval_callbacks", "_pretraining", "_online_timesteps"]
+        return [*super()._excluded_save_params(), *live]
+
+    def _get_extra_state(self) -> dict[str, np.ndarray]:
+        """
+        What the learner needs to go on, beyond networks, optimizers and plain attributes.
+
+        It is kept out of SB3's own parameter lists so that a plain ``TD3.load`` opens the file.
+
+        :return: Arrays by name
+        """
+        state = {"noise_generator": self._noise_generator.get_state().numpy()}
+        if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            state["offline_sampler"] = np.array(self.replay_buffer.get_sampler_state())
+        return state
+
+    def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
+        """
+        Take up what :meth:`_get_extra_state` of this or a related algorithm returned.
+
+        :param state: Arrays by name; empty for a file saved by SB3's TD3
+        """
+        if "noise_generator" in state:
+            self._noise_generator.set_state(th.from_numpy(state["noise_generator"].copy()))
+        if "offline_sampler" in state and isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            self.replay_buffer.set_sampler_state(str(state["offline_sampler"]))
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file.
+
+        The dataset is not in it, only its spec and fingerprint. SB3's ``TD3.load`` and the ``load`` of the other
+        algorithms of this package open the file too.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        live: dict[str, Any] = {"_extra_state": None}
+        self._extra_state = arrays_to_text(self._get_extra_state())
+        if isinstance(self.dataset, OfflineDataset):
+            live["dataset"] = self.dataset
+            self.dataset = self.dataset.spec
+        if self._online_timesteps is not None:
+            live["num_timesteps"] = self.num_timesteps
+            self.num_timesteps = self._online_timesteps
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self.__dict__.update(live)
+
+    @classmethod
+    def load(
+        cls: type[SelfOfflineTD3],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfOfflineTD3:
+        """
+        Load a model saved by this class, by another algorithm of this package or by SB3's TD3.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on (can be None if you only need prediction)
+        :param device: Device on which the code should run.
+        :param custom_objects: Dictionary of objects to replace upon loading.
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training
+        :param kwargs: constructor arguments that shall replace the saved ones
+        :return: new model instance with loaded parameters
+        :raises TypeError: A keyword is not an argument of the constructor
+        """
+        known = set(inspect.signature(cls.__init__).parameters) - {"self", "policy", "env", "device", "_init_setup_model"}
+        for name in kwargs.keys() - known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sorted(known))}."
+            raise TypeError(f"{cls.__name__}.load got an unknown keyword {name!r}: {hint}")
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if "learning_starts" not in kwargs:
+            # Random actions were for the saved run's beginning, not for weights that are trained
+            model.learning_starts = 0
+        text = model._extra_state
+        model._extra_state = None
+        model._set_extra_state({} if text is None else arrays_from_text(text))
+        return model
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary, as in SB3. The agent counts as pretrained then.
+
+        :param load_path_or_dict: Location of the saved data, or a nested dictionary (see ``get_parameters``)
+        :param exact_match: Whether the parameters of each module must be given
+        :param device: Device on which the code should run.
+        """
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        self._pretrained = True
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the online part of the replay buffer and the state of the offline sampler, without pickle.
+
+        :param path: The file; ``.npz`` is added if it has no suffix
+        """
+        if not isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer) or isinstance(path, io.BufferedIOBase):
+            super().save_replay_buffer(path)
+            return
+        path = pathlib.Path(path)
+        self.replay_buffer.save_online(path if path.suffix else path.with_suffix(".npz"))
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load the online part of the replay buffer. The offline part comes from the dataset and stays.
+
+        A pickle saved by SB3's TD3 is accepted as well; as in SB3, only load pickles that you trust.
+
+        :param path: The file
+        :param truncate_last_traj: For SB3's ``HerReplayBuffer`` only
+        :raises ValueError: The file was saved for other spaces or another number of environments; nothing is changed then
+        """
+        buffer = self.replay_buffer
+        if not isinstance(buffer, OfflineToOnlineReplayBuffer) or isinstance(path, io.BufferedIOBase):
+            super().load_replay_buffer(path, truncate_last_traj)
+            return
+        path = pathlib.Path(path)
+        if not path.suffix:
+            path = next(
+                (path.with_suffix(s) for s in (".npz", ".pkl") if path.with_suffix(s).exists()), path.with_suffix(".npz")
+            )
+        if path.suffix == ".pkl" and not _is_zip(path):
+            super().load_replay_buffer(path, truncate_last_traj)
+            loaded, self.replay_buffer = self.replay_buffer, buffer
+            assert isinstance(loaded, ReplayBuffer)
+            buffer.copy_online(loaded, str(path))
+            return
+        buffer.load_online(path)
+
+
+def _count(value: Any, name: str, least: int = 0) -> int:
+    """
+    Check a number of steps; YAML files write large ones as floats.
+
+    :param value: The number
+    :param name: Its name, for the message
+    :param least: Smallest value allowed
+    :return: The number as an int
+    """
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or int(value) != value or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
+    return int(value)
+
+
+def _progress_bar(total: int, description: str) -> Any:
+    if tqdm is None:
+        raise ImportError("A progress bar needs tqdm and rich: `pip install tqdm rich`.")
+    return tqdm(total=total, desc=description)
+
+
+def _is_zip(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+CallbackType = TypeVar("CallbackType", bound=BaseCallback)
+
+
+def _find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> Iterator[CallbackType]:
+    """Find the callbacks of a kind, in lists and as children of others."""
+    if callback is None:
+        return
+    if isinstance(callback, kind):
+        yield callback
+    for child in getattr(callback, "callbacks", []):
+        yield from _find_callbacks(child, kind)
+    if isinstance(callback, EventCallback):
+        yield from _find_callbacks(callback.callback, kind)

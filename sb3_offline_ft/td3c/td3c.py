@@ -1,0 +1,288 @@
+"""TD3 with a constrained policy update (after Luo et al. 2023)."""
+
+import copy
+import math
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.td3.policies import Actor, TD3Policy
+from torch.nn import functional as F
+
+from sb3_offline_ft.common.schedules import make_schedule
+from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
+from sb3_offline_ft.datasets import OfflineDataset
+from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, Batch
+from sb3_offline_ft.td3bc.td3bc import TD3BC
+
+CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
+REFERENCE_PREFIX = "reference_actor."
+MULTIPLIER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class TD3C(TD3BC):
+    """
+    TD3 with a constrained policy update: TD3BC offline, and online a policy that stays near a reference policy.
+
+    Implements the idea of Luo et al. 2023, "Finetuning from Offline Reinforcement Learning: Challenges, Trade-offs and
+    Practical Solutions", https://arxiv.org/abs/2303.17396; constants are ours, chosen by measurement. Online, the policy
+    maximises ``Q1(s, pi(s)) / mean|Q1|`` subject to ``mean((pi(s) - pi_ref(s))**2) <= epsilon``, the mean being over batch
+    and action dimensions and actions in [-1, 1]. A Lagrange multiplier, kept on log scale and bounded, takes one Adam step
+    on the violation with each step of the actor.
+
+    The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
+    ``normalize_observations`` are those of :class:`OfflineTD3`, where they are described.
+
+    :param alpha: Weight of the value against behavior cloning in the offline phase, as in :class:`TD3BC`
+    :param constraint_reference: ``"target"``: the target policy, which follows the policy (a limit on its speed);
+        ``"pretrained"``: the policy as it was when finetuning began (a trust region around it); ``"best"``: the same, until an
+        ``EvalCallback`` reports a new best mean reward, from when on it is that policy
+    :param epsilon: Bound on the mean squared distance of actions to the reference's: a number or a schedule
+        (see :func:`sb3_offline_ft.common.schedules.make_schedule`)
+    :param initial_multiplier: Lagrange multiplier at the start of finetuning
+    :param multiplier_learning_rate: Learning rate of Adam for the logarithm of the multiplier
+    :param min_multiplier: Smallest value of the multiplier
+    :param max_multiplier: Largest value of the multiplier
+    """
+
+    def __init__(
+        self,
+        policy: str | type[TD3Policy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = SB3_LEARNING_STARTS,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        policy_delay: int = 2,
+        target_policy_noise: float = 0.2,
+        target_noise_clip: float = 0.5,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        dataset: str | os.PathLike[str] | OfflineDataset | None = None,
+        offline_steps: int = 0,
+        offline_fraction: ScheduleLike = 0.5,
+        warmup_steps: int = 2000,
+        warmup_action_noise: bool = False,
+        critic_warmup_steps: int = 0,
+        reset_optimizers: bool = True,
+        normalize_observations: bool = True,
+        alpha: float = 2.5,
+        constraint_reference: str = "best",
+        epsilon: ScheduleLike = 1e-2,
+        initial_multiplier: float = 1.0,
+        multiplier_learning_rate: float = 3e-4,
+        min_multiplier: float = 1e-3,
+        max_multiplier: float = 1e3,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_delay=policy_delay,
+            target_policy_noise=target_policy_noise,
+            target_noise_clip=target_noise_clip,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+            dataset=dataset,
+            offline_steps=offline_steps,
+            offline_fraction=offline_fraction,
+            warmup_steps=warmup_steps,
+            warmup_action_noise=warmup_action_noise,
+            critic_warmup_steps=critic_warmup_steps,
+            reset_optimizers=reset_optimizers,
+            normalize_observations=normalize_observations,
+            alpha=alpha,
+        )
+        self.constraint_reference = constraint_reference
+        self.epsilon = epsilon
+        self.initial_multiplier = initial_multiplier
+        self.multiplier_learning_rate = multiplier_learning_rate
+        self.min_multiplier = min_multiplier
+        self.max_multiplier = max_multiplier
+        self.reference_actor: Actor | None = None
+        self._constrained = False
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.constraint_reference not in CONSTRAINT_REFERENCES:
+            raise ValueError(
+                f"`constraint_reference` must be one of {', '.join(map(repr, CONSTRAINT_REFERENCES))}, "
+                f"found {self.constraint_reference!r}."
+            )
+        self._epsilon_schedule = make_schedule(self.epsilon, "epsilon")
+        if not 0 < self.min_multiplier <= self.initial_multiplier <= self.max_multiplier < math.inf:
+            raise ValueError(
+                "Expected 0 < min_multiplier <= initial_multiplier <= max_multiplier < inf, found "
+                f"{self.min_multiplier!r}, {self.initial_multiplier!r}, {self.max_multiplier!r}."
+            )
+        if not 0 <= self.multiplier_learning_rate < math.inf:
+            raise ValueError(f"`multiplier_learning_rate` must be at least 0, found {self.multiplier_learning_rate!r}.")
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._reset_multiplier()
+
+    def _reset_multiplier(self) -> None:
+        log_multiplier = math.log(self.initial_multiplier)
+        self.log_multiplier = th.tensor(log_multiplier, dtype=th.float64, device=self.device, requires_grad=True)
+        self.multiplier_optimizer = th.optim.Adam([self.log_multiplier], lr=self.multiplier_learning_rate)
+
+    @property
+    def multiplier(self) -> float:
+        """The Lagrange multiplier, now."""
+        return math.exp(self.log_multiplier.item())
+
+    def set_reference_policy(self) -> None:
+        """Make the current policy the reference of the constraint. Without effect for the reference ``"target"``."""
+        if self.constraint_reference == "target":
+            return
+        if self.reference_actor is None:
+            self.reference_actor = self._new_reference_actor()
+        self.reference_actor.load_state_dict(self.actor.state_dict())
+
+    def _new_reference_actor(self) -> Actor:
+        reference = copy.deepcopy(self.actor_target)
+        reference.set_training_mode(False)
+        return reference.requires_grad_(False)
+
+    def _on_finetuning_start(self, pretrained: bool) -> None:
+        self.reference_actor = None
+        self._constrained = pretrained
+        self._reset_multiplier()
+        if not pretrained:
+            if self._finetuning:
+                warnings.warn(
+                    "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
+                    "Pretrain with `offline_steps` or `pretrain()`.",
+                    stacklevel=6,
+                )
+            return
+        self.set_reference_policy()
+        if self.constraint_reference == "best" and not self._eval_callbacks:
+            warnings.warn(
+                "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference stays "
+                "the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained' or 'target'.",
+                stacklevel=6,
+            )
+
+    def _on_new_best(self) -> None:
+        if self.constraint_reference == "best" and self.reference_actor is not None:
+            self.set_reference_policy()
+
+    @property
+    def _reference(self) -> Actor | None:
+        if not self._constrained:
+            return None
+        return self.actor_target if self.constraint_reference == "target" else self.reference_actor
+
+    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+        self._violation: th.Tensor | None = None
+        if self._pretraining:
+            return super()._actor_loss(batch, actions, q_values)
+        reference = self._reference
+        if reference is None:
+            return -q_values.mean()
+        with th.no_grad():
+            reference_actions = reference(batch.observations)
+        epsilon = self._epsilon_schedule(self._current_progress_remaining)
+        distance = F.mse_loss(actions, reference_actions)
+        mean_abs_q = q_values.detach().abs().mean()
+        multiplier = self.log_multiplier.detach().exp().to(distance.dtype)
+        self._violation = distance.detach() - epsilon
+        self._log("train/mean_abs_q", mean_abs_q)
+        self._log("train/policy_distance", distance)
+        self._log("train/constraint_violation", self._violation)
+        self._log("train/epsilon", epsilon)
+        self._log("train/multiplier", multiplier)
+        return -q_values.mean() / mean_abs_q + multiplier * distance
+
+    def _after_actor_update(self) -> None:
+        if self._violation is None:
+            return
+        # The gradient of the dual with respect to log(multiplier), up to the multiplier itself, as SAC does for its temperature
+        self.log_multiplier.grad = -self._violation.to(self.log_multiplier.dtype)
+        self.multiplier_optimizer.step()
+        with th.no_grad():
+            self.log_multiplier.clamp_(math.log(self.min_multiplier), math.log(self.max_multiplier))
+
+    def _excluded_save_params(self) -> list[str]:
+        live = ["log_multiplier", "multiplier_optimizer", "reference_actor", "_violation", "_epsilon_schedule"]
+        return [*super()._excluded_save_params(), *live]
+
+    def _get_extra_state(self) -> dict[str, np.ndarray]:
+        state = super()._get_extra_state()
+        state["log_multiplier"] = self.log_multiplier.detach().cpu().numpy()
+        for name, value in self.multiplier_optimizer.state.get(self.log_multiplier, {}).items():
+            state[f"multiplier_optimizer.{name}"] = value.cpu().numpy()
+        if self.reference_actor is not None:
+            for name, value in self.reference_actor.state_dict().items():
+                state[REFERENCE_PREFIX + name] = value.cpu().numpy()
+        return state
+
+    def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
+        super()._set_extra_state(state)
+        if "log_multiplier" not in state:
+            warnings.warn(
+                "The file was not saved by TD3C: the Lagrange multiplier starts at its initial value "
+                f"{self.initial_multiplier:g}, and the loaded policy will be the reference of the constraint.",
+                stacklevel=3,
+            )
+            return
+        with th.no_grad():
+            self.log_multiplier.copy_(th.from_numpy(state["log_multiplier"]))
+        moments = {
+            name: th.from_numpy(state[f"multiplier_optimizer.{name}"].copy())
+            for name in MULTIPLIER_STATE
+            if f"multiplier_optimizer.{name}" in state
+        }
+        if moments:
+            self.multiplier_optimizer.state[self.log_multiplier] = {
+                name: value if name == "step" else value.to(self.device) for name, value in moments.items()
+            }
+        weights = {
+            name.removeprefix(REFERENCE_PREFIX): th.from_numpy(value.copy())
+            for name, value in state.items()
+            if name.startswith(REFERENCE_PREFIX)
+        }
+        if weights and self.constraint_reference != "target":
+            self.reference_actor = self._new_reference_actor()
+            self.reference_actor.load_state_dict(weights)

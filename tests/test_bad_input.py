@@ -1,0 +1,132 @@
+"""Bad input gets one clear error, and nothing is changed."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3
+
+ENV = "Pendulum-v1"
+DATASET = "bundled:pendulum-medium"
+
+
+def columns(n: int = 20, **changed: np.ndarray) -> dict[str, np.ndarray]:
+    ends = np.arange(n) % 10 == 9
+    zeros = np.zeros((n, 3), np.float32)
+    data = {
+        "observations": zeros, "actions": zeros[:, :1], "rewards": zeros[:, 0], "next_observations": zeros,
+        "terminations": ends, "truncations": ~ends & False,
+    }  # fmt: skip
+    return data | changed
+
+
+@pytest.mark.parametrize("algorithm", [OfflineTD3, TD3BC, TD3C])
+def test_discrete_actions(algorithm):
+    with pytest.raises(ValueError, match=r"needs a Box action space with finite bounds, the environment has Discrete\(2\)"):
+        algorithm("MlpPolicy", "CartPole-v1", dataset=DATASET)
+
+
+@pytest.mark.parametrize("name", ["offline_steps", "warmup_steps", "critic_warmup_steps"])
+@pytest.mark.parametrize("value", [-1, 0.5, float("nan"), float("inf"), "many", True, None])
+def test_numbers_of_steps(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 0, found"):
+        TD3BC("MlpPolicy", ENV, **{name: value})
+
+
+def test_steps_written_as_floats_in_yaml_are_fine():
+    assert TD3BC("MlpPolicy", ENV, offline_steps=1e4).offline_steps == 10_000
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "lin_0.5_2", "half", None])
+def test_offline_fraction(value):
+    with pytest.raises((ValueError, TypeError), match="`offline_fraction`"):
+        TD3C("MlpPolicy", ENV, offline_fraction=value)
+
+
+def test_negative_budgets():
+    model = TD3BC("MlpPolicy", ENV, dataset=DATASET)
+    with pytest.raises(ValueError, match="`gradient_steps` must be a whole number of at least 0, found -5"):
+        model.pretrain(-5)
+    with pytest.raises(ValueError, match="`log_interval` must be a whole number of at least 1, found 0"):
+        model.pretrain(5, log_interval=0)
+    with pytest.raises(ValueError, match="`total_timesteps` must be a whole number of at least 0, found -5"):
+        model.learn(-5)
+    assert model._n_updates == 0 and model.offline_dataset is None
+
+
+def test_unknown_keyword_in_the_constructor():
+    with pytest.raises(TypeError, match="offline_step"):
+        TD3BC("MlpPolicy", ENV, offline_step=3)
+
+
+def test_pretraining_without_a_dataset():
+    with pytest.raises(ValueError, match="TD3C.pretrain needs a dataset, found None"):
+        TD3C("MlpPolicy", ENV).pretrain(10)
+
+
+@pytest.mark.parametrize("value", [3, ["a", "b"]])
+def test_dataset_of_another_type(value):
+    with pytest.raises(TypeError, match="`dataset` must be a spec such as"):
+        TD3BC("MlpPolicy", ENV, dataset=value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_steps": 3}, "`n_steps` must be 1, found 3"),
+        ({"optimize_memory_usage": True}, "`optimize_memory_usage` must be False"),
+        ({"replay_buffer_class": type("Own", (ReplayBuffer,), {})}, "`replay_buffer_class` must be .* found Own"),
+    ],
+)
+def test_settings_that_logged_data_rules_out(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TD3BC("MlpPolicy", ENV, dataset=DATASET, **settings)
+
+
+def test_dict_observations_with_a_dataset():
+    class DictEnv(gym.Env):
+        observation_space = spaces.Dict({"x": spaces.Box(-1, 1, (2,))})
+        action_space = spaces.Box(-1, 1, (1,))
+
+    with pytest.raises(ValueError, match="With a dataset, the observation space must be a Box, found Dict"):
+        TD3BC("MultiInputPolicy", DictEnv(), dataset=DATASET)
+
+
+@pytest.mark.parametrize("start", ["pretrain", "learn"])
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("bundled:hopper-medium", "observation"),
+        ("bundled:hoper-medium", "hopper-medium"),
+        (columns(actions=np.full((20, 1), 2.5, np.float32)), "2.5"),
+        (columns(actions=np.zeros((20, 2), np.float32)), "action"),
+    ],
+    ids=["other environment", "unknown", "actions beyond the bounds", "action shape"],
+)
+def test_dataset_that_does_not_fit_changes_nothing(dataset, message, start):
+    if isinstance(dataset, dict):
+        dataset = OfflineDataset.from_columns(**dataset)
+    model = TD3BC("MlpPolicy", ENV, dataset=dataset, offline_steps=10)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        getattr(model, start)(5)
+    assert model._n_updates == model.num_timesteps == model.offline_steps_done == 0
+    assert model.offline_dataset is None and model.dataset_fingerprint is None and model._last_obs is None
+    assert all((normalizer.observation_std == 1).all() for normalizer in model.policy.normalizers())
+
+
+def test_actions_a_rounding_error_beyond_the_bounds_are_clipped():
+    dataset = OfflineDataset.from_columns(**columns(actions=np.full((20, 1), 2.0001, np.float32)))
+    model = TD3BC("MlpPolicy", ENV, dataset=dataset)
+    model.load_offline_data()
+    assert (model.replay_buffer.sample(10).actions == 1).all()
+
+
+def test_action_scaling_is_that_of_the_policy():
+    env = gym.make(ENV)
+    model = TD3BC("MlpPolicy", env, dataset=DATASET)
+    model.load_offline_data()
+    recorded = model.offline_dataset.actions
+    assert np.abs(recorded).max() > 1.5, "recorded in the environment's units"
+    assert model.replay_buffer._offline_actions == pytest.approx(model.policy.scale_action(recorded), abs=1e-6)

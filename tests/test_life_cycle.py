@@ -1,0 +1,423 @@
+"""Pretraining, warm-up, finetuning: what happens when, and what never happens."""
+
+import contextlib
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import TD3
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+
+from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
+
+ENV = "Pendulum-v1"
+DATASET = "bundled:pendulum-medium"
+SMALL = {"net_arch": [16, 16]}
+ALGORITHMS = [OfflineTD3, TD3BC, TD3C]
+
+
+def make(algorithm: type[OfflineTD3] = TD3BC, env=ENV, **settings) -> OfflineTD3:
+    defaults = {"dataset": DATASET, "policy_kwargs": SMALL, "seed": 0, "device": "cpu", "warmup_steps": 0}
+    if algorithm is TD3C:
+        defaults["constraint_reference"] = "pretrained"
+    return algorithm("MlpPolicy", env, **(defaults | settings))
+
+
+def state(model: TD3) -> dict[str, th.Tensor]:
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+def assert_same(a: dict[str, th.Tensor], b: dict[str, th.Tensor]) -> None:
+    for name, value in a.items():
+        assert th.equal(value, b[name]), name
+
+
+def differs(a: dict[str, th.Tensor], b: dict[str, th.Tensor], prefix: str = "") -> bool:
+    return any(not th.equal(value, b[name]) for name, value in a.items() if name.startswith(prefix))
+
+
+def evaluation(**settings) -> EvalCallback:
+    return EvalCallback(Monitor(gym.make(ENV)), verbose=0, **({"n_eval_episodes": 1} | settings))
+
+
+class Record(BaseCallback):
+    """Records the actions taken, the number of updates and the weights at each environment step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actions: list[np.ndarray] = []
+        self.observations: list[np.ndarray] = []
+        self.updates: list[int] = []
+        self.states: list[dict[str, th.Tensor]] = []
+
+    def _on_step(self) -> bool:
+        self.actions.append(self.locals["actions"].copy())
+        self.observations.append(self.model._last_obs.copy())
+        self.updates.append(self.model._n_updates)
+        self.states.append(state(self.model))
+        return True
+
+
+# Determinism and resuming
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_same_seed_same_result_to_the_bit(algorithm):
+    noise = NormalActionNoise(np.zeros(1), 0.1 * np.ones(1))
+    runs = []
+    for disturbance in (0, 1):
+        model = make(algorithm, offline_steps=30, warmup_steps=20, action_noise=noise)
+        # Another user of the global generators between construction and use changes the offline phase by nothing
+        np.random.rand(disturbance)
+        th.rand(disturbance)
+        model.pretrain()
+        offline = state(model)
+        model.set_random_seed(7)
+        model.learn(60)
+        runs.append((offline, state(model)))
+    assert_same(runs[0][0], runs[1][0])
+    assert_same(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_resumed_pretraining_goes_on_to_the_bit(algorithm, tmp_path):
+    whole = make(algorithm).pretrain(70)
+    half = make(algorithm).pretrain(33)
+    half.save(tmp_path / "model")
+    th.rand(3)
+    resumed = algorithm.load(tmp_path / "model")
+    assert resumed.offline_steps_done == 33
+    resumed.pretrain(37)
+    assert_same(state(whole), state(resumed))
+    for name in ("actor", "critic"):
+        a, b = (getattr(model, name).optimizer.state_dict()["state"] for model in (whole, resumed))
+        assert all(th.equal(x, b[key][k]) for key, moments in a.items() for k, x in moments.items())
+
+
+def test_learn_does_what_is_left_of_the_pretraining():
+    model = make(offline_steps=40)
+    model.pretrain(15)
+    assert model.remaining_offline_steps == 25
+    model.learn(3)
+    assert model.offline_steps_done == 40 and model.num_timesteps == 3 and model._n_updates == 43
+    model.learn(3)
+    assert model.offline_steps_done == 40, "once online, learn() does not go back"
+    model.pretrain(5)
+    assert model.offline_steps_done == 45 and model.num_timesteps == 3
+
+
+@pytest.mark.parametrize("progress_bar", [False, True])
+def test_interrupt_while_pretraining_leaves_a_model_that_resumes(tmp_path, progress_bar, monkeypatch):
+    model = make(offline_steps=60)
+    train = model.train
+
+    def interrupted(gradient_steps, batch_size):
+        train(20, batch_size)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "train", interrupted)
+    callback = evaluation(eval_freq=10)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10, callback=callback, progress_bar=progress_bar)
+    # rl-zoo3 ends its first callback after an interrupt
+    callback.on_training_end()
+    assert model.offline_steps_done == 20 and model.num_timesteps == 0 and not model._pretraining
+    monkeypatch.undo()
+    model.save(tmp_path / "model")
+    resumed = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
+    resumed.learn(5)
+    assert resumed.offline_steps_done == 60 and resumed.num_timesteps == 5
+
+
+def test_zoo_style_progress_bar_survives_an_interrupt(monkeypatch):
+    from stable_baselines3.common.callbacks import ProgressBarCallback
+
+    model = make(offline_steps=60)
+    monkeypatch.setattr(model, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    bar = ProgressBarCallback()
+    with contextlib.suppress(KeyboardInterrupt):
+        model.learn(10, callback=[bar])
+    bar.on_training_end()
+
+
+# Warm-up and switch
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_warm_up_updates_nothing(n_envs):
+    model = make(
+        TD3C, make_vec_env(ENV, n_envs), offline_steps=20, warmup_steps=20,
+        action_noise=NormalActionNoise(np.zeros(1), 0.5 * np.ones(1)),
+    )  # fmt: skip
+    record = Record()
+    model.learn(40, callback=record)
+    n_warm = 20 // n_envs
+    for k in range(n_warm):
+        assert record.updates[k] == 20
+        assert_same(record.states[k], record.states[0])
+    assert record.updates[-1] > 20
+
+
+def test_warm_up_actions_are_the_policys():
+    noise = NormalActionNoise(np.zeros(1), 0.5 * np.ones(1))
+    for with_noise in (False, True):
+        model = make(offline_steps=20, warmup_steps=20, action_noise=noise, warmup_action_noise=with_noise)
+        record = Record()
+        model.learn(20 + 1, callback=record)
+        frozen = make()
+        frozen.policy.load_state_dict(record.states[0])
+        equal = [
+            np.allclose(frozen.predict(observation)[0], action, atol=1e-5)
+            for observation, action in zip(record.observations, record.actions, strict=True)
+        ]
+        assert all(equal[:20]) is not with_noise
+        assert not equal[20], "the first step after the warm-up explores"
+
+
+def test_pretrained_agent_never_acts_at_random(tmp_path):
+    model = make(offline_steps=20, learning_starts=50)
+    record = Record()
+    with pytest.warns(UserWarning, match="`learning_starts=50` would replace the pretrained policy by random actions"):
+        model.learn(10, callback=record)
+    assert model.learning_starts == 0
+    model.save(tmp_path / "model")
+    loaded = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
+    record = Record()
+    loaded.learn(10, callback=record)
+    before = TD3BC.load(tmp_path / "model")
+    assert np.allclose(before.predict(record.observations[0])[0], record.actions[0], atol=1e-5)
+
+
+def test_agent_loaded_from_sb3_never_acts_at_random(tmp_path):
+    td3 = TD3("MlpPolicy", ENV, learning_starts=10, policy_kwargs=SMALL, seed=0, device="cpu").learn(30)
+    td3.save(tmp_path / "td3")
+    loaded = OfflineTD3.load(tmp_path / "td3", env=gym.make(ENV), warmup_steps=5)
+    record = Record()
+    loaded.learn(6, callback=record)
+    for observation, action in zip(record.observations, record.actions, strict=True):
+        assert np.allclose(td3.predict(observation)[0], action, atol=1e-5)
+
+
+def test_loaded_agent_does_not_train_on_an_almost_empty_buffer(tmp_path):
+    make(offline_steps=5).pretrain().save(tmp_path / "model")
+    model = TD3BC.load(tmp_path / "model", env=gym.make(ENV), dataset=None, batch_size=32)
+    for reset in (True, False):
+        record = Record()
+        model.replay_buffer.reset()
+        start = model._n_updates
+        model.learn(40, callback=record, reset_num_timesteps=reset)
+        assert record.updates[31] == start, "31 transitions are less than a batch"
+        assert record.updates[32] == start + 1
+
+
+def test_critic_warm_up_updates_only_the_critics():
+    model = make(offline_steps=20, critic_warmup_steps=10)
+    record = Record()
+    model.learn(30, callback=record)
+    first, during, after = record.states[0], record.states[10], record.states[-1]
+    assert not differs(first, during, "actor")
+    assert differs(first, during, "critic.") and differs(first, during, "critic_target.")
+    assert differs(during, after, "actor.mu") and differs(during, after, "actor_target.mu")
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_optimizers_are_reset_at_the_switch_if_asked(reset):
+    model = make(offline_steps=20, reset_optimizers=reset, warmup_steps=5)
+    with pytest.warns(UserWarning, match="nothing will be learned online"):
+        model.learn(4)
+    states = [model.actor.optimizer.state, model.critic.optimizer.state]
+    assert all(bool(s) is not reset for s in states)
+
+
+def test_warm_up_longer_than_the_run_is_said():
+    with pytest.warns(UserWarning, match="nothing will be learned online"):
+        make(offline_steps=5, warmup_steps=100).learn(10)
+
+
+def test_exact_share_of_offline_rows_while_finetuning(monkeypatch):
+    model = make(offline_steps=3, offline_fraction="lin_0.75_0.25", batch_size=40)
+    shares = []
+    sample = model._sample_batch
+    monkeypatch.setattr(model, "_sample_batch", lambda n: (shares.append(sample(n)), shares[-1])[1])
+    model.learn(100)
+    assert all(batch.is_offline.all() for batch in shares[:3])
+    counts = [int(batch.is_offline.sum()) for batch in shares[3:]]
+    assert counts == [round((0.25 + 0.5 * (1 - k / 100)) * 40) for k in range(1, 101)]
+
+
+# Callbacks, evaluation, logging
+
+
+def test_pretrained_policy_is_evaluated_before_the_first_step(tmp_path):
+    model = make(offline_steps=10, warmup_steps=30)
+    callback = evaluation(eval_freq=20, log_path=str(tmp_path))
+    model.learn(50, callback=EveryNTimesteps(1, callback))
+    assert callback.evaluations_timesteps == [0, 20, 40]
+    assert callback.n_calls == 50
+    untrained = evaluation(eval_freq=20, log_path=str(tmp_path / "untrained"))
+    make().learn(30, callback=untrained)
+    assert untrained.evaluations_timesteps == [20]
+
+
+def test_pretrain_runs_ordinary_callbacks_against_gradient_steps(tmp_path):
+    model = make()
+    evaluations = evaluation(eval_freq=10, log_path=str(tmp_path), best_model_save_path=str(tmp_path))
+    model.pretrain(30, callback=[evaluations, CheckpointCallback(15, str(tmp_path))])
+    assert evaluations.evaluations_timesteps == [10, 20, 30]
+    assert (tmp_path / "rl_model_15_steps.zip").exists() and (tmp_path / "rl_model_30_steps.zip").exists()
+    assert model.num_timesteps == 0
+    loaded = TD3BC.load(tmp_path / "rl_model_15_steps.zip")
+    assert loaded.num_timesteps == 0 and loaded.offline_steps_done == 15 and not loaded._pretraining
+
+
+def test_callback_can_stop_pretraining():
+    model = make()
+
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 7
+
+    model.pretrain(30, callback=Stop())
+    assert model.offline_steps_done == 7
+
+
+def test_offline_and_online_values_are_logged_apart(tmp_path):
+    model = make(offline_steps=40)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.pretrain(20, callback=evaluation(eval_freq=10), log_interval=10)
+    model.learn(450, callback=evaluation(eval_freq=100), log_interval=1)
+    model.logger.close()
+    lines = (tmp_path / "progress.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    rows = [dict(zip(header, line.split(","), strict=False)) for line in lines[1:]]
+    offline = [row for row in rows if row.get("offline/gradient_steps")]
+    online = [row for row in rows if row.get("train/critic_loss")]
+    assert [int(row["offline/gradient_steps"]) for row in offline][-1] == 40
+    assert online and not any(row.get("offline/critic_loss") for row in online)
+    assert all(not row.get("train/critic_loss") and not row.get("eval/mean_reward") for row in offline)
+    for key in ("offline/critic_loss", "offline/actor_loss", "offline/bc_loss", "offline/eval_mean_reward", "train/bc_weight"):
+        assert key in header
+
+
+def test_train_and_pretrain_work_before_learn():
+    model = make()
+    model.load_offline_data()
+    model.train(2)
+    assert model._n_updates == 2 and model.offline_steps_done == 0
+
+
+def test_progress_bars_of_both_phases(capsys):
+    make(TD3C, offline_steps=60).learn(30, progress_bar=True)
+    shown = "".join(capsys.readouterr())
+    assert "TD3C offline" in shown and "60/60" in shown and "30/30" in shown
+
+
+def test_learning_rate_schedule_stays_at_its_start_while_pretraining():
+    model = make(learning_rate=lambda progress_remaining: 1e-3 * progress_remaining)
+    model.learn(10)
+    assert model._current_progress_remaining == 0
+    model.pretrain(2)
+    assert model.actor.optimizer.param_groups[0]["lr"] == 1e-3
+    assert model._current_progress_remaining == 0
+
+
+# Normalizer
+
+
+def test_normalizer_is_fitted_once_and_travels(tmp_path):
+    data = load_dataset(DATASET)
+    model = make(TD3C, offline_steps=10)
+    model.pretrain(5)
+    normalizers = model.policy.normalizers()
+    assert len(normalizers) == 4
+    for normalizer in normalizers:
+        assert normalizer.observation_mean.numpy() == pytest.approx(data.observations.mean(0), abs=1e-5)
+        assert normalizer.observation_std.numpy() == pytest.approx(data.observations.std(0) + 1e-3, abs=1e-5)
+    before = state(model)
+    model.learn(20)
+    model.save(tmp_path / "model")
+    loaded = TD3C.load(tmp_path / "model", env=gym.make(ENV))
+    loaded.load_offline_data()
+    for name, value in state(loaded).items():
+        if "observation_" in name:
+            assert th.equal(value, before[name])
+    observation = data.observations[0]
+    features = loaded.actor.features_extractor(th.tensor(observation[None])).numpy()
+    assert features == pytest.approx((observation[None] - data.observations.mean(0)) / (data.observations.std(0) + 1e-3), abs=1e-4)
+
+
+def test_agent_trained_without_a_dataset_is_not_normalized_later(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make(dataset=None, learning_starts=10).learn(20)
+    model.save(tmp_path / "model")
+    loaded = TD3BC.load(tmp_path / "model", env=gym.make(ENV), dataset=DATASET, offline_steps=0)
+    loaded.load_offline_data()
+    assert all((normalizer.observation_std == 1).all() for normalizer in loaded.policy.normalizers())
+
+
+def test_unfitted_normalizer_changes_nothing_to_the_bit():
+    normalizer = make().actor.features_extractor
+    x = th.randn(50, 3) * 1e3
+    assert th.equal(normalizer(x), x)
+
+
+def test_normalizer_that_cannot_be_applied_is_said():
+    from stable_baselines3.common.torch_layers import FlattenExtractor
+
+    model = make(policy_kwargs=SMALL | {"features_extractor_class": FlattenExtractor})
+    with pytest.warns(UserWarning, match="`normalize_observations` is not applied"):
+        model.pretrain(2)
+
+
+def test_vec_normalize_is_warned_about_and_replaces_the_normalizer():
+    env = VecNormalize(make_vec_env(ENV, 1))
+    model = make(env=env)
+    with pytest.warns(UserWarning) as caught:
+        model.pretrain(2)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "VecNormalize updates its statistics online" in said and "norm_reward=False" in said
+    assert all((normalizer.observation_std == 1).all() for normalizer in model.policy.normalizers())
+
+
+def test_frozen_vec_normalize_is_fine():
+    env = VecNormalize(make_vec_env(ENV, 1), training=False, norm_reward=False)
+    make(env=env, offline_steps=5).learn(10)
+
+
+# Environments
+
+
+@pytest.mark.parametrize("vec_env_cls", [None, SubprocVecEnv])
+def test_several_environments(vec_env_cls):
+    env = make_vec_env(ENV, 3, seed=0, vec_env_cls=vec_env_cls)
+    model = make(TD3C, env, offline_steps=10, warmup_steps=30, gradient_steps=-1)
+    model.learn(90)
+    assert model.num_timesteps == 90 and model._n_updates == 10 + 60
+    assert model.replay_buffer.online_size == 90
+    env.close()
+
+
+def test_image_observations_without_a_dataset_train_like_sb3():
+    from stable_baselines3.common.envs import FakeImageEnv
+
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+    model = OfflineTD3("CnnPolicy", env, learning_starts=10, buffer_size=100, batch_size=4, seed=0, device="cpu",
+                       policy_kwargs={"features_extractor_kwargs": {"features_dim": 16}, "net_arch": [8]})  # fmt: skip
+    with pytest.warns(UserWarning, match="trains online like TD3"):
+        model.learn(15)
+
+
+def test_n_step_returns_without_a_dataset_train_like_sb3():
+    theirs = TD3("MlpPolicy", ENV, policy_kwargs=SMALL, n_steps=3, seed=0, device="cpu", learning_rate=3e-4).learn(150)
+    with pytest.warns(UserWarning, match="trains online like TD3"):
+        ours = make(OfflineTD3, dataset=None, n_steps=3, policy_kwargs=SMALL | {"layer_norm": False}).learn(150)
+    for name, parameter in theirs.policy.named_parameters():
+        assert th.equal(parameter, ours.policy.get_parameter(name)), name

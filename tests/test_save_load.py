@@ -1,0 +1,212 @@
+"""Models and replay buffers go through files: into themselves, into one another, into plain SB3."""
+
+import io
+import json
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import TD3
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
+
+ENV = "Pendulum-v1"
+DATASET = "bundled:pendulum-medium"
+SMALL = {"net_arch": [16, 16]}
+ALL = [TD3, OfflineTD3, TD3BC, TD3C]
+
+
+def trained(algorithm: type[TD3], **settings) -> TD3:
+    common = {"policy_kwargs": SMALL, "seed": 0, "device": "cpu", **settings}
+    if algorithm is TD3:
+        return TD3("MlpPolicy", ENV, learning_starts=10, **common).learn(40)
+    if algorithm is TD3C:
+        common = {"constraint_reference": "pretrained"} | common
+    return algorithm("MlpPolicy", ENV, dataset=DATASET, offline_steps=30, warmup_steps=5, **common).learn(40)
+
+
+def load(algorithm: type[TD3], path, saved_by: type[TD3], **settings) -> TD3:
+    if algorithm is TD3C and saved_by is not TD3C:
+        with pytest.warns(UserWarning, match="the Lagrange multiplier starts at its initial value"):
+            return algorithm.load(path, **settings)
+    return algorithm.load(path, **settings)
+
+
+def assert_same_learner(a: TD3, b: TD3) -> None:
+    for name, value in a.policy.state_dict().items():
+        assert th.equal(value, b.policy.state_dict()[name]), name
+    for name in ("actor", "critic"):
+        x, y = (getattr(model, name).optimizer.state_dict()["state"] for model in (a, b))
+        assert x.keys() == y.keys()
+        assert all(th.equal(x[key][k], y[key][k]) for key in x for k in x[key])
+
+
+@pytest.mark.parametrize("saved_by", ALL)
+@pytest.mark.parametrize("loaded_by", ALL)
+def test_every_algorithm_loads_every_other(saved_by, loaded_by, tmp_path):
+    model = trained(saved_by)
+    model.save(tmp_path / "model")
+    loaded = load(loaded_by, tmp_path / "model", saved_by, env=gym.make(ENV))
+    assert type(loaded) is loaded_by
+    assert_same_learner(model, loaded)
+    observation = model.observation_space.sample()
+    assert np.array_equal(model.predict(observation)[0], loaded.predict(observation)[0])
+    # and it goes on, and back again
+    settings = {} if loaded_by is not TD3C else {"constraint_reference": "pretrained"}
+    for name, value in settings.items():
+        setattr(loaded, name, value)
+    if loaded_by is not TD3:
+        assert loaded.remaining_offline_steps == 0
+        loaded.warmup_steps = 5
+    loaded.learn(20)
+    loaded.save(tmp_path / "again")
+    # SB3's TD3 carries what it does not know along
+    back = load(saved_by, tmp_path / "again", TD3C if loaded_by is TD3 else loaded_by, env=gym.make(ENV))
+    assert_same_learner(loaded, back)
+
+
+def test_td3c_takes_up_multiplier_and_reference(tmp_path):
+    model = trained(TD3C, epsilon=1e-6, multiplier_learning_rate=0.1)
+    model.save(tmp_path / "model")
+    loaded = TD3C.load(tmp_path / "model", env=gym.make(ENV))
+    assert loaded.multiplier == model.multiplier != model.initial_multiplier
+    for a, b in zip(model.reference_actor.state_dict().values(), loaded.reference_actor.state_dict().values(), strict=True):
+        assert th.equal(a, b)
+    assert any(not th.equal(a, b) for a, b in zip(loaded.actor.parameters(), loaded.reference_actor.parameters(), strict=True))
+    ours, theirs = (m.multiplier_optimizer.state[m.log_multiplier] for m in (model, loaded))
+    assert ours.keys() == theirs.keys() and all(th.equal(ours[key], theirs[key]) for key in ours)
+    batch = model.replay_buffer.sample(32)
+    for m in (model, loaded):
+        m._update_actor(batch)
+    assert loaded.multiplier == model.multiplier
+
+
+def test_continued_run_does_not_begin_anew(tmp_path):
+    model = trained(TD3C)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = TD3C.load(tmp_path / "model", env=gym.make(ENV))
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.load_offline_data()
+    reference = {name: value.clone() for name, value in loaded.reference_actor.state_dict().items()}
+    loaded.learn(10, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 50 and loaded._n_updates == model._n_updates + 10 and loaded._warmup_end == 5
+    assert all(th.equal(value, loaded.reference_actor.state_dict()[name]) for name, value in reference.items())
+
+
+def test_zip_holds_spec_and_fingerprint_but_no_data(tmp_path):
+    model = trained(TD3BC)
+    model.save(tmp_path / "model")
+    assert (tmp_path / "model.zip").stat().st_size < 200_000 < model.replay_buffer.offline_data.nbytes
+    with zipfile.ZipFile(tmp_path / "model.zip") as file:
+        facts = json.loads(file.read("data"))
+    assert facts["dataset"] == DATASET
+    assert facts["dataset_fingerprint"] == load_dataset(DATASET).fingerprint
+    assert isinstance(facts["_extra_state"], str)
+
+
+def test_dataset_given_as_an_object_is_saved_as_its_spec(tmp_path):
+    dataset = load_dataset(DATASET)
+    for given, saved in ((dataset, DATASET), (dataset.with_facts(spec=None), None)):
+        model = TD3BC("MlpPolicy", ENV, dataset=given, policy_kwargs=SMALL, device="cpu").pretrain(3)
+        model.save(tmp_path / "model")
+        assert model.dataset is given, "saving does not change the model"
+        loaded = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
+        assert loaded.dataset == saved
+    with pytest.raises(ValueError, match="pretrained on data given as an object"):
+        loaded.pretrain(3)
+    again = TD3BC.load(tmp_path / "model", env=gym.make(ENV), dataset=dataset)
+    assert again.pretrain(3).offline_steps_done == 6
+
+
+def test_other_data_under_the_same_name_is_said(tmp_path):
+    dataset = load_dataset(DATASET)
+    model = TD3BC("MlpPolicy", ENV, dataset=DATASET, policy_kwargs=SMALL, device="cpu").pretrain(3)
+    model.save(tmp_path / "model")
+    changed = dataset.from_columns(
+        dataset.observations, dataset.actions, dataset.rewards + 1, dataset.next_observations, dataset.terminations,
+        dataset.truncations,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="is not the one this model was pretrained on"):
+        TD3BC.load(tmp_path / "model", dataset=changed).pretrain(1)
+
+
+def test_loading_to_predict_reads_no_data(tmp_path):
+    model = trained(TD3C)
+    model.dataset = "gone/away-v0"
+    model.save(tmp_path / "model")
+    loaded = TD3C.load(tmp_path / "model", seed=1, custom_objects={"learning_rate": 0.0, "lr_schedule": lambda _: 0.0})
+    assert loaded.offline_dataset is None
+    loaded.predict(loaded.observation_space.sample())
+
+
+@pytest.mark.parametrize("algorithm", [OfflineTD3, TD3BC, TD3C])
+def test_unknown_keyword_in_load_is_refused(algorithm, tmp_path):
+    trained(algorithm).save(tmp_path / "model")
+    with pytest.raises(TypeError, match="unknown keyword 'offline_fractoin': did you mean 'offline_fraction'"):
+        algorithm.load(tmp_path / "model", offline_fractoin=0.3)
+    with pytest.raises(TypeError, match="unknown keyword 'zzzz': known are action_noise"):
+        algorithm.load(tmp_path / "model", zzzz=1)
+
+
+def test_settings_given_to_load_are_checked_like_the_constructors(tmp_path):
+    trained(TD3C).save(tmp_path / "model")
+    for settings, message in (
+        ({"offline_fraction": 1.5}, "offline_fraction"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"n_steps": 3}, "`n_steps` must be 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TD3C.load(tmp_path / "model", **settings)
+    loaded = TD3C.load(tmp_path / "model", offline_fraction=0.25, epsilon="lin_0.1_0.2")
+    assert loaded.replay_buffer.offline_fraction == 0.25 and loaded._epsilon_schedule(0.0) == 0.2
+
+
+def test_save_to_a_stream():
+    stream = io.BytesIO()
+    model = trained(TD3BC)
+    model.save(stream)
+    stream.seek(0)
+    assert_same_learner(model, TD3BC.load(stream))
+
+
+# Replay buffers
+
+
+def test_replay_buffer_of_sb3_is_taken_over(tmp_path):
+    td3 = trained(TD3)
+    td3.save_replay_buffer(tmp_path / "replay_buffer.pkl")
+    model = trained(TD3BC)
+    model.load_replay_buffer(tmp_path / "replay_buffer.pkl")
+    assert model.replay_buffer.online_size == 40 and model.replay_buffer.offline_size == 20_000
+    assert np.allclose(model.replay_buffer.observations[:40], td3.replay_buffer.observations[:40])
+
+
+def test_zoo_replay_buffer_name_and_suffixes(tmp_path):
+    model = trained(TD3BC)
+    for name in ("replay_buffer.pkl", "buffer", "other.npz"):
+        model.save_replay_buffer(tmp_path / name)
+        fresh = TD3BC("MlpPolicy", ENV, policy_kwargs=SMALL, device="cpu")
+        fresh.load_replay_buffer(tmp_path / name)
+        assert np.array_equal(fresh.replay_buffer.rewards, model.replay_buffer.rewards)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["buffer.npz", "other.npz", "replay_buffer.pkl"]
+
+
+def test_replay_buffer_of_another_shape_is_refused(tmp_path):
+    trained(TD3BC).save_replay_buffer(tmp_path / "ours.npz")
+    trained(TD3).save_replay_buffer(tmp_path / "theirs.pkl")
+    model = TD3BC("MlpPolicy", make_vec_env(ENV, 2), policy_kwargs=SMALL, device="cpu")
+    buffer = model.replay_buffer
+    for name in ("ours.npz", "theirs.pkl"):
+        with pytest.raises(ValueError, match="n_envs 1, this learner has 2"):
+            model.load_replay_buffer(tmp_path / name)
+        assert model.replay_buffer is buffer and buffer.size() == 0
+    hopper = TD3BC("MlpPolicy", "MountainCarContinuous-v0", policy_kwargs=SMALL, device="cpu")
+    with pytest.raises(ValueError, match="observation shape"):
+        hopper.load_replay_buffer(tmp_path / "ours.npz")
+    with pytest.raises(FileNotFoundError):
+        model.load_replay_buffer(tmp_path / "missing.npz")

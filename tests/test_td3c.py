@@ -1,0 +1,215 @@
+"""TD3C: the constraint holds, the multiplier follows it, the reference is the right policy."""
+
+import copy
+import math
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.monitor import Monitor
+from torch import nn
+
+from sb3_offline_ft import TD3BC, TD3C
+
+DATASET = "bundled:pendulum-medium"
+SMALL = {"net_arch": [16, 16]}
+
+
+def make(**settings) -> TD3C:
+    defaults = {"dataset": DATASET, "policy_kwargs": SMALL, "seed": 0, "device": "cpu", "learning_rate": 1e-3, "warmup_steps": 0}
+    return TD3C("MlpPolicy", "Pendulum-v1", **(defaults | settings))
+
+
+class ConstantPush(nn.Module):
+    """A critic that always wants larger actions: Q = 100 + push * sum(a)."""
+
+    def __init__(self, push: float) -> None:
+        super().__init__()
+        self.push = push
+        self.unused = nn.Parameter(th.zeros(1))
+
+    def q1_forward(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return 100 + self.push * actions.sum(dim=1, keepdim=True)
+
+
+def start(model: TD3C) -> None:
+    """Pretrain and go online without a step."""
+    model.pretrain(50)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*learns what is best from an EvalCallback")
+        model.learn(0)
+
+
+def push(model: TD3C, strength: float, updates: int) -> list[tuple[float, float]]:
+    """Update the actor under a constant push; returns the distance to the reference and the multiplier after each update."""
+    model.critic.q1_forward = ConstantPush(strength).q1_forward
+    trace = []
+    for _ in range(updates):
+        batch = model._sample_batch(64)
+        model._update_actor(batch)
+        model._update_targets(True)
+        with th.no_grad():
+            distance = (model.actor(batch.observations) - model._reference(batch.observations)).square().mean()
+        trace.append((float(distance), model.multiplier))
+    return trace
+
+
+@pytest.mark.parametrize("reference", ["pretrained", "target"])
+def test_policy_stays_within_epsilon_and_the_multiplier_decays_when_the_push_is_gone(reference):
+    epsilon = 1e-3
+    model = make(constraint_reference=reference, epsilon=epsilon, multiplier_learning_rate=5e-2, initial_multiplier=0.1, tau=0.01)
+    start(model)
+
+    trace = push(model, strength=50.0, updates=1600)
+    adapted = np.array(trace[1000:])
+    # The root mean square distance to the reference; 20 % over it for the swings of a primal-dual iteration
+    assert math.sqrt(adapted[:, 0].mean()) <= 1.2 * math.sqrt(epsilon)
+    assert adapted[:, 0].mean() >= 0.2 * epsilon, "the constraint is not active: nothing is tested"
+    under_push = adapted[-1, 1]
+    assert under_push > 0.1
+
+    free = push(model, strength=0.0, updates=1200)
+    assert free[-1][1] < 0.05 * under_push
+    distances = [distance for distance, _ in free]
+    assert distances[-1] < epsilon
+
+
+def test_without_the_constraint_the_same_push_leaves_the_reference():
+    model = make(constraint_reference="pretrained", epsilon=4.0, min_multiplier=1e-9, initial_multiplier=1e-9)
+    start(model)
+    assert push(model, strength=50.0, updates=400)[-1][0] > 0.1
+
+
+def test_multiplier_is_bounded():
+    model = make(epsilon=0.0, multiplier_learning_rate=5.0, max_multiplier=7.0, min_multiplier=0.5)
+    start(model)
+    assert push(model, 50.0, 10)[-1][1] == pytest.approx(7.0)
+    model.epsilon = 10.0
+    model._check_settings()
+    assert push(model, 0.0, 10)[-1][1] == pytest.approx(0.5)
+
+
+def test_objective_and_dual_step_are_the_documented_ones():
+    model = make(constraint_reference="pretrained", epsilon=0.01, initial_multiplier=2.0, multiplier_learning_rate=0.1)
+    start(model)
+    with th.no_grad():
+        for parameter in model.actor.parameters():
+            parameter.add_(0.5 * th.randn_like(parameter))
+    batch = model._sample_batch(64)
+    actions, reference = model.actor(batch.observations), model.reference_actor(batch.observations)
+    q_values = model.critic.q1_forward(batch.observations, actions)
+    distance = ((actions - reference) ** 2).mean()
+    expected = -q_values.mean() / q_values.abs().mean() + 2.0 * distance
+    assert model._actor_loss(batch, actions, q_values).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distance.item() > 0.01
+    model._after_actor_update()
+    # The first step of Adam has the length of the learning rate, here upwards, on log scale
+    assert model.multiplier == pytest.approx(2.0 * math.exp(0.1), rel=1e-4)
+
+
+def test_offline_it_is_td3bc():
+    ours = make(alpha=1.5).pretrain(60)
+    theirs = TD3BC("MlpPolicy", "Pendulum-v1", dataset=DATASET, policy_kwargs=SMALL, seed=0, device="cpu", learning_rate=1e-3,
+                   alpha=1.5).pretrain(60)  # fmt: skip
+    for a, b in zip(ours.policy.state_dict().values(), theirs.policy.state_dict().values(), strict=True):
+        assert th.equal(a, b)
+
+
+class Watch(BaseCallback):
+    """Copies the actor and the reference at every step."""
+
+    def _on_step(self) -> bool:
+        self.weights = getattr(self, "weights", [])
+        reference = self.model.reference_actor
+        pair = [copy.deepcopy(net.state_dict()) if net is not None else None for net in (self.model.actor, reference)]
+        self.weights.append(pair)
+        return True
+
+
+def same(a: dict[str, th.Tensor], b: dict[str, th.Tensor]) -> bool:
+    return all(th.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def test_best_reference_is_the_policy_of_the_best_evaluation(tmp_path):
+    """A controlled evaluation environment decides which evaluation is the best one."""
+    # Each evaluation of one step resets twice: at its start, and by itself at its end
+    rewards = iter(np.repeat([0.0, -5.0, 3.0, 1.0, 4.0, 2.0], 2).tolist())
+
+    class Scripted(gym.Wrapper):
+        def reset(self, **kwargs):
+            self.reward = next(rewards)
+            return super().reset(**kwargs)
+
+        def step(self, action):
+            observation, _, _, _, info = super().step(action)
+            return observation, self.reward, True, False, info
+
+    env = Monitor(Scripted(gym.make("Pendulum-v1")))
+    evaluation = EvalCallback(env, eval_freq=10, n_eval_episodes=1, log_path=str(tmp_path))
+    watch = Watch()
+    model = make(constraint_reference="best", offline_steps=20)
+    model.learn(50, callback=[watch, evaluation])
+    assert _evaluated(evaluation) == [0.0, -5.0, 3.0, 1.0, 4.0, 2.0]
+    # watch.weights[k] is taken at step k + 1, before the evaluation and the update of that step
+    promoted = [k for k in range(1, 50) if not same(watch.weights[k][1], watch.weights[k - 1][1])]
+    for k in promoted:
+        assert k % 10 == 0, "the reference changes only right after an evaluation"
+        assert same(watch.weights[k][1], watch.weights[k - 1][0]), "and becomes the policy that was evaluated"
+    assert promoted == [20, 40]
+
+
+def _evaluated(evaluation: EvalCallback) -> list[float]:
+    return [float(np.mean(result)) for result in evaluation.evaluations_results]
+
+
+@pytest.mark.parametrize("reference", ["pretrained", "target"])
+def test_other_references_ignore_evaluations(reference):
+    model = make(constraint_reference=reference, offline_steps=20)
+    watch = Watch()
+    model.learn(30, callback=[watch, EvalCallback(Monitor(gym.make("Pendulum-v1")), eval_freq=5, n_eval_episodes=1)])
+    if reference == "target":
+        assert all(weights is None for _, weights in watch.weights)
+        assert model._reference is model.actor_target
+    else:
+        assert all(same(weights, watch.weights[0][0]) for _, weights in watch.weights)
+
+
+def test_best_without_an_eval_callback_is_said():
+    model = make(offline_steps=5)
+    with pytest.warns(UserWarning, match="learns what is best from an EvalCallback"):
+        model.learn(3)
+
+
+def test_dataset_without_pretraining_is_said():
+    model = make()
+    with pytest.warns(UserWarning, match="no pretrained policy to stay near"):
+        model.learn(3)
+    assert model._reference is None
+
+
+def test_scheduled_epsilon(tmp_path):
+    model = make(epsilon="geo_0.001_0.1", offline_steps=10, constraint_reference="pretrained")
+    model.learn(100)
+    assert model._epsilon_schedule(1.0) == pytest.approx(0.001)
+    assert model._epsilon_schedule(0.5) == pytest.approx(0.01)
+    model.save(tmp_path / "model")
+    assert TD3C.load(tmp_path / "model")._epsilon_schedule(0.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"constraint_reference": "last"}, "must be one of 'target', 'pretrained', 'best', found 'last'"),
+        ({"epsilon": -0.1}, "`epsilon`"),
+        ({"epsilon": "fast"}, "`epsilon` is 'fast'"),
+        ({"initial_multiplier": 0.0}, "min_multiplier"),
+        ({"initial_multiplier": 1e9}, "max_multiplier"),
+        ({"multiplier_learning_rate": -1}, "multiplier_learning_rate"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
