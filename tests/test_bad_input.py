@@ -62,7 +62,7 @@ def test_unknown_keyword_in_the_constructor():
 
 
 def test_pretraining_without_a_dataset():
-    with pytest.raises(ValueError, match="TD3C.pretrain needs a dataset, found None"):
+    with pytest.raises(ValueError, match=r"TD3C\.pretrain needs a dataset, found None"):
         TD3C("MlpPolicy", ENV).pretrain(10)
 
 

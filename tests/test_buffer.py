@@ -81,7 +81,9 @@ def test_sampled_rows_are_rows_that_were_put_in(episodes, n_envs, n_steps, capac
     assert int(batch.is_offline.sum()) == n_offline
     for k in range(batch_size):
         row = float(batch.observations[k, 0])
-        found = [float(x) for x in (batch.actions[k, 0], batch.rewards[k, 0], batch.next_observations[k, 0], batch.dones[k, 0])]
+        found = [
+            float(x) for x in (batch.actions[k, 0], batch.rewards[k, 0], batch.next_observations[k, 0], batch.dones[k, 0])
+        ]
         if batch.is_offline[k]:
             i = int(row)
             expected = (dataset.actions[i, 0] / 2, -row, dataset.next_observations[i, 0], float(dataset.terminations[i]))
@@ -166,7 +168,12 @@ def test_vec_normalize_is_applied_to_both_parts():
     zeros, ones = np.zeros((5, 3), np.float32), np.ones((5, 1), np.float32)
     flags = np.zeros(5, bool)
     dataset = OfflineDataset.from_columns(
-        observations=zeros, actions=ones, rewards=ones[:, 0], next_observations=zeros + 1, terminations=flags, truncations=~flags
+        observations=zeros,
+        actions=ones,
+        rewards=ones[:, 0],
+        next_observations=zeros + 1,
+        terminations=flags,
+        truncations=~flags,
     )
     buffer = OfflineToOnlineReplayBuffer(10, observation_space, action_space, "cpu", offline_fraction=0.5)
     buffer.set_offline_data(dataset)

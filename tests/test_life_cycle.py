@@ -81,9 +81,13 @@ def test_same_seed_same_result_to_the_bit(algorithm):
         offline = state(model)
         model.set_random_seed(7)
         model.learn(60)
-        runs.append((offline, state(model)))
+        online = state(model)
+        # Seeding a model seeds its own generators too
+        model.set_random_seed(3)
+        runs.append((offline, online, model.replay_buffer.sample(4).observations))
     assert_same(runs[0][0], runs[1][0])
     assert_same(runs[0][1], runs[1][1])
+    assert th.equal(runs[0][2], runs[1][2])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -350,7 +354,9 @@ def test_normalizer_is_fitted_once_and_travels(tmp_path):
             assert th.equal(value, before[name])
     observation = data.observations[0]
     features = loaded.actor.features_extractor(th.tensor(observation[None])).numpy()
-    assert features == pytest.approx((observation[None] - data.observations.mean(0)) / (data.observations.std(0) + 1e-3), abs=1e-4)
+    assert features == pytest.approx(
+        (observation[None] - data.observations.mean(0)) / (data.observations.std(0) + 1e-3), abs=1e-4
+    )
 
 
 def test_agent_trained_without_a_dataset_is_not_normalized_later(tmp_path):

@@ -97,6 +97,39 @@ def test_continued_run_does_not_begin_anew(tmp_path):
     assert all(th.equal(value, loaded.reference_actor.state_dict()[name]) for name, value in reference.items())
 
 
+def test_pretrained_file_is_not_pretrained_again(tmp_path):
+    """rl-zoo3 passes the preset's ``offline_steps`` to ``load``."""
+    settings = {"env": gym.make(ENV), "dataset": DATASET, "offline_steps": 500, "warmup_steps": 0}
+    trained(TD3).save(tmp_path / "sb3")
+    trained(TD3BC).save(tmp_path / "finetuned")
+    half = TD3BC("MlpPolicy", ENV, dataset=DATASET, offline_steps=60, policy_kwargs=SMALL, device="cpu").pretrain(40)
+    half.save(tmp_path / "interrupted")
+    half.pretrain().save(tmp_path / "pretrained")
+    left = {name: OfflineTD3.load(tmp_path / name, **settings).remaining_offline_steps
+            for name in ("sb3", "finetuned", "interrupted", "pretrained")}  # fmt: skip
+    assert left == {"sb3": 0, "finetuned": 0, "interrupted": 460, "pretrained": 0}
+    model = OfflineTD3.load(tmp_path / "pretrained", **settings)
+    assert model.pretrain(5).offline_steps_done == 65, "asked for by name, it is done"
+    model.learn(4)
+    assert model.offline_steps_done == 65
+
+
+def test_untrained_file_is_not_taken_for_a_pretrained_one(tmp_path):
+    TD3BC("MlpPolicy", ENV, policy_kwargs=SMALL, device="cpu", learning_starts=7).save(tmp_path / "model")
+    model = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
+    with pytest.warns(UserWarning, match="neither a dataset nor pretrained weights"):
+        model.learn(3)
+    assert model.learning_starts == 7
+
+
+def test_run_that_goes_on_with_another_reference_is_constrained(tmp_path):
+    trained(TD3C, constraint_reference="target").save(tmp_path / "model")
+    model = TD3C.load(tmp_path / "model", env=gym.make(ENV), constraint_reference="pretrained")
+    assert model.reference_actor is None
+    model.learn(5, reset_num_timesteps=False)
+    assert model.reference_actor is not None
+
+
 def test_zip_holds_spec_and_fingerprint_but_no_data(tmp_path):
     model = trained(TD3BC)
     model.save(tmp_path / "model")

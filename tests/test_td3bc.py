@@ -154,6 +154,7 @@ def test_without_dataset_and_weights_it_is_td3_online_to_the_bit(algorithm):
 
 def test_zero_alpha_is_behavior_cloning():
     """The policy does not depend on the critics, and the distance to the data falls to what cloning alone reaches."""
+
     def run(**settings):
         model = TD3BC("MlpPolicy", "Pendulum-v1", dataset="bundled:pendulum-medium", seed=0, policy_kwargs=SMALL, device="cpu",
                       learning_rate=1e-3, **settings)  # fmt: skip

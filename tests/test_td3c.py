@@ -19,7 +19,14 @@ SMALL = {"net_arch": [16, 16]}
 
 
 def make(**settings) -> TD3C:
-    defaults = {"dataset": DATASET, "policy_kwargs": SMALL, "seed": 0, "device": "cpu", "learning_rate": 1e-3, "warmup_steps": 0}
+    defaults = {
+        "dataset": DATASET,
+        "policy_kwargs": SMALL,
+        "seed": 0,
+        "device": "cpu",
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+    }
     return TD3C("MlpPolicy", "Pendulum-v1", **(defaults | settings))
 
 
@@ -60,7 +67,9 @@ def push(model: TD3C, strength: float, updates: int) -> list[tuple[float, float]
 @pytest.mark.parametrize("reference", ["pretrained", "target"])
 def test_policy_stays_within_epsilon_and_the_multiplier_decays_when_the_push_is_gone(reference):
     epsilon = 1e-3
-    model = make(constraint_reference=reference, epsilon=epsilon, multiplier_learning_rate=5e-2, initial_multiplier=0.1, tau=0.01)
+    model = make(
+        constraint_reference=reference, epsilon=epsilon, multiplier_learning_rate=5e-2, initial_multiplier=0.1, tau=0.01
+    )
     start(model)
 
     trace = push(model, strength=50.0, updates=1600)

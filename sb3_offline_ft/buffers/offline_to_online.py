@@ -49,8 +49,8 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
     def __init__(
         self,
         buffer_size: int,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
         device: th.device | str = "auto",
         n_envs: int = 1,
         optimize_memory_usage: bool = False,
@@ -188,16 +188,16 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             actions[n_offline:] = self.actions[rows, columns]
             dones[n_offline:, 0] = self.dones[rows, columns] * (1 - self.timeouts[rows, columns])
             rewards[n_offline:, 0] = self.rewards[rows, columns]
-        arrays = (
-            self._normalize_obs(observations, env),
-            actions,
-            self._normalize_obs(next_observations, env),
-            dones,
-            self._normalize_reward(rewards, env),
-        )
         # The arrays are fresh, so the tensors may share their memory
-        tensors = [self.to_torch(array, copy=False) for array in arrays]  # type: ignore[arg-type]
-        return OfflineToOnlineReplayBufferSamples(*tensors, discounts=None, is_offline=self.to_torch(is_offline, copy=False))
+        return OfflineToOnlineReplayBufferSamples(
+            observations=self.to_torch(np.asarray(self._normalize_obs(observations, env)), copy=False),
+            actions=self.to_torch(actions, copy=False),
+            next_observations=self.to_torch(np.asarray(self._normalize_obs(next_observations, env)), copy=False),
+            dones=self.to_torch(dones, copy=False),
+            rewards=self.to_torch(self._normalize_reward(rewards, env), copy=False),
+            discounts=None,
+            is_offline=self.to_torch(is_offline, copy=False),
+        )
 
     @staticmethod
     def _ended(data: OfflineDataset, rows: np.ndarray) -> np.ndarray:

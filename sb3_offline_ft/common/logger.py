@@ -9,7 +9,9 @@ OFFLINE_NAMES = {"time/total_timesteps": "offline/gradient_steps"}
 
 class OfflineLogger(Logger):
     """
-    Writes to another logger's outputs under ``offline/``: ``train/x`` becomes ``offline/x``, ``eval/x`` becomes ``offline/eval_x``.
+    Writes to another logger's outputs under ``offline/``.
+
+    ``train/x`` becomes ``offline/x`` and ``eval/x`` becomes ``offline/eval_x``.
 
     Offline values are plotted against gradient steps and online values against environment steps: without another name
     the two curves would overlap.

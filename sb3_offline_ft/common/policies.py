@@ -30,7 +30,7 @@ class NormalizedFlattenExtractor(FlattenExtractor):
     observation_mean: th.Tensor
     observation_std: th.Tensor
 
-    def __init__(self, observation_space: spaces.Space) -> None:
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
         super().__init__(observation_space)
         self.register_buffer("observation_mean", th.zeros(self.features_dim))
         self.register_buffer("observation_std", th.ones(self.features_dim))
@@ -46,7 +46,8 @@ class NormalizedFlattenExtractor(FlattenExtractor):
         self.observation_std.copy_(th.as_tensor(std))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        return (self.flatten(observations) - self.observation_mean) / self.observation_std
+        features: th.Tensor = self.flatten(observations)
+        return (features - self.observation_mean) / self.observation_std
 
 
 class LayerNormContinuousCritic(ContinuousCritic):
@@ -92,7 +93,7 @@ class MlpPolicy(TD3Policy):
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,

@@ -1,7 +1,5 @@
 """TD3 with logged data: offline pretraining, warm-up with the frozen policy, online finetuning."""
 
-import difflib
-import inspect
 import io
 import math
 import os
@@ -17,7 +15,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import TD3
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EventCallback, ProgressBarCallback, tqdm
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
@@ -26,6 +24,9 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+from sb3_offline_ft.common.callbacks import find_callbacks
+from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
+from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text
 from sb3_offline_ft.common.logger import OfflineLogger
 from sb3_offline_ft.common.policies import STD_OFFSET, CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -51,7 +52,8 @@ class OfflineTD3(TD3):
     online transitions. :meth:`learn` goes through all of them. Without a dataset and without pretrained weights it is
     SB3's TD3, to the bit, for the same networks, hyper-parameters and seed.
 
-    A pretrained agent never takes random actions: ``learning_starts`` becomes 0 when it starts to act.
+    A pretrained agent never takes random actions: ``learning_starts`` becomes 0 when it starts to act. A loaded model
+    counts as pretrained if it was saved after its pretraining or by SB3; one saved in the middle of it goes on.
     Each call of :meth:`learn` with ``reset_num_timesteps=True`` (SB3's default) begins a finetuning run of its own:
     warm-up, fresh optimizer state, new reference. With ``reset_num_timesteps=False`` the run goes on.
 
@@ -190,6 +192,7 @@ class OfflineTD3(TD3):
         self.offline_steps_done = 0
         # Position in the life cycle; all of it is saved with the model
         self._pretrained = False
+        self._offline_finished = False
         self._went_online = False
         self._finetuning = False
         self._warmup_end = 0
@@ -211,18 +214,32 @@ class OfflineTD3(TD3):
             # A zip saved by SB3's TD3 names the class it would have chosen itself
             if self.replay_buffer_class in (None, ReplayBuffer):
                 self.replay_buffer_class = OfflineToOnlineReplayBuffer
+        self._noise_generator = th.Generator(device=self.device)
         super()._setup_model()
         if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
-            self.replay_buffer.seed_sampler(self.seed)
             self.replay_buffer.offline_fraction = self.offline_fraction
-        self._noise_generator = th.Generator(device=self.device)
-        self._noise_generator.manual_seed(derive_seed(self.seed, stream=1))
+        self._seed_generators(self.seed)
         self._logged: dict[str, list[th.Tensor | float]] = {}
+
+    def _seed_generators(self, seed: int | None) -> None:
+        self._noise_generator.manual_seed(derive_seed(seed, stream=1))
+        if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            self.replay_buffer.seed_sampler(seed)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Set the seed of the pseudo random generators (python, numpy, pytorch, gym, action_space, and our own)
+
+        :param seed: The seed; None changes nothing
+        """
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._seed_generators(seed)
 
     def _check_settings(self) -> None:
         """Check and convert what is settable in the constructor and in ``load``."""
         for name in ("offline_steps", "warmup_steps", "critic_warmup_steps"):
-            setattr(self, name, _count(getattr(self, name), name))
+            setattr(self, name, whole_number(getattr(self, name), name))
         make_schedule(self.offline_fraction, "offline_fraction", 0.0, 1.0)
         if self.dataset is not None and not isinstance(self.dataset, str | OfflineDataset):
             raise TypeError(
@@ -254,7 +271,7 @@ class OfflineTD3(TD3):
     @property
     def remaining_offline_steps(self) -> int:
         """Gradient steps of pretraining that :meth:`learn` still has to do before it goes online."""
-        if self.dataset is None or self._went_online:
+        if self.dataset is None or self._offline_finished:
             return 0
         return max(0, self.offline_steps - self.offline_steps_done)
 
@@ -296,8 +313,8 @@ class OfflineTD3(TD3):
         if not normalizers:
             warnings.warn(
                 f"`normalize_observations` is not applied: {type(self.policy).__name__} with "
-                f"{self.policy.features_extractor_class.__name__} has no observation normalizer. Use MlpPolicy with its default "
-                "features extractor, or `normalize_observations=False`.",
+                f"{self.policy.features_extractor_class.__name__} has no observation normalizer. Use MlpPolicy with its "
+                "default features extractor, or `normalize_observations=False`.",
                 stacklevel=3,
             )
         observations = dataset.observations.reshape(len(dataset), -1)
@@ -354,8 +371,8 @@ class OfflineTD3(TD3):
         """
         if gradient_steps is None:
             gradient_steps = self.remaining_offline_steps
-        gradient_steps = _count(gradient_steps, "gradient_steps")
-        log_interval = _count(log_interval, "log_interval", least=1)
+        gradient_steps = whole_number(gradient_steps, "gradient_steps")
+        log_interval = whole_number(log_interval, "log_interval", least=1)
         if self.dataset is None:
             was_given = "" if self.dataset_fingerprint is None else " (this model was pretrained on data given as an object)"
             raise ValueError(
@@ -379,7 +396,7 @@ class OfflineTD3(TD3):
     def _run_offline(
         self, gradient_steps: int, callback: BaseCallback | None, progress_bar: bool, log_interval: int = 1000
     ) -> None:
-        bar = _progress_bar(gradient_steps, f"{type(self).__name__} offline") if progress_bar else None
+        bar = make_progress_bar(gradient_steps, f"{type(self).__name__} offline") if progress_bar else None
         start_time, start, last = time.monotonic(), self.offline_steps_done, self.offline_steps_done + gradient_steps
         try:
             while self.offline_steps_done < last:
@@ -456,7 +473,7 @@ class OfflineTD3(TD3):
         :raises ValueError: The dataset does not fit the environment, or a number is out of range
         """
         return super().learn(
-            total_timesteps=_count(total_timesteps, "total_timesteps"),
+            total_timesteps=whole_number(total_timesteps, "total_timesteps"),
             callback=callback,
             log_interval=log_interval,  # type: ignore[arg-type]  # SB3 documents None but does not type it
             tb_log_name=tb_log_name or type(self).__name__,
@@ -476,9 +493,9 @@ class OfflineTD3(TD3):
         total_timesteps, started = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._eval_callbacks = list(_find_callbacks(started, EvalCallback))
+        self._eval_callbacks = list(find_callbacks(started, EvalCallback))
         if self.remaining_offline_steps > 0:
-            show = progress_bar or any(True for _ in _find_callbacks(started, ProgressBarCallback))
+            show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
             try:
                 with self._offline_phase():
                     self._run_offline(self.remaining_offline_steps, None, show)
@@ -495,7 +512,7 @@ class OfflineTD3(TD3):
 
     def _begin_finetuning(self, total_timesteps: int) -> None:
         pretrained = self._has_trained_weights
-        self._went_online = True
+        self._went_online = self._offline_finished = True
         self._finetuning = pretrained or self.dataset is not None
         self._warmup_end = self.num_timesteps
         self._critic_warmup_end = self._n_updates
@@ -522,8 +539,8 @@ class OfflineTD3(TD3):
         if self.learning_starts > 0:
             if self.learning_starts != SB3_LEARNING_STARTS:
                 warnings.warn(
-                    f"`learning_starts={self.learning_starts}` would replace the pretrained policy by random actions: 0 is used. "
-                    "To let the pretrained policy act before the first update, use `warmup_steps`.",
+                    f"`learning_starts={self.learning_starts}` would replace the pretrained policy by random actions: "
+                    "0 is used. To let the pretrained policy act before the first update, use `warmup_steps`.",
                     stacklevel=6,
                 )
             self.learning_starts = 0
@@ -628,7 +645,7 @@ class OfflineTD3(TD3):
         loss = th.stack([F.mse_loss(q, target_q_values) for q in self.critic(batch.observations, batch.actions)]).sum()
         self._log("train/critic_loss", loss)
         self.critic.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.critic.optimizer.step()
 
     @th.no_grad()
@@ -656,7 +673,7 @@ class OfflineTD3(TD3):
         loss = self._actor_loss(batch, actions, q_values)
         self._log("train/actor_loss", loss)
         self.actor.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.actor.optimizer.step()
         self._after_actor_update()
 
@@ -695,7 +712,10 @@ class OfflineTD3(TD3):
 
         :return: Arrays by name
         """
-        state = {"noise_generator": self._noise_generator.get_state().numpy()}
+        state = {
+            "noise_generator": self._noise_generator.get_state().numpy(),
+            "has_trained_weights": np.array(self._has_trained_weights),
+        }
         if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             state["offline_sampler"] = np.array(self.replay_buffer.get_sampler_state())
         return state
@@ -727,6 +747,8 @@ class OfflineTD3(TD3):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        # A file whose pretraining is complete counts as pretrained, whatever `offline_steps` a preset gives to `load`
+        self._offline_finished |= self.offline_steps_done > 0 and self.remaining_offline_steps == 0
         live: dict[str, Any] = {"_extra_state": None}
         self._extra_state = arrays_to_text(self._get_extra_state())
         if isinstance(self.dataset, OfflineDataset):
@@ -764,18 +786,21 @@ class OfflineTD3(TD3):
         :return: new model instance with loaded parameters
         :raises TypeError: A keyword is not an argument of the constructor
         """
-        known = set(inspect.signature(cls.__init__).parameters) - {"self", "policy", "env", "device", "_init_setup_model"}
-        for name in kwargs.keys() - known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sorted(known))}."
-            raise TypeError(f"{cls.__name__}.load got an unknown keyword {name!r}: {hint}")
+        known_keywords(cls, kwargs, f"{cls.__name__}.load")
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        if "learning_starts" not in kwargs:
-            # Random actions were for the saved run's beginning, not for weights that are trained
-            model.learning_starts = 0
         text = model._extra_state
         model._extra_state = None
-        model._set_extra_state({} if text is None else arrays_from_text(text))
+        state = {} if text is None else arrays_from_text(text)
+        # What SB3's TD3 saved is pretrained elsewhere
+        model._offline_finished |= text is None
+        model._pretrained = bool(state.get("has_trained_weights", True))
+        if model._pretrained and "learning_starts" not in kwargs:
+            # Random actions were for the saved run's beginning, not for weights that are trained
+            model.learning_starts = 0
+        if model._offline_finished and model.dataset is not None and model.offline_steps > model.offline_steps_done:
+            if model.verbose >= 1:
+                print("The loaded model counts as pretrained: no offline steps are left to do. For more, call `pretrain`.")
+        model._set_extra_state(state)
         return model
 
     def set_parameters(
@@ -834,42 +859,6 @@ class OfflineTD3(TD3):
         buffer.load_online(path)
 
 
-def _count(value: Any, name: str, least: int = 0) -> int:
-    """
-    Check a number of steps; YAML files write large ones as floats.
-
-    :param value: The number
-    :param name: Its name, for the message
-    :param least: Smallest value allowed
-    :return: The number as an int
-    """
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or int(value) != value or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
-    return int(value)
-
-
-def _progress_bar(total: int, description: str) -> Any:
-    if tqdm is None:
-        raise ImportError("A progress bar needs tqdm and rich: `pip install tqdm rich`.")
-    return tqdm(total=total, desc=description)
-
-
 def _is_zip(path: pathlib.Path) -> bool:
     with path.open("rb") as file:
         return file.read(2) == b"PK"
-
-
-CallbackType = TypeVar("CallbackType", bound=BaseCallback)
-
-
-def _find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> Iterator[CallbackType]:
-    """Find the callbacks of a kind, in lists and as children of others."""
-    if callback is None:
-        return
-    if isinstance(callback, kind):
-        yield callback
-    for child in getattr(callback, "callbacks", []):
-        yield from _find_callbacks(child, kind)
-    if isinstance(callback, EventCallback):
-        yield from _find_callbacks(callback.callback, kind)

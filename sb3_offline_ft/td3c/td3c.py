@@ -199,8 +199,8 @@ class TD3C(TD3BC):
         self.set_reference_policy()
         if self.constraint_reference == "best" and not self._eval_callbacks:
             warnings.warn(
-                "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference stays "
-                "the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained' or 'target'.",
+                "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference "
+                "stays the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained'.",
                 stacklevel=6,
             )
 
@@ -218,6 +218,9 @@ class TD3C(TD3BC):
         self._violation: th.Tensor | None = None
         if self._pretraining:
             return super()._actor_loss(batch, actions, q_values)
+        if self._constrained and self._reference is None:
+            # The run went on with another kind of reference than it was saved with
+            self.set_reference_policy()
         reference = self._reference
         if reference is None:
             return -q_values.mean()
@@ -238,7 +241,7 @@ class TD3C(TD3BC):
     def _after_actor_update(self) -> None:
         if self._violation is None:
             return
-        # The gradient of the dual with respect to log(multiplier), up to the multiplier itself, as SAC does for its temperature
+        # The dual's gradient with respect to log(multiplier), up to the factor multiplier, as SAC does for its temperature
         self.log_multiplier.grad = -self._violation.to(self.log_multiplier.dtype)
         self.multiplier_optimizer.step()
         with th.no_grad():

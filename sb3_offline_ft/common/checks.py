@@ -1,0 +1,43 @@
+"""Checks of what users pass."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def whole_number(value: Any, name: str, least: int = 0) -> int:
+    """
+    Check a number of steps; YAML files write large ones as floats.
+
+    :param value: The number
+    :param name: Its name, for the message
+    :param least: Smallest value allowed
+    :return: The number as an int
+    :raises ValueError: It is not a whole number, or too small
+    """
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or int(value) != value or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
+    return int(value)
+
+
+def known_keywords(cls: type, keywords: Iterable[str], function: str) -> None:
+    """
+    Check that keywords are arguments of a class's constructor.
+
+    :param cls: The class
+    :param keywords: The keywords
+    :param function: Who asks, for the message
+    :raises TypeError: One is not
+    """
+    known = set(inspect.signature(cls).parameters) - {"policy", "env", "device", "_init_setup_model"}
+    for name in keywords:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sorted(known))}."
+        raise TypeError(f"{function} got an unknown keyword {name!r}: {hint}")
