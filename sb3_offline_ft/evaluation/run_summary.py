@@ -1,0 +1,226 @@
+"""The summary and the picture of one finetuning run."""
+
+import json
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.monitor import load_results
+
+from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.datasets import OfflineDataset, load_dataset
+
+EVALUATIONS = "evaluations.npz"
+FIGURE = "run.png"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """
+    What happened in a run of rl-zoo3.
+
+    :param folder: The run's folder
+    :param model_file: The model that was saved last
+    :param algorithm: Name of the run's algorithm
+    :param environment: Name of the environment
+    :param offline_steps: Gradient steps of pretraining
+    :param warmup_steps: Environment steps with the frozen policy
+    :param timesteps: Environment steps at each evaluation, shape ``(evaluations,)``
+    :param returns: Undiscounted return of each evaluation episode, shape ``(evaluations, episodes)``
+    :param training_timesteps: Environment steps at the end of each training episode
+    :param training_returns: Undiscounted return of each training episode
+    :param dataset: The data, None if the run had none or it cannot be read any more
+    """
+
+    folder: Path
+    model_file: Path
+    algorithm: str
+    environment: str
+    offline_steps: int
+    warmup_steps: int
+    timesteps: npt.NDArray[np.int64]
+    returns: npt.NDArray[np.float64]
+    training_timesteps: npt.NDArray[np.int64]
+    training_returns: npt.NDArray[np.float64]
+    dataset: OfflineDataset | None
+
+    @property
+    def mean_returns(self) -> npt.NDArray[np.float64]:
+        """Mean return at each evaluation."""
+        return np.asarray(self.returns.mean(axis=1))
+
+    @property
+    def is_frozen(self) -> npt.NDArray[np.bool_]:
+        """Which evaluations saw the pretrained policy: those up to the end of the warm-up."""
+        return np.asarray(self.timesteps <= self.warmup_steps)
+
+    @property
+    def initial_return(self) -> float:
+        """Mean return of the pretrained policy, over all evaluations of it."""
+        return float(self.mean_returns[self.is_frozen].mean()) if self.is_frozen.any() else float("nan")
+
+    @property
+    def finetuning_returns(self) -> npt.NDArray[np.float64]:
+        """Mean returns at the evaluations after the warm-up."""
+        return np.asarray(self.mean_returns[~self.is_frozen])
+
+    @property
+    def random_return(self) -> float | None:
+        """Mean return of a random policy, if known."""
+        scores = None if self.dataset is None else self.dataset.reference_scores
+        return None if scores is None else scores.random
+
+    @property
+    def dip_depth(self) -> float | None:
+        """``(J0 - lowest J) / |J0 - J_random|``: 0 is no dip, 1 is as bad as a random policy; None if that is not known."""
+        if self.random_return is None or self.finetuning_returns.size == 0:
+            return None
+        return float((self.initial_return - self.finetuning_returns.min()) / abs(self.initial_return - self.random_return))
+
+    def table(self) -> Table:
+        """
+        :return: The summary as a table for the terminal
+        """
+        table = Table(title=f"{self.algorithm} on {self.environment}", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        if self.dataset is not None:
+            episodes = f"{len(self.dataset):,} transitions in {self.dataset.n_episodes:,} episodes"
+            table.add_row("data", f"{self.dataset.spec or self.dataset.name}: {episodes}")
+            table.add_row("mean return of the data", f"{self.dataset.episode_returns.mean():.1f}")
+        n_episodes = int(self.is_frozen.sum()) * self.returns.shape[1]
+        table.add_row(
+            "J after pretraining", f"{self.initial_return:.1f}  ({self.offline_steps:,} steps, {n_episodes} episodes)"
+        )
+        finetuning, steps = self.finetuning_returns, self.timesteps[~self.is_frozen]
+        if finetuning.size:
+            for name, index in (("lowest", finetuning.argmin()), ("best", finetuning.argmax()), ("last", -1)):
+                table.add_row(f"{name} J while finetuning", f"{finetuning[index]:.1f}  (after {steps[index]:,} interactions)")
+        if self.dip_depth is not None:
+            table.add_row("dip depth", f"{max(0.0, self.dip_depth):.2f}  (0: none, 1: down to a random policy)")
+        best_model = self.folder / "best_model.zip"
+        table.add_row("model", str(self.model_file))
+        if best_model.exists():
+            table.add_row("best model", str(best_model))
+        return table
+
+    def draw(self, path: Path) -> None:
+        """
+        Write the picture of the run: returns against interactions, with the level of the pretrained policy and of the data.
+
+        :param path: The PNG file; written whole or not at all
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.2))
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        blue = "tab:blue"
+        axes.plot(self.training_timesteps, self.training_returns, ".", color="0.75", markersize=3, label="training episodes")
+        spread = np.repeat(self.timesteps, self.returns.shape[1])
+        axes.plot(spread, self.returns.ravel(), ".", color=blue, alpha=0.35, markersize=4)
+        axes.plot(self.timesteps, self.mean_returns, "o-", color=blue, linewidth=2, markersize=4, label="evaluations (mean)")
+        axes.axhline(self.initial_return, color=blue, linewidth=1, linestyle=":", label="pretrained policy")
+        if self.dataset is not None:
+            data_return = self.dataset.episode_returns.mean()
+            axes.axhline(data_return, color="0.4", linewidth=1, linestyle="--", label="mean of the data")
+        if self.warmup_steps > 0:
+            axes.axvspan(0, min(self.warmup_steps, self.timesteps[-1]), color="0.94", zorder=0, label="warm-up, policy frozen")
+        axes.set(xlabel="interactions with the environment", ylabel="return", xlim=(0, None))
+        axes.set_title(
+            f"{self.algorithm} on {self.environment} after {self.offline_steps:,} offline gradient steps", loc="left"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=150)
+
+
+def summarize_run(folder: Path) -> RunSummary:
+    """
+    Read what a run of ``python -m rl_zoo3.train`` left behind. Nothing is unpickled.
+
+    :param folder: The run's folder, such as ``logs/td3c/Hopper-v5_1``
+    :return: The summary
+    :raises FileNotFoundError: It is not such a folder, or the run was not evaluated
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: pass a run's folder, such as logs/td3c/Hopper-v5_1.")
+    evaluations = folder / EVALUATIONS
+    if not evaluations.exists():
+        raise FileNotFoundError(
+            f"{folder} has no {EVALUATIONS}: expected the folder of a run with evaluations, made with `--eval-freq 1000`, say."
+        )
+    model_file = _model_file(folder)
+    facts = _model_facts(model_file)
+    with np.load(evaluations, allow_pickle=False) as file:
+        timesteps, returns = file["timesteps"], file["results"]
+    training_timesteps, training_returns = _training_episodes(folder)
+    return RunSummary(
+        folder=folder,
+        model_file=model_file,
+        algorithm=folder.parent.name,
+        environment=folder.name.rpartition("_")[0] or folder.name,
+        offline_steps=int(facts.get("offline_steps_done", 0)),
+        warmup_steps=int(facts.get("_warmup_end", 0)),
+        timesteps=np.asarray(timesteps, dtype=np.int64),
+        returns=np.asarray(returns, dtype=np.float64),
+        training_timesteps=training_timesteps,
+        training_returns=training_returns,
+        dataset=_dataset(facts.get("dataset")),
+    )
+
+
+def show_run(folder: Path, figure: Path | None = None, console: Console | None = None) -> None:
+    """
+    Print the summary of a run and write its picture.
+
+    :param folder: The run's folder
+    :param figure: Where the picture shall be, by default ``run.png`` in the run's folder
+    :param console: Where to print
+    """
+    summary = summarize_run(folder)
+    figure = figure or folder / FIGURE
+    summary.draw(figure)
+    table = summary.table()
+    table.add_row("picture", str(figure))
+    (console or Console()).print(table)
+
+
+def _model_file(folder: Path) -> Path:
+    own = sorted(path for path in folder.glob("*.zip") if not path.name.startswith(("best_model", "rl_model")))
+    found = [*own, *sorted(folder.glob("best_model.zip")), *sorted(folder.glob("rl_model*.zip"))]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no model (*.zip): expected the folder of a run that has saved one.")
+    return found[0]
+
+
+def _model_facts(model_file: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(model_file) as file:
+        facts: dict[str, Any] = json.loads(file.read("data"))
+    return facts
+
+
+def _dataset(spec: Any) -> OfflineDataset | None:
+    if not isinstance(spec, str):
+        return None
+    try:
+        return load_dataset(spec, download=False)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"The dataset of the run cannot be read any more: {error}", stacklevel=3)
+        return None
+
+
+def _training_episodes(folder: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    if not any(folder.glob("*monitor.csv")):
+        return np.empty(0, np.int64), np.empty(0)
+    episodes = load_results(str(folder))
+    return episodes["l"].cumsum().to_numpy(np.int64), episodes["r"].to_numpy(np.float64)

@@ -1,0 +1,77 @@
+"""The summary of a run: the numbers it prints are those of the files."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.monitor import Monitor
+from typer.testing import CliRunner
+
+from sb3_offline_ft import TD3C, load_dataset
+from sb3_offline_ft.cli import app
+from sb3_offline_ft.evaluation import summarize_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run in the form that rl-zoo3 gives it."""
+    folder = tmp_path_factory.mktemp("logs") / "td3c" / "Pendulum-v1_1"
+    folder.mkdir(parents=True)
+    model = TD3C("MlpPolicy", Monitor(gym.make("Pendulum-v1"), str(folder / "0")), dataset="bundled:pendulum-medium", seed=0,
+                 offline_steps=50, warmup_steps=200, policy_kwargs={"net_arch": [16]}, device="cpu")  # fmt: skip
+    callback = EvalCallback(
+        Monitor(gym.make("Pendulum-v1")), eval_freq=100, n_eval_episodes=2, log_path=str(folder), verbose=0
+    )
+    model.learn(600, callback=callback)
+    model.save(folder / "Pendulum-v1")
+    model.env.close()
+    return folder
+
+
+def test_numbers_are_those_of_the_run(run):
+    summary = summarize_run(run)
+    evaluations = np.load(run / "evaluations.npz")
+    means = evaluations["results"].mean(axis=1)
+    assert summary.timesteps.tolist() == [0, 100, 200, 300, 400, 500, 600]
+    assert summary.initial_return == pytest.approx(means[:3].mean())
+    assert summary.finetuning_returns == pytest.approx(means[3:])
+    assert (summary.offline_steps, summary.warmup_steps) == (50, 200)
+    assert (summary.algorithm, summary.environment) == ("td3c", "Pendulum-v1")
+    assert summary.training_timesteps.tolist() == [200, 400, 600] and len(summary.training_returns) == 3
+    random = summary.dataset.reference_scores.random
+    assert summary.dip_depth == pytest.approx((means[:3].mean() - means[3:].min()) / abs(means[:3].mean() - random))
+
+
+def test_command_prints_and_draws(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner().invoke(app, ["summary", str(run)])
+    assert result.exit_code == 0, result.output
+    data = load_dataset("bundled:pendulum-medium")
+    summary = summarize_run(run)
+    for text in ("bundled:pendulum-medium", f"{data.episode_returns.mean():.1f}", f"{summary.initial_return:.1f}",
+                 f"{summary.finetuning_returns.min():.1f}", f"{summary.finetuning_returns.max():.1f}", "run.png"):  # fmt: skip
+        assert text in result.output
+    assert (run / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_whose_data_is_gone_is_still_summarized(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "td3c" / "Pendulum-v1_1"
+    shutil.copytree(run, copy)
+    model = TD3C.load(copy / "Pendulum-v1")
+    model.dataset = "gone/away-v0"
+    model.save(copy / "Pendulum-v1")
+    with pytest.warns(UserWarning, match="cannot be read any more"):
+        summary = summarize_run(copy)
+    assert summary.dataset is None and summary.dip_depth is None
+    summary.draw(copy / "again.png")
+
+
+def test_other_folders_are_refused(tmp_path):
+    for folder, message in ((tmp_path / "missing", "is not a folder"), (tmp_path, "has no evaluations.npz")):
+        result = CliRunner().invoke(app, ["summary", str(folder)])
+        assert result.exit_code == 1 and message in result.output
+    np.savez(tmp_path / "evaluations.npz", timesteps=[0], results=[[1.0]])
+    result = CliRunner().invoke(app, ["summary", str(tmp_path)])
+    assert result.exit_code == 1 and "holds no model" in result.output
