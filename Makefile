@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+# On Linux, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the CUDA libraries.
+TORCH_INDEX ?=
+
+.PHONY: setup demo test lint format check type docs benchmark clean
+
+setup: $(VENV)/.installed  ## a virtual environment with the package and all tools
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, %s is %s: use `make PYTHON=<python> setup`." % (sys.executable, sys.version.split()[0]))'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: setup  ## pretrain on bundled data, finetune online, show what happened: a small budget
+	$(PY) -m rl_zoo3.train --algo td3c --env Hopper-v5 -P -n 8000 --eval-freq 1000 --seed 0 -f logs/demo \
+		--verbose 0 --log-interval -2 -params offline_steps:8000
+	$(VENV)/bin/sb3-offline-ft summary $$(ls -td logs/demo/td3c/Hopper-v5_* | head -n 1)
+
+test: setup  ## all tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+lint: setup  ## style errors
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: setup  ## repair the style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+type: setup  ## static types
+	$(PY) -m mypy
+
+check: lint type test  ## what continuous integration checks, but for the installation
+
+docs: setup  ## the documentation, in docs/_build/html
+	$(PIP) --quiet -e ".[docs]"
+	$(PY) -m sphinx -q -W -b html docs docs/_build/html
+
+benchmark: setup  ## what is missing of the benchmarks' results, their tables and figures
+	$(PY) benchmarks/finetuning/hopper.py
+	$(PY) benchmarks/speed/loading.py > benchmarks/speed/loading.json
+
+clean:  ## what the other targets made
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,15 @@
+"""``python -m sb3_offline_ft.zoo.train``: rl_zoo3's train with td3bc and td3c, whether or not the startup hook is active."""
+
+import sb3_offline_ft.zoo
+
+
+def main() -> None:
+    """Run ``rl_zoo3.train`` with its own command line; td3bc and td3c are among the algorithms."""
+    sb3_offline_ft.zoo.register()
+    from rl_zoo3.train import train
+
+    train()
+
+
+if __name__ == "__main__":
+    main()
