@@ -1,0 +1,285 @@
+"""
+Four ways of finetuning from the same pretrained weights on Hopper-v5: the picture of the README.
+
+    python benchmarks/finetuning/hopper.py            # what is missing of the runs, then table and figure
+    python benchmarks/finetuning/hopper.py --report   # table and figure from the committed results only
+
+Each seed pretrains TD3BC on the bundled hopper data, then finetunes with each method. Runs are skipped when their result
+exists, so that an interrupted benchmark goes on where it stopped.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import torch as th
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.noise import NormalActionNoise
+
+from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
+from sb3_offline_ft.common.io import atomic_write
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ENV = "Hopper-v5"
+DATASET = "bundled:hopper-medium"
+OFFLINE_STEPS = 50_000
+ONLINE_STEPS = 15_000
+WARMUP_STEPS = 2_000
+EVAL_FREQ = 1_000  # evaluations that TD3C's reference "best" learns from
+MEASURE_FREQ = 500
+MEASURE_FREQ_AFTER_SWITCH = 100  # within the first 1,000 updates, where policies collapse and, some, recover
+EVAL_EPISODES = 10
+RANDOM_RETURN = 17.1  # uniform random actions, 900 episodes
+
+METHODS: dict[str, tuple[type[OfflineTD3], dict[str, Any]]] = {
+    "TD3BC, kept": (TD3BC, {"online_bc": "keep"}),
+    "TD3": (OfflineTD3, {}),
+    "TD3C, target": (TD3C, {"constraint_reference": "target", "epsilon": 1e-3}),
+    "TD3C, best": (TD3C, {"constraint_reference": "best", "epsilon": 1e-2}),
+}
+COLORS = {"TD3BC, kept": "tab:gray", "TD3": "tab:red", "TD3C, target": "tab:orange", "TD3C, best": "tab:blue"}
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "hopper"
+WEIGHTS = HERE / "weights"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def pretrained_path(seed: int) -> Path:
+    return WEIGHTS / f"pretrained_seed{seed}.zip"
+
+
+def result_path(method: str, seed: int) -> Path:
+    return RESULTS / f"{method.replace(', ', '-').lower()}_seed{seed}.json"
+
+
+class Measure(BaseCallback):
+    """
+    Evaluates the policy without being noticed by the learner.
+
+    :param seed: Seed of the evaluation environment
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.env = Monitor(gym.make(ENV))
+        self.env.reset(seed=seed)
+        self.timesteps: list[int] = []
+        self.returns: list[list[float]] = []
+
+    def _measure(self) -> None:
+        returns, _ = evaluate_policy(self.model, self.env, EVAL_EPISODES, return_episode_rewards=True)
+        self.timesteps.append(self.num_timesteps)
+        self.returns.append([float(value) for value in returns])
+
+    def _on_training_start(self) -> None:
+        self._measure()
+
+    def _on_step(self) -> bool:
+        just_switched = 0 < self.num_timesteps - WARMUP_STEPS <= 1_000
+        if self.num_timesteps % (MEASURE_FREQ_AFTER_SWITCH if just_switched else MEASURE_FREQ) == 0:
+            self._measure()
+        return True
+
+
+def pretrain(seed: int) -> str:
+    th.set_num_threads(1)
+    start = time.monotonic()
+    model = TD3BC("MlpPolicy", ENV, dataset=DATASET, offline_steps=OFFLINE_STEPS, seed=seed, device="cpu")
+    env = Monitor(gym.make(ENV))
+    env.reset(seed=10_000 + seed)
+    returns = {}
+    while model.offline_steps_done < OFFLINE_STEPS:
+        model.pretrain(10_000)
+        returns[model.offline_steps_done] = float(evaluate_policy(model, env, EVAL_EPISODES)[0])
+    model.save(pretrained_path(seed))
+    write_json(RESULTS / f"pretraining_seed{seed}.json", {"seed": seed, "returns": returns, **facts(start)})
+    return f"pretraining seed {seed}: {' '.join(f'{value:.0f}' for value in returns.values())}"
+
+
+def finetune(method: str, seed: int) -> str:
+    th.set_num_threads(1)
+    start = time.monotonic()
+    algorithm, settings = METHODS[method]
+    noise = NormalActionNoise(np.zeros(3), 0.1 * np.ones(3))
+    model = algorithm.load(
+        pretrained_path(seed),
+        env=Monitor(gym.make(ENV)),
+        device="cpu",
+        seed=seed,
+        action_noise=noise,
+        warmup_steps=WARMUP_STEPS,
+        offline_fraction=0.5,
+        **settings,
+    )
+    eval_env = Monitor(gym.make(ENV))
+    eval_env.reset(seed=20_000 + seed)
+    measure = Measure(seed=30_000 + seed)
+    evaluations = EvalCallback(eval_env, eval_freq=EVAL_FREQ, n_eval_episodes=EVAL_EPISODES, verbose=0)
+    model.learn(ONLINE_STEPS, callback=[measure, evaluations])
+    returns = np.mean(measure.returns, axis=1).tolist()
+    content = {
+        "method": method,
+        "settings": settings,
+        "seed": seed,
+        "dataset_fingerprint": model.dataset_fingerprint,
+        "timesteps": measure.timesteps,
+        "returns": returns,
+        "episode_returns": measure.returns,
+        **facts(start),
+    }
+    write_json(result_path(method, seed), content)
+    return f"{method}, seed {seed}: {' '.join(f'{value:.0f}' for value in returns)}"
+
+
+def facts(start: float) -> dict[str, Any]:
+    packages = ("sb3-offline-ft", "stable-baselines3", "torch", "gymnasium", "mujoco", "minari", "numpy")
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "versions": {name: _version(name) for name in packages},
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "constants": {
+            "offline_steps": OFFLINE_STEPS,
+            "online_steps": ONLINE_STEPS,
+            "warmup_steps": WARMUP_STEPS,
+            "eval_episodes": EVAL_EPISODES,
+            "dataset": DATASET,
+        },
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ModuleNotFoundError:
+        return "from source"
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def run_missing(seeds: list[int], workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pretraining = {seed: pool.submit(pretrain, seed) for seed in seeds if not pretrained_path(seed).exists()}
+        jobs = []
+        for seed in sorted(seeds, key=lambda seed: seed in pretraining):
+            if seed in pretraining:
+                print(pretraining[seed].result(), flush=True)
+            missing = [method for method in METHODS if not result_path(method, seed).exists()]
+            jobs += [pool.submit(finetune, method, seed) for method in missing]
+        for number, job in enumerate(as_completed(jobs), start=1):
+            print(f"[{number}/{len(jobs)}] {job.result()}", flush=True)
+
+
+def report() -> None:
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*_seed*.json"))]
+    runs = [result for result in results if "method" in result]
+    table = Table(title=f"{ENV}, {DATASET}, {ONLINE_STEPS:,} interactions after {OFFLINE_STEPS:,} offline gradient steps")
+    columns = ("method", "seed", "J0", "lowest", "dip depth", "dip area", "best", "last", "mean")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    rows = []
+    for run in sorted(runs, key=lambda run: (list(METHODS).index(run["method"]), run["seed"])):
+        steps, returns = np.array(run["timesteps"]), np.array(run["returns"])
+        # The policy is frozen in the warm-up: all evaluations up to its end measure the same policy
+        baseline = returns[steps <= WARMUP_STEPS].mean()
+        scale = abs(baseline - RANDOM_RETURN)
+        steps, returns = steps[steps >= WARMUP_STEPS], returns[steps >= WARMUP_STEPS]
+        rows.append(
+            {
+                "method": run["method"],
+                "seed": run["seed"],
+                "J0": baseline,
+                "lowest": returns.min(),
+                "dip depth": (baseline - returns.min()) / scale,
+                "dip area": average(np.maximum(0, baseline - returns), steps) / scale,
+                "best": returns.max(),
+                "last": returns[-1],
+                "mean": average(returns, steps),
+            }
+        )
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [
+            f"{value:.2f}" if "dip" in name else f"{value:.0f}" if isinstance(value, float) else str(value)
+            for name, value in row.items()
+        ]
+        table.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    Console(width=140).print(table)
+    (HERE / "hopper.md").write_text("\n".join(lines) + "\n")
+    draw(runs)
+
+
+def average(values: np.ndarray, steps: np.ndarray) -> float:
+    """Mean over time: evaluations are closer together after the switch."""
+    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+
+def draw(runs: list[dict[str, Any]]) -> None:
+    data_return = float(np.mean(load_dataset(DATASET).episode_returns))
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    for method in METHODS:
+        curves = [run for run in runs if run["method"] == method]
+        if not curves:
+            continue
+        steps = np.array(curves[0]["timesteps"]) / 1000
+        values = np.array([run["returns"] for run in curves])
+        for curve in values:
+            axes.plot(steps, curve, color=COLORS[method], alpha=0.25, linewidth=0.8)
+        axes.plot(steps, values.mean(axis=0), color=COLORS[method], linewidth=2.2, label=method)
+    axes.axvspan(0, WARMUP_STEPS / 1000, color="0.93", zorder=0)
+    axes.text(WARMUP_STEPS / 2000, 0.98, "warm-up", ha="center", va="top", fontsize=8, transform=axes.get_xaxis_transform())
+    axes.axhline(data_return, color="0.5", linewidth=0.8, linestyle="--")
+    axes.text(ONLINE_STEPS / 1000, data_return, "mean of the data", ha="right", va="bottom", fontsize=8, color="0.35")
+    seeds = len({run["seed"] for run in runs})
+    axes.set(
+        xlabel="thousand interactions",
+        ylabel=f"return ({EVAL_EPISODES} evaluation episodes)",
+        title=f"Finetuning on {ENV} from the same pretrained weights ({seeds} seeds, thick: mean)",
+        xlim=(0, ONLINE_STEPS / 1000),
+        ylim=(0, None),
+    )
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.13, 1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(HERE / "hopper.png", dpi=150)
+    print(f"written: {HERE / 'hopper.png'}, {HERE / 'hopper.md'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="only draw what is there")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        run_missing(arguments.seeds, arguments.workers)
+    report()
+
+
+if __name__ == "__main__":
+    main()
