@@ -57,8 +57,10 @@ def test_negative_budgets():
 
 
 def test_unknown_keyword_in_the_constructor():
-    with pytest.raises(TypeError, match="offline_step"):
+    with pytest.raises(TypeError, match="TD3BC got an unknown keyword 'offline_step': did you mean 'offline_steps'"):
         TD3BC("MlpPolicy", ENV, offline_step=3)
+    with pytest.raises(TypeError, match="TD3BC got an unknown keyword 'epsilon'"):
+        TD3BC("MlpPolicy", ENV, epsilon=0.1)
 
 
 def test_pretraining_without_a_dataset():

@@ -25,16 +25,17 @@ def whole_number(value: Any, name: str, least: int = 0) -> int:
     return int(value)
 
 
-def known_keywords(cls: type, keywords: Iterable[str], function: str) -> None:
+def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: Iterable[str] = ()) -> None:
     """
     Check that keywords are arguments of a class's constructor.
 
     :param cls: The class
     :param keywords: The keywords
     :param function: Who asks, for the message
+    :param excluded: Arguments of the constructor that are not allowed here
     :raises TypeError: One is not
     """
-    known = set(inspect.signature(cls).parameters) - {"policy", "env", "device", "_init_setup_model"}
+    known = set(inspect.signature(cls.__init__).parameters) - {"self", *excluded}  # type: ignore[misc]
     for name in keywords:
         if name in known:
             continue

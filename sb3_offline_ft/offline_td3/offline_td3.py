@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch as th
@@ -105,6 +105,11 @@ class OfflineTD3(TD3):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: TD3Policy
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Before __init__, since Python's own message names neither near matches nor what is known
+        known_keywords(cls, kwargs, cls.__name__)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -786,7 +791,7 @@ class OfflineTD3(TD3):
         :return: new model instance with loaded parameters
         :raises TypeError: A keyword is not an argument of the constructor
         """
-        known_keywords(cls, kwargs, f"{cls.__name__}.load")
+        known_keywords(cls, kwargs, f"{cls.__name__}.load", excluded=("policy", "env", "device", "_init_setup_model"))
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         text = model._extra_state
         model._extra_state = None
