@@ -244,7 +244,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         }
         columns = {name: getattr(self, name)[:size] for name in RING_COLUMNS}
         with atomic_write(path) as file:
-            np.savez(file, allow_pickle=False, facts=np.array(json.dumps(facts)), **columns)
+            np.savez(file, facts=np.array(json.dumps(facts)), **columns)
 
     def load_online(self, path: str | os.PathLike[str]) -> None:
         """
