@@ -68,6 +68,12 @@ def test_pretraining_without_a_dataset():
         TD3C("MlpPolicy", ENV).pretrain(10)
 
 
+def test_path_that_is_not_there(tmp_path):
+    model = TD3BC("MlpPolicy", ENV, dataset=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"No folder or file .*nowhere"):
+        model.pretrain(3)
+
+
 @pytest.mark.parametrize("value", [3, ["a", "b"]])
 def test_dataset_of_another_type(value):
     with pytest.raises(TypeError, match="`dataset` must be a spec such as"):
@@ -79,6 +85,8 @@ def test_dataset_of_another_type(value):
     [
         ({"n_steps": 3}, "`n_steps` must be 1, found 3"),
         ({"optimize_memory_usage": True}, "`optimize_memory_usage` must be False"),
+        ({"replay_buffer_kwargs": {"offline_fraction": 0.3}}, "`replay_buffer_kwargs` has 'offline_fraction'"),
+        ({"replay_buffer_kwargs": {"seed": 3}}, "`replay_buffer_kwargs` has 'seed'"),
         ({"replay_buffer_class": type("Own", (ReplayBuffer,), {})}, "`replay_buffer_class` must be .* found Own"),
     ],
 )

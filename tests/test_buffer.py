@@ -257,7 +257,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("not a buffer")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     for name in ("text.npz", "other.npz"):
-        with pytest.raises(ValueError, match="is not a replay buffer"):
+        with pytest.raises(ValueError, match="is damaged or not a replay buffer"):
             buffer.load_online(tmp_path / name)
 
 

@@ -1,6 +1,7 @@
 """Pretraining, warm-up, finetuning: what happens when, and what never happens."""
 
 import contextlib
+import copy
 import warnings
 
 import gymnasium as gym
@@ -8,7 +9,14 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import TD3
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    LogEveryNTimesteps,
+    StopTrainingOnRewardThreshold,
+)
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
@@ -24,7 +32,8 @@ ALGORITHMS = [OfflineTD3, TD3BC, TD3C]
 
 
 def make(algorithm: type[OfflineTD3] = TD3BC, env=ENV, **settings) -> OfflineTD3:
-    defaults = {"dataset": DATASET, "policy_kwargs": SMALL, "seed": 0, "device": "cpu", "warmup_steps": 0}
+    # Small batches: no update happens before the online part of a batch has been gathered
+    defaults = {"dataset": DATASET, "policy_kwargs": SMALL, "seed": 0, "device": "cpu", "warmup_steps": 0, "batch_size": 2}
     if algorithm is TD3C:
         defaults["constraint_reference"] = "pretrained"
     return algorithm("MlpPolicy", env, **(defaults | settings))
@@ -45,6 +54,13 @@ def differs(a: dict[str, th.Tensor], b: dict[str, th.Tensor], prefix: str = "") 
 
 def evaluation(**settings) -> EvalCallback:
     return EvalCallback(Monitor(gym.make(ENV)), verbose=0, **({"n_eval_episodes": 1} | settings))
+
+
+class Own(TD3BC):
+    """A user's subclass that does not repeat the constructor."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
 
 
 class Record(BaseCallback):
@@ -209,16 +225,18 @@ def test_agent_loaded_from_sb3_never_acts_at_random(tmp_path):
         assert np.allclose(td3.predict(observation)[0], action, atol=1e-5)
 
 
-def test_loaded_agent_does_not_train_on_an_almost_empty_buffer(tmp_path):
+@pytest.mark.parametrize(("dataset", "needed"), [(None, 32), (DATASET, 24)])
+def test_loaded_agent_does_not_train_on_an_almost_empty_buffer(tmp_path, dataset, needed):
+    """A batch needs 32 transitions, 24 of them from online where a quarter is offline."""
     make(offline_steps=5).pretrain().save(tmp_path / "model")
-    model = TD3BC.load(tmp_path / "model", env=gym.make(ENV), dataset=None, batch_size=32)
+    model = TD3BC.load(tmp_path / "model", env=gym.make(ENV), dataset=dataset, batch_size=32, offline_fraction=0.25)
     for reset in (True, False):
         record = Record()
         model.replay_buffer.reset()
         start = model._n_updates
         model.learn(40, callback=record, reset_num_timesteps=reset)
-        assert record.updates[31] == start, "31 transitions are less than a batch"
-        assert record.updates[32] == start + 1
+        assert record.updates[needed - 1] == start
+        assert record.updates[needed] == start + 1
 
 
 def test_critic_warm_up_updates_only_the_critics():
@@ -253,7 +271,9 @@ def test_exact_share_of_offline_rows_while_finetuning(monkeypatch):
     model.learn(100)
     assert all(batch.is_offline.all() for batch in shares[:3])
     counts = [int(batch.is_offline.sum()) for batch in shares[3:]]
-    assert counts == [round((0.25 + 0.5 * (1 - k / 100)) * 40) for k in range(1, 101)]
+    first = 101 - len(counts)
+    assert first == 12, "before that, fewer transitions than the online part of a batch"
+    assert counts == [round((0.25 + 0.5 * (1 - k / 100)) * 40) for k in range(first, 101)]
 
 
 # Callbacks, evaluation, logging
@@ -270,6 +290,36 @@ def test_pretrained_policy_is_evaluated_before_the_first_step(tmp_path):
     assert untrained.evaluations_timesteps == [20]
 
 
+class NeedsStart(BaseCallback):
+    """An ordinary callback: it has what it needs once training has started."""
+
+    def _on_training_start(self) -> None:
+        self.timesteps: list[int] = []
+
+    def _on_step(self) -> bool:
+        self.timesteps.append(self.num_timesteps)
+        return True
+
+
+def test_callbacks_have_started_before_the_initial_evaluation():
+    child = NeedsStart()
+    make(offline_steps=10).learn(50, callback=evaluation(eval_freq=20, callback_after_eval=child))
+    assert child.timesteps == [0, 20, 40]
+
+
+def test_initial_evaluation_can_stop_the_run():
+    stop = StopTrainingOnRewardThreshold(-1e9)
+    model = make(offline_steps=10)
+    model.learn(50, callback=evaluation(eval_freq=20, callback_on_new_best=stop))
+    assert model.num_timesteps == 1, "SB3 asks after a step"
+
+
+def test_function_as_callback():
+    steps = []
+    make(offline_steps=5).learn(7, callback=lambda locals_, globals_: steps.append(1) or True)
+    assert len(steps) == 7
+
+
 def test_pretrain_runs_ordinary_callbacks_against_gradient_steps(tmp_path):
     model = make()
     evaluations = evaluation(eval_freq=10, log_path=str(tmp_path), best_model_save_path=str(tmp_path))
@@ -279,6 +329,18 @@ def test_pretrain_runs_ordinary_callbacks_against_gradient_steps(tmp_path):
     assert model.num_timesteps == 0
     loaded = TD3BC.load(tmp_path / "rl_model_15_steps.zip")
     assert loaded.num_timesteps == 0 and loaded.offline_steps_done == 15 and not loaded._pretraining
+
+
+def test_logs_may_be_dumped_while_pretraining():
+    make().pretrain(20, callback=LogEveryNTimesteps(5))
+
+
+def test_model_can_be_copied_after_learning():
+    model = make(TD3C, offline_steps=10)
+    model.learn(20, callback=evaluation(eval_freq=5))
+    twin = copy.deepcopy(model)
+    assert_same(state(model), state(twin))
+    assert model._eval_callbacks == []
 
 
 def test_callback_can_stop_pretraining():
@@ -393,6 +455,20 @@ def test_vec_normalize_is_warned_about_and_replaces_the_normalizer():
     assert all((normalizer.observation_std == 1).all() for normalizer in model.policy.normalizers())
 
 
+def test_vec_normalize_on_top_of_the_normalizer_is_refused(tmp_path):
+    def normalized():
+        return VecNormalize(make_vec_env(ENV, 1), training=False, norm_reward=False)
+
+    model = make(offline_steps=5).pretrain()
+    model.save(tmp_path / "model")
+    model.set_env(normalized())
+    loaded = TD3BC.load(tmp_path / "model", env=normalized())
+    for learner in (model, loaded):
+        with pytest.raises(ValueError, match="VecNormalize would normalize them a second time"):
+            learner.learn(5)
+        assert learner.num_timesteps == 0
+
+
 def test_frozen_vec_normalize_is_fine():
     env = VecNormalize(make_vec_env(ENV, 1), training=False, norm_reward=False)
     make(env=env, offline_steps=5).learn(10)
@@ -411,6 +487,48 @@ def test_several_environments(vec_env_cls):
     env.close()
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        (TD3BC, {"offline_fraction": lambda progress_remaining: 0.5 * progress_remaining}),
+        (TD3BC, {"online_bc": lambda progress_remaining: progress_remaining}),
+        (TD3C, {"epsilon": "geo_0.1_0.001"}),
+    ],
+)
+def test_schedules_end_with_the_run_though_steps_overshoot(algorithm, settings):
+    model = make(algorithm, make_vec_env(ENV, 3), offline_steps=10, **settings)
+    model.learn(100)
+    assert model.num_timesteps == 102 and model._current_progress_remaining < 0
+    if algorithm is TD3C:
+        assert model._epsilon_schedule(model._current_progress_remaining) == pytest.approx(0.001)
+
+
+def test_integer_observations(tmp_path):
+    class Counter(gym.Env):
+        observation_space = gym.spaces.Box(0, 9, (2,), np.int64)
+        action_space = gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2, np.int64), {}
+
+        def step(self, action):
+            return np.ones(2, np.int64), 0.0, False, True, {}
+
+    n = 20
+    np.savez(tmp_path / "counter.npz", observations=np.zeros((n, 2), np.int64), actions=np.zeros((n, 1), np.float32),
+             rewards=np.zeros(n), next_observations=np.ones((n, 2), np.int64), terminations=np.ones(n, bool))  # fmt: skip
+    model = make(TD3BC, Counter(), dataset=tmp_path / "counter.npz", offline_steps=3)
+    model.learn(10)
+    assert model.dataset == str(tmp_path / "counter.npz")
+
+
+def test_subclass_with_any_keyword(tmp_path):
+    make(Own, offline_steps=3).pretrain().save(tmp_path / "model")
+    assert isinstance(Own.load(tmp_path / "model", warmup_steps=3), Own)
+    with pytest.raises(TypeError, match="Own got an unknown keyword 'warmup': did you mean 'warmup_steps'"):
+        make(Own, warmup=3)
+
+
 def test_image_observations_without_a_dataset_train_like_sb3():
     from stable_baselines3.common.envs import FakeImageEnv
 
@@ -424,6 +542,8 @@ def test_image_observations_without_a_dataset_train_like_sb3():
 def test_n_step_returns_without_a_dataset_train_like_sb3():
     theirs = TD3("MlpPolicy", ENV, policy_kwargs=SMALL, n_steps=3, seed=0, device="cpu", learning_rate=3e-4).learn(150)
     with pytest.warns(UserWarning, match="trains online like TD3"):
-        ours = make(OfflineTD3, dataset=None, n_steps=3, policy_kwargs=SMALL | {"layer_norm": False}).learn(150)
+        ours = make(OfflineTD3, dataset=None, n_steps=3, batch_size=256, policy_kwargs=SMALL | {"layer_norm": False}).learn(
+            150
+        )
     for name, parameter in theirs.policy.named_parameters():
         assert th.equal(parameter, ours.policy.get_parameter(name)), name

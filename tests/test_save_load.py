@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import zipfile
 
 import gymnasium as gym
@@ -20,7 +21,7 @@ ALL = [TD3, OfflineTD3, TD3BC, TD3C]
 
 
 def trained(algorithm: type[TD3], **settings) -> TD3:
-    common = {"policy_kwargs": SMALL, "seed": 0, "device": "cpu", **settings}
+    common = {"policy_kwargs": SMALL, "seed": 0, "device": "cpu", "batch_size": 8, **settings}
     if algorithm is TD3:
         return TD3("MlpPolicy", ENV, learning_starts=10, **common).learn(40)
     if algorithm is TD3C:
@@ -151,8 +152,35 @@ def test_dataset_given_as_an_object_is_saved_as_its_spec(tmp_path):
         assert loaded.dataset == saved
     with pytest.raises(ValueError, match="pretrained on data given as an object"):
         loaded.pretrain(3)
+    with pytest.warns(UserWarning, match="goes on without it"):
+        loaded.warmup_steps = 0
+        loaded.learn(3)
     again = TD3BC.load(tmp_path / "model", env=gym.make(ENV), dataset=dataset)
     assert again.pretrain(3).offline_steps_done == 6
+
+
+def test_interrupted_pretraining_on_an_object_does_not_go_online_without_it(tmp_path):
+    dataset = load_dataset(DATASET).with_facts(spec=None)
+    model = TD3BC("MlpPolicy", ENV, dataset=dataset, offline_steps=50, policy_kwargs=SMALL, device="cpu").pretrain(20)
+    model.save(tmp_path / "model")
+    loaded = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
+    with pytest.raises(ValueError, match="30 of 50 offline steps are left to do, but the dataset was given as an object"):
+        loaded.learn(10)
+    assert loaded.num_timesteps == 0
+    TD3BC.load(tmp_path / "model", env=gym.make(ENV), dataset=None, warmup_steps=0).learn(10)
+
+
+def test_new_seed_means_new_random_streams(tmp_path):
+    trained(TD3BC).save(tmp_path / "model")
+
+    def offline_rows(**settings):
+        model = TD3BC.load(tmp_path / "model", **settings)
+        model.load_offline_data()
+        return model.replay_buffer.sample(8, offline_fraction=1.0).observations
+
+    assert th.equal(offline_rows(), offline_rows(seed=None))
+    assert th.equal(offline_rows(seed=1), offline_rows(seed=1))
+    assert not th.equal(offline_rows(seed=1), offline_rows(seed=2))
 
 
 def test_other_data_under_the_same_name_is_said(tmp_path):
@@ -227,6 +255,39 @@ def test_zoo_replay_buffer_name_and_suffixes(tmp_path):
         fresh.load_replay_buffer(tmp_path / name)
         assert np.array_equal(fresh.replay_buffer.rewards, model.replay_buffer.rewards)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["buffer.npz", "other.npz", "replay_buffer.pkl"]
+
+
+def test_replay_buffer_through_streams():
+    model = trained(TD3BC)
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    model.save_replay_buffer(ours)
+    trained(TD3).save_replay_buffer(theirs)
+    assert len(ours.getvalue()) < 10_000 < model.replay_buffer.offline_data.nbytes
+    fresh = TD3BC("MlpPolicy", ENV, policy_kwargs=SMALL, device="cpu")
+    other = TD3BC("MlpPolicy", "MountainCarContinuous-v0", policy_kwargs=SMALL, device="cpu")
+    for stream in (ours, theirs):
+        stream.seek(0)
+        fresh.load_replay_buffer(stream)
+        assert fresh.replay_buffer.online_size == 40 and fresh.offline_dataset is None
+        stream.seek(0)
+        with pytest.raises(ValueError, match="observation shape"):
+            other.load_replay_buffer(stream)
+
+
+def test_damaged_replay_buffers_are_refused_and_change_nothing(tmp_path):
+    model = trained(TD3BC)
+    model.save_replay_buffer(tmp_path / "whole.npz")
+    content = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "garbage.pkl").write_bytes(b"garbage")
+    (tmp_path / "empty.pkl").write_bytes(b"")
+    (tmp_path / "dict.pkl").write_bytes(pickle.dumps({}))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    buffer, state = model.replay_buffer, model.replay_buffer.get_sampler_state()
+    for name in ("half.npz", "garbage.pkl", "empty.pkl", "dict.pkl", "array.npy"):
+        with pytest.raises(ValueError, match=name):
+            model.load_replay_buffer(tmp_path / name)
+        assert model.replay_buffer is buffer and buffer.online_size == 40 and buffer.get_sampler_state() == state
 
 
 def test_replay_buffer_of_another_shape_is_refused(tmp_path):

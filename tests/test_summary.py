@@ -68,6 +68,20 @@ def test_run_whose_data_is_gone_is_still_summarized(run, tmp_path):
     summary.draw(copy / "again.png")
 
 
+def test_run_without_pretraining_has_no_dip(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "td3c" / "Pendulum-v1_1"
+    shutil.copytree(run, copy)
+    evaluations = dict(np.load(copy / "evaluations.npz"))
+    kept = evaluations["timesteps"] > 200
+    np.savez(copy / "evaluations.npz", **{name: values[kept] for name, values in evaluations.items()})
+    summary = summarize_run(copy)
+    assert summary.dip_depth is None
+    result = CliRunner().invoke(app, ["summary", str(copy)])
+    assert result.exit_code == 0 and "not pretrained" in result.output and "nan" not in result.output
+
+
 def test_other_folders_are_refused(tmp_path):
     for folder, message in ((tmp_path / "missing", "is not a folder"), (tmp_path, "has no evaluations.npz")):
         result = CliRunner().invoke(app, ["summary", str(folder)])

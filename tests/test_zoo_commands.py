@@ -108,6 +108,23 @@ def test_a_wrong_dataset_is_refused_before_any_folder_is_made(
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "Pendulum-v1", "-optimize"], "`-optimize` is not supported for td3c yet"),
+        (["--env", "CartPole-v1"], "td3c needs a Box action space with finite bounds, CartPole-v1 has Discrete(2)"),
+    ],
+    ids=["optimize", "discrete actions"],
+)
+def test_what_cannot_be_done_is_refused_and_leaves_no_folder(
+    run_python: RunPython, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    process = run_python("-m", "rl_zoo3.train", "--algo", "td3c", "-n", "100", "--seed", "1", *arguments)
+    assert process.returncode == 1
+    assert message in process.stderr.splitlines()[-1]
+    assert run_folders(tmp_path / "work" / "logs") == []
+
+
 def test_a_run_that_fails_before_its_first_step_removes_its_folder_and_no_other(run_python: RunPython, tmp_path: Path) -> None:
     logs = tmp_path / "work" / "logs"
     (logs / "td3c" / "Pendulum-v1_1").mkdir(parents=True)

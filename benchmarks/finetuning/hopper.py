@@ -224,7 +224,7 @@ def report() -> None:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [
-            f"{value:.2f}" if "dip" in name else f"{value:.0f}" if isinstance(value, float) else str(value)
+            f"{value:.2f}" if "dip" in name else f"{round(value)}" if isinstance(value, float) else str(value)
             for name, value in row.items()
         ]
         table.add_row(*cells)
@@ -252,7 +252,7 @@ def draw(runs: list[dict[str, Any]]) -> None:
             axes.plot(steps, curve, color=COLORS[method], alpha=0.25, linewidth=0.8)
         axes.plot(steps, values.mean(axis=0), color=COLORS[method], linewidth=2.2, label=method)
     axes.axvspan(0, WARMUP_STEPS / 1000, color="0.93", zorder=0)
-    axes.text(WARMUP_STEPS / 2000, 0.98, "warm-up", ha="center", va="top", fontsize=8, transform=axes.get_xaxis_transform())
+    axes.text(WARMUP_STEPS / 2000, 0.03, "warm-up", ha="center", va="bottom", fontsize=8, transform=axes.get_xaxis_transform())
     axes.axhline(data_return, color="0.5", linewidth=0.8, linestyle="--")
     axes.text(ONLINE_STEPS / 1000, data_return, "mean of the data", ha="right", va="bottom", fontsize=8, color="0.35")
     seeds = len({run["seed"] for run in runs})
@@ -263,7 +263,8 @@ def draw(runs: list[dict[str, Any]]) -> None:
         xlim=(0, ONLINE_STEPS / 1000),
         ylim=(0, None),
     )
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.13, 1.0))
+    axes.legend(frameon=False, loc="upper center", ncols=len(METHODS), bbox_to_anchor=(0.5, 1.02))
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(HERE / "hopper.png", dpi=150)

@@ -3,8 +3,10 @@
 import json
 import math
 import os
-import pathlib
-from typing import Any
+import zipfile
+import zlib
+from contextlib import nullcontext
+from typing import IO, Any
 
 import numpy as np
 import torch as th
@@ -29,7 +31,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
     A batch holds exactly ``round(offline_fraction * batch_size)`` offline rows, or offline rows only as long as
     nothing has been gathered online. Without offline data it draws the same batches as SB3's ``ReplayBuffer``.
 
-    Floating-point observations are kept and returned as float32, whatever the space says: networks compute in
+    Observations are kept and returned as float32, whatever the space says (but for uint8): networks compute in
     float32, and MuJoCo's float64 would double the memory.
 
     :param buffer_size: Max number of online transitions
@@ -71,7 +73,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         super().__init__(
             buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage, handle_timeout_termination
         )
-        if np.issubdtype(self.observations.dtype, np.floating):
+        if self.observations.dtype != np.uint8:
             # Fresh zeros rather than a conversion: untouched pages cost no memory
             self.observations = np.zeros(self.observations.shape, np.float32)
             self.next_observations = np.zeros(self.next_observations.shape, np.float32)
@@ -161,7 +163,8 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         :raises ValueError: The buffer is empty
         """
         n_offline, n_online = self.split(batch_size, offline_fraction)
-        observations = np.empty((batch_size, *self.obs_shape), self.observations.dtype)
+        dtype = np.float32 if n_offline > 0 else self.observations.dtype
+        observations = np.empty((batch_size, *self.obs_shape), dtype)
         next_observations = np.empty_like(observations)
         actions = np.empty((batch_size, self.action_dim), self.actions.dtype)
         dones = np.empty((batch_size, 1), np.float32)
@@ -228,11 +231,11 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             "n_steps": 1,
         }
 
-    def save_online(self, path: str | os.PathLike[str]) -> None:
+    def save_online(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """
         Write the online part and the state of the sampler to a file, without pickle.
 
-        :param path: The file; written whole or not at all
+        :param path: The file, written whole or not at all; or a binary stream
         """
         size = self.size()
         facts = {
@@ -243,27 +246,31 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             "sampler": self.get_sampler_state(),
         }
         columns = {name: getattr(self, name)[:size] for name in RING_COLUMNS}
-        with atomic_write(path) as file:
+        with atomic_write(path) if isinstance(path, str | os.PathLike) else nullcontext(path) as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **columns)
 
-    def load_online(self, path: str | os.PathLike[str]) -> None:
+    def load_online(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """
         Replace the online part by one written with :meth:`save_online`. The offline part stays.
 
         If the file holds more rows than fit here, the newest are kept.
 
-        :param path: The file
-        :raises ValueError: The file is not such a file, or it was written for other spaces, another number of
+        :param path: The file or binary stream
+        :raises ValueError: It is not such a file, or it was written for other spaces, another number of
             environments or another number of steps; the buffer is then unchanged
         """
         try:
-            with np.load(pathlib.Path(path), allow_pickle=False) as file:
+            # Opened here, since NumPy leaves a damaged file open
+            stream = open(path, "rb") if isinstance(path, str | os.PathLike) else nullcontext(path)
+            with stream as opened, np.load(opened, allow_pickle=False) as file:
                 facts = json.loads(str(file["facts"]))
                 columns = {name: file[name] for name in RING_COLUMNS}
-        except (ValueError, KeyError, EOFError, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{path} is not a replay buffer saved by `save_replay_buffer`: {error}.") from error
+        except FileNotFoundError:
+            raise
+        except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"{path} is damaged or not a replay buffer saved by `save_replay_buffer` ({type(error).__name__}: {error})."
+            ) from error
         self._check_signature({name: facts.get(name) for name in self._signature()}, str(path))
         self._fill(columns, int(facts["pos"]), bool(facts["full"]), int(facts["buffer_size"]))
         self.set_sampler_state(facts["sampler"])

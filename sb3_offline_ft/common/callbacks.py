@@ -4,9 +4,22 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from stable_baselines3.common import callbacks
-from stable_baselines3.common.callbacks import BaseCallback, EventCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EventCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
 
 CallbackType = TypeVar("CallbackType", bound=BaseCallback)
+
+
+def as_list(callback: MaybeCallback) -> list[BaseCallback]:
+    """
+    :param callback: What ``learn`` accepts: None, a function, a callback or a list of callbacks
+    :return: A new list of callbacks
+    """
+    if callback is None:
+        return []
+    if isinstance(callback, list):
+        return list(callback)
+    return [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
 
 
 def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> Iterator[CallbackType]:
@@ -25,6 +38,29 @@ def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> I
         yield from find_callbacks(child, kind)
     if isinstance(callback, EventCallback):
         yield from find_callbacks(callback.callback, kind)
+
+
+class InitialEvaluation(BaseCallback):
+    """
+    Lets every ``EvalCallback`` evaluate a pretrained policy before its first step.
+
+    SB3 evaluates after ``eval_freq`` calls at the earliest, but the start is what everything is compared with.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluations: list[EvalCallback] = []
+        self._go_on = True
+
+    def _on_training_start(self) -> None:
+        for evaluation in self.evaluations:
+            n_calls, evaluation.n_calls = evaluation.n_calls, 0
+            self._go_on &= evaluation._on_step()
+            evaluation.n_calls = n_calls
+
+    def _on_step(self) -> bool:
+        # A callback asked to stop: the first opportunity that SB3 gives
+        return self._go_on
 
 
 def progress_bar(total: int, description: str) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
 
 def whole_number(value: Any, name: str, least: int = 0) -> int:
     """
@@ -25,6 +27,19 @@ def whole_number(value: Any, name: str, least: int = 0) -> int:
     return int(value)
 
 
+def _constructor_arguments(cls: type) -> set[str]:
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names |= {parameter.name for parameter in parameters if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)}
+        # A constructor that takes any keyword passes them on to the next one
+        if not any(parameter.kind is VAR_KEYWORD for parameter in parameters):
+            break
+    return names
+
+
 def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: Iterable[str] = ()) -> None:
     """
     Check that keywords are arguments of a class's constructor.
@@ -35,7 +50,7 @@ def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: 
     :param excluded: Arguments of the constructor that are not allowed here
     :raises TypeError: One is not
     """
-    known = set(inspect.signature(cls.__init__).parameters) - {"self", *excluded}  # type: ignore[misc]
+    known = _constructor_arguments(cls) - {"self", *excluded}
     for name in keywords:
         if name in known:
             continue

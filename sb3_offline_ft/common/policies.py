@@ -35,6 +35,11 @@ class NormalizedFlattenExtractor(FlattenExtractor):
         self.register_buffer("observation_mean", th.zeros(self.features_dim))
         self.register_buffer("observation_std", th.ones(self.features_dim))
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the statistics have been set."""
+        return bool((self.observation_mean != 0).any() or (self.observation_std != 1).any())
+
     def set_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:
         """
         Set the statistics.

@@ -1,6 +1,8 @@
 """Schedules of a quantity over an online run, in a form that a YAML file or a command line can hold."""
 
 import math
+from collections.abc import Mapping
+from numbers import Real
 
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
@@ -43,6 +45,8 @@ class BoundedSchedule:
         self.high = high
 
     def __call__(self, progress_remaining: float) -> float:
+        # SB3 overshoots the end of a run by up to one rollout
+        progress_remaining = min(1.0, max(0.0, progress_remaining))
         value = float(self.schedule(progress_remaining))
         # Written so that NaN is refused too
         if not self.low <= value <= self.high:
@@ -53,7 +57,9 @@ class BoundedSchedule:
         return value
 
 
-def make_schedule(value: ScheduleLike, name: str, low: float = 0.0, high: float = math.inf) -> Schedule:
+def make_schedule(
+    value: ScheduleLike, name: str, low: float = 0.0, high: float = math.inf, words: Mapping[str, float] | None = None
+) -> Schedule:
     """
     Turn a number, a string or a function into a schedule of the remaining progress (1 at the start, 0 at the end).
 
@@ -64,15 +70,19 @@ def make_schedule(value: ScheduleLike, name: str, low: float = 0.0, high: float 
     :param name: Name of the setting, used in messages
     :param low: Smallest value allowed
     :param high: Largest value allowed
+    :param words: Names of numbers that are understood as well
     :return: A function of the remaining progress whose values are checked against the bounds
     :raises ValueError: The string is not understood, or a value at the start, the middle or the end is out of bounds
     :raises TypeError: ``value`` is none of the three
     """
     schedule: Schedule
-    if isinstance(value, bool) or not (isinstance(value, int | float | str) or callable(value)):
+    words = words or {}
+    if isinstance(value, str):
+        value = words.get(value, value)
+    if isinstance(value, bool) or not (isinstance(value, Real | str) or callable(value)):
         raise TypeError(f"`{name}` must be a number, a string such as 'lin_1.0_0.1' or a function, found {value!r}.")
     if isinstance(value, str):
-        schedule = _parse(value, name)
+        schedule = _parse(value, name, words)
     elif callable(value):
         schedule = value
     else:
@@ -83,7 +93,7 @@ def make_schedule(value: ScheduleLike, name: str, low: float = 0.0, high: float 
     return bounded
 
 
-def _parse(text: str, name: str) -> Schedule:
+def _parse(text: str, name: str, words: Mapping[str, float]) -> Schedule:
     kind, *numbers = text.split("_")
     try:
         values = [float(number) for number in numbers]
@@ -93,7 +103,8 @@ def _parse(text: str, name: str) -> Schedule:
         return LinearSchedule(values[0], values[1] if len(values) == 2 else 0.0, end_fraction=1.0)
     if kind == "geo" and len(values) == 2 and min(values) > 0:
         return GeometricSchedule(values[0], values[1])
+    known = "".join(f"{word!r}, " for word in words)
     raise ValueError(
-        f"`{name}` is {text!r}: expected a number, 'lin_A' (from A to 0), 'lin_A_B' (from A to B) "
+        f"`{name}` is {text!r}: expected a number, {known}'lin_A' (from A to 0), 'lin_A_B' (from A to B) "
         "or 'geo_A_B' (in equal ratios, both positive)."
     )

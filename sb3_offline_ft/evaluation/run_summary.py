@@ -61,9 +61,14 @@ class RunSummary:
         return np.asarray(self.timesteps <= self.warmup_steps)
 
     @property
+    def was_pretrained(self) -> bool:
+        """Whether the pretrained policy was evaluated."""
+        return bool(self.is_frozen.any())
+
+    @property
     def initial_return(self) -> float:
         """Mean return of the pretrained policy, over all evaluations of it."""
-        return float(self.mean_returns[self.is_frozen].mean()) if self.is_frozen.any() else float("nan")
+        return float(self.mean_returns[self.is_frozen].mean()) if self.was_pretrained else float("nan")
 
     @property
     def finetuning_returns(self) -> npt.NDArray[np.float64]:
@@ -79,7 +84,9 @@ class RunSummary:
     @property
     def dip_depth(self) -> float | None:
         """``(J0 - lowest J) / |J0 - J_random|``: 0 is no dip, 1 is as bad as a random policy; None if that is not known."""
-        if self.random_return is None or self.finetuning_returns.size == 0:
+        if self.random_return is None or self.finetuning_returns.size == 0 or not self.was_pretrained:
+            return None
+        if self.initial_return == self.random_return:
             return None
         return float((self.initial_return - self.finetuning_returns.min()) / abs(self.initial_return - self.random_return))
 
@@ -95,9 +102,8 @@ class RunSummary:
             table.add_row("data", f"{self.dataset.spec or self.dataset.name}: {episodes}")
             table.add_row("mean return of the data", f"{self.dataset.episode_returns.mean():.1f}")
         n_episodes = int(self.is_frozen.sum()) * self.returns.shape[1]
-        table.add_row(
-            "J after pretraining", f"{self.initial_return:.1f}  ({self.offline_steps:,} steps, {n_episodes} episodes)"
-        )
+        level = f"{self.initial_return:.1f}  ({self.offline_steps:,} steps, {n_episodes} episodes)"
+        table.add_row("J after pretraining", level if self.was_pretrained else "not pretrained")
         finetuning, steps = self.finetuning_returns, self.timesteps[~self.is_frozen]
         if finetuning.size:
             for name, index in (("lowest", finetuning.argmin()), ("best", finetuning.argmax()), ("last", -1)):
@@ -127,7 +133,8 @@ class RunSummary:
         spread = np.repeat(self.timesteps, self.returns.shape[1])
         axes.plot(spread, self.returns.ravel(), ".", color=blue, alpha=0.35, markersize=4)
         axes.plot(self.timesteps, self.mean_returns, "o-", color=blue, linewidth=2, markersize=4, label="evaluations (mean)")
-        axes.axhline(self.initial_return, color=blue, linewidth=1, linestyle=":", label="pretrained policy")
+        if self.was_pretrained:
+            axes.axhline(self.initial_return, color=blue, linewidth=1, linestyle=":", label="pretrained policy")
         if self.dataset is not None:
             data_return = self.dataset.episode_returns.mean()
             axes.axhline(data_return, color="0.4", linewidth=1, linestyle="--", label="mean of the data")

@@ -4,10 +4,12 @@ import io
 import math
 import os
 import pathlib
+import pickle
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -18,13 +20,14 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import configure_logger, polyak_update
 from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
-from sb3_offline_ft.common.callbacks import find_callbacks
+from sb3_offline_ft.common.callbacks import InitialEvaluation, as_list, find_callbacks
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text
@@ -39,6 +42,7 @@ SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
 Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
 
 SB3_LEARNING_STARTS = 100
+ZIP_MAGIC = b"PK"
 PROGRESS_CHUNK = 50
 """Gradient steps between two updates of the progress bar."""
 
@@ -184,7 +188,8 @@ class OfflineTD3(TD3):
                 f"{type(self).__name__} needs a Box action space with finite bounds, the environment has {action_space}: "
                 "use an environment with continuous actions, or an algorithm for discrete ones such as DQN."
             ) from error
-        self.dataset = os.fspath(dataset) if isinstance(dataset, os.PathLike) else dataset
+        # Absolute, so that a saved model finds it from any folder
+        self.dataset = os.path.abspath(dataset) if isinstance(dataset, os.PathLike) else dataset
         self.dataset_fingerprint: str | None = None
         self.offline_steps = offline_steps
         self.offline_fraction = offline_fraction
@@ -246,6 +251,8 @@ class OfflineTD3(TD3):
         for name in ("offline_steps", "warmup_steps", "critic_warmup_steps"):
             setattr(self, name, whole_number(getattr(self, name), name))
         make_schedule(self.offline_fraction, "offline_fraction", 0.0, 1.0)
+        for name in {"offline_fraction", "seed"} & self.replay_buffer_kwargs.keys():
+            raise ValueError(f"`replay_buffer_kwargs` has {name!r}, which the algorithm sets: use its own `{name}`.")
         if self.dataset is not None and not isinstance(self.dataset, str | OfflineDataset):
             raise TypeError(
                 f"`dataset` must be a spec such as 'mujoco/hopper/medium-v0' or an OfflineDataset, found {self.dataset!r}."
@@ -305,7 +312,6 @@ class OfflineTD3(TD3):
                 f"Offline data: {dataset.name}, {len(dataset):,} transitions in {dataset.n_episodes:,} episodes, "
                 f"mean return {np.mean(dataset.episode_returns):.1f}"
             )
-        self._warn_about_vec_normalize()
         if self.normalize_observations and not self._has_trained_weights:
             self._fit_normalizer(dataset)
 
@@ -328,9 +334,17 @@ class OfflineTD3(TD3):
         for normalizer in normalizers:
             normalizer.set_statistics(mean, std)
 
-    def _warn_about_vec_normalize(self) -> None:
+    def _check_vec_normalize(self) -> None:
         vec_normalize = self._vec_normalize_env
         if vec_normalize is None:
+            return
+        normalizers = self.policy.normalizers() if isinstance(self.policy, MlpPolicy) else []
+        if vec_normalize.norm_obs and any(normalizer.is_fitted for normalizer in normalizers):
+            raise ValueError(
+                "The policy normalizes observations by the statistics of its dataset, and VecNormalize would normalize them "
+                "a second time: use the environment without VecNormalize, or with `norm_obs=False`."
+            )
+        if self.dataset is None:
             return
         if vec_normalize.norm_obs and vec_normalize.training:
             warnings.warn(
@@ -385,6 +399,11 @@ class OfflineTD3(TD3):
                 "`dataset='mujoco/hopper/medium-v0'`, say, to the constructor or to `load`."
             )
         self.load_offline_data()
+        self._check_vec_normalize()
+        if self.ep_info_buffer is None:
+            # SB3's `dump_logs`, which callbacks may call, needs them
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
         if not self._custom_logger:
             first = self.offline_steps_done == 0
             self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__, first)
@@ -477,14 +496,20 @@ class OfflineTD3(TD3):
         :return: The trained model
         :raises ValueError: The dataset does not fit the environment, or a number is out of range
         """
-        return super().learn(
-            total_timesteps=whole_number(total_timesteps, "total_timesteps"),
-            callback=callback,
-            log_interval=log_interval,  # type: ignore[arg-type]  # SB3 documents None but does not type it
-            tb_log_name=tb_log_name or type(self).__name__,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        try:
+            super().learn(
+                total_timesteps=whole_number(total_timesteps, "total_timesteps"),
+                callback=callback,
+                log_interval=log_interval,  # type: ignore[arg-type]  # SB3 documents None but does not type it
+                tb_log_name=tb_log_name or type(self).__name__,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+            self._look_for_new_best()
+        finally:
+            # Callbacks hold environments, which can be neither copied nor kept alive for ever
+            self._eval_callbacks = []
+        return self
 
     def _setup_learn(
         self,
@@ -494,9 +519,12 @@ class OfflineTD3(TD3):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._check_dataset_is_there()
         self.load_offline_data()
+        self._check_vec_normalize()
+        initial_evaluation = InitialEvaluation()
         total_timesteps, started = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            total_timesteps, [*as_list(callback), initial_evaluation], reset_num_timesteps, tb_log_name, progress_bar
         )
         self._eval_callbacks = list(find_callbacks(started, EvalCallback))
         if self.remaining_offline_steps > 0:
@@ -512,8 +540,24 @@ class OfflineTD3(TD3):
             # SB3 derives the speed of the online phase from it
             self.start_time = time.time_ns()
         if reset_num_timesteps or not self._went_online:
+            if self._has_trained_weights:
+                initial_evaluation.evaluations = self._eval_callbacks
             self._begin_finetuning(total_timesteps - self.num_timesteps)
         return total_timesteps, started
+
+    def _check_dataset_is_there(self) -> None:
+        if self.dataset is not None or self.dataset_fingerprint is None:
+            return
+        if not self._offline_finished and self.offline_steps > self.offline_steps_done:
+            raise ValueError(
+                f"{self.offline_steps - self.offline_steps_done} of {self.offline_steps} offline steps are left to do, but "
+                "the dataset was given as an object, which a saved model does not hold: pass `dataset=...` to `load`."
+            )
+        warnings.warn(
+            "This model was pretrained on a dataset that was given as an object, and goes on without it: online batches hold "
+            "no offline transitions. To have them, pass `dataset=...` to `load`.",
+            stacklevel=4,
+        )
 
     def _begin_finetuning(self, total_timesteps: int) -> None:
         pretrained = self._has_trained_weights
@@ -529,16 +573,6 @@ class OfflineTD3(TD3):
             self._begin_with_trained_weights(total_timesteps)
         self._best_mean_reward = max((callback.best_mean_reward for callback in self._eval_callbacks), default=-math.inf)
         self._on_finetuning_start(pretrained)
-        if pretrained:
-            for callback in self._eval_callbacks:
-                self._evaluate_now(callback)
-
-    def _evaluate_now(self, callback: EvalCallback) -> None:
-        # SB3 evaluates after `eval_freq` calls at the earliest, but the start is what everything is compared with
-        n_calls, callback.n_calls = callback.n_calls, 0
-        callback.num_timesteps = self.num_timesteps
-        callback._on_step()
-        callback.n_calls = n_calls
 
     def _begin_with_trained_weights(self, total_timesteps: int) -> None:
         if self.learning_starts > 0:
@@ -586,10 +620,10 @@ class OfflineTD3(TD3):
         if self.learning_starts > 0 or not self._finetuning:
             # SB3's own rule has been applied by `learn`
             return True
-        rows = buffer.size() * buffer.n_envs
-        if isinstance(buffer, OfflineToOnlineReplayBuffer) and buffer.offline_fraction > 0:
-            rows += buffer.offline_size
-        return rows >= min(batch_size, buffer.buffer_size * buffer.n_envs)
+        n_online = batch_size
+        if isinstance(buffer, OfflineToOnlineReplayBuffer):
+            n_online -= round(buffer.offline_fraction * batch_size) if buffer.offline_size > 0 else 0
+        return buffer.size() * buffer.n_envs >= min(n_online, buffer.buffer_size * buffer.n_envs)
 
     # Updates
 
@@ -799,6 +833,8 @@ class OfflineTD3(TD3):
         # What SB3's TD3 saved is pretrained elsewhere
         model._offline_finished |= text is None
         model._pretrained = bool(state.get("has_trained_weights", True))
+        if "dataset" in kwargs and kwargs["dataset"] is None:
+            model.dataset_fingerprint = None
         if model._pretrained and "learning_starts" not in kwargs:
             # Random actions were for the saved run's beginning, not for weights that are trained
             model.learning_starts = 0
@@ -806,6 +842,9 @@ class OfflineTD3(TD3):
             if model.verbose >= 1:
                 print("The loaded model counts as pretrained: no offline steps are left to do. For more, call `pretrain`.")
         model._set_extra_state(state)
+        if kwargs.get("seed") is not None:
+            # A new seed asks for new random streams, not for the saved ones
+            model._seed_generators(kwargs["seed"])
         return model
 
     def set_parameters(
@@ -828,13 +867,15 @@ class OfflineTD3(TD3):
         """
         Save the online part of the replay buffer and the state of the offline sampler, without pickle.
 
-        :param path: The file; ``.npz`` is added if it has no suffix
+        :param path: The file, to which ``.npz`` is added if it has no suffix, or a binary stream
         """
-        if not isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer) or isinstance(path, io.BufferedIOBase):
+        if not isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             super().save_replay_buffer(path)
-            return
-        path = pathlib.Path(path)
-        self.replay_buffer.save_online(path if path.suffix else path.with_suffix(".npz"))
+        elif isinstance(path, io.BufferedIOBase):
+            self.replay_buffer.save_online(path)  # type: ignore[arg-type]  # a binary stream in all but name
+        else:
+            path = pathlib.Path(path)
+            self.replay_buffer.save_online(path if path.suffix else path.with_suffix(".npz"))
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
@@ -842,28 +883,47 @@ class OfflineTD3(TD3):
 
         A pickle saved by SB3's TD3 is accepted as well; as in SB3, only load pickles that you trust.
 
-        :param path: The file
+        :param path: The file or binary stream
         :param truncate_last_traj: For SB3's ``HerReplayBuffer`` only
-        :raises ValueError: The file was saved for other spaces or another number of environments; nothing is changed then
+        :raises ValueError: It is damaged, or was saved for other spaces or another number of environments; nothing is
+            changed then
         """
         buffer = self.replay_buffer
-        if not isinstance(buffer, OfflineToOnlineReplayBuffer) or isinstance(path, io.BufferedIOBase):
+        if not isinstance(buffer, OfflineToOnlineReplayBuffer):
             super().load_replay_buffer(path, truncate_last_traj)
             return
-        path = pathlib.Path(path)
-        if not path.suffix:
-            path = next(
-                (path.with_suffix(s) for s in (".npz", ".pkl") if path.with_suffix(s).exists()), path.with_suffix(".npz")
-            )
-        if path.suffix == ".pkl" and not _is_zip(path):
-            super().load_replay_buffer(path, truncate_last_traj)
-            loaded, self.replay_buffer = self.replay_buffer, buffer
-            assert isinstance(loaded, ReplayBuffer)
-            buffer.copy_online(loaded, str(path))
-            return
-        buffer.load_online(path)
+        if not isinstance(path, io.BufferedIOBase):
+            path = _with_suffix(pathlib.Path(path))
+        if _is_pickle(path):
+            buffer.copy_online(_unpickle_buffer(path), str(path))
+        else:
+            buffer.load_online(path)  # type: ignore[arg-type]  # a path or a binary stream in all but name
 
 
-def _is_zip(path: pathlib.Path) -> bool:
+def _with_suffix(path: pathlib.Path) -> pathlib.Path:
+    """What a path without a suffix means: our file, or else SB3's."""
+    if path.suffix or path.exists():
+        return path
+    ours, theirs = path.with_suffix(".npz"), path.with_suffix(".pkl")
+    return theirs if theirs.exists() and not ours.exists() else ours
+
+
+def _is_pickle(path: pathlib.Path | io.BufferedIOBase) -> bool:
+    """Whether a replay buffer is SB3's: rl-zoo3 names ours ``.pkl`` too."""
+    if isinstance(path, io.BufferedIOBase):
+        start = path.read(len(ZIP_MAGIC))
+        path.seek(-len(start), io.SEEK_CUR)
+        return start != ZIP_MAGIC
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        return path.suffix == ".pkl" and file.read(len(ZIP_MAGIC)) != ZIP_MAGIC
+
+
+def _unpickle_buffer(path: pathlib.Path | io.BufferedIOBase) -> ReplayBuffer:
+    try:
+        with path.open("rb") if isinstance(path, pathlib.Path) else nullcontext(path) as stream:
+            loaded = load_from_pkl(stream)
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not a replay buffer ({type(error).__name__}: {error}).") from error
+    if not isinstance(loaded, ReplayBuffer):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}: expected a ReplayBuffer.")
+    return loaded

@@ -2,6 +2,7 @@
 
 import math
 import os
+from numbers import Real
 from typing import Any
 
 import torch as th
@@ -16,7 +17,7 @@ from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, Batch, OfflineTD3
 
-ONLINE_BC_NAMES = {"keep": 1.0, "drop": 0.0}
+ONLINE_BC_WORDS = {"keep": 1.0, "drop": 0.0}
 
 
 class TD3BC(OfflineTD3):
@@ -118,10 +119,10 @@ class TD3BC(OfflineTD3):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha >= 0:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real) or not self.alpha >= 0:
             raise ValueError(f"`alpha` must be a number of at least 0, found {self.alpha!r}.")
-        online_bc = ONLINE_BC_NAMES.get(self.online_bc, self.online_bc) if isinstance(self.online_bc, str) else self.online_bc
-        self._online_bc_schedule = make_schedule(online_bc, "online_bc")
+        self.alpha = float(self.alpha)
+        self._online_bc_schedule: Schedule = make_schedule(self.online_bc, "online_bc", words=ONLINE_BC_WORDS)
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
         if math.isinf(self.alpha) or not (self._pretraining or self._finetuning):

@@ -148,7 +148,7 @@ class TD3C(TD3BC):
                 f"`constraint_reference` must be one of {', '.join(map(repr, CONSTRAINT_REFERENCES))}, "
                 f"found {self.constraint_reference!r}."
             )
-        self._epsilon_schedule = make_schedule(self.epsilon, "epsilon")
+        self._epsilon_schedule: Schedule = make_schedule(self.epsilon, "epsilon")
         if not 0 < self.min_multiplier <= self.initial_multiplier <= self.max_multiplier < math.inf:
             raise ValueError(
                 "Expected 0 < min_multiplier <= initial_multiplier <= max_multiplier < inf, found "

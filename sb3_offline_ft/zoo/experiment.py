@@ -7,9 +7,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from gymnasium import spaces
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
 
@@ -70,6 +72,10 @@ def _with_preset(original: Method) -> Method:
 def _with_dataset_check(original: Method) -> Method:
     @wraps(original)
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if _is_ours(self) and self.optimize_hyperparameters:
+            raise ValueError(
+                f"`-optimize` is not supported for {self.algo} yet: set hyperparameters with `-params` or `-conf`."
+            )
         hyperparams, saved_hyperparams = original(self)
         dataset = hyperparams.get("dataset")
         if _is_ours(self) and isinstance(dataset, str):
@@ -79,6 +85,19 @@ def _with_dataset_check(original: Method) -> Method:
         return hyperparams, saved_hyperparams
 
     return read_hyperparameters
+
+
+def _with_action_space_check(original: Method) -> Method:
+    @wraps(original)
+    def _preprocess_action_noise(self: Any, hyperparams: Any, saved_hyperparams: Any, env: VecEnv) -> Any:
+        if _is_ours(self) and not isinstance(env.action_space, spaces.Box):
+            raise ValueError(
+                f"{self.algo} needs a Box action space with finite bounds, {self.env_name} has {env.action_space}: "
+                "use an environment with continuous actions, or an algorithm for discrete ones such as dqn."
+            )
+        return original(self, hyperparams, saved_hyperparams, env)
+
+    return _preprocess_action_noise
 
 
 def _create_run_folder(manager: Any) -> None:
@@ -154,6 +173,7 @@ _EXTENSIONS: dict[str, Callable[[Method], Method]] = {
     "__init__": _with_preset,
     "read_hyperparameters": _with_dataset_check,
     "create_log_folder": _with_clear_folder_error,
+    "_preprocess_action_noise": _with_action_space_check,
     "setup_experiment": _with_cleanup_of_setup,
     "learn": _with_cleanup_of_learn,
 }
