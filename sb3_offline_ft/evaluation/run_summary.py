@@ -1,5 +1,6 @@
 """The summary and the picture of one finetuning run."""
 
+import csv
 import json
 import warnings
 import zipfile
@@ -11,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
-from stable_baselines3.common.monitor import load_results
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
@@ -227,7 +227,12 @@ def _dataset(spec: Any) -> OfflineDataset | None:
 
 
 def _training_episodes(folder: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    if not any(folder.glob("*monitor.csv")):
-        return np.empty(0, np.int64), np.empty(0)
-    episodes = load_results(str(folder))
-    return episodes["l"].cumsum().to_numpy(np.int64), episodes["r"].to_numpy(np.float64)
+    # SB3's own `load_results` needs pandas, which SB3 does not bring
+    episodes: list[tuple[float, int, float]] = []
+    for path in folder.glob("*monitor.csv"):
+        with path.open(newline="") as file:
+            start = json.loads(file.readline().removeprefix("#"))["t_start"]
+            episodes += [(start + float(row["t"]), int(row["l"]), float(row["r"])) for row in csv.DictReader(file)]
+    episodes.sort()
+    lengths = np.array([length for _, length, _ in episodes], dtype=np.int64)
+    return np.cumsum(lengths), np.array([total for _, _, total in episodes], dtype=np.float64)
