@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## pretrain on bundled data, finetune online, show what happened: a small budget
-	$(PY) -m rl_zoo3.train --algo td3c --env Hopper-v5 -P -n 8000 --eval-freq 1000 --seed 0 -f logs/demo \
-		--verbose 0 --log-interval -2 -params offline_steps:8000
+	$(PY) -m rl_zoo3.train --algo td3c --env Hopper-v5 -P -n 10000 --eval-freq 1000 --seed 0 -f logs/demo \
+		--verbose 0 --log-interval -2 -params offline_steps:15000
 	$(VENV)/bin/sb3-offline-ft summary $$(ls -td logs/demo/td3c/Hopper-v5_* | head -n 1)
 
 test: setup  ## all tests
