@@ -74,3 +74,12 @@ def run_python(installation: Installation, tmp_path: Path) -> RunPython:
         return installation.run(*arguments, cwd=cwd or tmp_path / "work", **variables)
 
     return run
+
+
+@pytest.fixture
+def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which Minari looks for local datasets."""
+    root = tmp_path / "minari"
+    root.mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    return root

@@ -24,13 +24,7 @@ BUNDLED_PENDULUM = Path(__file__).parent.parent / "sb3_offline_ft" / "datasets" 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = spaces.Box(-2.0, 2.0, (1,), np.float32)
 
-
-@pytest.fixture(autouse=True)
-def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "minari"
-    root.mkdir()
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    return root
+pytestmark = pytest.mark.usefixtures("minari_root")
 
 
 @pytest.fixture

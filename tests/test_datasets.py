@@ -47,6 +47,8 @@ COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminati
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float64)
 ACTIONS = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
 
+pytestmark = pytest.mark.usefixtures("minari_root")
+
 
 @dataclass
 class Episode:
@@ -127,14 +129,6 @@ def assert_holds(dataset: OfflineDataset, episodes: list[Episode]) -> None:
             assert dataset.truncations[row] == (is_last and not is_terminal)
             row += 1
     assert row == len(dataset)
-
-
-@pytest.fixture(autouse=True)
-def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "minari"
-    root.mkdir()
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    return root
 
 
 @pytest.fixture(scope="module")
