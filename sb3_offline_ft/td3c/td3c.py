@@ -30,7 +30,7 @@ class TD3C(TD3BC):
     TD3 with a constrained policy update: TD3BC offline, and online a policy that stays near a reference policy.
 
     Implements the idea of Luo et al. 2023, "Finetuning from Offline Reinforcement Learning: Challenges, Trade-offs and
-    Practical Solutions", https://arxiv.org/abs/2303.17396; constants are ours, chosen by measurement. Online, the policy
+    Practical Solutions", https://arxiv.org/abs/2303.17396; constants are ours. Online, the policy
     maximises ``Q1(s, pi(s)) / mean|Q1|`` subject to ``mean((pi(s) - pi_ref(s))**2) <= epsilon``, the mean being over batch
     and action dimensions and actions in [-1, 1]. A Lagrange multiplier, kept on log scale and bounded, takes one Adam step
     on the violation with each step of the actor.
