@@ -12,6 +12,8 @@ import argparse
 import json
 import multiprocessing
 import platform
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
@@ -158,6 +160,8 @@ def facts(start: float) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages},
         "python": platform.python_version(),
         "cpu": _cpu(),
+        "command": " ".join(sys.orig_argv),
+        "git_commit": _commit(),
         "constants": {
             "offline_steps": OFFLINE_STEPS,
             "online_steps": ONLINE_STEPS,
@@ -166,6 +170,12 @@ def facts(start: float) -> dict[str, Any]:
             "dataset": DATASET,
         },
     }
+
+
+def _commit() -> str:
+    """The checkout's commit, marked if the working tree differs from it."""
+    process = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    return process.stdout.strip() or "not a git checkout"
 
 
 def _version(name: str) -> str:
