@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+    from sb3_offline_ft.collapse import (
+        Alarm,
+        BettingDetector,
+        CollapseGuard,
+        CusumDetector,
+        Detector,
+        DeteriorationDetector,
+        LearnerSnapshot,
+    )
     from sb3_offline_ft.datasets import OfflineDataset, load_dataset
     from sb3_offline_ft.offline_td3 import OfflineTD3
     from sb3_offline_ft.td3bc import TD3BC
@@ -23,12 +32,26 @@ _MODULE_OF = {
     "OfflineDataset": "sb3_offline_ft.datasets",
     "load_dataset": "sb3_offline_ft.datasets",
     "OfflineToOnlineReplayBuffer": "sb3_offline_ft.buffers",
+    "Alarm": "sb3_offline_ft.collapse",
+    "BettingDetector": "sb3_offline_ft.collapse",
+    "CollapseGuard": "sb3_offline_ft.collapse",
+    "CusumDetector": "sb3_offline_ft.collapse",
+    "Detector": "sb3_offline_ft.collapse",
+    "DeteriorationDetector": "sb3_offline_ft.collapse",
+    "LearnerSnapshot": "sb3_offline_ft.collapse",
     "register": "sb3_offline_ft.zoo",
 }
 
 __all__ = [
     "TD3BC",
     "TD3C",
+    "Alarm",
+    "BettingDetector",
+    "CollapseGuard",
+    "CusumDetector",
+    "Detector",
+    "DeteriorationDetector",
+    "LearnerSnapshot",
     "OfflineDataset",
     "OfflineTD3",
     "OfflineToOnlineReplayBuffer",

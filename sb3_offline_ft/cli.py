@@ -11,6 +11,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+guard = typer.Typer(help="What the collapse guard of a run did.", no_args_is_help=True)
+app.add_typer(guard, name="guard")
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,6 +57,22 @@ def summary(
         show_run(run, figure)
     except (OSError, ValueError) as error:
         typer.echo(f"sb3-offline-ft summary: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@guard.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its collapse_events.jsonl.")],
+    figure: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG); none is drawn if omitted.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every episode, signal and candidate too.")] = False,
+) -> None:
+    """Show the alarms, rollbacks and remedies of a run that a collapse guard watched."""
+    from sb3_offline_ft.collapse.show import show_events
+
+    try:
+        show_events(run, figure, everything)
+    except (OSError, ValueError) as error:
+        typer.echo(f"sb3-offline-ft guard show: {error}", err=True)
         raise typer.Exit(1) from None
 
 

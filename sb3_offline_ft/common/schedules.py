@@ -28,6 +28,22 @@ class GeometricSchedule:
         return f"GeometricSchedule(start={self.start}, end={self.end})"
 
 
+class ScaledSchedule:
+    """
+    A schedule times a constant.
+
+    :param schedule: The schedule
+    :param factor: The constant
+    """
+
+    def __init__(self, schedule: Schedule, factor: float) -> None:
+        self.schedule = schedule
+        self.factor = factor
+
+    def __call__(self, progress_remaining: float) -> float:
+        return self.factor * float(self.schedule(progress_remaining))
+
+
 class BoundedSchedule:
     """
     A schedule whose every value is checked.
@@ -91,6 +107,20 @@ def make_schedule(
     for progress_remaining in (1.0, 0.5, 0.0):
         bounded(progress_remaining)
     return bounded
+
+
+def scale_schedule(value: ScheduleLike, factor: float) -> ScheduleLike:
+    """
+    Multiply what :func:`make_schedule` understands by a constant.
+
+    :param value: The number, string or function
+    :param factor: The constant
+    :return: The same kind of thing
+    """
+    if isinstance(value, str):
+        kind, *numbers = value.split("_")
+        return "_".join([kind, *(f"{factor * float(number):.12g}" for number in numbers)])
+    return ScaledSchedule(value, factor) if callable(value) else factor * float(value)
 
 
 def _parse(text: str, name: str, words: Mapping[str, float]) -> Schedule:

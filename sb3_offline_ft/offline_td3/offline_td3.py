@@ -109,6 +109,17 @@ class OfflineTD3(TD3):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: TD3Policy
+    _generator_state_names: ClassVar[tuple[str, ...]] = ("noise_generator", "offline_sampler")
+    """What in the extra state is the state of a random generator."""
+    _position_names: ClassVar[tuple[str, ...]] = (
+        "learning_starts",
+        "_pretrained",
+        "_offline_finished",
+        "_went_online",
+        "_finetuning",
+        "_critic_warmup_end",
+    )
+    """What says how updates are done, but for what counts progress (``offline_steps_done``, ``_warmup_end``)."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Before __init__, since Python's own message names neither near matches nor what is known
@@ -595,6 +606,14 @@ class OfflineTD3(TD3):
                 stacklevel=6,
             )
 
+    def begin_warmup(self, steps: int) -> None:
+        """
+        From now on let the policy act unchanged, without an update, such as after a rollback.
+
+        :param steps: Number of environment steps
+        """
+        self._warmup_end = self.num_timesteps + whole_number(steps, "steps")
+
     def _on_finetuning_start(self, pretrained: bool) -> None:
         """
         Called once at the start of a finetuning run, before its first interaction.
@@ -754,6 +773,7 @@ class OfflineTD3(TD3):
         state = {
             "noise_generator": self._noise_generator.get_state().numpy(),
             "has_trained_weights": np.array(self._has_trained_weights),
+            "best_mean_reward": np.array(self._best_mean_reward),
         }
         if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             state["offline_sampler"] = np.array(self.replay_buffer.get_sampler_state())
@@ -765,10 +785,15 @@ class OfflineTD3(TD3):
 
         :param state: Arrays by name; empty for a file saved by SB3's TD3
         """
-        if "noise_generator" in state:
+        # The state of a generator on another kind of device has another size, and its stream cannot go on here
+        if "noise_generator" in state and state["noise_generator"].size == self._noise_generator.get_state().numel():
             self._noise_generator.set_state(th.from_numpy(state["noise_generator"].copy()))
         if "offline_sampler" in state and isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             self.replay_buffer.set_sampler_state(str(state["offline_sampler"]))
+        if "best_mean_reward" in state:
+            # What an EvalCallback has seen since then was another policy
+            seen = [float(state["best_mean_reward"]), *(callback.best_mean_reward for callback in self._eval_callbacks)]
+            self._best_mean_reward = max(self._best_mean_reward, *seen)
 
     def save(
         self,

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch.nn import functional as F
 
-from sb3_offline_ft.common.schedules import make_schedule
+from sb3_offline_ft.common.schedules import make_schedule, scale_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, Batch
@@ -49,6 +49,8 @@ class TD3C(TD3BC):
     :param min_multiplier: Smallest value of the multiplier
     :param max_multiplier: Largest value of the multiplier
     """
+
+    _position_names: ClassVar[tuple[str, ...]] = (*TD3BC._position_names, "_constrained")
 
     def __init__(
         self,
@@ -179,6 +181,15 @@ class TD3C(TD3BC):
             self.reference_actor = self._new_reference_actor()
         self.reference_actor.load_state_dict(self.actor.state_dict())
 
+    def scale_epsilon(self, factor: float) -> None:
+        """
+        Make the constraint tighter or wider from now on.
+
+        :param factor: What ``epsilon`` is multiplied with; of a schedule, both ends
+        """
+        self.epsilon = scale_schedule(self.epsilon, factor)
+        self._epsilon_schedule = make_schedule(self.epsilon, "epsilon")
+
     def _new_reference_actor(self) -> Actor:
         reference = copy.deepcopy(self.actor_target)
         reference.set_training_mode(False)
@@ -277,6 +288,7 @@ class TD3C(TD3BC):
             for name in MULTIPLIER_STATE
             if f"multiplier_optimizer.{name}" in state
         }
+        self.multiplier_optimizer.state.clear()
         if moments:
             self.multiplier_optimizer.state[self.log_multiplier] = {
                 name: value if name == "step" else value.to(self.device) for name, value in moments.items()
@@ -286,6 +298,9 @@ class TD3C(TD3BC):
             for name, value in state.items()
             if name.startswith(REFERENCE_PREFIX)
         }
-        if weights and self.constraint_reference != "target":
+        if not weights or self.constraint_reference == "target":
+            self.reference_actor = None
+            return
+        if self.reference_actor is None:
             self.reference_actor = self._new_reference_actor()
-            self.reference_actor.load_state_dict(weights)
+        self.reference_actor.load_state_dict(weights)

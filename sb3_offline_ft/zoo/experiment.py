@@ -150,6 +150,17 @@ def _with_cleanup_of_setup(original: Method) -> Method:
 def _with_cleanup_of_learn(original: Method) -> Method:
     @wraps(original)
     def learn(self: Any, model: BaseAlgorithm) -> None:
+        guards = [callback for callback in self.callbacks if hasattr(callback, "use_default_path")]
+        for guard in guards:
+            guard.use_default_path(self.save_path)
+        try:
+            _learn(self, model)
+        finally:
+            # rl-zoo3 ends only the first callback after an interrupt
+            for guard in guards:
+                guard.on_training_end()
+
+    def _learn(self: Any, model: BaseAlgorithm) -> None:
         if not _is_ours(self):
             original(self, model)
             return

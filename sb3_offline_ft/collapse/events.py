@@ -1,0 +1,207 @@
+"""
+The event log of a collapse guard: JSON Lines, one event a line.
+
+Each event is ``{"event": KIND, "timestep": int, "episode": int, "n_updates": int, "time": unix seconds, ...details}``.
+JSON has no NaN and no infinities: they are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, also inside lists
+and nested settings, and read back as floats everywhere but in the fields that hold words (:data:`WORD_FIELDS`).
+"""
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sb3_offline_ft.common.io import atomic_write
+
+EVENTS_FILE = "collapse_events.jsonl"
+WORD_FIELDS = frozenset(
+    {"action", "algorithm", "detector", "event", "message", "name", "phase", "poisoned_data", "reason", "source"}
+)
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """
+    The events of one run, in memory and in a file to which each is written at once.
+
+    A disk that fails never stops the training: there is one warning, the events stay in memory, and what is missing in the
+    file is written as soon as the disk works again. An event that is appended before :meth:`start` continues the file.
+
+    :param path: The file; None keeps the events in memory only
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.events: list[Event] = []
+        self._n_written = 0
+        # Where the last whole line ends, if what follows must go before the next line is written
+        self._cut_at: int | None = None
+        self._is_started = False
+        self._must_replace = False
+        self._has_warned = False
+
+    def start(self, resume: bool) -> None:
+        """
+        Begin a run.
+
+        :param resume: Go on with the events that are there: the file's or, if this log has already been started, its own.
+            Otherwise both are forgotten, and the file is replaced by a new one.
+        :raises ValueError: The file that shall be resumed is damaged
+        """
+        if not resume:
+            self.events, self._must_replace = [], True
+        elif not self._is_started and self.path is not None:
+            try:
+                # Only of a file: a device might have no end
+                if self.path.is_file():
+                    self.events, self._n_written, self._cut_at = _parse(self.path)
+            except OSError as error:
+                self._warn(error)
+        self._is_started = True
+        self._write()
+
+    def append(self, event: Event) -> None:
+        """
+        Add an event and write it to the file.
+
+        :param event: The event. NumPy's scalars and arrays become Python's, other objects that JSON lacks become texts.
+        :raises ValueError: The log was not started, and the file that is there is damaged
+        """
+        if not self._is_started:
+            self.start(resume=True)
+        self.events.append({str(name): _plain(value) for name, value in event.items()})
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        try:
+            if self._must_replace:
+                self._replace(self.path)
+            elif self._cut_at is not None or self._n_written < len(self.events):
+                self._extend(self.path)
+        except OSError as error:
+            self._warn(error)
+
+    def _replace(self, path: Path) -> None:
+        with atomic_write(path) as file:
+            file.writelines(map(_line, self.events))
+        self._n_written, self._cut_at, self._must_replace = len(self.events), None, False
+
+    def _extend(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            end = file.seek(0, os.SEEK_END)
+            if self._cut_at is not None and end > self._cut_at:
+                end = file.truncate(self._cut_at)
+            if end == 0:
+                # A file that was deleted or emptied under us shall hold the whole run again
+                self._n_written = 0
+            while self._n_written < len(self.events):
+                # A write that fails may leave a part of the line
+                self._cut_at = end
+                line = _line(self.events[self._n_written])
+                file.write(line)
+                file.flush()
+                end += len(line)
+                self._n_written += 1
+        self._cut_at = None
+
+    def _warn(self, error: OSError) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"The collapse guard cannot write its events to {self.path} ({error}). The training goes on; the events stay in "
+            "memory and are written when the file can be written again.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def read_events(path: Path) -> list[Event]:
+    """
+    Read a file of events. A last line that is incomplete, as a killed process leaves it, is dropped.
+
+    :param path: The file
+    :return: The events, oldest first
+    :raises ValueError: Another line is damaged
+    """
+    return _parse(path)[0]
+
+
+def _parse(path: Path) -> tuple[list[Event], int, int | None]:
+    """
+    :param path: The file
+    :return: The events, how many of them are whole lines, and where the last line begins if it does not end in a newline
+    """
+    *whole, last = path.read_bytes().split(b"\n")
+    events = [_event(line, path, number) for number, line in enumerate(whole, start=1) if line.strip()]
+    n_whole = len(events)
+    if not last:
+        return events, n_whole, None
+    try:
+        events.append(_event(last, path, len(whole) + 1))
+    except ValueError:
+        pass
+    return events, n_whole, sum(len(line) + 1 for line in whole)
+
+
+def _event(line: bytes, path: Path, number: int) -> Event:
+    try:
+        event = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        shown = line if len(line) <= 60 else line[:60] + b"..."
+        raise ValueError(
+            f"{path}, line {number} is damaged: expected a JSON object with an 'event', found {shown!r}. "
+            "Remove this line to read the others."
+        )
+    return {name: _restored(value, name) for name, value in event.items()}
+
+
+def _line(event: Event) -> bytes:
+    return json.dumps(_encodable(event), allow_nan=False).encode("ascii") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value)
+    if isinstance(value, (np.bool_, np.integer)):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    # NumPy's arrays and torch's tensors
+    if not isinstance(value, (type, np.generic)) and hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _encodable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restored(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item, name) for item in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) and name not in WORD_FIELDS else value

@@ -1,0 +1,159 @@
+"""Taking back what was put into a replay buffer since some moment."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.her import HerReplayBuffer
+
+ROW_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+
+@dataclass(frozen=True)
+class ReplayMark:
+    """
+    A place in a replay buffer's ring.
+
+    :param pos: The row that is written next after the mark
+    :param full: Whether every row has been written by then
+    """
+
+    pos: int
+    full: bool
+
+    @classmethod
+    def here(cls, buffer: ReplayBuffer, ahead: int = 0) -> "ReplayMark":
+        """
+        Mark the end of what is in the buffer now.
+
+        :param buffer: The replay buffer
+        :param ahead: Rows (steps of all environments) that are not stored yet and belong before the mark: 1 in a callback's
+            ``on_step``, which SB3 calls before it stores the step
+        :return: The mark
+        :raises ValueError: ``ahead`` is negative
+        """
+        if ahead < 0:
+            raise ValueError(f"`ahead` must be at least 0, found {ahead}.")
+        end = buffer.pos + ahead
+        return cls(end % buffer.buffer_size, buffer.full or end >= buffer.buffer_size)
+
+
+def check_can_thin_out(buffer: ReplayBuffer) -> None:
+    """
+    Check that single rows can be taken out of a replay buffer.
+
+    :param buffer: The replay buffer
+    :raises ValueError: Its rows depend on one another
+    """
+    name, problem = type(buffer).__name__, None
+    if isinstance(buffer, NStepReplayBuffer):
+        problem = "its n-step returns need the rows that follow"
+    elif isinstance(buffer, HerReplayBuffer):
+        problem = "it relabels goals with the other rows of an episode"
+    elif buffer.optimize_memory_usage:
+        problem = "with `optimize_memory_usage=True` a row's next observation is in the next row"
+    elif type(buffer).add not in (ReplayBuffer.add, DictReplayBuffer.add):
+        extra = [
+            key
+            for key, value in vars(buffer).items()
+            if isinstance(value, np.ndarray) and value.shape[:2] == (buffer.buffer_size, buffer.n_envs)
+        ]
+        unknown = ", ".join(sorted(set(extra) - set(ROW_ARRAYS)))
+        problem = f"it has an `add` of its own and keeps more than SB3's arrays ({unknown})" if unknown else None
+    if problem is not None:
+        raise ValueError(f"Rows cannot be taken out of a {name}, since {problem}: use weight 1, which keeps all.")
+
+
+def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: float, generator: np.random.Generator) -> int:
+    """
+    Give the rows since a mark less weight than the others have in uniform sampling.
+
+    Each row (a step of all environments) is kept with probability ``weight``. In a buffer that is not full the kept rows
+    move together behind the mark, and ``pos`` goes back. In a full buffer the rows that those since the mark have overwritten
+    are gone; there the removed rows become copies of rows that are left, drawn uniformly, and ``pos`` stays.
+    Marks set since then lose their meaning.
+
+    :param buffer: The replay buffer
+    :param mark: Where the rows begin
+    :param added: Number of rows stored behind the mark, that is without those of ``ahead``
+    :param weight: From 0 (none is kept) to 1 (nothing is changed)
+    :param generator: Decides which rows are kept, and which are copied
+    :return: Number of transitions (rows times environments) removed
+    :raises ValueError: ``weight`` is out of range, the buffer's rows depend on one another, or the buffer is not where it
+        would be after ``added`` rows; nothing is changed then
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"`weight` must be in [0, 1], found {weight!r}.")
+    if weight == 1:
+        return 0
+    check_can_thin_out(buffer)
+    if added <= 0:
+        return 0
+    capacity = buffer.buffer_size
+    expected = ((mark.pos + added) % capacity, mark.full or mark.pos + added >= capacity)
+    if (buffer.pos, buffer.full) != expected:
+        raise ValueError(
+            f"{added} rows after the mark the buffer should be at row {expected[0]} (full: {expected[1]}), found row "
+            f"{buffer.pos} (full: {buffer.full}): count the steps stored behind the mark, each once for all environments, "
+            "and set a new mark when the buffer is emptied, loaded or thinned out."
+        )
+    if added >= capacity:
+        warnings.warn(
+            f"All {capacity} rows of the replay buffer were gathered since the mark ({added} rows): no older ones are left to "
+            "learn from, and all are kept. Use a larger `buffer_size`, or react earlier.",
+            stacklevel=2,
+        )
+        return 0
+    rows = (mark.pos + np.arange(added)) % capacity
+    keep = generator.random(added) < weight
+    if buffer.full:
+        left = np.ones(capacity, dtype=bool)
+        left[rows[~keep]] = False
+        pool = np.flatnonzero(left)
+        _copy_rows(buffer, pool[generator.integers(len(pool), size=added - keep.sum())], rows[~keep])
+    else:
+        start, n_kept = int(rows[0]), int(keep.sum())
+        if start + n_kept == 0 and not getattr(buffer, "offline_size", 0):
+            warnings.warn(
+                f"The replay buffer holds nothing but the {added} rows gathered since the mark, and without them it would be "
+                "empty: they are kept.",
+                stacklevel=2,
+            )
+            return 0
+        _copy_rows(buffer, rows[keep], rows[:n_kept])
+        buffer.pos = start + n_kept
+    return int(added - keep.sum()) * buffer.n_envs
+
+
+def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
+    """
+    Take the last stored row out of the way if it holds a non-finite number, which would spoil every batch it is drawn into.
+
+    It becomes a copy of the row before; in an empty buffer, and where rows depend on one another, its numbers become 0.
+
+    :param buffer: The replay buffer
+    :return: Whether it did
+    """
+    last = (buffer.pos - 1) % buffer.buffer_size
+    arrays: list[np.ndarray] = []
+    for name in ROW_ARRAYS:
+        values = getattr(buffer, name, None)
+        arrays += values.values() if isinstance(values, dict) else [] if values is None else [values]
+    if all(np.isfinite(array[last]).all() for array in arrays):
+        return False
+    try:
+        check_can_thin_out(buffer)
+        alone = buffer.size() < 2
+    except ValueError:
+        alone = True
+    for array in arrays:
+        array[last] = np.nan_to_num(array[last], nan=0.0, posinf=0.0, neginf=0.0) if alone else array[last - 1]
+    return True
+
+
+def _copy_rows(buffer: ReplayBuffer, sources: np.ndarray, targets: np.ndarray) -> None:
+    for name in ROW_ARRAYS:
+        values = getattr(buffer, name)
+        for array in values.values() if isinstance(values, dict) else (values,):
+            array[targets] = array[sources]

@@ -1,0 +1,186 @@
+"""Secondary signals of collapse: measured on transitions of the replay buffer, without being noticed by the learner."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+SATURATED = 0.99
+"""Scaled actions beyond this are counted as saturated."""
+
+Observations = th.Tensor | dict[str, th.Tensor]
+PolicyState = Mapping[str, th.Tensor]
+
+
+def draw_rows(buffer: ReplayBuffer, n: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Choose transitions of a replay buffer's ring uniformly.
+
+    :param buffer: The buffer, not empty
+    :param n: How many
+    :param generator: The random generator; ``buffer.sample`` would draw from NumPy's global one
+    :return: Rows and environments, each of shape ``(n,)``
+    """
+    return generator.integers(0, buffer.size(), size=n), generator.integers(0, buffer.n_envs, size=n)
+
+
+def observations_at(model: OffPolicyAlgorithm, rows: np.ndarray, columns: np.ndarray, following: bool = False) -> Observations:
+    """
+    Observations of the replay buffer as the policy sees them.
+
+    :param model: The learner
+    :param rows: Rows, shape ``(n,)``
+    :param columns: Environments, shape ``(n,)``
+    :param following: Whether to take the next observations
+    :return: Tensor of shape ``(n, ...)``, or a dictionary of such
+    """
+    buffer = model.replay_buffer
+    assert buffer is not None
+    vec_normalize = model.get_vec_normalize_env()
+    if following and buffer.optimize_memory_usage:
+        stored, rows = buffer.observations, (rows + 1) % buffer.buffer_size
+    else:
+        stored = buffer.next_observations if following else buffer.observations
+    if isinstance(stored, dict):
+        chosen = {key: value[rows, columns] for key, value in stored.items()}
+        normalized: Any = buffer._normalize_obs(chosen, vec_normalize)
+        return {key: buffer.to_torch(value) for key, value in normalized.items()}
+    return buffer.to_torch(np.asarray(buffer._normalize_obs(stored[rows, columns], vec_normalize)))
+
+
+@th.no_grad()
+def greedy_actions(model: OffPolicyAlgorithm, observations: Observations, state: PolicyState | None = None) -> th.Tensor:
+    """
+    The policy's actions without exploration.
+
+    :param model: The learner; its policy must be in evaluation mode
+    :param observations: Observations as the policy sees them
+    :param state: Parameters and buffers of the policy to use in place of its own
+    :return: Scaled actions in [-1, 1], shape ``(n, action_dim)``; for discrete actions their numbers, shape ``(n,)``
+    """
+    policy = model.policy
+    if state is None:
+        return policy._predict(observations, deterministic=True)
+    actions: th.Tensor = th.func.functional_call(policy, dict(state), (observations,), {"deterministic": True})
+    return actions
+
+
+def policy_distance(actions: th.Tensor, others: th.Tensor) -> float:
+    """
+    How far two policies are apart on the same observations.
+
+    :param actions: Actions of one
+    :param others: Actions of the other
+    :return: Mean squared difference over states and dimensions for continuous actions in [-1, 1]; share of states in which the
+        action differs for discrete ones
+    """
+    if actions.is_floating_point():
+        return float((actions - others).pow(2).mean())
+    return float((actions != others).double().mean())
+
+
+@th.no_grad()
+def q_values(model: OffPolicyAlgorithm, observations: Observations, actions: th.Tensor, target: bool = False) -> th.Tensor:
+    """
+    Values of actions by the learner's critic: minimum over critics, mean over quantiles.
+
+    :param model: The learner; its policy must be in evaluation mode
+    :param observations: Observations as the policy sees them
+    :param actions: Scaled actions, or numbers of discrete ones
+    :param target: Whether to use the target network, where there is one
+    :return: Values, shape ``(n,)``
+    """
+    policy: Any = model.policy
+    if hasattr(policy, "critic"):
+        critic = getattr(policy, "critic_target", policy.critic) if target else policy.critic
+        values: Any = critic(observations, actions)
+        if isinstance(values, tuple | list):
+            values = th.cat(list(values), dim=1)
+        else:
+            # TQC: batch, critics, quantiles
+            values = values.mean(dim=2)
+        smallest: th.Tensor = values.min(dim=1).values
+        return smallest
+    name = "quantile_net" if hasattr(policy, "quantile_net") else "q_net"
+    values = getattr(policy, f"{name}_target" if target else name)(observations)
+    values = values.mean(dim=1) if name == "quantile_net" else values
+    chosen: th.Tensor = values.gather(1, actions.reshape(-1, 1).long()).squeeze(1)
+    return chosen
+
+
+class SignalMonitor:
+    """
+    Measures heuristic signs of a collapse that is under way.
+
+    None has an error rate: they are logged for diagnosis, and raise alarms only where a limit is asked for. The growth of
+    ``log10 mean|Q|`` is the sign that Bu et al. 2026 (arXiv 2609.32819) found to come before failures of SAC and TD3.
+
+    :param model: The learner
+    :param batch_size: Number of transitions that each measurement uses
+    :param window: Number of measurements for the slope of ``log10 mean|Q|``
+    :param seed: Seed of the choice of transitions
+    """
+
+    NAMES = ("log_mean_abs_q", "log_mean_abs_q_slope", "td_error", "policy_shift", "action_saturation")
+
+    def __init__(self, model: OffPolicyAlgorithm, batch_size: int = 256, window: int = 10, seed: int = 0) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._generator = np.random.default_rng(seed)
+        self._log_q: deque[tuple[int, float]] = deque(maxlen=window)
+
+    def reset(self) -> None:
+        """Forget the measurements of the past, such as after a rollback."""
+        self._log_q.clear()
+
+    @th.no_grad()
+    def measure(self, policy_state: PolicyState | None = None) -> dict[str, float]:
+        """
+        Measure all signals now.
+
+        :param policy_state: Parameters of the policy from which the shift is measured
+        :return: By name: ``log_mean_abs_q`` (base 10), ``log_mean_abs_q_slope`` (per 1,000 environment steps; after two
+            measurements), ``td_error`` (mean absolute one-step error in units of reward), ``policy_shift``
+            (:func:`policy_distance`) and ``action_saturation`` (share of actions at their bounds; continuous actions only);
+            empty as long as the replay buffer is
+        """
+        model, buffer = self._model, self._model.replay_buffer
+        if buffer is None or buffer.size() < 2:
+            return {}
+        rows, columns = draw_rows(buffer, self._batch_size, self._generator)
+        if buffer.optimize_memory_usage:
+            # The row at the write position has no next observation
+            rows = np.where(rows == buffer.pos - 1, (rows - 1) % buffer.size(), rows)
+        training = model.policy.training
+        model.policy.set_training_mode(False)
+        try:
+            observations = observations_at(model, rows, columns)
+            actions = greedy_actions(model, observations)
+            values = q_values(model, observations, actions)
+            signals = {"log_mean_abs_q": float(values.abs().mean().clamp_min(1e-30).log10())}
+            self._log_q.append((model.num_timesteps, signals["log_mean_abs_q"]))
+            if len(self._log_q) > 1 and np.isfinite(self._log_q).all() and self._log_q[0][0] != self._log_q[-1][0]:
+                steps, logarithms = np.array(self._log_q).T
+                signals["log_mean_abs_q_slope"] = float(np.polyfit(steps / 1000, logarithms, 1)[0])
+            signals["td_error"] = self._td_error(buffer, rows, columns, observations)
+            if policy_state is not None:
+                signals["policy_shift"] = policy_distance(actions, greedy_actions(model, observations, policy_state))
+            if isinstance(model.action_space, spaces.Box):
+                signals["action_saturation"] = float((actions.abs() > SATURATED).double().mean())
+        finally:
+            model.policy.set_training_mode(training)
+        return signals
+
+    def _td_error(self, buffer: ReplayBuffer, rows: np.ndarray, columns: np.ndarray, observations: Observations) -> float:
+        model = self._model
+        rewards = buffer._normalize_reward(buffer.rewards[rows, columns], model.get_vec_normalize_env())
+        following = observations_at(model, rows, columns, following=True)
+        next_values = q_values(model, following, greedy_actions(model, following), target=True)
+        ended = buffer.dones[rows, columns] * (1 - buffer.timeouts[rows, columns])
+        targets = buffer.to_torch(rewards) + model.gamma * (1 - buffer.to_torch(ended)) * next_values
+        return float((targets - q_values(model, observations, buffer.to_torch(buffer.actions[rows, columns]))).abs().mean())
