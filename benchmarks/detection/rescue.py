@@ -9,7 +9,6 @@ record the rewards of all training episodes, which delay.py replays through the 
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import time
@@ -39,7 +38,12 @@ MEASURE_FREQ = 250
 EVAL_EPISODES = 10
 RESULTS = HERE / "results" / "rescue"
 
-METHODS: dict[str, dict[str, Any] | None] = {"unguarded": None, "guarded": {}}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "unguarded": None,
+    "guarded": {},
+    "no-remedies": {"remedies": []},
+    "critic-warmup-only": {"remedies": ["critic_warmup"]},
+}
 
 
 class Recorder(BaseCallback):
@@ -99,13 +103,11 @@ def finetune(method: str, seed: int) -> str:
     if settings is not None:
         from sb3_offline_ft import CollapseGuard
 
-        guard = CollapseGuard(**settings)
+        guard = CollapseGuard(**settings, path=RESULTS / f"{method}_seed{seed}")
         # Before the recorder, so that an evaluation at the step of a rollback measures the restored policy
         callbacks.insert(0, guard)
     model.learn(ONLINE_STEPS, callback=callbacks)
     if settings is not None:
-        content["events"] = [event for event in guard.events if event["event"] not in ("signal", "candidate")]
-        guard.plot(RESULTS / f"{method}_seed{seed}.png")
     content |= {
         "dataset_fingerprint": model.dataset_fingerprint,
         "timesteps": recorder.timesteps,
