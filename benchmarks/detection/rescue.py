@@ -107,7 +107,6 @@ def finetune(method: str, seed: int) -> str:
         # Before the recorder, so that an evaluation at the step of a rollback measures the restored policy
         callbacks.insert(0, guard)
     model.learn(ONLINE_STEPS, callback=callbacks)
-    if settings is not None:
     content |= {
         "dataset_fingerprint": model.dataset_fingerprint,
         "timesteps": recorder.timesteps,
