@@ -21,7 +21,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
-from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot, OfflineTD3
+from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, CusumDetector, LearnerSnapshot, OfflineTD3
 from sb3_offline_ft.collapse.events import read_events
 from sb3_offline_ft.collapse.signals import SignalMonitor, greedy_actions, policy_distance
 
@@ -284,6 +284,13 @@ def test_secondary_alarms_are_raised_where_asked_for() -> None:
     make(TD3).learn(500, callback=[guard, At([300], ruin)])
     assert of(guard, "alarm")[0]["reason"] == "action_saturation"
     assert of(guard, "alarm")[0]["timestep"] <= 320
+
+
+def test_secondary_alarms_do_not_need_a_baseline() -> None:
+    guard = CollapseGuard(secondary_alarms={"action_saturation": 0.9}, signal_freq=10, remedies=[], verbose=0)
+    with pytest.warns(UserWarning, match="3 episodes"):
+        make_td3(train_freq=(30, "step")).learn(300, callback=[guard, At([200], ruin)])
+    assert of(guard, "alarm")[0]["reason"] == "action_saturation"
 
 
 def test_signals_tell_what_they_are_named_after() -> None:
@@ -681,6 +688,7 @@ def test_too_short_a_warmup_is_said_and_does_not_end_training() -> None:
         ({"horizon_episodes": 0}, "horizon_episodes"),
         ({"detector": "cusun"}, "cusum"),
         ({"detector": "deterioration", "baseline": [1.0, 2.0, 3.0, 4.0, 5.0]}, "rewards of each step"),
+        ({"detector": CusumDetector(0.05)}, "false_alarm_rate"),
         ({"tolerance": 1.0}, "tolerance"),
         ({"random_return": math.nan}, "random_return"),
         ({"max_rollbacks": -1}, "max_rollbacks"),

@@ -149,7 +149,8 @@ class Detector(ABC):
         self._threshold = math.inf
 
     def _default_n_simulations(self) -> int:
-        return max(10_000, math.ceil(100 / self.false_alarm_rate))
+        # Any number above 1 / rate keeps the rate; more make the threshold vary less, as far as there is time
+        return min(max(10_000, math.ceil(100 / self.false_alarm_rate)), max(20_000, math.ceil(3 / self.false_alarm_rate)))
 
     @property
     def is_calibrated(self) -> bool:
@@ -318,7 +319,7 @@ class _ReturnDetector(Detector):
         returns = np.asarray(reference, np.float64)
         if returns.ndim != 1 or not np.isfinite(returns).all():
             raise ValueError(
-                f"The reference of the {self.name} detector must be one finite return per episode, found shape {returns.shape} "
+                f"The {self.name} detector's reference must be one finite return per episode, found shape {returns.shape} "
                 f"with {np.count_nonzero(~np.isfinite(returns))} values that are not finite."
             )
         if returns.min() == returns.max():
@@ -628,7 +629,7 @@ class DeteriorationDetector(Detector):
         self._arguments |= {"n_segments": self.n_segments, "lookbacks": self.lookbacks}
 
     def _default_n_simulations(self) -> int:
-        return max(2000, math.ceil(20 / self.false_alarm_rate))
+        return min(max(2000, math.ceil(20 / self.false_alarm_rate)), max(4000, math.ceil(3 / self.false_alarm_rate)))
 
     @classmethod
     def _state_names(cls) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.logger import HumanOutputFormat
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse.detectors import Alarm, Detector, make_detector
@@ -26,7 +27,7 @@ from sb3_offline_ft.collapse.signals import SignalMonitor
 from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, whole_number
-from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text
+from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 
 FIGURE_FILE = "collapse.png"
 SNAPSHOT_FOLDER = "snapshots"
@@ -61,6 +62,10 @@ class _Good:
     rows: int = 0
 
 
+def _described(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items() if isinstance(value, int | float))
+
+
 class CollapseGuard(BaseCallback):
     """
     Notices the collapse of a policy during finetuning by a calibrated sequential test on the returns of the training
@@ -73,7 +78,8 @@ class CollapseGuard(BaseCallback):
     **Promise.** If every episode is distributed as those of the baseline, the probability that the guard raises any alarm of
     the detector in a run of at most ``horizon_episodes`` monitored episodes between two baselines is at most
     ``false_alarm_rate``. The rate is spent over the run: a monitoring period that starts after a rollback or on a raised
-    baseline gets its own, smaller share, ``false_alarm_rate / ((i + 1) (i + 2))`` for the i-th, counted from 0.
+    baseline gets its own, smaller share, ``false_alarm_rate / ((i + 1) (i + 2))`` for the i-th, counted from 0; an attempt to
+    raise the baseline that is given up spends one too.
 
     :param detector: ``"cusum"``, ``"betting"`` or ``"deterioration"`` (may fire within an episode), the same with keywords,
         such as ``{"cusum": {"drift": 0.25}}``, or a :class:`Detector`
@@ -167,6 +173,13 @@ class CollapseGuard(BaseCallback):
         if isinstance(self.baseline, str):
             if self.baseline not in ("warmup", "evaluations"):
                 raise ValueError(f"`baseline` must be 'warmup', 'evaluations' or a list of returns, found {self.baseline!r}.")
+        given = (self._prototype.false_alarm_rate, self._prototype.horizon)
+        if given != (self.false_alarm_rate, self.horizon_episodes):
+            raise ValueError(
+                f"The detector has the false-alarm rate {given[0]} and the horizon {given[1]}, the guard "
+                f"{self.false_alarm_rate} and {self.horizon_episodes}: give both to CollapseGuard, as `false_alarm_rate` and "
+                "`horizon_episodes`."
+            )
         if self._prototype.needs_rewards and self.baseline != "warmup":
             raise ValueError(
                 f"The detector {type(self._prototype).__name__} needs the rewards of each step, which only the training "
@@ -299,6 +312,7 @@ class CollapseGuard(BaseCallback):
             settings=self._settings(),
         )
         self._good.append(self._take())
+        self._report_to_trial()
         if text is not None:
             self._take_up(json.loads(text))
         elif not isinstance(self.baseline, str):
@@ -327,7 +341,9 @@ class CollapseGuard(BaseCallback):
             if evaluation.log_path is not None:
                 # SB3 appends the file's name, `evaluations`
                 return Path(evaluation.log_path).parent
-        folder = self.logger.get_dir()
+        # SB3's default logger has a folder too, in which nobody looks
+        keeps_files = any(not isinstance(form, HumanOutputFormat) or form.own_file for form in self.logger.output_formats)
+        folder = self.logger.get_dir() if keeps_files else None
         return Path(folder) if folder else None
 
     def _begin_episodes(self) -> None:
@@ -389,10 +405,11 @@ class CollapseGuard(BaseCallback):
         vec_normalize = self.model.get_vec_normalize_env()
         rewards = self.locals["rewards"] if vec_normalize is None else vec_normalize.get_original_reward()
         dones = self.locals["dones"]
-        if not np.isfinite(self.locals["actions"]).all():
+        # A sum is finite only if all its terms are
+        if not math.isfinite(self.locals["actions"].sum()):
             self._pending_repair = True
             return Alarm("non-finite action", math.inf, 0.0, self._episodes, "The policy chose a non-finite action.")
-        if not np.isfinite(rewards).all():
+        if not math.isfinite(rewards.sum()):
             self._pending_repair = True
             return Alarm("non-finite reward", math.inf, 0.0, self._episodes, "The environment gave a non-finite reward.")
         self._returns += rewards
@@ -478,7 +495,7 @@ class CollapseGuard(BaseCallback):
         for name, value in signals.items():
             self.logger.record(f"collapse/{name}", value)
         self._event("signal", **signals)
-        if self._phase != "monitoring":
+        if self._phase not in ("monitoring", "unwatched"):
             return None
         for name, limit in self.secondary_alarms.items():
             value = signals.get(name, -math.inf)
@@ -577,7 +594,8 @@ class CollapseGuard(BaseCallback):
             if self.rollbacks > 0:
                 settings = remedy.on_promotion(self._brake, candidate.snapshot.policy_state)
                 if settings is not None:
-                    self._event("remedy", name=remedy.name, parameters=settings, message=f"{remedy.name} after a promotion")
+                    message = f"{remedy.name} moves with the promotion: {_described(settings)}"
+                    self._event("remedy", name=remedy.name, parameters=settings, message=message)
         better = self._monitor.is_better(self._window, RATCHET_LEVEL)
         if better and self.update_reference and hasattr(self.model, "set_reference_policy"):
             self.model.set_reference_policy()
@@ -601,6 +619,8 @@ class CollapseGuard(BaseCallback):
         self._fresh_reference = None
         returns = [float(np.sum(episode)) for episode in fresh]
         if not self._monitor.is_better(returns, PROMOTION_LEVEL):
+            # Its share is spent all the same: what is accepted has been selected for being high
+            self._monitor.periods += 1
             return
         old_mean = float(self._monitor.returns.mean())
         candidate = self._candidate
@@ -668,9 +688,8 @@ class CollapseGuard(BaseCallback):
             settings = remedy.apply(self.model, self._brake, self.rollbacks, good.snapshot.policy_state)
             if "until" in settings:
                 self._releases.append((settings["until"], remedy))
-            described = ", ".join(f"{name} {value:g}" for name, value in settings.items() if isinstance(value, int | float))
-            self._event("remedy", name=remedy.name, parameters=settings, message=f"{remedy.name}: {described}")
-            self._say(f"remedy {remedy.name}: {described}.")
+            self._event("remedy", name=remedy.name, parameters=settings, message=f"{remedy.name}: {_described(settings)}")
+            self._say(f"remedy {remedy.name}: {_described(settings)}.")
         if self._phase == "monitoring":
             self._begin_monitoring(good.reference or self._monitor.reference, "restored")
         self._report_to_trial()
@@ -752,7 +771,7 @@ class CollapseGuard(BaseCallback):
     def _keep_state(self) -> None:
         """Put the guard's state where SB3's ``save`` finds it: a text attribute of the model, no pickle."""
         state = {
-            "monitor": arrays_to_text(self._monitor.state_dict()),
+            "monitor": arrays_to_json(self._monitor.state_dict()),
             "phase": self._phase,
             "counts": [self._episodes, self.alarms, self.rollbacks, self.promotions, self._failures],
             "learning_rate_factor": self._brake.learning_rate_factor,
@@ -766,7 +785,7 @@ class CollapseGuard(BaseCallback):
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Go on from the state that was saved with a loaded model."""
-        self._monitor.load_state_dict(arrays_from_text(state["monitor"]))
+        self._monitor.load_state_dict(arrays_from_json(state["monitor"]))
         self._episodes, self.alarms, self.rollbacks, self.promotions, self._failures = state["counts"]
         self._phase = state["phase"]
         first = self._good[0]

@@ -28,6 +28,12 @@ PROBE_LIFE = 50
 SHRINKS = 12
 
 
+def _mode_matters(module: nn.Module) -> bool:
+    """Whether a network computes something else while training. Switching takes as long as a small network's pass."""
+    normalizes = any(name.endswith("running_mean") for name, _ in module.named_buffers())
+    return normalizes or any(isinstance(part, nn.modules.dropout._DropoutNd) for part in module.modules())
+
+
 class PolicyBrake:
     """
     Slows, holds or confines the policy of an SB3 learner from outside, through hooks on the optimizer of its actor.
@@ -47,6 +53,7 @@ class PolicyBrake:
         self._prefix = f"{name}."
         self._optimizer: th.optim.Optimizer = policy.actor.optimizer if name == "actor" else policy.optimizer
         self._generator = np.random.default_rng(seed)
+        self._mode_matters = _mode_matters(model.policy)
         self._handles: list[Any] = []
         self._learning_rates: list[float] = []
         self._held_buffers: dict[str, th.Tensor] = {}
@@ -127,7 +134,8 @@ class PolicyBrake:
         buffer = model.replay_buffer
         assert buffer is not None
         training = model.policy.training
-        model.policy.set_training_mode(False)
+        if self._mode_matters:
+            model.policy.set_training_mode(False)
         try:
             self._probe_age += 1
             if self._probe is None or self._probe_age >= PROBE_LIFE:
@@ -145,7 +153,8 @@ class PolicyBrake:
                     origin = center[self._prefix + name]
                     parameter.copy_(origin + share * (parameter - origin))
         finally:
-            model.policy.set_training_mode(training)
+            if self._mode_matters:
+                model.policy.set_training_mode(training)
 
 
 class Remedy(ABC):
@@ -228,6 +237,9 @@ class CriticWarmup(Remedy):
 
     def __init__(self, steps: int = 2000) -> None:
         self.steps = whole_number(steps, "steps", least=1)
+
+    def problem(self, model: OffPolicyAlgorithm) -> str | None:
+        return None if hasattr(model.policy, "actor") else f"the policy of {type(model).__name__} is its critic"
 
     def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
         brake.hold(True)

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -57,3 +57,33 @@ def arrays_from_text(text: str) -> dict[str, np.ndarray]:
     """
     with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def arrays_to_json(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """
+    Turn named arrays into what ``json.dumps`` takes; for small arrays much faster than :func:`arrays_to_text`.
+
+    :param arrays: Arrays by name, of numbers, booleans or text
+    :return: By name the dtype, the shape and the content
+    """
+    return {
+        name: {
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+            "content": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii"),
+        }
+        for name, array in arrays.items()
+    }
+
+
+def arrays_from_json(content: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """
+    Take back what :func:`arrays_to_json` gave.
+
+    :param content: By name the dtype, the shape and the content
+    :return: Arrays by name
+    """
+    return {
+        name: np.frombuffer(base64.b64decode(entry["content"]), np.dtype(entry["dtype"])).reshape(entry["shape"]).copy()
+        for name, entry in content.items()
+    }
