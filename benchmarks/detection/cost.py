@@ -1,0 +1,94 @@
+"""
+Measure what CollapseGuard costs while nothing is wrong: time per environment step with and without it, and snapshots.
+
+    python benchmarks/detection/cost.py
+
+Runs alternate between with and without, in one process and thread; the time is the process's own (CPU) time, so that other
+work on the machine disturbs little. Each ratio is the median over rounds of with / without in the same round.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from rescue import HERE, hopper
+from stable_baselines3 import SAC
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_offline_ft import TD3C, CollapseGuard, LearnerSnapshot
+from sb3_offline_ft.common.io import atomic_write
+
+ROUNDS, STEPS = 7, 2_000
+# Below anything the runs earn: the guard watches, and never finds reason to act
+NEVER = (-1e6 + np.arange(20.0)).tolist()
+GUARD = {"baseline": NEVER, "ratchet": False, "verbose": 0}
+
+
+def td3c(train_freq: int) -> OffPolicyAlgorithm:
+    # A train_freq as long as the run: collection, and one update at its end
+    return TD3C("MlpPolicy", hopper.ENV, learning_starts=0, train_freq=train_freq, device="cpu", seed=0)
+
+
+SETTINGS: dict[str, Callable[[], OffPolicyAlgorithm]] = {
+    "TD3C on Hopper-v5, an update each step": lambda: td3c(1),
+    "SAC on Hopper-v5, an update each step": lambda: SAC("MlpPolicy", hopper.ENV, learning_starts=0, device="cpu", seed=0),
+    "TD3C on Hopper-v5, no updates": lambda: td3c(STEPS),
+}
+
+
+def seconds_per_step(make: Callable[[], OffPolicyAlgorithm], settings: dict[str, Any] | None) -> float:
+    model = make()
+    callback = None if settings is None else CollapseGuard(**settings)
+    start = time.process_time()
+    model.learn(STEPS, callback=callback, log_interval=10**9)
+    return (time.process_time() - start) / STEPS
+
+
+def main() -> None:
+    th.set_num_threads(1)
+    variants: dict[str, dict[str, Any] | None] = {"off": None, "guard": GUARD}
+    results: dict[str, Any] = {"rounds": ROUNDS, "steps": STEPS, "time_per_step": {}}
+    for name, make in SETTINGS.items():
+        seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+        for _ in range(ROUNDS):
+            for variant, settings in variants.items():
+                seconds[variant].append(seconds_per_step(make, settings))
+        ratios = np.array(seconds["guard"]) / np.array(seconds["off"])
+        results["time_per_step"][name] = {
+            "microseconds_without": round(1e6 * float(np.median(seconds["off"])), 1),
+            "microseconds_with": round(1e6 * float(np.median(seconds["guard"])), 1),
+            "ratio": round(float(np.median(ratios)), 4),
+            "ratios": [round(float(ratio), 4) for ratio in sorted(ratios)],
+        }
+        print(name, results["time_per_step"][name], flush=True)
+    model = td3c(1)
+    model.learn(300)
+    start = time.process_time()
+    snapshots = [LearnerSnapshot.take(model) for _ in range(20)]
+    taken = time.process_time()
+    for snapshot in snapshots:
+        snapshot.restore(model)
+    restored = time.process_time()
+    path = HERE / "results" / "snapshot.tmp"
+    snapshots[0].save(path)
+    results["snapshot of TD3C, 256x256"] = {
+        "bytes": snapshots[0].nbytes,
+        "bytes of the model's parameters": sum(4 * value.numel() for value in model.policy.state_dict().values()),
+        "file bytes": path.stat().st_size,
+        "milliseconds to take": round(1000 * (taken - start) / 20, 2),
+        "milliseconds to restore": round(1000 * (restored - taken) / 20, 2),
+    }
+    path.unlink()
+    print(results["snapshot of TD3C, 256x256"])
+    facts = hopper.facts(time.monotonic())
+    results |= {name: facts[name] for name in ("versions", "python", "cpu", "command", "git_commit")}
+    with atomic_write(Path(HERE / "results" / "cost.json")) as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
