@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup  ## pretrain on bundled data, finetune online, show what happened: a small budget
 	$(PY) -m rl_zoo3.train --algo td3c --env Hopper-v5 -P -n 10000 --eval-freq 1000 --seed 0 -f logs/demo \
-		--verbose 0 --log-interval -2 -params offline_steps:15000
+		--verbose 0 --log-interval -2 -params offline_steps:15000 warmup_steps:3000
 	$(VENV)/bin/sb3-offline-ft summary $$(ls -td logs/demo/td3c/Hopper-v5_* | head -n 1)
 
 test: setup  ## all tests
@@ -44,6 +44,11 @@ docs: setup  ## the documentation, in docs/_build/html
 benchmark: setup  ## what is missing of the benchmarks' results, their tables and figures
 	$(PY) benchmarks/finetuning/hopper.py
 	$(PY) benchmarks/speed/loading.py > benchmarks/speed/loading.json
+	$(PY) benchmarks/detection/calibration.py
+	$(PY) benchmarks/detection/delay_simulated.py
+	$(PY) benchmarks/detection/rescue.py
+	$(PY) benchmarks/detection/delay_recorded.py
+	$(PY) benchmarks/detection/cost.py
 
 clean:  ## what the other targets made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ def shortened(code: str) -> str:
     return re.sub(r"\b\d+(?:_\d{3})+\b", lambda number: str(max(60, int(number[0].replace("_", "")) // 1000)), code)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["finetuning", "data"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["finetuning", "guard", "data"])
 def test_python(code: str, run_python: RunPython) -> None:
     process = run_python("-W", "error", "-W", "ignore:rich is experimental/alpha", "-c", shortened(code))
     assert process.returncode == 0, process.stderr
@@ -51,11 +51,14 @@ def test_zoo_commands_in_their_order(run_python: RunPython, tmp_path: Path) -> N
         elif command[:2] == ["sb3-offline-ft", "summary"]:
             process = run_python("-m", "sb3_offline_ft", *command[1:])
             assert "J after pretraining" in process.stdout
+        elif command[:3] == ["sb3-offline-ft", "guard", "show"]:
+            process = run_python("-m", "sb3_offline_ft", *command[1:])
+            assert "CollapseGuard" in process.stdout or "alarm" in process.stdout
         else:
             continue
         assert process.returncode == 0, process.stderr
         ran += 1
-    assert ran == 5
+    assert ran == 6
     assert (tmp_path / "work" / "logs" / "td3c" / "Hopper-v5_1" / "run.png").exists()
 
 

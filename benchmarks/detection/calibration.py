@@ -50,7 +50,6 @@ PLAN: list[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], float, int]]
     (("deterioration",), ("-lognormal", "t(3)"), (10,), 0.05, 200),
     (("cusum",), ("normal", "two modes 90/10", "td3-hopper"), (20,), 0.01, 1000),
     (("betting",), ("td3-hopper",), (20,), 0.01, 1000),
-    (("deterioration",), ("td3-hopper",), (20,), 0.01, 1000),
 ]
 N_SIMULATIONS = {("deterioration", 200): 1000}  # a threshold for each run costs most of the time
 
