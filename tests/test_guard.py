@@ -19,6 +19,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, CusumDetector, LearnerSnapshot, OfflineTD3
@@ -219,7 +220,7 @@ def test_the_whole_run_is_reproducible_to_the_bit() -> None:
     runs = []
     for _ in range(2):
         model = make_td3()
-        guard = CollapseGuard(verbose=0)
+        guard = CollapseGuard(remedies=["slower_actor", {"critic_warmup": {"steps": 100}}], verbose=0)
         model.learn(1200, callback=[guard, At([300, 800], ruin)])
         assert guard.rollbacks == 2
         untimed = [{key: value for key, value in event.items() if key != "time"} for event in guard.events]
@@ -234,8 +235,25 @@ def test_episodes_that_the_collapsed_policy_began_are_ignored() -> None:
     model.learn(800, callback=[guard, At([400], ruin)])
     (alarm,) = of(guard, "alarm")
     after = [event for event in of(guard, "episode") if event["timestep"] > alarm["timestep"]]
-    assert [event["phase"] for event in after[:2]] == ["ignored", "ignored"] or alarm["timestep"] % (2 * EPISODE_LENGTH) == 0
-    assert all(event["phase"] == "monitoring" for event in after[2:])
+    # Both environments end their episodes at the same steps: at an alarm none is running
+    assert alarm["timestep"] % (2 * EPISODE_LENGTH) == 0
+    assert all(event["phase"] == "monitoring" for event in after)
+
+
+def test_an_episode_that_is_running_at_an_alarm_is_ignored() -> None:
+    guard = CollapseGuard(
+        baseline=BASELINE - 6,
+        secondary_alarms={"action_saturation": 0.9},
+        signal_freq=7,
+        remedies=[],
+        ratchet=False,
+        verbose=0,
+    )
+    make_td3().learn(400, callback=[guard, At([300], ruin)])
+    (alarm,) = of(guard, "alarm")
+    assert alarm["timestep"] == 301
+    phases = [event["phase"] for event in of(guard, "episode") if event["timestep"] > 300]
+    assert phases == ["ignored", *["monitoring"] * 9]
 
 
 def test_the_within_episode_detector_fires_before_the_end_of_the_episode() -> None:
@@ -243,8 +261,9 @@ def test_the_within_episode_detector_fires_before_the_end_of_the_episode() -> No
     guard = CollapseGuard(detector="deterioration", remedies=[], max_rollbacks=1, verbose=0)
     model.learn(900, callback=[guard, At([500], ruin)])
     (alarm,) = of(guard, "alarm")
-    assert alarm["timestep"] <= 500 + 12 * EPISODE_LENGTH
+    assert 500 < alarm["timestep"] <= 500 + 12 * EPISODE_LENGTH
     assert alarm["reason"] == "deterioration"
+    assert alarm["timestep"] % EPISODE_LENGTH != 0
 
 
 @pytest.mark.parametrize("what", ["parameter", "loss", "action"])
@@ -334,6 +353,112 @@ def test_signals_are_logged(tmp_path: Path) -> None:
     expected = {f"collapse/{name}" for name in (*SignalMonitor.NAMES, "statistic", "threshold", "baseline_mean")}
     assert expected <= set(header)
     assert (tmp_path / "collapse_events.jsonl").exists() and (tmp_path / "collapse.png").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_alarm_does_not_disturb_the_logger(tmp_path: Path) -> None:
+    model = make(TD3, learning_rate=1e-5)
+    model.set_logger(configure(str(tmp_path), ["log", "csv", "tensorboard"]))
+    model.learn(400, callback=[CollapseGuard(baseline=BASELINE - 6, verbose=0), At([300], ruin)], log_interval=1)
+    model.logger.close()
+    assert "rollbacks" in (tmp_path / "log.txt").read_text()
+
+
+class Shared(BaseFeaturesExtractor):
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 8)
+        self.layer = th.nn.Linear(2, 8)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return th.tanh(self.layer(observations))
+
+
+def test_actor_and_critic_may_share_a_features_extractor() -> None:
+    sharing = {"features_extractor_class": Shared, "share_features_extractor": True, "net_arch": [16]}
+    model = make(TD3, policy_kwargs=sharing, learning_rate=1e-4)
+    guard = CollapseGuard(baseline=BASELINE - 6, signal_freq=20, remedies=["trust_region"], ratchet=False, verbose=0)
+    model.learn(500, callback=[guard, At([300], ruin)])
+    assert guard.rollbacks >= 1 and all(event["policy_shift"] >= 0 for event in of(guard, "signal"))
+    before = parameters(model)
+    SignalMonitor(model).measure(guard._good[0].snapshot.policy_state)
+    assert same(before, parameters(model))
+
+
+class Broken(Hold):
+    """Gives one observation and one reward that are not finite."""
+
+    count = 0
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        self.count += 1
+        if self.count == 153:
+            observation[0] = np.nan
+        return observation, math.inf if self.count == 257 else reward, terminated, truncated, info
+
+
+def test_what_a_broken_environment_gives_is_kept_out_of_the_buffer() -> None:
+    model = TD3("MlpPolicy", Broken(), **small(), learning_starts=0, batch_size=32, learning_rate=1e-5)
+    guard = CollapseGuard(baseline=BASELINE - 6, verbose=0)
+    with pytest.warns(UserWarning, match="non-finite observation or reward") as caught:
+        model.learn(400, callback=guard)
+    assert len([entry for entry in caught if "non-finite" in str(entry.message)]) == 1
+    assert not of(guard, "alarm")
+    buffer = model.replay_buffer
+    assert buffer is not None
+    for array in (buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards):  # type: ignore[attr-defined]
+        assert np.isfinite(array[: buffer.pos]).all()
+    assert all(bool(value.isfinite().all()) for value in parameters(model))
+
+
+@pytest.mark.parametrize("algorithm", [TD3, SAC, CrossQ])
+def test_a_frozen_policy_stays_what_it_was_whatever_the_critics_do(algorithm: type[OffPolicyAlgorithm]) -> None:
+    @th.no_grad()
+    def spoil(model: Any) -> None:
+        for value in model.critic.parameters():
+            value.fill_(math.nan)
+
+    model = make(algorithm)
+    guard = CollapseGuard(baseline=BASELINE, max_rollbacks=0, secondary_alarms={"td_error": -1.0}, signal_freq=150, verbose=0)
+    model.learn(300, callback=[guard, At([200], spoil)])
+    assert of(guard, "escalation")[0]["action"] == "freeze"
+    actor = {name: value for name, value in model.policy.state_dict().items() if name.startswith("actor.")}
+    last_good = guard._good[-1].snapshot.policy_state
+    assert all(th.equal(value, last_good[name]) for name, value in actor.items())
+
+
+def test_a_non_finite_value_of_the_last_update_is_noticed() -> None:
+    @th.no_grad()
+    def spoil(model: Any) -> None:
+        model.actor.mu[0].weight[0, 0] = math.nan
+
+    model = make_td3()
+    guard = CollapseGuard(baseline=BASELINE - 6, remedies=[], verbose=0)
+    model.learn(300, callback=[guard, At([300], spoil)])
+    assert of(guard, "alarm")[0]["reason"].startswith("non-finite")
+    assert all(bool(value.isfinite().all()) for value in parameters(model))
+
+
+def test_each_environment_has_its_own_running_episode() -> None:
+    model = make_td3(n_envs=3)
+    guard = CollapseGuard(detector="deterioration", remedies=[], verbose=0)
+    seen: list[int] = []
+
+    class Look(BaseCallback):
+        def _on_training_start(self) -> None:
+            judge = guard._monitor.judge
+
+            def watched(episode: Any, key: int = 0) -> Any:
+                seen.append(key)
+                return judge(episode, key)
+
+            guard._monitor.judge = watched  # type: ignore[method-assign]
+
+        def _on_step(self) -> bool:
+            return True
+
+    model.learn(900, callback=[guard, Look()])
+    assert set(seen) == {0, 1, 2} and not of(guard, "alarm")
 
 
 # Remedies
@@ -550,6 +675,14 @@ def test_a_fall_back_to_the_old_level_is_a_collapse_after_the_baseline_was_raise
         assert bool(of(guard, "alarm")) == ratchet
 
 
+def test_a_collapse_does_not_become_the_baseline() -> None:
+    # The ruin comes while the episodes of a raised baseline are gathered
+    guard = CollapseGuard(baseline=BASELINE - 6, remedies=[], max_rollbacks=1, verbose=0)
+    make_td3().learn(400, callback=[guard, At([300], ruin)])
+    assert not of(guard, "ratchet")
+    assert 300 < of(guard, "alarm")[0]["timestep"] < 400
+
+
 def test_small_losses_are_tolerated() -> None:
     @th.no_grad()
     def worsen(model: Any) -> None:
@@ -594,17 +727,23 @@ def test_a_warmup_without_the_noise_of_the_episodes_to_come_is_pointed_out() -> 
 
 
 def test_the_guard_goes_on_after_load(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"path": tmp_path, "save_snapshots": True, "promotion_episodes": 5, "ratchet": False}
+    settings |= {"remedies": ["slower_actor"], "verbose": 0}
     model = make_td3()
-    guard = CollapseGuard(path=tmp_path, save_snapshots=True, promotion_episodes=5, ratchet=False, verbose=0)
+    guard = CollapseGuard(**settings)
     model.learn(700, callback=[guard, At([300], ruin)])
     assert guard.rollbacks == 1 and guard.promotions > 0
     model.save(tmp_path / "model")
     loaded = TD3.load(tmp_path / "model", env=make_vec_env(Hold, seed=1))
-    again = CollapseGuard(path=tmp_path, save_snapshots=True, promotion_episodes=5, ratchet=False, verbose=0)
+    again = CollapseGuard(**settings)
     loaded.learn(600, callback=[again, At([900], ruin)], reset_num_timesteps=False)
     assert again.rollbacks == 2
+    # The first halving was taken up, the second came on top of it
+    assert again._the_brake.learning_rate_factor == 0.25
     assert again.promotions >= guard.promotions
-    assert not of(again, "baseline")[len(of(guard, "baseline")) :] or again.events[0]["event"] == "start"
+    # The baseline is that of the first run, also after the second rollback
+    means = {event["mean"] for event in of(again, "baseline")}
+    assert means == {event["mean"] for event in of(guard, "baseline")}
     # One file tells both runs
     events = read_events(tmp_path / "collapse_events.jsonl")
     assert [event["event"] for event in events].count("start") == 2
@@ -642,6 +781,85 @@ def test_brakes_do_not_outlive_the_run_they_were_made_for() -> None:
     model.learn(400, callback=[CollapseGuard(verbose=0), At([300], ruin)])
     model.learn(200, callback=CollapseGuard(verbose=0))
     assert moved(model, 20)[0] > 0
+
+
+def test_a_brake_does_not_survive_an_interrupt() -> None:
+    def interrupt(model: OffPolicyAlgorithm) -> None:
+        raise KeyboardInterrupt
+
+    for guards in ([], [CollapseGuard(verbose=0)]):
+        model = make_td3()
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(900, callback=[CollapseGuard(verbose=0), At([300], ruin), At([500], interrupt)])
+        before = parameters(model)
+        model.learn(300, callback=[*guards])
+        actor = [name for name in model.policy.state_dict() if name.startswith("actor.")]
+        assert not same(before[: len(actor)], parameters(model)[: len(actor)])
+
+
+def test_a_run_saved_in_its_warmup_keeps_the_baseline(tmp_path: Path) -> None:
+    model = make_td3(train_freq=(200, "step"))
+    model.learn(150, callback=CollapseGuard(verbose=0))
+    model.save(tmp_path / "model")
+    loaded = TD3.load(tmp_path / "model", env=make_vec_env(Hold, seed=1))
+    loaded.train_freq = model.train_freq
+    guard = CollapseGuard(verbose=0)
+    loaded.learn(300, callback=guard, reset_num_timesteps=False)
+    assert of(guard, "baseline")[0]["n"] >= 15 + 10
+
+
+def test_a_damaged_state_is_said_and_the_guard_begins_anew(tmp_path: Path) -> None:
+    model = make_td3()
+    model.learn(300, callback=CollapseGuard(verbose=0))
+    for text in ("{", "{}", '{"version": 99}', "[]"):
+        model.collapse_guard_state = text  # type: ignore[attr-defined]
+        with pytest.warns(UserWarning, match="cannot be taken up"):
+            model.learn(20, callback=CollapseGuard(baseline=BASELINE, verbose=0), reset_num_timesteps=False)
+
+
+def test_a_damaged_file_of_events_is_kept_aside(tmp_path: Path) -> None:
+    model = make_td3()
+    model.learn(300, callback=CollapseGuard(path=tmp_path, verbose=0))
+    file = tmp_path / "collapse_events.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], "not JSON", *lines[1:]]) + "\n")
+    with pytest.warns(UserWarning, match="damaged"):
+        model.learn(100, callback=CollapseGuard(path=tmp_path, verbose=0), reset_num_timesteps=False)
+    assert (tmp_path / "collapse_events.damaged").exists() and read_events(file)
+
+
+def test_snapshots_of_an_earlier_run_in_the_same_folder_are_not_taken_for_ours(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        model = make_td3(seed=seed)
+        model.learn(300, callback=CollapseGuard(path=tmp_path, save_snapshots=True, promotion_episodes=5, verbose=0))
+    stored = LearnerSnapshot.load(tmp_path / "snapshots" / "snapshot_0.pt").policy_state
+    first = make_td3(seed=1).policy.state_dict()
+    assert all(th.equal(stored[name], value) for name, value in first.items())
+
+
+def test_going_on_after_a_stop_is_guarded_again() -> None:
+    model = make_td3()
+    guard = CollapseGuard(remedies=[], max_rollbacks=0, after_max_rollbacks="stop", verbose=0)
+    model.learn(900, callback=[guard, At([300], ruin)])
+    stopped = model.num_timesteps
+    assert stopped < 900
+    model.learn(600, callback=[guard, At([stopped + 200], ruin)], reset_num_timesteps=False)
+    assert stopped + 200 < model.num_timesteps < stopped + 600
+    assert guard.alarms == 2
+
+
+def test_a_later_rollback_with_a_smaller_share_of_the_rate_is_possible() -> None:
+    guard = CollapseGuard(detector={"cusum": {"n_simulations": 1000}}, remedies=[], ratchet=False, verbose=0)
+    make_td3().learn(1500, callback=[guard, At([300, 800], ruin)])
+    assert guard.rollbacks == 2
+
+
+def test_poisoned_data_is_dropped_after_each_of_several_rollbacks() -> None:
+    model = make_td3()
+    guard = CollapseGuard(poisoned_data="drop", remedies=[], promotion_episodes=5, ratchet=False, verbose=0)
+    model.learn(1800, callback=[guard, At([300, 400, 500, 1000], ruin)])
+    assert guard.rollbacks >= 4
+    assert len(of(guard, "removal")) == guard.rollbacks and not of(guard, "warning")
 
 
 def test_snapshots_are_kept_in_bounds(tmp_path: Path) -> None:
@@ -716,6 +934,25 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 def test_an_unknown_keyword_is_named_with_its_neighbour() -> None:
     with pytest.raises(TypeError, match="max_rollbacks"):
         CollapseGuard(max_rolbacks=3)  # type: ignore[call-arg]
+
+
+def test_two_guards_are_refused() -> None:
+    guard = CollapseGuard(verbose=0)
+    for guards in ([guard, guard], [guard, CollapseGuard(verbose=0)]):
+        with pytest.raises(ValueError, match="several CollapseGuards"):
+            make_td3().learn(10, callback=[*guards])
+
+
+def test_pretraining_has_nothing_to_watch() -> None:
+    model = TD3BC("MlpPolicy", "Pendulum-v1", **small(), dataset="bundled:pendulum-medium")
+    with pytest.raises(ValueError, match="pass it to `learn`"):
+        model.pretrain(2, callback=CollapseGuard(verbose=0))
+
+
+def test_what_can_be_read_before_training() -> None:
+    guard = CollapseGuard(verbose=0)
+    assert (guard.alarms, guard.rollbacks, guard.promotions, guard.events) == (0, 0, 0, [])
+    assert guard.detector.false_alarm_rate == 0.01
 
 
 def test_on_policy_algorithms_are_refused() -> None:

@@ -224,7 +224,10 @@ class Detector(ABC):
         :param false_alarm_rate: Its rate of false alarms
         :return: The detector
         """
-        return type(self)(**{**self._arguments, "false_alarm_rate": false_alarm_rate})
+        arguments = {**self._arguments, "false_alarm_rate": false_alarm_rate}
+        if arguments["n_simulations"] is not None:
+            arguments["n_simulations"] = max(arguments["n_simulations"], math.ceil(1 / false_alarm_rate))
+        return type(self)(**arguments)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """

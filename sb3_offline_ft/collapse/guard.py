@@ -32,6 +32,7 @@ from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 FIGURE_FILE = "collapse.png"
 SNAPSHOT_FOLDER = "snapshots"
 STATE_ATTRIBUTE = "collapse_guard_state"
+STATE_VERSION = 1
 LEAST_BASELINE = 5
 PROMOTION_LEVEL = 0.05
 RATCHET_LEVEL = 0.01
@@ -165,7 +166,12 @@ class CollapseGuard(BaseCallback):
         self.save_snapshots = save_snapshots
         self._check_settings()
         self._log = EventLog(None)
+        self.alarms = self.rollbacks = self.promotions = 0
+        self._monitor = EpisodeMonitor(self._prototype, self.false_alarm_rate, self.tolerance, self.random_return)
+        self._brake: PolicyBrake | None = None
         self._default_path: Path | None = None
+        self._rows = self._unstored = 0
+        self._go_on = True
         self._running = False
         self._seen_model: OffPolicyAlgorithm | None = None
 
@@ -245,9 +251,15 @@ class CollapseGuard(BaseCallback):
                 f"CollapseGuard needs an off-policy algorithm (TD3BC, TD3C, TD3, DDPG, SAC, DQN, TQC, ...), found "
                 f"{type(model).__name__}: it has no replay buffer to go on from after a rollback."
             )
+        if getattr(model, "_pretraining", False):
+            raise ValueError("CollapseGuard watches interactions, of which `pretrain` has none: pass it to `learn`.")
         if self._poisoned_weight != 1:
             check_can_thin_out(cast(Any, model.replay_buffer))
         self._siblings = self.locals.get("callback")
+        if sum(1 for _ in find_callbacks(self._siblings, CollapseGuard)) > 1:
+            raise ValueError(
+                "There are several CollapseGuards in the list of callbacks, expected one: they would undo each other."
+            )
         self._evaluations = [e for e in find_callbacks(self._siblings, EvalCallback) if e.log_path is not None]
         if self.baseline == "evaluations" and not self._evaluations:
             raise ValueError(
@@ -257,12 +269,37 @@ class CollapseGuard(BaseCallback):
         self._active_remedies = self._applicable_remedies()
         goes_on = not self.locals.get("reset_num_timesteps", True)
         if goes_on and self._seen_model is model:
-            self._begin_episodes()
-            self._brake.attach()
-            self._running = True
+            self._go_on_with_run()
             return
         self._start_new(goes_on)
         self._running = True
+
+    def _go_on_with_run(self) -> None:
+        """The same guard and learner in another call of ``learn``."""
+        # SB3 does not store the step at which a callback ends the run
+        self._rows -= self._unstored
+        self._unstored = 0
+        self._pending_repair = self._bad_observation = False
+        self._seen_evaluations = [len(evaluation.evaluations_results) for evaluation in self._evaluations]
+        self._begin_episodes()
+        self._the_brake.attach()
+        self._renew_after_stop()
+        self._running = True
+
+    def _renew_after_stop(self) -> None:
+        if self._go_on:
+            return
+        # Who goes on after a stop wants to be guarded again
+        self._go_on = True
+        self.rollbacks = self._failures = 0
+        self._phase = "unwatched"
+        if self._monitor.reference:
+            self._begin_monitoring(self._monitor.reference, "restored")
+
+    @property
+    def _the_brake(self) -> PolicyBrake:
+        assert self._brake is not None
+        return self._brake
 
     def _applicable_remedies(self) -> list[Remedy]:
         applicable = []
@@ -280,11 +317,13 @@ class CollapseGuard(BaseCallback):
         self._folder = self._find_folder()
         self._log = EventLog(None if self._folder is None else self._folder / EVENTS_FILE)
         self._generator = np.random.default_rng(0)
-        self._brake: PolicyBrake = PolicyBrake(model)
+        if self._brake is not None:
+            self._brake.remove()
+        self._brake = PolicyBrake(model)
         self._signals = SignalMonitor(model)
         self._monitor = EpisodeMonitor(self._prototype, self.false_alarm_rate, self.tolerance, self.random_return)
         self._pending_removal: tuple[_Good, int] | None = None
-        self._pending_repair = False
+        self._pending_repair = self._bad_observation = False
         self._releases: list[tuple[int, Remedy]] = []
         self._good: deque[_Good] = deque()
         self._candidate: _Good | None = None
@@ -295,12 +334,14 @@ class CollapseGuard(BaseCallback):
         self._episodes = self.alarms = self.rollbacks = self.promotions = self._failures = 0
         self._rows = self._unstored = 0
         self._go_on = True
-        self._warned_of_disk = False
+        self._warned_of_disk = self._warned_of_environment = False
         self._updates_at_start = self._checked_updates = model._n_updates
         self._seen_evaluations = [len(evaluation.evaluations_results) for evaluation in self._evaluations]
         self._begin_episodes()
-        text = model.__dict__.get(STATE_ATTRIBUTE) if goes_on else None
-        self._log.start(resume=text is not None)
+        state = self._saved_state() if goes_on else None
+        self._start_log(resume=state is not None)
+        if state is None:
+            self._remove_old_snapshots()
         self._event(
             "start",
             algorithm=type(model).__name__,
@@ -308,16 +349,45 @@ class CollapseGuard(BaseCallback):
             false_alarm_rate=self.false_alarm_rate,
             horizon_episodes=self.horizon_episodes,
             n_envs=model.n_envs,
-            resumed=text is not None,
+            resumed=state is not None,
             settings=self._settings(),
         )
         self._good.append(self._take())
         self._report_to_trial()
-        if text is not None:
-            self._take_up(json.loads(text))
-        elif not isinstance(self.baseline, str):
+        if state is not None:
+            self._take_up(state)
+        if self._phase in ("baseline", "unwatched") and not isinstance(self.baseline, str):
             self._begin_monitoring(self.baseline, "given")
         self._keep_state()
+
+    def _start_log(self, resume: bool) -> None:
+        try:
+            self._log.start(resume=resume)
+        except ValueError as error:
+            assert self._folder is not None
+            file = self._folder / EVENTS_FILE
+            file.replace(file.with_suffix(".damaged"))
+            warnings.warn(f"CollapseGuard: {error} It is kept as {file.with_suffix('.damaged')}.", stacklevel=2)
+            self._log.start(resume=False)
+
+    def _saved_state(self) -> dict[str, Any] | None:
+        text = self.model.__dict__.get(STATE_ATTRIBUTE)
+        if text is None:
+            return None
+        try:
+            state: dict[str, Any] = json.loads(text)
+            if state["version"] != STATE_VERSION:
+                raise ValueError(f"it has version {state['version']}, expected {STATE_VERSION}")
+            monitor = EpisodeMonitor(self._prototype, self.false_alarm_rate, self.tolerance, self.random_return)
+            monitor.load_state_dict(arrays_from_json(state["monitor"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(
+                f"CollapseGuard: its state in the model cannot be taken up ({error}), so that it begins anew. The detector, "
+                "its rate and its horizon must be those that the state was saved with.",
+                stacklevel=2,
+            )
+            return None
+        return state
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -376,7 +446,7 @@ class CollapseGuard(BaseCallback):
                 return f"non-finite {name.removeprefix('train/').replace('_', ' ')}"
         if self.model._n_updates != self._checked_updates:
             self._checked_updates = self.model._n_updates
-            parameters = [parameter.detach() for parameter in self._brake.module.parameters()]
+            parameters = [parameter.detach() for parameter in self._the_brake.module.parameters()]
             if not th.stack([parameter.sum() for parameter in parameters]).isfinite().all():
                 return "non-finite policy parameter"
         return None
@@ -389,7 +459,7 @@ class CollapseGuard(BaseCallback):
         self._unstored = 1
         for timestep, remedy in [entry for entry in self._releases if entry[0] <= self.num_timesteps]:
             self._releases.remove((timestep, remedy))
-            remedy.release(self.model, self._brake)
+            remedy.release(self.model, self._the_brake)
             self._event("release", name=remedy.name)
         if self._phase == "baseline" and self.model._n_updates != self._updates_at_start:
             self._end_of_baseline()
@@ -406,15 +476,11 @@ class CollapseGuard(BaseCallback):
         rewards = self.locals["rewards"] if vec_normalize is None else vec_normalize.get_original_reward()
         dones = self.locals["dones"]
         # A sum is finite only if all its terms are
-        if not math.isfinite(self.locals["actions"].sum()):
-            self._pending_repair = True
-            return Alarm("non-finite action", math.inf, 0.0, self._episodes, "The policy chose a non-finite action.")
-        if not math.isfinite(rewards.sum()):
-            self._pending_repair = True
-            return Alarm("non-finite reward", math.inf, 0.0, self._episodes, "The environment gave a non-finite reward.")
+        alarm = self._check_finite(rewards)
+        if alarm is not None:
+            return alarm
         self._returns += rewards
         self._lengths += 1
-        alarm = None
         if self._prototype.needs_rewards:
             for index, reward in enumerate(rewards):
                 self._rewards[index].append(float(reward))
@@ -427,6 +493,34 @@ class CollapseGuard(BaseCallback):
         if self.baseline == "evaluations":
             alarm = self._observe_evaluations() or alarm
         return alarm
+
+    def _check_finite(self, rewards: np.ndarray) -> Alarm | None:
+        observations = self.locals["new_obs"]
+        parts = list(observations.values()) if isinstance(observations, dict) else [observations]
+        for index in np.flatnonzero(self.locals["dones"]).tolist():
+            last = self.locals["infos"][index].get("terminal_observation")
+            parts += [] if last is None else list(last.values()) if isinstance(last, dict) else [last]
+        # A sum is finite only if all its terms are
+        environment_is_fine = math.isfinite(rewards.sum()) and all(math.isfinite(part.sum()) for part in parts)
+        action_is_finite = math.isfinite(self.locals["actions"].sum())
+        blameless, self._bad_observation = self._bad_observation, not environment_is_fine
+        if environment_is_fine and action_is_finite:
+            return None
+        self._pending_repair = True
+        if not action_is_finite and not blameless:
+            return Alarm("non-finite action", math.inf, 0.0, self._episodes, "The policy chose a non-finite action.")
+        # Not the policy's fault: the transition is taken out of the replay buffer, and the episode does not count
+        np.nan_to_num(rewards, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        self._ignored[:] = True
+        if not self._warned_of_environment:
+            self._warned_of_environment = True
+            message = (
+                "The environment gave a non-finite observation or reward. Such transitions are replaced in the replay buffer "
+                "by copies of others: look into the environment."
+            )
+            self._event("warning", message=message)
+            warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
+        return None
 
     def _end_of_episode(self, index: int) -> Alarm | None:
         total, length, rewards = float(self._returns[index]), int(self._lengths[index]), self._rewards[index]
@@ -447,7 +541,7 @@ class CollapseGuard(BaseCallback):
             self._refresh_first_snapshot()
         else:
             phase = "monitoring" if self._phase == "monitoring" else "unwatched"
-            alarm = self._judge(episode, total) if phase == "monitoring" else None
+            alarm = self._judge(episode, total, index) if phase == "monitoring" else None
         self._event(
             "episode",
             **{"return": total, "length": length},
@@ -468,6 +562,10 @@ class CollapseGuard(BaseCallback):
         for number, evaluation in enumerate(self._evaluations):
             for returns in evaluation.evaluations_results[self._seen_evaluations[number] :]:
                 for value in np.ravel(returns):
+                    if not math.isfinite(value):
+                        message = "An evaluation had a non-finite return."
+                        alarm = alarm or Alarm("non-finite evaluation", math.inf, 0.0, self._episodes, message)
+                        continue
                     if self._phase == "baseline":
                         self._reference.append(float(value))
                     elif self._phase == "monitoring":
@@ -475,9 +573,9 @@ class CollapseGuard(BaseCallback):
             self._seen_evaluations[number] = len(evaluation.evaluations_results)
         return alarm
 
-    def _judge(self, episode: Any, total: float) -> Alarm | None:
+    def _judge(self, episode: Any, total: float, index: int = 0) -> Alarm | None:
         """Take a monitored episode into account."""
-        alarm = self._monitor.judge(episode)
+        alarm = self._monitor.judge(episode, index)
         if alarm is not None:
             return alarm
         if self._fresh_reference is not None:
@@ -530,6 +628,7 @@ class CollapseGuard(BaseCallback):
         if len(self._reference) >= LEAST_BASELINE:
             try:
                 self._begin_monitoring(self._reference, source)
+                self._keep_state()
                 return
             except ValueError as error:
                 problem = str(error)
@@ -542,6 +641,7 @@ class CollapseGuard(BaseCallback):
         message = f"{problem} Returns are not watched in this run, only non-finite values and `secondary_alarms`."
         self._event("warning", message=message)
         warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
+        self._keep_state()
 
     def _begin_monitoring(self, reference: Sequence[Any], source: str) -> None:
         self._monitor.begin(reference)
@@ -592,7 +692,7 @@ class CollapseGuard(BaseCallback):
         self.logger.record("collapse/promotions", self.promotions)
         for remedy in self._active_remedies:
             if self.rollbacks > 0:
-                settings = remedy.on_promotion(self._brake, candidate.snapshot.policy_state)
+                settings = remedy.on_promotion(self._the_brake, candidate.snapshot.policy_state)
                 if settings is not None:
                     message = f"{remedy.name} moves with the promotion: {_described(settings)}"
                     self._event("remedy", name=remedy.name, parameters=settings, message=message)
@@ -618,7 +718,9 @@ class CollapseGuard(BaseCallback):
             return
         self._fresh_reference = None
         returns = [float(np.sum(episode)) for episode in fresh]
-        if not self._monitor.is_better(returns, PROMOTION_LEVEL):
+        # An episode below all that were known before may be the first of a collapse, which must not become the measure
+        sound = min(returns) >= self._monitor.returns.min() - self._monitor.margin
+        if not (sound and self._monitor.is_better(returns, PROMOTION_LEVEL)):
             # Its share is spent all the same: what is accepted has been selected for being high
             self._monitor.periods += 1
             return
@@ -650,6 +752,8 @@ class CollapseGuard(BaseCallback):
         for name in ("train/critic_loss", "train/actor_loss", "train/loss"):
             # A non-finite loss of the past must not raise the alarm again
             self.logger.name_to_value.pop(name, None)
+            self.logger.name_to_excluded.pop(name, None)
+            self.logger.name_to_count.pop(name, None)
         self._keep_state()
 
     def _restore(self) -> _Good:
@@ -666,7 +770,8 @@ class CollapseGuard(BaseCallback):
         self.rollbacks += 1
         self._failures += 1
         self._pending_removal = (good, self.rollbacks)
-        self._ignored[:] = True
+        # What is running was begun by the policy that is gone
+        self._ignored |= self._lengths > 0
         self._window = []
         self._candidate = None
         self._fresh_reference = None
@@ -683,15 +788,21 @@ class CollapseGuard(BaseCallback):
             f"rollback {self.rollbacks} of at most {self.max_rollbacks}: the learner is that of step {good.timestep} again."
         )
         self._releases = []
-        self._brake.hold(False)
+        self._the_brake.hold(False)
         for remedy in self._active_remedies:
-            settings = remedy.apply(self.model, self._brake, self.rollbacks, good.snapshot.policy_state)
+            settings = remedy.apply(self.model, self._the_brake, self.rollbacks, good.snapshot.policy_state)
             if "until" in settings:
                 self._releases.append((settings["until"], remedy))
             self._event("remedy", name=remedy.name, parameters=settings, message=f"{remedy.name}: {_described(settings)}")
             self._say(f"remedy {remedy.name}: {_described(settings)}.")
         if self._phase == "monitoring":
-            self._begin_monitoring(good.reference or self._monitor.reference, "restored")
+            try:
+                self._begin_monitoring(good.reference or self._monitor.reference, "restored")
+            except ValueError as error:
+                self._phase = "unwatched"
+                message = f"{error} Returns are not watched any more."
+                self._event("warning", message=message)
+                warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
         self._report_to_trial()
 
     def _give_up(self) -> None:
@@ -705,7 +816,7 @@ class CollapseGuard(BaseCallback):
             self._restore()
         if action == "freeze":
             self._releases = []
-            self._brake.hold(True)
+            self._the_brake.hold(True)
         self._go_on = action != "stop"
         self._phase = "done"
         self._event("escalation", action=action, message=message)
@@ -734,9 +845,11 @@ class CollapseGuard(BaseCallback):
         except ValueError as error:
             self._event("warning", message=f"The data since step {good.timestep} is kept: {error}")
             return
+        if not buffer.full:
+            self._rows -= removed // buffer.n_envs
         # Rows have moved, so that marks within the span mean nothing any more
         for other in self._good:
-            if other.rows >= good.rows:
+            if other is good or other.rows > good.rows:
                 self._mark(other, ahead=0)
         self._event("removal", number=number, removed=removed)
 
@@ -771,12 +884,14 @@ class CollapseGuard(BaseCallback):
     def _keep_state(self) -> None:
         """Put the guard's state where SB3's ``save`` finds it: a text attribute of the model, no pickle."""
         state = {
+            "version": STATE_VERSION,
+            "reference": [np.asarray(episode).tolist() for episode in self._reference] if self._phase == "baseline" else [],
             "monitor": arrays_to_json(self._monitor.state_dict()),
             "phase": self._phase,
             "counts": [self._episodes, self.alarms, self.rollbacks, self.promotions, self._failures],
-            "learning_rate_factor": self._brake.learning_rate_factor,
-            "radius": self._brake.radius if math.isfinite(self._brake.radius) else None,
-            "held": self._brake.held,
+            "learning_rate_factor": self._the_brake.learning_rate_factor,
+            "radius": self._the_brake.radius if math.isfinite(self._the_brake.radius) else None,
+            "held": self._the_brake.held,
             "releases": [[timestep, remedy.name] for timestep, remedy in self._releases],
             "stopped": not self._go_on,
             "snapshots": [good.timestep for good in self._good],
@@ -788,28 +903,40 @@ class CollapseGuard(BaseCallback):
         self._monitor.load_state_dict(arrays_from_json(state["monitor"]))
         self._episodes, self.alarms, self.rollbacks, self.promotions, self._failures = state["counts"]
         self._phase = state["phase"]
+        self._reference = [np.array(episode) if self._prototype.needs_rewards else episode for episode in state["reference"]]
+        self._failures = 0
         first = self._good[0]
         # The statistics of a loaded replay buffer are not known; what comes from now on is
         first.reference = self._monitor.reference
         for timestep in state["snapshots"]:
             self._read_snapshot(timestep)
-        newest = self._good[-1].snapshot.policy_state
-        self._brake.learning_rate_factor = state["learning_rate_factor"]
+        # The loaded policy is the newest; the region lies around the last good one, where that was saved
+        center = self._good[-2 if len(self._good) > 1 else -1].snapshot.policy_state
+        self._the_brake.learning_rate_factor = state["learning_rate_factor"]
         if state["learning_rate_factor"] != 1:
-            self._brake.slow_down(state["learning_rate_factor"])
+            self._the_brake.slow_down(state["learning_rate_factor"])
         if state["radius"] is not None:
-            self._brake.confine(state["radius"], newest)
-        self._brake.hold(state["held"])
+            self._the_brake.confine(state["radius"], center)
+        self._the_brake.hold(state["held"])
         by_name = {remedy.name: remedy for remedy in self._active_remedies}
         self._releases = [(timestep, by_name[name]) for timestep, name in state["releases"] if name in by_name]
         if state["held"] and not self._releases and self._phase != "done":
-            self._brake.hold(False)
+            self._the_brake.hold(False)
+        self._go_on = not state["stopped"]
         if self._phase == "monitoring":
             self._new_candidate()
+        self._renew_after_stop()
         self._say(f"goes on with {self.rollbacks} rollbacks, {self._episodes} episodes and {len(self._good)} snapshots.")
 
     def _snapshot_file(self, timestep: int) -> Path | None:
         return None if self._folder is None else self._folder / SNAPSHOT_FOLDER / f"snapshot_{timestep}.pt"
+
+    def _remove_old_snapshots(self) -> None:
+        """Those of another run in the same folder, and what a killed one was writing."""
+        if self.save_snapshots and self._folder is not None:
+            for pattern in ("snapshot_*.pt", ".snapshot_*.tmp"):
+                for file in (self._folder / SNAPSHOT_FOLDER).glob(pattern):
+                    file.unlink(missing_ok=True)
 
     def _write_snapshots(self) -> None:
         folder = self._folder
@@ -854,8 +981,10 @@ class CollapseGuard(BaseCallback):
         if not self._running:
             return
         self._running = False
+        # The last update of the run, after which no policy has acted
+        self._on_rollout_start()
         # What the user does with the learner between two runs is not to be held back
-        self._brake.remove()
+        self._the_brake.remove()
         self._event("end", rollbacks=self.rollbacks, alarms=self.alarms, promotions=self.promotions)
         self._keep_state()
         if self._folder is not None:

@@ -60,12 +60,13 @@ class EpisodeMonitor:
             return episode + self.margin
         return np.asarray(episode, dtype=np.float64) + self._credit_per_step
 
-    def judge(self, episode: Any) -> Alarm | None:
+    def judge(self, episode: Any, key: int = 0) -> Alarm | None:
         """
         :param episode: A finished episode: its return, or its rewards
+        :param key: Which of several running episodes it was
         :return: An alarm, or None
         """
-        return self.detector.update(self._credited(episode))
+        return self.detector.update(self._credited(episode), key)
 
     def judge_within(self, rewards: Sequence[float], key: int) -> Alarm | None:
         """
@@ -121,7 +122,14 @@ class EpisodeMonitor:
         state = {f"detector.{name}": value for name, value in self.detector.state_dict().items()} if self.reference else {}
         lengths = [np.size(episode) for episode in self.reference]
         values = np.concatenate([np.atleast_1d(episode) for episode in self.reference]) if self.reference else np.empty(0)
-        return {**state, "periods": np.array(self.periods), "lengths": np.array(lengths, np.int64), "values": values}
+        rate = np.array(self.detector.false_alarm_rate)
+        return {
+            **state,
+            "periods": np.array(self.periods),
+            "rate": rate,
+            "lengths": np.array(lengths, np.int64),
+            "values": values,
+        }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """
@@ -132,8 +140,7 @@ class EpisodeMonitor:
         pieces = np.split(state["values"], np.cumsum(state["lengths"])[:-1]) if len(state["lengths"]) else []
         self._set_reference([piece if self.needs_rewards else float(piece[0]) for piece in pieces])
         if self.reference:
-            rate = self._false_alarm_rate / max(1, self.periods * (self.periods + 1))
-            detector = self._prototype.fresh(rate)
+            detector = self._prototype.fresh(float(state["rate"]))
             detector.load_state_dict(
                 {name.removeprefix("detector."): value for name, value in state.items() if name.startswith("detector.")}
             )

@@ -48,7 +48,12 @@ class PolicyBrake:
     def __init__(self, model: OffPolicyAlgorithm, seed: int = 0) -> None:
         self._model = model
         policy: Any = model.policy
-        name = next(name for name in ("actor", "quantile_net", "q_net") if hasattr(policy, name))
+        name = next((name for name in ("actor", "quantile_net", "q_net") if hasattr(policy, name)), None)
+        if name is None:
+            raise ValueError(
+                f"CollapseGuard does not know where {type(policy).__name__} keeps its policy: expected an attribute `actor`, "
+                "`quantile_net` or `q_net`."
+            )
         self.module: nn.Module = getattr(policy, name)
         self._prefix = f"{name}."
         self._optimizer: th.optim.Optimizer = policy.actor.optimizer if name == "actor" else policy.optimizer
@@ -56,7 +61,8 @@ class PolicyBrake:
         self._mode_matters = _mode_matters(model.policy)
         self._handles: list[Any] = []
         self._learning_rates: list[float] = []
-        self._held_buffers: dict[str, th.Tensor] = {}
+        self._held: dict[str, th.Tensor] = {}
+        self._run: float = model.start_time
         self._probe: Observations | None = None
         self._probe_age = 0
         self._center: PolicyState | None = None
@@ -70,7 +76,8 @@ class PolicyBrake:
         return self.held or self.learning_rate_factor != 1 or self._center is not None
 
     def attach(self) -> None:
-        """Act on the optimizer from now on, if there is anything to do."""
+        """Act on the optimizer in the present run of ``learn``, if there is anything to do."""
+        self._run = self._model.start_time
         if self._is_needed and not self._handles:
             self._handles = [
                 self._optimizer.register_step_pre_hook(self._before_step),
@@ -95,7 +102,7 @@ class PolicyBrake:
         :param held: Whether the policy stays as it is; the critics learn on
         """
         self.held = held
-        self._held_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()} if held else {}
+        self._held = {name: value.clone() for name, value in self.module.state_dict().items()} if held else {}
         self.attach()
 
     def confine(self, radius: float, center: PolicyState) -> None:
@@ -112,18 +119,22 @@ class PolicyBrake:
         self.attach()
 
     def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # After an interrupt nobody removes the hooks; a run that began without this brake is none of its business
+        if self._model.start_time != self._run:
+            return
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         factor = 0.0 if self.held else self.learning_rate_factor
         for group in optimizer.param_groups:
             group["lr"] *= factor
 
     def _after_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._model.start_time != self._run:
+            return
         for group, learning_rate in zip(optimizer.param_groups, self._learning_rates, strict=True):
             group["lr"] = learning_rate
         if self.held:
-            # Batch normalization learns without an optimizer
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(self._held_buffers[name])
+            # Batch normalization learns without an optimizer, and a learning rate of 0 does not stop a non-finite gradient
+            self.module.load_state_dict(self._held)
         elif self._center is not None and math.isfinite(self.radius):
             self._move_inside()
 
@@ -149,9 +160,10 @@ class PolicyBrake:
                     return
                 # Small steps change actions in proportion, so the squared distance shrinks with the square of the share
                 share = 0.98 * math.sqrt(self.radius / distance) if isinstance(model.action_space, spaces.Box) else 0.8
-                for name, parameter in self.module.named_parameters():
-                    origin = center[self._prefix + name]
-                    parameter.copy_(origin + share * (parameter - origin))
+                for name, value in (*self.module.named_parameters(), *self.module.named_buffers()):
+                    if value.is_floating_point():
+                        origin = center[self._prefix + name]
+                        value.copy_(origin + share * (value - origin))
         finally:
             if self._mode_matters:
                 model.policy.set_training_mode(training)
@@ -276,6 +288,8 @@ class TrustRegion(Remedy):
         return {"radius": brake.radius}
 
     def on_promotion(self, brake: PolicyBrake, center: PolicyState) -> dict[str, Any] | None:
+        if not math.isfinite(brake.radius):
+            return None
         brake.confine(min(brake.radius * self.growth, self.largest), center)
         return {"radius": brake.radius}
 

@@ -130,7 +130,8 @@ def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     """
     Take the last stored row out of the way if it holds a non-finite number, which would spoil every batch it is drawn into.
 
-    It becomes a copy of the row before; in an empty buffer, and where rows depend on one another, its numbers become 0.
+    It becomes a copy of the last finite row before; if there is none, and where rows depend on one another, its non-finite
+    numbers become 0.
 
     :param buffer: The replay buffer
     :return: Whether it did
@@ -140,16 +141,22 @@ def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     for name in ROW_ARRAYS:
         values = getattr(buffer, name, None)
         arrays += values.values() if isinstance(values, dict) else [] if values is None else [values]
-    if all(np.isfinite(array[last]).all() for array in arrays):
+    if _is_finite(arrays, last):
         return False
     try:
         check_can_thin_out(buffer)
-        alone = buffer.size() < 2
     except ValueError:
-        alone = True
+        source = None
+    else:
+        before = ((last - back) % buffer.buffer_size for back in range(1, buffer.size()))
+        source = next((row for row in before if _is_finite(arrays, row)), None)
     for array in arrays:
-        array[last] = np.nan_to_num(array[last], nan=0.0, posinf=0.0, neginf=0.0) if alone else array[last - 1]
+        array[last] = np.nan_to_num(array[last], nan=0.0, posinf=0.0, neginf=0.0) if source is None else array[source]
     return True
+
+
+def _is_finite(arrays: list[np.ndarray], row: int) -> bool:
+    return all(bool(np.isfinite(array[row]).all()) for array in arrays)
 
 
 def _copy_rows(buffer: ReplayBuffer, sources: np.ndarray, targets: np.ndarray) -> None:

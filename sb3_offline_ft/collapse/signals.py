@@ -66,7 +66,11 @@ def greedy_actions(model: OffPolicyAlgorithm, observations: Observations, state:
     policy = model.policy
     if state is None:
         return policy._predict(observations, deterministic=True)
-    actions: th.Tensor = th.func.functional_call(policy, dict(state), (observations,), {"deterministic": True})
+    # Of modules that actor and critic share, the state dict has several names, and a functional call takes one
+    names = [name for name, _ in (*policy.named_parameters(), *policy.named_buffers())]
+    chosen = {name: state[name] for name in names}
+    arguments = {"deterministic": True}
+    actions: th.Tensor = th.func.functional_call(policy, chosen, (observations,), arguments, tie_weights=False)
     return actions
 
 

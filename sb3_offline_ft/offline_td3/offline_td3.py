@@ -545,8 +545,9 @@ class OfflineTD3(TD3):
                     self._run_offline(self.remaining_offline_steps, None, show)
             except KeyboardInterrupt:
                 # rl-zoo3 ends its callbacks after an interrupt, and SB3's progress bar cannot end before it has started
-                started.on_training_start(locals(), globals())
-                started.on_training_end()
+                for bar in find_callbacks(started, ProgressBarCallback):
+                    bar.on_training_start(locals(), globals())
+                    bar.on_training_end()
                 raise
             # SB3 derives the speed of the online phase from it
             self.start_time = time.time_ns()
