@@ -22,7 +22,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_offline_ft import TD3C, CollapseGuard, LearnerSnapshot
 from sb3_offline_ft.common.io import atomic_write
 
-ROUNDS, STEPS = 7, 2_000
+ROUNDS, STEPS = 5, 2_000
 # Below anything the runs earn: the guard watches, and never finds reason to act
 NEVER = (-1e6 + np.arange(20.0)).tolist()
 GUARD = {"baseline": NEVER, "ratchet": False, "verbose": 0}
