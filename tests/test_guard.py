@@ -394,7 +394,8 @@ class Broken(Hold):
         self.count += 1
         if self.count == 153:
             observation[0] = np.nan
-        return observation, math.inf if self.count == 257 else reward, terminated, truncated, info
+        # The second one comes at the end of an episode
+        return observation, math.inf if self.count == 260 else reward, terminated, truncated, info
 
 
 def test_what_a_broken_environment_gives_is_kept_out_of_the_buffer() -> None:
@@ -406,6 +407,10 @@ def test_what_a_broken_environment_gives_is_kept_out_of_the_buffer() -> None:
     assert not of(guard, "alarm")
     buffer = model.replay_buffer
     assert buffer is not None
+    assert max(event["return"] for event in of(guard, "episode")) < EPISODE_LENGTH + 2
+    assert [event["timestep"] for event in of(guard, "episode") if event["phase"] == "ignored"] == [160, 260]
+    for row in (152, 153, 259):
+        assert np.array_equal(buffer.observations[row], buffer.observations[row - 1])
     for array in (buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards):  # type: ignore[attr-defined]
         assert np.isfinite(array[: buffer.pos]).all()
     assert all(bool(value.isfinite().all()) for value in parameters(model))

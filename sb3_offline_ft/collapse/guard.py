@@ -475,10 +475,11 @@ class CollapseGuard(BaseCallback):
         vec_normalize = self.model.get_vec_normalize_env()
         rewards = self.locals["rewards"] if vec_normalize is None else vec_normalize.get_original_reward()
         dones = self.locals["dones"]
-        # A sum is finite only if all its terms are
         alarm = self._check_finite(rewards)
-        if alarm is not None:
-            return alarm
+        if self._pending_repair:
+            # A copy: SB3 stores the array itself, and what is not finite there is to be found
+            rewards = np.nan_to_num(rewards, nan=0.0, posinf=0.0, neginf=0.0)
+            self._ignored[:] = True
         self._returns += rewards
         self._lengths += 1
         if self._prototype.needs_rewards:
@@ -489,7 +490,8 @@ class CollapseGuard(BaseCallback):
                         alarm = alarm or self._monitor.judge_within(self._rewards[index], index)
         if dones.any():
             for index in np.flatnonzero(dones).tolist():
-                alarm = self._end_of_episode(index) or alarm
+                at_its_end = self._end_of_episode(index)
+                alarm = alarm or at_its_end
         if self.baseline == "evaluations":
             alarm = self._observe_evaluations() or alarm
         return alarm
@@ -510,8 +512,6 @@ class CollapseGuard(BaseCallback):
         if not action_is_finite and not blameless:
             return Alarm("non-finite action", math.inf, 0.0, self._episodes, "The policy chose a non-finite action.")
         # Not the policy's fault: the transition is taken out of the replay buffer, and the episode does not count
-        np.nan_to_num(rewards, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        self._ignored[:] = True
         if not self._warned_of_environment:
             self._warned_of_environment = True
             message = (
