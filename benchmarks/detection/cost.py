@@ -22,26 +22,32 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_offline_ft import TD3C, CollapseGuard, LearnerSnapshot
 from sb3_offline_ft.common.io import atomic_write
 
-ROUNDS, STEPS = 5, 2_000
+ROUNDS, STEPS, SEED = 7, 1_200, 1
 # Below anything the runs earn: the guard watches, and never finds reason to act
 NEVER = (-1e6 + np.arange(20.0)).tolist()
 GUARD = {"baseline": NEVER, "ratchet": False, "verbose": 0}
 
 
-def td3c(train_freq: int) -> OffPolicyAlgorithm:
+def finetuned(train_freq: int) -> OffPolicyAlgorithm:
+    # Pretrained, so that episodes are as long as those of a policy worth guarding.
     # A train_freq as long as the run: collection, and one update at its end
-    return TD3C("MlpPolicy", hopper.ENV, learning_starts=0, train_freq=train_freq, device="cpu", seed=0)
+    path = hopper.pretrained_path(SEED)
+    return TD3C.load(path, env=hopper.ENV, device="cpu", seed=0, warmup_steps=0, train_freq=train_freq)
 
 
 SETTINGS: dict[str, Callable[[], OffPolicyAlgorithm]] = {
-    "TD3C on Hopper-v5, an update each step": lambda: td3c(1),
-    "SAC on Hopper-v5, an update each step": lambda: SAC("MlpPolicy", hopper.ENV, learning_starts=0, device="cpu", seed=0),
-    "TD3C on Hopper-v5, no updates": lambda: td3c(STEPS),
+    "TD3C finetuned on Hopper-v5, an update each step": lambda: finetuned(1),
+    "TD3C on Hopper-v5, no updates": lambda: finetuned(STEPS),
+    "SAC from scratch on Hopper-v5 (episodes of about 20 steps), an update each step": lambda: SAC(
+        "MlpPolicy", hopper.ENV, learning_starts=0, device="cpu", seed=0
+    ),
 }
 
 
 def seconds_per_step(make: Callable[[], OffPolicyAlgorithm], settings: dict[str, Any] | None) -> float:
     model = make()
+    if isinstance(model, TD3C):
+        model.load_offline_data()
     callback = None if settings is None else CollapseGuard(**settings)
     start = time.process_time()
     model.learn(STEPS, callback=callback, log_interval=10**9)
@@ -65,7 +71,7 @@ def main() -> None:
             "ratios": [round(float(ratio), 4) for ratio in sorted(ratios)],
         }
         print(name, results["time_per_step"][name], flush=True)
-    model = td3c(1)
+    model = finetuned(1)
     model.learn(300)
     start = time.process_time()
     snapshots = [LearnerSnapshot.take(model) for _ in range(20)]
