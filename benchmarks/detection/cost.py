@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from rescue import HERE, hopper
 from stable_baselines3 import SAC
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft import TD3C, CollapseGuard, LearnerSnapshot
@@ -32,7 +34,7 @@ def finetuned(train_freq: int) -> OffPolicyAlgorithm:
     # Pretrained, so that episodes are as long as those of a policy worth guarding.
     # A train_freq as long as the run: collection, and one update at its end
     path = hopper.pretrained_path(SEED)
-    return TD3C.load(path, env=hopper.ENV, device="cpu", seed=0, warmup_steps=0, train_freq=train_freq)
+    return TD3C.load(path, env=Monitor(gym.make(hopper.ENV)), device="cpu", seed=0, warmup_steps=0, train_freq=train_freq)
 
 
 SETTINGS: dict[str, Callable[[], OffPolicyAlgorithm]] = {
