@@ -54,15 +54,13 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "unguarded": None,
     "guarded": {},
     "no-remedies": {"remedies": []},
-    "critic-warmup-only": {"remedies": ["critic_warmup"]},
 }
 NAMES = {
     "unguarded": "without guard",
     "guarded": "with guard",
     "no-remedies": "with guard, no remedies",
-    "critic-warmup-only": "with guard, remedy critic_warmup only",
 }
-COLORS = {"unguarded": "#D55E00", "guarded": "#0072B2", "no-remedies": "#CC79A7", "critic-warmup-only": "#009E73"}
+COLORS = {"unguarded": "#D55E00", "guarded": "#0072B2", "no-remedies": "#CC79A7"}
 
 
 class Recorder(BaseCallback):
