@@ -475,7 +475,8 @@ class CollapseGuard(BaseCallback):
         vec_normalize = self.model.get_vec_normalize_env()
         rewards = self.locals["rewards"] if vec_normalize is None else vec_normalize.get_original_reward()
         dones = self.locals["dones"]
-        alarm = self._check_finite(rewards)
+        ended = np.flatnonzero(dones).tolist()
+        alarm = self._check_finite(rewards, ended)
         if self._pending_repair:
             # A copy: SB3 stores the array itself, and what is not finite there is to be found
             rewards = np.nan_to_num(rewards, nan=0.0, posinf=0.0, neginf=0.0)
@@ -488,18 +489,17 @@ class CollapseGuard(BaseCallback):
                 if self._phase == "monitoring" and not dones[index] and not self._ignored[index]:
                     if len(self._rewards[index]) % WITHIN_FREQ == 0:
                         alarm = alarm or self._monitor.judge_within(self._rewards[index], index)
-        if dones.any():
-            for index in np.flatnonzero(dones).tolist():
-                at_its_end = self._end_of_episode(index)
-                alarm = alarm or at_its_end
+        for index in ended:
+            at_its_end = self._end_of_episode(index)
+            alarm = alarm or at_its_end
         if self.baseline == "evaluations":
             alarm = self._observe_evaluations() or alarm
         return alarm
 
-    def _check_finite(self, rewards: np.ndarray) -> Alarm | None:
+    def _check_finite(self, rewards: np.ndarray, ended: list[int]) -> Alarm | None:
         observations = self.locals["new_obs"]
         parts = list(observations.values()) if isinstance(observations, dict) else [observations]
-        for index in np.flatnonzero(self.locals["dones"]).tolist():
+        for index in ended:
             last = self.locals["infos"][index].get("terminal_observation")
             parts += [] if last is None else list(last.values()) if isinstance(last, dict) else [last]
         # A sum is finite only if all its terms are
