@@ -25,7 +25,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_offline_ft import TD3C, CollapseGuard, LearnerSnapshot
 from sb3_offline_ft.common.io import atomic_write
 
-ROUNDS, STEPS, SEED = 5, 1_500, 1
+ROUNDS, STEPS, SEED = 3, 1_500, 1
 # Below anything the runs earn: the guard watches, and never finds reason to act
 NEVER = (-1e6 + np.arange(20.0)).tolist()
 GUARD = {"baseline": NEVER, "ratchet": False, "verbose": 0}
