@@ -37,7 +37,15 @@ def test_interrupted_pretraining_is_saved_and_resumed(installation: Installation
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SB3_OFFLINE_FT_NO_HOOK")}
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     command = [installation.python, *TRAIN, "-params", "offline_steps:1000000", "warmup_steps:100"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # A shell's background job ignores the signal, and its children with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         seen = b""
         # The logger's first table: 1,000 gradient steps are done
