@@ -226,7 +226,7 @@ def report() -> None:
     draw(runs)
     example = RESULTS / EXAMPLE / "collapse.png"
     if example.exists():
-        shutil.copyfile(example, HERE / "rescue_example.png")
+        shutil.copyfile(example, HERE.parent.parent / "docs" / "collapse_example.png")
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
