@@ -48,6 +48,7 @@ PLAN: list[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...], float, int]]
     (("deterioration",), ("normal", "td3-hopper"), (10, 20, 30), 0.05, 200),
     (("deterioration",), ("two modes 90/10", "sac-pendulum"), (10, 30), 0.05, 200),
     (("deterioration",), ("-lognormal", "t(3)"), (10,), 0.05, 200),
+    (("deterioration",), ("sac-halfcheetah",), (20,), 0.05, 200),
     (("cusum",), ("normal", "two modes 90/10", "td3-hopper"), (20,), 0.01, 1000),
     (("betting",), ("td3-hopper",), (20,), 0.01, 1000),
 ]
