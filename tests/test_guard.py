@@ -560,9 +560,9 @@ def test_a_tighter_constraint_and_more_offline_data() -> None:
     assert guard.rollbacks == 1
     assert model.epsilon == "lin_0.01_0.005" and model._epsilon_schedule(0.0) == pytest.approx(0.005)
     assert model.offline_fraction == 0.75 == model.replay_buffer.offline_fraction  # type: ignore[union-attr]
-    updates = [event["n_updates"] for event in guard.events if event["timestep"] > 1500]
-    # 50 updates before the warm-up, none for 300 steps after the rollback
-    assert model._n_updates == 50 + len(range(1900, 2001, 100)) - 0 or updates[-1] < 60
+    # 50 offline updates, none up to step 1800 after the rollback, then one at 1900 and one at 2000
+    assert of(guard, "alarm")[0]["timestep"] == 1500
+    assert model._n_updates == 52
 
 
 def test_remedies_that_do_not_fit_are_refused_if_asked_for_and_left_out_otherwise() -> None:
@@ -599,12 +599,9 @@ def test_an_older_snapshot_is_tried_when_the_newest_fails() -> None:
     guard = CollapseGuard(remedies=[], promotion_episodes=5, max_rollbacks=10, ratchet=False, verbose=0)
     model.learn(1500, callback=[guard, At([600, 700, 800, 900], ruin)])
     steps = [event["to_timestep"] for event in of(guard, "rollback")]
-    assert len(steps) >= 3
-    if steps[0] == steps[1] == steps[2]:
-        promoted = [event for event in of(guard, "promotion") if 600 < event["timestep"]]
-        assert promoted
-    else:
-        assert min(steps) < steps[0]
+    promoted = [event["candidate_timestep"] for event in of(guard, "promotion") if event["timestep"] <= 600]
+    # Each of the two newest is restored twice, since nothing is promoted in between
+    assert steps == [promoted[-1], promoted[-1], promoted[-2], promoted[-2]]
 
 
 # Poisoned data
