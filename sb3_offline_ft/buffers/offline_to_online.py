@@ -162,49 +162,92 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         :return: The batch
         :raises ValueError: The buffer is empty
         """
+        return self.sample_batches(1, batch_size, env, offline_fraction)
+
+    def sample_batches(
+        self, n_batches: int, batch_size: int, env: VecNormalize | None = None, offline_fraction: float | None = None
+    ) -> OfflineToOnlineReplayBufferSamples:
+        """
+        Sample several batches at once, to the bit those of as many calls of :meth:`sample`: batch ``i`` is rows
+        ``i * batch_size`` to ``(i + 1) * batch_size`` of every column.
+
+        :param n_batches: Number of batches
+        :param batch_size: Number of rows of a batch
+        :param env: VecNormalize whose statistics are applied to observations and rewards of both parts
+        :param offline_fraction: Share of offline rows in each of these batches, by default the buffer's own
+        :return: The batches one after the other, shapes ``(n_batches * batch_size, ...)``
+        :raises ValueError: The buffer is empty
+        """
         n_offline, n_online = self.split(batch_size, offline_fraction)
         dtype = np.float32 if n_offline > 0 else self.observations.dtype
-        observations = np.empty((batch_size, *self.obs_shape), dtype)
+        observations = np.empty((n_batches, batch_size, *self.obs_shape), dtype)
         next_observations = np.empty_like(observations)
-        actions = np.empty((batch_size, self.action_dim), self.actions.dtype)
-        dones = np.empty((batch_size, 1), np.float32)
-        rewards = np.empty((batch_size, 1), np.float32)
-        is_offline = np.zeros((batch_size, 1), dtype=bool)
+        actions = np.empty((n_batches, batch_size, self.action_dim), self.actions.dtype)
+        dones = np.empty((n_batches, batch_size), np.float32)
+        rewards = np.empty_like(dones)
+        is_offline = np.zeros((n_batches, batch_size), dtype=bool)
         if n_offline > 0:
             data = self.offline_data
             assert data is not None
-            rows = self._offline_generator.integers(0, len(data), size=n_offline)
-            # mode="clip" lets NumPy write into `out` directly; the indices are valid by construction
-            np.take(data.observations, rows, axis=0, out=observations[:n_offline], mode="clip")
-            np.take(data.next_observations, rows, axis=0, out=next_observations[:n_offline], mode="clip")
-            np.take(self._offline_actions, rows, axis=0, out=actions[:n_offline], mode="clip")
-            ended = data.terminations[rows] if self.handle_timeout_termination else self._ended(data, rows)
-            dones[:n_offline, 0] = ended
-            rewards[:n_offline, 0] = data.rewards[rows]
-            is_offline[:n_offline] = True
+            rows = self._offline_generator.integers(0, len(data), size=n_batches * n_offline)
+            rows = rows.reshape(n_batches, n_offline)
+            _gather(data.observations, rows, observations[:, :n_offline])
+            _gather(data.next_observations, rows, next_observations[:, :n_offline])
+            _gather(self._offline_actions, rows, actions[:, :n_offline])
+            _gather(data.rewards, rows, rewards[:, :n_offline])
+            ended = data.terminations.take(rows)
+            if not self.handle_timeout_termination:
+                ended |= data.truncations.take(rows)
+            dones[:, :n_offline] = ended
+            is_offline[:, :n_offline] = True
         if n_online > 0:
-            # Same calls in the same order as SB3's ReplayBuffer, hence the same batches for the same seed
-            rows = np.random.randint(0, self.size(), size=n_online)
-            columns = np.random.randint(0, high=self.n_envs, size=n_online)
-            observations[n_offline:] = self.observations[rows, columns]
-            next_observations[n_offline:] = self.next_observations[rows, columns]
-            actions[n_offline:] = self.actions[rows, columns]
-            dones[n_offline:, 0] = self.dones[rows, columns] * (1 - self.timeouts[rows, columns])
-            rewards[n_offline:, 0] = self.rewards[rows, columns]
-        # The arrays are fresh, so the tensors may share their memory
+            rows = self._draw_online_rows(n_batches, n_online)
+            n_slots = self.buffer_size * self.n_envs
+            _gather(self.observations.reshape(n_slots, *self.obs_shape), rows, observations[:, n_offline:])
+            _gather(self.next_observations.reshape(n_slots, *self.obs_shape), rows, next_observations[:, n_offline:])
+            _gather(self.actions.reshape(n_slots, self.action_dim), rows, actions[:, n_offline:])
+            _gather(self.rewards.reshape(n_slots), rows, rewards[:, n_offline:])
+            dones[:, n_offline:] = self.dones.reshape(n_slots).take(rows) * (1 - self.timeouts.reshape(n_slots).take(rows))
+        n_rows = n_batches * batch_size
+        observations = observations.reshape(n_rows, *self.obs_shape)
+        next_observations = next_observations.reshape(n_rows, *self.obs_shape)
         return OfflineToOnlineReplayBufferSamples(
-            observations=self.to_torch(np.asarray(self._normalize_obs(observations, env)), copy=False),
-            actions=self.to_torch(actions, copy=False),
-            next_observations=self.to_torch(np.asarray(self._normalize_obs(next_observations, env)), copy=False),
-            dones=self.to_torch(dones, copy=False),
-            rewards=self.to_torch(self._normalize_reward(rewards, env), copy=False),
+            observations=self._to_tensor(np.asarray(self._normalize_obs(observations, env))),
+            actions=self._to_tensor(actions.reshape(n_rows, self.action_dim)),
+            next_observations=self._to_tensor(np.asarray(self._normalize_obs(next_observations, env))),
+            dones=self._to_tensor(dones.reshape(n_rows, 1)),
+            rewards=self._to_tensor(self._normalize_reward(rewards.reshape(n_rows, 1), env)),
             discounts=None,
-            is_offline=self.to_torch(is_offline, copy=False),
+            is_offline=self._to_tensor(is_offline.reshape(n_rows, 1)),
         )
 
-    @staticmethod
-    def _ended(data: OfflineDataset, rows: np.ndarray) -> np.ndarray:
-        return np.asarray(data.terminations[rows] | data.truncations[rows])
+    def _to_tensor(self, array: np.ndarray) -> th.Tensor:
+        """
+        Make a tensor of a fresh array, whose memory it may share.
+
+        :param array: Any shape
+        :return: The same shape, on the buffer's device
+        """
+        # SB3's `to_torch` calls `th.as_tensor`, which takes three times as long
+        tensor = th.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
+    def _draw_online_rows(self, n_batches: int, n_online: int) -> np.ndarray:
+        """
+        Draw with the calls of SB3's ``ReplayBuffer``, hence the same rows for the same seed.
+
+        :param n_batches: Number of batches
+        :param n_online: Number of online rows in each
+        :return: Indices into the flattened ring, shape ``(n_batches, n_online)``
+        """
+        if self.n_envs == 1:
+            # SB3's draw of the environment takes nothing from the stream
+            return np.random.randint(0, self.size(), size=(n_batches, n_online))
+        rows = np.empty((n_batches, n_online), np.intp)
+        for batch in rows:
+            np.multiply(np.random.randint(0, self.size(), size=n_online), self.n_envs, out=batch)
+            batch += np.random.randint(0, high=self.n_envs, size=n_online)
+        return rows
 
     def get_sampler_state(self) -> str:
         """
@@ -325,3 +368,18 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         fraction = self.offline_fraction
         shown = f"{fraction:g}" if math.isfinite(fraction) else "?"
         return f"{type(self).__name__}(offline={self.offline_size}, online={self.online_size}, offline_fraction={shown})"
+
+
+def _gather(column: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """
+    Copy rows of a column.
+
+    :param column: Shape ``(n_rows, ...)``
+    :param rows: Valid indices, shape ``(n_batches, batch)``
+    :param out: Where to, shape ``(n_batches, batch, ...)``
+    """
+    # mode="clip" spares the check of the indices, and the temporary copy of `out` that it needs
+    if out.flags.c_contiguous and out.dtype == column.dtype:
+        column.take(rows, axis=0, out=out, mode="clip")
+    else:
+        np.copyto(out, column.take(rows, axis=0, mode="clip"))
