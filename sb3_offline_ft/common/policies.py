@@ -2,57 +2,21 @@
 
 from typing import Any
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.td3.policies import CnnPolicy, MultiInputPolicy, TD3Policy
+from stable_baselines3.td3 import policies as td3_policies
 from torch import nn
+
+from sb3_offline_ft.common.acting import ActingPolicy
+from sb3_offline_ft.common.torch_layers import NormalizedFlattenExtractor
 
 __all__ = ["CnnPolicy", "LayerNormContinuousCritic", "MlpPolicy", "MultiInputPolicy", "NormalizedFlattenExtractor"]
 
 STD_OFFSET = 1e-3
 """Added to the standard deviations, as in the authors' code of TD3+BC (Fujimoto & Gu 2021)."""
-
-
-class NormalizedFlattenExtractor(FlattenExtractor):
-    """
-    Flatten the observation and normalize it by fixed statistics: ``(observation - mean) / std``.
-
-    The statistics are buffers of the module: they are saved with the policy, need no environment wrapper,
-    and never drift. Until :meth:`set_statistics` is called they are 0 and 1, which changes nothing, to the bit.
-
-    :param observation_space: Observation space, a ``Box``
-    """
-
-    observation_mean: th.Tensor
-    observation_std: th.Tensor
-
-    def __init__(self, observation_space: spaces.Space[Any]) -> None:
-        super().__init__(observation_space)
-        self.register_buffer("observation_mean", th.zeros(self.features_dim))
-        self.register_buffer("observation_std", th.ones(self.features_dim))
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the statistics have been set."""
-        return bool((self.observation_mean != 0).any() or (self.observation_std != 1).any())
-
-    def set_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:
-        """
-        Set the statistics.
-
-        :param mean: Means, shape ``(features_dim,)``, in the observation's units
-        :param std: Standard deviations, same shape, positive
-        """
-        self.observation_mean.copy_(th.as_tensor(mean))
-        self.observation_std.copy_(th.as_tensor(std))
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        features: th.Tensor = self.flatten(observations)
-        return (features - self.observation_mean) / self.observation_std
 
 
 class LayerNormContinuousCritic(ContinuousCritic):
@@ -77,7 +41,7 @@ class LayerNormContinuousCritic(ContinuousCritic):
             setattr(self, f"qf{index}", self.q_networks[index])
 
 
-class MlpPolicy(TD3Policy):
+class MlpPolicy(ActingPolicy):
     """
     Actor and critics for vector observations.
 
@@ -142,3 +106,11 @@ class MlpPolicy(TD3Policy):
         :return: The observation normalizers of all networks, none if another features extractor is used
         """
         return [module for module in self.modules() if isinstance(module, NormalizedFlattenExtractor)]
+
+
+class CnnPolicy(ActingPolicy, td3_policies.CnnPolicy):
+    """SB3's actor and critics for images."""
+
+
+class MultiInputPolicy(ActingPolicy, td3_policies.MultiInputPolicy):
+    """SB3's actor and critics for observations that are a ``Dict``."""
