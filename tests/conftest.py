@@ -11,10 +11,21 @@ from pathlib import Path
 import pytest
 import torch as th
 
+from sb3_offline_ft import OfflineTD3
+from sb3_offline_ft.common.update import Batch
+
 # Small networks: more threads only wait for one another, worst when several tests run at once
 th.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+def draw_batch(model: OfflineTD3, batch_size: int) -> Batch:
+    """Draws a batch and makes it the one that the model's next update works on, as ``train`` does."""
+    model._kernel = model._choose_kernel()
+    (rows,) = model._sample_rows(1, batch_size)
+    return next(model._kernel.batches(rows, batch_size))
+
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -79,9 +79,10 @@ def test_td3c_takes_up_multiplier_and_reference(tmp_path):
     assert any(not th.equal(a, b) for a, b in zip(loaded.actor.parameters(), loaded.reference_actor.parameters(), strict=True))
     ours, theirs = (m.multiplier_optimizer.state[m.log_multiplier] for m in (model, loaded))
     assert ours.keys() == theirs.keys() and all(th.equal(ours[key], theirs[key]) for key in ours)
-    batch = model.replay_buffer.sample(32)
+    rows = model.replay_buffer.sample(32)
     for m in (model, loaded):
-        m._update_actor(batch)
+        m._kernel = m._choose_kernel()
+        m._update_actor(next(m._kernel.batches(rows, 32)))
     assert loaded.multiplier == model.multiplier
 
 

@@ -21,10 +21,9 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, Progr
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
-from stable_baselines3.common.utils import configure_logger, polyak_update
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.td3.policies import TD3Policy
-from torch.nn import functional as F
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.callbacks import InitialEvaluation, as_list, find_callbacks
@@ -35,14 +34,18 @@ from sb3_offline_ft.common.logger import OfflineLogger
 from sb3_offline_ft.common.policies import STD_OFFSET, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
-from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples, Schedule, ScheduleLike
+from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
+from sb3_offline_ft.common.update import ActorObjective, AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
+from sb3_offline_ft.common.update.products import UPDATE_PRECISIONS
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
 
 SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
-Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
 
 SB3_LEARNING_STARTS = 100
 ZIP_MAGIC = b"PK"
+KERNELS = ("auto", "fast", "autograd")
+BATCHES_AT_ONCE = 64
+"""Batches drawn at once: their overhead is shared, and they stay in the cache."""
 PROGRESS_CHUNK = 50
 """Gradient steps between two updates of the progress bar."""
 
@@ -54,7 +57,7 @@ class OfflineTD3(TD3):
     A run has four phases: offline *pretraining* on the dataset (:meth:`pretrain`), a *warm-up* in which the frozen
     policy acts and nothing is updated, an optional *critic warm-up*, and *finetuning* on batches that mix offline and
     online transitions. :meth:`learn` goes through all of them. Without a dataset and without pretrained weights it is
-    SB3's TD3, to the bit, for the same networks, hyper-parameters and seed.
+    SB3's TD3 for the same networks, hyper-parameters and seed: to the bit with ``kernel="autograd"``, else up to rounding.
 
     A pretrained agent never takes random actions: ``learning_starts`` becomes 0 when it starts to act. A loaded model
     counts as pretrained if it was saved after its pretraining or by SB3; one saved in the middle of it goes on.
@@ -101,6 +104,11 @@ class OfflineTD3(TD3):
     :param reset_optimizers: Whether to forget the optimizers' moments when finetuning starts
     :param normalize_observations: Whether the policy normalizes observations by the dataset's mean and standard
         deviation; the statistics are fitted once, before the first update, and are part of the policy
+    :param kernel: How gradient steps are computed. ``"auto"``: written out for MLP actors and critics trained by Adam, which
+        is faster and agrees with autograd up to rounding; by autograd for other networks. ``"autograd"``: always by autograd,
+        with SB3's results to the bit. ``"fast"``: written out, or an error if the networks do not allow it
+    :param update_precision: ``"float32"``, or ``"bfloat16"`` for the matrix products of hidden layers (parameters, sums and
+        losses stay float32), which is faster on CPUs with units for it
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -162,6 +170,8 @@ class OfflineTD3(TD3):
         critic_warmup_steps: int = 0,
         reset_optimizers: bool = True,
         normalize_observations: bool = True,
+        kernel: str = "auto",
+        update_precision: str = "float32",
     ) -> None:
         try:
             super().__init__(
@@ -209,6 +219,8 @@ class OfflineTD3(TD3):
         self.critic_warmup_steps = critic_warmup_steps
         self.reset_optimizers = reset_optimizers
         self.normalize_observations = normalize_observations
+        self.kernel = kernel
+        self.update_precision = update_precision
 
         self.offline_steps_done = 0
         # Position in the life cycle; all of it is saved with the model
@@ -223,6 +235,7 @@ class OfflineTD3(TD3):
         self._online_timesteps: int | None = None
         self._eval_callbacks: list[EvalCallback] = []
         self._best_mean_reward = -math.inf
+        self._kernel: UpdateKernel = None  # type: ignore[assignment]  # chosen by the first `train`
 
         if _init_setup_model:
             self._setup_model()
@@ -262,6 +275,11 @@ class OfflineTD3(TD3):
         for name in ("offline_steps", "warmup_steps", "critic_warmup_steps"):
             setattr(self, name, whole_number(getattr(self, name), name))
         make_schedule(self.offline_fraction, "offline_fraction", 0.0, 1.0)
+        for name, known in (("kernel", KERNELS), ("update_precision", UPDATE_PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, found {getattr(self, name)!r}.")
+        if self.kernel == "autograd" and self.update_precision != "float32":
+            raise ValueError("`update_precision='bfloat16'` needs the fast kernel: leave out `kernel='autograd'`.")
         for name in {"offline_fraction", "seed"} & self.replay_buffer_kwargs.keys():
             raise ValueError(f"`replay_buffer_kwargs` has {name!r}, which the algorithm sets: use its own `{name}`.")
         if self.dataset is not None and not isinstance(self.dataset, str | OfflineDataset):
@@ -533,9 +551,11 @@ class OfflineTD3(TD3):
         self._check_dataset_is_there()
         self.load_offline_data()
         self._check_vec_normalize()
-        initial_evaluation = InitialEvaluation()
+        initial_evaluation, callbacks = InitialEvaluation(), as_list(callback)
+        if any(isinstance(given, BaseCallback) and any(find_callbacks(given, EvalCallback)) for given in callbacks):
+            callbacks = [*callbacks, initial_evaluation]
         total_timesteps, started = super()._setup_learn(
-            total_timesteps, [*as_list(callback), initial_evaluation], reset_num_timesteps, tb_log_name, progress_bar
+            total_timesteps, callbacks, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._eval_callbacks = list(find_callbacks(started, EvalCallback))
         if self.remaining_offline_steps > 0:
@@ -662,50 +682,76 @@ class OfflineTD3(TD3):
                 self.replay_buffer.update_progress_remaining(self._current_progress_remaining)
             if not self._may_update(batch_size):
                 return
-        self.policy.set_training_mode(True)
+        self._kernel = self._choose_kernel()
+        if self._kernel.needs_training_mode:
+            self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
-        for _ in range(gradient_steps):
-            self._n_updates += 1
-            batch = self._sample_batch(batch_size)
-            self._update_critic(batch)
-            if self._n_updates % self.policy_delay == 0:
-                update_actor = self._pretraining or self._n_updates > self._critic_warmup_end
-                if update_actor:
-                    self._update_actor(batch)
-                self._update_targets(update_actor)
+        for start in range(0, gradient_steps, BATCHES_AT_ONCE):
+            self._do_updates(min(BATCHES_AT_ONCE, gradient_steps - start), batch_size)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, values in self._logged.items():
             self.logger.record(name, float(th.stack([th.as_tensor(value, dtype=th.float64) for value in values]).mean()))
         self._logged.clear()
 
-    def _update_targets(self, update_actor: bool) -> None:
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-        if update_actor:
-            polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
-        # Copy running stats, see SB3's issue #996
-        polyak_update(self.critic_batch_norm_stats, self.critic_batch_norm_stats_target, 1.0)
-        if update_actor:
-            polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)
+    def _do_updates(self, gradient_steps: int, batch_size: int) -> None:
+        for rows in self._sample_rows(gradient_steps, batch_size):
+            for batch in self._kernel.batches(rows, batch_size):
+                self._n_updates += 1
+                self._update_critic(batch)
+                if self._n_updates % self.policy_delay == 0:
+                    update_actor = self._pretraining or self._n_updates > self._critic_warmup_end
+                    if update_actor:
+                        self._update_actor(batch)
+                    self._kernel.update_targets(self.tau, update_actor)
+
+    def _choose_kernel(self) -> UpdateKernel:
+        """The kernel for the next updates: the one in use if it still serves."""
+        kernel = self._kernel if self._kernel is not None and self._kernel.policy is self.policy else None
+        if self.kernel == "autograd":
+            return kernel if isinstance(kernel, AutogradKernel) else AutogradKernel(self.policy)
+        try:
+            if not isinstance(kernel, FastKernel) or not kernel.is_current or kernel.precision != self.update_precision:
+                kernel = FastKernel(self.policy, self.update_precision)
+            kernel.prepare()
+        except NotSupportedError as error:
+            return self._fall_back(error)
+        if self.verbose >= 1 and not isinstance(self._kernel, FastKernel):
+            print(f"Update kernel: fast ({kernel.products.name})")
+        return kernel
+
+    def _fall_back(self, error: NotSupportedError) -> UpdateKernel:
+        if self.kernel == "fast" or self.update_precision != "float32":
+            option = "kernel='fast'" if self.kernel == "fast" else f"update_precision={self.update_precision!r}"
+            raise ValueError(f"`{option}` cannot be used: {error}. Change that, or leave the option out.") from error
+        if isinstance(self._kernel, AutogradKernel) and self._kernel.policy is self.policy:
+            return self._kernel
+        if error.surprising:
+            warnings.warn(f"Updates are done by autograd, which is slower, since {error}.", stacklevel=4)
+        elif self.verbose >= 1:
+            print(f"Update kernel: autograd, since {error}")
+        return AutogradKernel(self.policy)
 
     def _log(self, name: str, value: th.Tensor | float) -> None:
         # Tensors are kept as they are: reading their values here would stall each gradient step
         self._logged.setdefault(name, []).append(value.detach() if isinstance(value, th.Tensor) else value)
 
-    def _sample_batch(self, batch_size: int) -> Batch:
+    def _sample_rows(self, n_batches: int, batch_size: int) -> Iterator[Batch]:
+        """The next batches, batch after batch, in as few pieces as the buffer allows."""
         buffer = self.replay_buffer
         assert buffer is not None
-        if isinstance(buffer, OfflineToOnlineReplayBuffer):
-            fraction = 1.0 if self._pretraining else None
-            return buffer.sample(batch_size, self._vec_normalize_env, fraction)
-        return buffer.sample(batch_size, env=self._vec_normalize_env)
+        fraction = 1.0 if self._pretraining else None
+        if not isinstance(buffer, OfflineToOnlineReplayBuffer):
+            for _ in range(n_batches):
+                yield buffer.sample(batch_size, env=self._vec_normalize_env)
+        elif type(buffer).sample is OfflineToOnlineReplayBuffer.sample:
+            yield buffer.sample_batches(n_batches, batch_size, self._vec_normalize_env, fraction)
+        else:
+            # A subclass that chooses rows in its own way, perhaps by what was learned from the last ones
+            for _ in range(n_batches):
+                yield buffer.sample(batch_size, self._vec_normalize_env, fraction)
 
     def _update_critic(self, batch: Batch) -> None:
-        target_q_values = self._target_q_values(batch)
-        loss = th.stack([F.mse_loss(q, target_q_values) for q in self.critic(batch.observations, batch.actions)]).sum()
-        self._log("train/critic_loss", loss)
-        self.critic.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.critic.optimizer.step()
+        self._log("train/critic_loss", self._kernel.update_critics(self._target_q_values(batch)))
 
     @th.no_grad()
     def _target_q_values(self, batch: Batch) -> th.Tensor:
@@ -720,32 +766,28 @@ class OfflineTD3(TD3):
         # Online, SB3's stream (the global generator); offline a saved one, so that pretraining resumes to the bit
         generator = self._noise_generator if self._pretraining else None
         noise = th.empty_like(batch.actions).normal_(0, self.target_policy_noise, generator=generator)
-        noise = noise.clamp(-self.target_noise_clip, self.target_noise_clip)
-        next_actions = (self.actor_target(batch.next_observations) + noise).clamp(-1, 1)
-        next_q_values = th.cat(self.critic_target(batch.next_observations, next_actions), dim=1)
-        next_q_values, _ = th.min(next_q_values, dim=1, keepdim=True)
+        noise.clamp_(-self.target_noise_clip, self.target_noise_clip)
+        next_q_values = self._kernel.next_q_values(noise).amin(dim=1, keepdim=True)
         return batch.rewards + (1 - batch.dones) * discounts * next_q_values
 
     def _update_actor(self, batch: Batch) -> None:
-        actions = self.actor(batch.observations)
-        q_values = self.critic.q1_forward(batch.observations, actions)
-        loss = self._actor_loss(batch, actions, q_values)
+        loss = self._kernel.update_actor(lambda actions, q_values: self._actor_loss(batch, actions, q_values))
         self._log("train/actor_loss", loss)
-        self.actor.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.actor.optimizer.step()
         self._after_actor_update()
 
-    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         """
         The objective of the policy, to be minimised: the one method in which the algorithms differ.
+
+        It is stated once for all kernels: as an ``ActorObjective``, or as a scalar built of differentiable operations on
+        ``actions`` and ``q_values``, through which the gradient reaches the policy.
 
         :param batch: The batch
         :param actions: The policy's actions at the batch's observations, shape ``(batch, action_dim)``, in [-1, 1]
         :param q_values: The first critic's values of these actions, shape ``(batch, 1)``
-        :return: Scalar loss
+        :return: The loss
         """
-        return -q_values.mean()
+        return ActorObjective()
 
     def _after_actor_update(self) -> None:
         """Called after each step of the actor's optimizer."""
@@ -760,7 +802,7 @@ class OfflineTD3(TD3):
     # Saving and loading
 
     def _excluded_save_params(self) -> list[str]:
-        live = ["_noise_generator", "_logged", "_eval_callbacks", "_pretraining", "_online_timesteps"]
+        live = ["_noise_generator", "_logged", "_eval_callbacks", "_pretraining", "_online_timesteps", "_kernel"]
         return [*super()._excluded_save_params(), *live]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
+from sb3_offline_ft.common.update import ActorObjective, Attraction, Batch
 from sb3_offline_ft.datasets import OfflineDataset
-from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, Batch, OfflineTD3
+from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, OfflineTD3
 
 ONLINE_BC_WORDS = {"keep": 1.0, "drop": 0.0}
 
@@ -30,7 +31,7 @@ class TD3BC(OfflineTD3):
     and ``online_bc`` while finetuning.
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``normalize_observations`` are those of :class:`OfflineTD3`, where they are described.
+    ``update_precision`` are those of :class:`OfflineTD3`, where they are described.
 
     :param alpha: Weight of the value against behavior cloning. 0 is behavior cloning alone; ``float("inf")`` is TD3's own
         objective, to the bit
@@ -74,6 +75,8 @@ class TD3BC(OfflineTD3):
         critic_warmup_steps: int = 0,
         reset_optimizers: bool = True,
         normalize_observations: bool = True,
+        kernel: str = "auto",
+        update_precision: str = "float32",
         alpha: float = 2.5,
         online_bc: ScheduleLike = 1.0,
     ) -> None:
@@ -111,6 +114,8 @@ class TD3BC(OfflineTD3):
             critic_warmup_steps=critic_warmup_steps,
             reset_optimizers=reset_optimizers,
             normalize_observations=normalize_observations,
+            kernel=kernel,
+            update_precision=update_precision,
         )
         self.alpha = alpha
         self.online_bc = online_bc
@@ -124,16 +129,15 @@ class TD3BC(OfflineTD3):
         self.alpha = float(self.alpha)
         self._online_bc_schedule: Schedule = make_schedule(self.online_bc, "online_bc", words=ONLINE_BC_WORDS)
 
-    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         if math.isinf(self.alpha) or not (self._pretraining or self._finetuning):
             return super()._actor_loss(batch, actions, q_values)
         weight = 1.0 if self._pretraining else self._online_bc_schedule(self._current_progress_remaining)
         mean_abs_q = q_values.detach().abs().mean()
-        behavior_cloning = F.mse_loss(actions, batch.actions)
         self._log("train/mean_abs_q", mean_abs_q)
-        self._log("train/bc_loss", behavior_cloning)
+        self._log("train/bc_loss", F.mse_loss(actions.detach(), batch.actions))
         self._log("train/bc_weight", weight)
-        return -self.alpha / mean_abs_q * q_values.mean() + weight * behavior_cloning
+        return ActorObjective(self.alpha / mean_abs_q, (Attraction(weight, batch.actions),))
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_online_bc_schedule"]

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from sb3_offline_ft.common.schedules import make_schedule, scale_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
+from sb3_offline_ft.common.update import ActorObjective, Attraction, Batch
 from sb3_offline_ft.datasets import OfflineDataset
-from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, Batch
+from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS
 from sb3_offline_ft.td3bc.td3bc import TD3BC
 
 CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
@@ -36,7 +37,7 @@ class TD3C(TD3BC):
     on the violation with each step of the actor.
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``normalize_observations`` are those of :class:`OfflineTD3`, where they are described.
+    ``update_precision`` are those of :class:`OfflineTD3`, where they are described.
 
     :param alpha: Weight of the value against behavior cloning in the offline phase, as in :class:`TD3BC`
     :param constraint_reference: ``"target"``: the target policy, which follows the policy (a limit on its speed);
@@ -88,6 +89,8 @@ class TD3C(TD3BC):
         critic_warmup_steps: int = 0,
         reset_optimizers: bool = True,
         normalize_observations: bool = True,
+        kernel: str = "auto",
+        update_precision: str = "float32",
         alpha: float = 2.5,
         constraint_reference: str = "best",
         epsilon: ScheduleLike = 1e-2,
@@ -130,6 +133,8 @@ class TD3C(TD3BC):
             critic_warmup_steps=critic_warmup_steps,
             reset_optimizers=reset_optimizers,
             normalize_observations=normalize_observations,
+            kernel=kernel,
+            update_precision=update_precision,
             alpha=alpha,
         )
         self.constraint_reference = constraint_reference
@@ -225,7 +230,7 @@ class TD3C(TD3BC):
             return None
         return self.actor_target if self.constraint_reference == "target" else self.reference_actor
 
-    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         self._violation: th.Tensor | None = None
         if self._pretraining:
             return super()._actor_loss(batch, actions, q_values)
@@ -234,20 +239,20 @@ class TD3C(TD3BC):
             self.set_reference_policy()
         reference = self._reference
         if reference is None:
-            return -q_values.mean()
+            return ActorObjective()
         with th.no_grad():
             reference_actions = reference(batch.observations)
         epsilon = self._epsilon_schedule(self._current_progress_remaining)
-        distance = F.mse_loss(actions, reference_actions)
+        distance = F.mse_loss(actions.detach(), reference_actions)
         mean_abs_q = q_values.detach().abs().mean()
         multiplier = self.log_multiplier.detach().exp().to(distance.dtype)
-        self._violation = distance.detach() - epsilon
+        self._violation = distance - epsilon
         self._log("train/mean_abs_q", mean_abs_q)
         self._log("train/policy_distance", distance)
         self._log("train/constraint_violation", self._violation)
         self._log("train/epsilon", epsilon)
         self._log("train/multiplier", multiplier)
-        return -q_values.mean() / mean_abs_q + multiplier * distance
+        return ActorObjective(1 / mean_abs_q, (Attraction(multiplier, reference_actions),))
 
     def _after_actor_update(self) -> None:
         if self._violation is None:

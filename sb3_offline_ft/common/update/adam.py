@@ -1,0 +1,186 @@
+"""Adam on parameters in one piece of memory, with the state where torch's optimizer keeps it."""
+
+import functools
+from typing import Any
+
+import torch as th
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from sb3_offline_ft.common.update.networks import FlatParameters, NotSupportedError
+
+
+@functools.cache
+def _has_fused_adam(device: str) -> bool:
+    parameter, gradient, first, second = (th.zeros(1, device=device) for _ in range(4))
+    try:
+        _fused_adam(parameter, gradient, first, second, th.ones((), device=device), 0.0, (0.9, 0.999), 0.0, 1e-8)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
+
+
+def _fused_adam(
+    values: th.Tensor,
+    gradients: th.Tensor,
+    first: th.Tensor,
+    second: th.Tensor,
+    count: th.Tensor,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> None:
+    th._fused_adam_(
+        [values],
+        [gradients],
+        [first],
+        [second],
+        [],
+        [count],
+        lr=learning_rate,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+STATE_NAMES = {"step", "exp_avg", "exp_avg_sq"}
+
+
+class FlatAdam:
+    """
+    The steps of a ``torch.optim.Adam`` (Kingma & Ba 2015) in one operation on all its parameters.
+
+    The moments and step counts are the tensors in ``optimizer.state``, so that saving, loading and torch's own ``step`` go on
+    from them. Bias corrections are computed in double precision. Hooks registered on the optimizer are called.
+
+    :param optimizer: The optimizer
+    :param parameters: Its parameters
+    :raises NotSupportedError: It is not plain Adam, or has other parameters
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer, parameters: FlatParameters) -> None:
+        problem = self.problem(optimizer)
+        if problem is not None:
+            raise NotSupportedError(problem)
+        if {id(p) for p in optimizer.param_groups[0]["params"]} != {id(p) for p in parameters.parameters}:
+            raise NotSupportedError("an optimizer has other parameters than its network")
+        self.optimizer = optimizer
+        self._parameters = parameters
+        self.gradients = parameters.zeros()
+        self._first, self._second = parameters.zeros(), parameters.zeros()
+        # One count for each parameter, since a shared one is counted up for each by torch's own step
+        self._steps = th.zeros(len(parameters.parameters))
+        self._views = [
+            dict(zip(("step", "exp_avg", "exp_avg_sq"), views, strict=True))
+            for views in zip(self._steps.unbind(), parameters.views(self._first), parameters.views(self._second), strict=True)
+        ]
+        self._gradient_views = parameters.views(self.gradients)
+        on_cpu = parameters.values.device.type == "cpu"
+        self._count = self._steps[0] if on_cpu else th.zeros((), device=parameters.values.device)
+        self._installed = False
+
+    @staticmethod
+    def problem(optimizer: th.optim.Optimizer) -> str | None:
+        """
+        :param optimizer: An optimizer
+        :return: Why its steps cannot be done here, None if they can
+        """
+        if type(optimizer) is not th.optim.Adam:
+            return f"the optimizer is {type(optimizer).__name__}, not Adam"
+        if "step" in optimizer.__dict__:
+            return "the optimizer's `step` has been replaced, for example by a learning rate scheduler"
+        if len(optimizer.param_groups) != 1:
+            return "the optimizer has several groups of parameters"
+        group = optimizer.param_groups[0]
+        for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
+            if group.get(name):
+                return f"the optimizer has `{name}`"
+        if isinstance(group["lr"], th.Tensor):
+            return "the learning rate is a tensor"
+        if not _has_fused_adam(group["params"][0].device.type):
+            return f"torch {th.__version__} has no fused Adam for {group['params'][0].device.type}"
+        return None
+
+    def attach(self) -> None:
+        """
+        Take up the optimizer's state, which may have been loaded, restored or forgotten since the last step.
+
+        :raises NotSupportedError: It is not a state of plain Adam
+        """
+        self._show_gradients()
+        state = self.optimizer.state
+        if not state:
+            if self._installed or self._count.item() != 0:
+                for memory in (self._first, self._second, self._steps, self._count):
+                    memory.zero_()
+            self._installed = False
+            return
+        entries = [state.get(parameter) for parameter in self._parameters.parameters]
+        if self._installed and all(
+            entry is not None
+            and entry.get("exp_avg") is view["exp_avg"]
+            and entry.get("exp_avg_sq") is view["exp_avg_sq"]
+            and entry.get("step") is view["step"]
+            for entry, view in zip(entries, self._views, strict=True)
+        ):
+            return
+        self._take_up(entries)
+
+    def _take_up(self, entries: list[dict[str, Any] | None]) -> None:
+        for entry in entries:
+            if entry is None or entry.keys() != STATE_NAMES:
+                raise NotSupportedError("the optimizer's state is not that of Adam for all parameters")
+        counts = {float(entry["step"]) for entry in entries if entry is not None}
+        if len(counts) != 1:
+            raise NotSupportedError("the optimizer has done different numbers of steps for different parameters")
+        # Copies first: what is loaded may share memory with what is here
+        copies = [(entry["exp_avg"].clone(), entry["exp_avg_sq"].clone()) for entry in entries if entry is not None]
+        for (first, second), view in zip(copies, self._views, strict=True):
+            view["exp_avg"].copy_(first)
+            view["exp_avg_sq"].copy_(second)
+        self._steps.fill_(counts.pop())
+        self._count.copy_(self._steps[0])
+        self._install()
+
+    def _install(self) -> None:
+        for parameter, view in zip(self._parameters.parameters, self._views, strict=True):
+            self.optimizer.state[parameter] = dict(view)
+        self._installed = True
+
+    def _show_gradients(self) -> None:
+        """Let the parameters' ``grad`` be what :meth:`step` uses."""
+        for parameter, gradient in zip(self._parameters.parameters, self._gradient_views, strict=True):
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+    @th.no_grad()
+    def step(self) -> None:
+        """One step with the present gradients."""
+        optimizer: Any = self.optimizer
+        before = (*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values())
+        after = (*optimizer._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values())
+        for hook in before:
+            hook(optimizer, (optimizer,), {})
+        if not self._installed:
+            self._install()
+        group = optimizer.param_groups[0]
+        self._steps += 1
+        if self._count.device.type != "cpu":
+            self._count += 1
+        _fused_adam(
+            self._parameters.values,
+            self.gradients,
+            self._first,
+            self._second,
+            self._count,
+            group["lr"],
+            group["betas"],
+            group["weight_decay"],
+            group["eps"],
+        )
+        for hook in after:
+            hook(optimizer, (optimizer,), {})

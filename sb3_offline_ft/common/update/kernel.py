@@ -1,0 +1,130 @@
+"""What an update kernel is asked for by an algorithm."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.td3.policies import TD3Policy
+from torch.nn import functional as F
+
+from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples
+
+Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
+
+
+class Attraction(NamedTuple):
+    """A term ``weight * mean((actions - reference)**2)`` of a policy's loss; the mean is over batch and action dimensions."""
+
+    weight: th.Tensor | float
+    reference: th.Tensor
+
+
+class ActorObjective(NamedTuple):
+    """
+    A policy's loss: ``-value_weight * mean(Q1(s, pi(s)))`` plus attractions of its actions to others.
+
+    Weights are constants for the gradient, even if they depend on the batch.
+    """
+
+    value_weight: th.Tensor | float = 1.0
+    attractions: tuple[Attraction, ...] = ()
+
+    def loss(self, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+        """
+        :param actions: The policy's actions, shape ``(batch, action_dim)``
+        :param q_values: The first critic's values of them, shape ``(batch, 1)``
+        :return: The loss, differentiable in both
+        """
+        loss = -q_values.mean() * self.value_weight
+        for weight, reference in self.attractions:
+            loss = loss + weight * F.mse_loss(actions, reference)
+        return loss
+
+
+ActorLoss = Callable[[th.Tensor, th.Tensor], ActorObjective | th.Tensor]
+"""
+A policy's loss as a function of its actions ``(batch, action_dim)`` and the first critic's values of them ``(batch, 1)``:
+an :class:`ActorObjective`, or a scalar built of differentiable operations on these two.
+"""
+
+
+def batches_of(rows: Batch, batch_size: int) -> Iterator[Batch]:
+    """
+    :param rows: Several batches in one, batch after batch
+    :param batch_size: Number of rows in each
+    :return: Each batch; views, not copies
+    """
+    n_rows = len(rows.actions)
+    if n_rows == batch_size:
+        yield rows
+        return
+    for start in range(0, n_rows, batch_size):
+        yield type(rows)(*(None if column is None else column[start : start + batch_size] for column in rows))  # type: ignore[arg-type]
+
+
+class UpdateKernel(ABC):
+    """
+    Computes the gradient steps of an actor-critic algorithm on the policy's own parameters and optimizers.
+
+    An algorithm iterates over :meth:`batches`; each batch is the current one until the next is asked for, and the other
+    methods work on it. What is learned (targets, the policy's objective) the algorithm states itself, in terms of values and
+    actions, so that it need not know how gradients come about.
+
+    :param policy: The policy
+    """
+
+    name: ClassVar[str]
+    needs_training_mode: ClassVar[bool]
+    """Whether the policy must be in training mode for an update."""
+
+    def __init__(self, policy: TD3Policy) -> None:
+        self.policy = policy
+
+    @abstractmethod
+    def batches(self, rows: Batch, batch_size: int) -> Iterator[Batch]:
+        """
+        Go through batches; while one is in hand, it is the current one.
+
+        :param rows: Several batches in one, batch after batch
+        :param batch_size: Number of rows in each
+        :return: Each batch
+        """
+
+    @abstractmethod
+    def next_q_values(self, noise: th.Tensor) -> th.Tensor:
+        """
+        Values of the target critics at the next observations and the target policy's actions there, smoothed by noise and
+        clipped to [-1, 1]; without gradient.
+
+        :param noise: Noise of the actions, shape ``(batch, action_dim)``
+        :return: Shape ``(batch, n_critics)``
+        """
+
+    @abstractmethod
+    def update_critics(self, targets: th.Tensor) -> th.Tensor:
+        """
+        One step of the critics' optimizer on the sum over critics of the mean squared error.
+
+        :param targets: What the values of the batch should be, shape ``(batch, 1)``
+        :return: The loss before the step, a scalar
+        """
+
+    @abstractmethod
+    def update_actor(self, actor_loss: ActorLoss) -> th.Tensor:
+        """
+        One step of the actor's optimizer.
+
+        :param actor_loss: The loss as a function of actions and the first critic's values of them
+        :return: The loss before the step, a scalar
+        """
+
+    @abstractmethod
+    def update_targets(self, tau: float, update_actor: bool) -> None:
+        """
+        Move the target networks towards the others by Polyak averaging.
+
+        :param tau: Weight of the new parameters
+        :param update_actor: Whether the target policy is moved too
+        """
