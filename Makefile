@@ -42,6 +42,8 @@ docs: setup  ## the documentation, in docs/_build/html
 	$(PY) -m sphinx -q -W -b html docs docs/_build/html
 
 benchmark: setup  ## what is missing of the benchmarks' results, their tables and figures
+	$(PY) benchmarks/speed/run.py
+	$(PY) benchmarks/speed/memory.py
 	$(PY) benchmarks/finetuning/hopper.py
 	$(PY) benchmarks/speed/loading.py > benchmarks/speed/loading.json
 	$(PY) benchmarks/detection/calibration.py
