@@ -44,6 +44,8 @@ docs: setup  ## the documentation, in docs/_build/html
 benchmark: setup  ## what is missing of the benchmarks' results, their tables and figures
 	$(PY) benchmarks/speed/run.py
 	$(PY) benchmarks/speed/memory.py
+	$(PY) benchmarks/speed/ablation.py --compile
+	$(PY) benchmarks/speed/precision.py
 	$(PY) benchmarks/finetuning/hopper.py
 	$(PY) benchmarks/speed/loading.py > benchmarks/speed/loading.json
 	$(PY) benchmarks/detection/calibration.py

@@ -184,6 +184,22 @@ def check_mujoco() -> Iterator[Check]:
         yield Check("MuJoCo", "ok", f"{metadata.version('mujoco')}, Hopper-v5 works")
 
 
+def check_update_kernel() -> Iterator[Check]:
+    """What computes the matrix products of updates on this machine, in each precision."""
+    import torch as th
+
+    from sb3_offline_ft.common.update.products import choose_products, has_bfloat16_units
+
+    yield Check(
+        "Updates in float32", "ok", f"{choose_products('float32', th.device('cpu')).name}, {th.get_num_threads()} threads"
+    )
+    if has_bfloat16_units():
+        yield Check("Updates in bfloat16", "ok", choose_products("bfloat16", th.device("cpu")).name)
+    else:
+        remedy = "Only matters for `update_precision='bfloat16'`, which is slower than 'float32' here."
+        yield Check("Updates in bfloat16", "note", "the CPU has no units for it", remedy)
+
+
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     check_python,
     check_packages,
@@ -192,6 +208,7 @@ CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     check_minari,
     check_bundled_data,
     check_mujoco,
+    check_update_kernel,
 )
 
 

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
-PARTIAL, MEMORY = ".partial.json", "-memory.json"
+PARTIAL, MEMORY, ABLATION = ".partial.json", "-memory.json", "-ablation.json"
 HEADINGS = ("candidate", "ms, median", "quartiles", "least", "times SB3's speed", "times SBX's", "GFLOP/s", "share of limit")
 TOO_BUSY = 0.1
 """Processors that others may take before the results say so."""
@@ -245,6 +245,22 @@ def memory_markdown(content: dict[str, Any]) -> str:
     return f"Memory, {manifest['date']}, commit {manifest['git_commit']}:\n\n" + "\n".join(lines) + "\n"
 
 
+def ablation_markdown(content: dict[str, Any]) -> str:
+    """
+    :param content: What `ablation.py` measured
+    :return: A table
+    """
+    lines = ["| variant | ms per update | times SB3's speed, quartiles |", "|---|---|---|"]
+    for variant in content["variants"]:
+        low, high = variant["quartiles"]
+        compiling = f", {variant['first_call']:.0f} s to compile" if "compile" in variant["label"] else ""
+        label = variant["label"] + compiling
+        lines.append(f"| {label} | {variant['ms']:.2f} | {variant['ratio']:.2f} ({low:.2f}-{high:.2f}) |")
+    manifest = content["manifest"]
+    heading = f"{content['rounds']} rounds of {content['steps']} updates, one thread, processor time"
+    return f"{heading}; {manifest['date']}, commit {manifest['git_commit']}:\n\n" + "\n".join(lines) + "\n"
+
+
 def draw(content: dict[str, Any], path: Path) -> bool:
     """
     Draw how many times as fast as SB3 the candidates are.
@@ -338,6 +354,17 @@ def fill_readme(results: Path = RESULTS, readme: Path = README) -> None:
         content = json.loads(path.read_text())
         parts.append(f"### Memory, {content['manifest']['cpu']}\n")
         parts.append(memory_markdown(content))
+    for path in sorted(results.glob(f"*{ABLATION}")):
+        content = json.loads(path.read_text())
+        parts.append(f"### What each technique gives, {content['manifest']['cpu']}\n")
+        parts.append(ablation_markdown(content))
+    path = results / "precision.json"
+    if path.exists():
+        # Not at the top, since it needs the package
+        from precision import report
+
+        parts.append("### Does bfloat16 learn as float32 does?\n")
+        parts.append(f"{report(json.loads(path.read_text()))}\n\n![Learning curves]({results.name}/precision.png)\n")
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme} has no place for the results: put `{BEGIN}` and `{END}` on lines of their own.")

@@ -1,5 +1,6 @@
 """TD3 with logged data: offline pretraining, warm-up with the frozen policy, online finetuning."""
 
+import copy
 import io
 import math
 import os
@@ -694,8 +695,8 @@ class OfflineTD3(TD3):
         self._logged.clear()
 
     def _do_updates(self, gradient_steps: int, batch_size: int) -> None:
-        for rows in self._sample_rows(gradient_steps, batch_size):
-            for batch in self._kernel.batches(rows, batch_size):
+        for rows, n_rows in self._sample_rows(gradient_steps, batch_size):
+            for batch in self._kernel.batches(rows, n_rows):
                 self._n_updates += 1
                 self._update_critic(batch)
                 if self._n_updates % self.policy_delay == 0:
@@ -735,20 +736,22 @@ class OfflineTD3(TD3):
         # Tensors are kept as they are: reading their values here would stall each gradient step
         self._logged.setdefault(name, []).append(value.detach() if isinstance(value, th.Tensor) else value)
 
-    def _sample_rows(self, n_batches: int, batch_size: int) -> Iterator[Batch]:
-        """The next batches, batch after batch, in as few pieces as the buffer allows."""
+    def _sample_rows(self, n_batches: int, batch_size: int) -> Iterator[tuple[Batch, int]]:
+        """The next batches, batch after batch, in as few pieces as the buffer allows, and the number of rows of a batch."""
         buffer = self.replay_buffer
         assert buffer is not None
         fraction = 1.0 if self._pretraining else None
         if not isinstance(buffer, OfflineToOnlineReplayBuffer):
             for _ in range(n_batches):
-                yield buffer.sample(batch_size, env=self._vec_normalize_env)
+                rows = buffer.sample(batch_size, env=self._vec_normalize_env)
+                yield rows, len(rows.actions)
         elif type(buffer).sample is OfflineToOnlineReplayBuffer.sample:
-            yield buffer.sample_batches(n_batches, batch_size, self._vec_normalize_env, fraction)
+            yield buffer.sample_batches(n_batches, batch_size, self._vec_normalize_env, fraction), batch_size
         else:
             # A subclass that chooses rows in its own way, perhaps by what was learned from the last ones
             for _ in range(n_batches):
-                yield buffer.sample(batch_size, self._vec_normalize_env, fraction)
+                chosen = buffer.sample(batch_size, self._vec_normalize_env, fraction)
+                yield chosen, len(chosen.actions)
 
     def _update_critic(self, batch: Batch) -> None:
         self._log("train/critic_loss", self._kernel.update_critics(self._target_q_values(batch)))
@@ -928,6 +931,9 @@ class OfflineTD3(TD3):
         :param exact_match: Whether the parameters of each module must be given
         :param device: Device on which the code should run.
         """
+        if isinstance(load_path_or_dict, dict):
+            # Optimizers keep the tensors that they are given, which may be those of another learner
+            load_path_or_dict = copy.deepcopy(load_path_or_dict)
         super().set_parameters(load_path_or_dict, exact_match, device)
         self._pretrained = True
 

@@ -55,7 +55,8 @@ class FlatAdam:
     The steps of a ``torch.optim.Adam`` (Kingma & Ba 2015) in one operation on all its parameters.
 
     The moments and step counts are the tensors in ``optimizer.state``, so that saving, loading and torch's own ``step`` go on
-    from them. Bias corrections are computed in double precision. Hooks registered on the optimizer are called.
+    from them. Bias corrections are computed in double precision. While there are hooks on the optimizer, torch's
+    own ``step`` is taken.
 
     :param optimizer: The optimizer
     :param parameters: Its parameters
@@ -82,6 +83,7 @@ class FlatAdam:
         on_cpu = parameters.values.device.type == "cpu"
         self._count = self._steps[0] if on_cpu else th.zeros((), device=parameters.values.device)
         self._installed = False
+        self._left = False
 
     @staticmethod
     def problem(optimizer: th.optim.Optimizer) -> str | None:
@@ -99,6 +101,9 @@ class FlatAdam:
         for name in ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
             if group.get(name):
                 return f"the optimizer has `{name}`"
+        if group.get("fused") and group["params"][0].device.type != "cpu":
+            # It keeps its counts on the device, where the state of torch's other implementations is not
+            return "the optimizer has `fused`"
         if isinstance(group["lr"], th.Tensor):
             return "the learning rate is a tensor"
         if not _has_fused_adam(group["params"][0].device.type):
@@ -112,6 +117,7 @@ class FlatAdam:
         :raises NotSupportedError: It is not a state of plain Adam
         """
         self._show_gradients()
+        self._left = False
         state = self.optimizer.state
         if not state:
             if self._installed or self._count.item() != 0:
@@ -127,6 +133,8 @@ class FlatAdam:
             and entry.get("step") is view["step"]
             for entry, view in zip(entries, self._views, strict=True)
         ):
+            if self._count.device.type != "cpu":
+                self._count.copy_(self._steps[0])
             return
         self._take_up(entries)
 
@@ -157,17 +165,39 @@ class FlatAdam:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
 
+    @property
+    def _has_hooks(self) -> bool:
+        optimizer: Any = self.optimizer
+        return bool(
+            optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
+
+    def _is_attached(self) -> bool:
+        """Whether the state is here, after a step that was not taken here."""
+        if self._left:
+            try:
+                self.attach()
+            except NotSupportedError:
+                self._left = True
+                return False
+        return True
+
     @th.no_grad()
     def step(self) -> None:
         """One step with the present gradients."""
-        optimizer: Any = self.optimizer
-        before = (*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values())
-        after = (*optimizer._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values())
-        for hook in before:
-            hook(optimizer, (optimizer,), {})
+        if self._has_hooks or not self._is_attached():
+            # Hooks may do anything to parameters, gradients and state: torch's own step, and then a look at what they did
+            self.optimizer.step()
+            self._parameters.gather()
+            self._show_gradients()
+            self._left = True
+            return
         if not self._installed:
             self._install()
-        group = optimizer.param_groups[0]
+        group = self.optimizer.param_groups[0]
         self._steps += 1
         if self._count.device.type != "cpu":
             self._count += 1
@@ -182,5 +212,3 @@ class FlatAdam:
             group["weight_decay"],
             group["eps"],
         )
-        for hook in after:
-            hook(optimizer, (optimizer,), {})

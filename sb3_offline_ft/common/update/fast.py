@@ -11,7 +11,14 @@ from sb3_offline_ft.common.policies import NormalizedFlattenExtractor
 from sb3_offline_ft.common.update.adam import FlatAdam
 from sb3_offline_ft.common.update.kernel import ActorLoss, ActorObjective, Batch, UpdateKernel, batches_of
 from sb3_offline_ft.common.update.mlp import MlpPass, Scratch, layer_tensors
-from sb3_offline_ft.common.update.networks import ALIGNMENT, FlatParameters, ModuleWatch, NotSupportedError, read_policy
+from sb3_offline_ft.common.update.networks import (
+    ALIGNMENT,
+    FlatParameters,
+    ModuleWatch,
+    NotSupportedError,
+    check_trainable,
+    read_policy,
+)
 from sb3_offline_ft.common.update.products import choose_products
 
 
@@ -43,16 +50,17 @@ class _Passes:
         critic_gradients = layer_tensors(networks.critic, kernel.critic_parameters, kernel.critic_adam.gradients)
         # The actor's results are needed while the first critic's gradient is computed, those of different critics are not
         scratch, actor_scratch = Scratch(batch_size, like), Scratch(batch_size, like)
-        self.actor = MlpPass(networks.actor, values["actor"][0], actor_gradients[0], actor_scratch, products)
-        self.actor_target = MlpPass(networks.actor_target, values["actor_target"][0], None, actor_scratch, products)
+        self.actor = MlpPass(networks.actor, 0, values["actor"][0], actor_gradients[0], actor_scratch, products)
+        self.actor_target = MlpPass(networks.actor_target, 0, values["actor_target"][0], None, actor_scratch, products)
         self.critics = [
-            MlpPass(networks.critic, tensors, gradients, scratch, products)
-            for tensors, gradients in zip(values["critic"], critic_gradients, strict=True)
+            MlpPass(networks.critic, index, tensors, gradients, scratch, products)
+            for index, (tensors, gradients) in enumerate(zip(values["critic"], critic_gradients, strict=True))
         ]
         self.critics_target = [
-            MlpPass(networks.critic_target, tensors, None, scratch, products) for tensors in values["critic_target"]
+            MlpPass(networks.critic_target, index, tensors, None, scratch, products)
+            for index, tensors in enumerate(values["critic_target"])
         ]
-        self.first_critic = MlpPass(networks.critic, values["critic"][0], None, scratch, products)
+        self.first_critic = MlpPass(networks.critic, 0, values["critic"][0], None, scratch, products)
         self.error = like.new_empty(batch_size, 1)
 
 
@@ -78,6 +86,8 @@ class FastKernel(UpdateKernel):
         self.precision = precision
         self.networks = read_policy(policy)
         self._check_optimizers()
+        for layers in (self.networks.actor, self.networks.critic):
+            check_trainable(parameter for layer in layers for group in layer.parameter_groups for parameter in group)
         self.parameters = [FlatParameters(layers) for layers in self.networks.all_layers]
         self.actor_parameters, self._actor_target, self.critic_parameters, self._critic_target = self.parameters
         self.actor_adam = FlatAdam(policy.actor.optimizer, self.actor_parameters)
@@ -112,7 +122,7 @@ class FastKernel(UpdateKernel):
         """
         self._check_optimizers()
         for parameters in (self.actor_parameters, self.critic_parameters):
-            parameters.check_trainable()
+            check_trainable(parameters.parameters)
         self._check_normalizers()
         self.actor_adam.attach()
         self.critic_adam.attach()
@@ -236,10 +246,10 @@ def _gradients(
     loss = -q_values.mean() * objective.value_weight
     through_q = th.full_like(q_values, -1 / len(q_values)).mul_(objective.value_weight)
     attraction: th.Tensor | None = None
-    for weight, reference in objective.attractions:
-        difference = actions - reference
+    for term in objective.attractions:
+        difference = actions - term.reference
         flat = difference.view(-1)
-        loss = loss + weight * (th.dot(flat, flat) / len(flat))
-        part = difference.mul_(weight * (2 / len(flat)))
+        loss = loss + term.weight * (th.dot(flat, flat) / len(flat))
+        part = difference.mul_(term.weight * (2 / len(flat)))
         attraction = part if attraction is None else attraction.add_(part)
     return loss, attraction, through_q

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -14,18 +15,28 @@ from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSample
 Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
 
 
-class Attraction(NamedTuple):
-    """A term ``weight * mean((actions - reference)**2)`` of a policy's loss; the mean is over batch and action dimensions."""
+@dataclass(frozen=True)
+class Attraction:
+    """
+    A term ``weight * mean((actions - reference)**2)`` of a policy's loss; the mean is over batch and action dimensions.
+
+    :param weight: Its weight
+    :param reference: Actions, shape ``(batch, action_dim)``, in [-1, 1]
+    """
 
     weight: th.Tensor | float
     reference: th.Tensor
 
 
-class ActorObjective(NamedTuple):
+@dataclass(frozen=True)
+class ActorObjective:
     """
     A policy's loss: ``-value_weight * mean(Q1(s, pi(s)))`` plus attractions of its actions to others.
 
-    Weights are constants for the gradient, even if they depend on the batch.
+    Weights and references are constants for the gradient, even if they depend on the policy.
+
+    :param value_weight: Weight of the value
+    :param attractions: The other terms
     """
 
     value_weight: th.Tensor | float = 1.0
@@ -37,10 +48,14 @@ class ActorObjective(NamedTuple):
         :param q_values: The first critic's values of them, shape ``(batch, 1)``
         :return: The loss, differentiable in both
         """
-        loss = -q_values.mean() * self.value_weight
-        for weight, reference in self.attractions:
-            loss = loss + weight * F.mse_loss(actions, reference)
+        loss = -q_values.mean() * _constant(self.value_weight)
+        for attraction in self.attractions:
+            loss = loss + _constant(attraction.weight) * F.mse_loss(actions, attraction.reference.detach())
         return loss
+
+
+def _constant(value: th.Tensor | float) -> th.Tensor | float:
+    return value.detach() if isinstance(value, th.Tensor) else value
 
 
 ActorLoss = Callable[[th.Tensor, th.Tensor], ActorObjective | th.Tensor]

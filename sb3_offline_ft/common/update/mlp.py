@@ -82,6 +82,7 @@ class _LayerPass:
         gradients: LayerTensors | None,
         scratch: Scratch,
         index: int,
+        network: int,
         products: Products,
     ) -> None:
         n_out, n_in = tensors.weight.shape
@@ -92,7 +93,7 @@ class _LayerPass:
         self.norm: tuple[th.Tensor, th.Tensor] | None = None
         if tensors.norm_weight is not None and tensors.norm_bias is not None:
             self.norm = (tensors.norm_weight, tensors.norm_bias)
-            self.epsilon = layer.norms[0].eps
+            self.norm_module = layer.norms[network]
         self.norm_shape = (n_out,)
         self.is_scalar = n_out == 1
         self.linear = scratch.view(f"linear{index}" if layer.norms else f"output{index}", n_out)
@@ -107,7 +108,7 @@ class _LayerPass:
         self.linear.add_(self.bias)
         if self.norm is not None:
             self.output, self.mean, self.reciprocal_std = th.native_layer_norm(
-                self.linear, self.norm_shape, *self.norm, self.epsilon
+                self.linear, self.norm_shape, *self.norm, self.norm_module.eps
             )
         if self.is_relu:
             self.output.clamp_min_(0)
@@ -154,7 +155,8 @@ class MlpPass:
     """
     Forward and backward passes of one MLP at one batch size.
 
-    :param layers: Its layers
+    :param layers: Its layers, of which those of other networks are left alone
+    :param network: Which of the networks of these layers it is
     :param tensors: Their parameters
     :param gradients: Where gradients are written; None if they are not wanted
     :param scratch: Memory for intermediate results, which the next pass on it overwrites
@@ -164,6 +166,7 @@ class MlpPass:
     def __init__(
         self,
         layers: Sequence[Layer],
+        network: int,
         tensors: Sequence[LayerTensors],
         gradients: Sequence[LayerTensors] | None,
         scratch: Scratch,
@@ -174,7 +177,7 @@ class MlpPass:
             if layer.norms:
                 scratch.reserve(f"linear{index}", own.weight.shape[0])
         self._layers = [
-            _LayerPass(layer, tensors[i], None if gradients is None else gradients[i], scratch, i, products)
+            _LayerPass(layer, tensors[i], None if gradients is None else gradients[i], scratch, i, network, products)
             for i, layer in enumerate(layers)
         ]
         self._inner_layers_backwards = self._layers[:0:-1]

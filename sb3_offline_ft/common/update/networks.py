@@ -11,6 +11,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_offline_ft.common.policies import LayerNormContinuousCritic, NormalizedFlattenExtractor
 
@@ -135,8 +136,8 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
     space = policy.observation_space
     if not isinstance(space, spaces.Box) or is_image_space(space):
         raise NotSupportedError(f"the observations are not vectors ({type(space).__name__} {space.shape})", surprising=False)
-    if not is_plain(policy):
-        raise NotSupportedError("the policy has hooks")
+    if not is_plain(policy) or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise NotSupportedError("there are hooks on the policy, or on all modules")
     for network, classes in (
         (policy.actor, (Actor,)),
         (policy.actor_target, (Actor,)),
@@ -148,14 +149,20 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
         if not is_plain(network):
             raise NotSupportedError(f"{type(network).__name__} has hooks")
         extractor = network.features_extractor
-        if type(extractor) not in (FlattenExtractor, NormalizedFlattenExtractor) or not is_plain(extractor):
+        if type(extractor) not in (FlattenExtractor, NormalizedFlattenExtractor):
             raise NotSupportedError(f"the features extractor is {type(extractor).__name__}", surprising=False)
+        flatten = extractor.flatten
+        if not is_plain(extractor) or type(flatten) is not nn.Flatten or not is_plain(flatten) or flatten.start_dim != 1:
+            raise NotSupportedError("the features extractor has hooks, or does something else than it is made for")
     networks = PolicyNetworks(
         read_layers([policy.actor.mu], "the actor"),
         read_layers([policy.actor_target.mu], "the target actor"),
         read_layers(policy.critic.q_networks, "the critic"),
         read_layers(policy.critic_target.q_networks, "the target critic"),
     )
+    addresses = [p.data_ptr() for layers in networks.all_layers for layer in layers for g in layer.parameter_groups for p in g]
+    if len(set(addresses)) != len(addresses):
+        raise NotSupportedError("layers share parameters")
     for live, target in ((networks.actor, networks.actor_target), (networks.critic, networks.critic_target)):
         shapes = [
             [[p.shape for p in group] for layer in layers for group in layer.parameter_groups] for layers in (live, target)
@@ -163,6 +170,18 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
         if shapes[0] != shapes[1]:
             raise NotSupportedError("a target network has another shape than its network")
     return networks
+
+
+def check_trainable(parameters: Iterable[th.Tensor]) -> None:
+    """
+    :param parameters: Parameters
+    :raises NotSupportedError: One is frozen, or has hooks on its gradient
+    """
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            raise NotSupportedError("a parameter is frozen (`requires_grad=False`)")
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise NotSupportedError("a parameter has hooks on its gradient")
 
 
 class ModuleWatch:
@@ -186,19 +205,26 @@ class ModuleWatch:
                 module._backward_pre_hooks,
             )
         ]
+        self._modules = modules
         self._attributes = [module.__dict__ for module in modules]
-        self._members = [
-            members for module in modules for members in (module._modules, module._parameters, module._buffers) if members
+        self._containers = [
+            members for module in modules for members in (module._modules, module._parameters, module._buffers)
         ]
+        self._members = [members for members in self._containers if members]
         self._seen = self._look()
 
-    def _look(self) -> tuple[list[int], list[list[int]]]:
-        return list(map(len, self._attributes)), [list(map(id, members.values())) for members in self._members]
+    def _look(self) -> tuple[list[type], list[int], list[int], list[list[int]]]:
+        return (
+            list(map(type, self._modules)),
+            list(map(len, self._attributes)),
+            list(map(len, self._containers)),
+            [list(map(id, members.values())) for members in self._members],
+        )
 
     @property
     def is_unchanged(self) -> bool:
         """Whether nothing has changed."""
-        return not any(self._hooks) and self._look() == self._seen
+        return not (any(self._hooks) or _has_any_global_hook()) and self._look() == self._seen  # type: ignore[no-untyped-call]
 
 
 class FlatParameters:
@@ -239,15 +265,13 @@ class FlatParameters:
         """Whether the parameters are still kept here: ``.to(device)`` and the like move them elsewhere."""
         return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
 
-    def check_trainable(self) -> None:
-        """
-        :raises NotSupportedError: A parameter is frozen, or has hooks on its gradient
-        """
-        for parameter in self.parameters:
-            if not parameter.requires_grad:
-                raise NotSupportedError("a parameter is frozen (`requires_grad=False`)")
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise NotSupportedError("a parameter has hooks on its gradient")
+    def gather(self) -> None:
+        """Take parameters that somebody has put elsewhere back to this memory, with their present values."""
+        with th.no_grad():
+            for parameter, view, address in zip(self.parameters, self.views(self.values), self._addresses, strict=True):
+                if parameter.data_ptr() != address:
+                    view.copy_(parameter)
+                    parameter.data = view
 
     def zeros(self) -> th.Tensor:
         """
