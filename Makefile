@@ -41,10 +41,10 @@ docs: setup  ## the documentation, in docs/_build/html
 	$(PIP) --quiet -e ".[docs]"
 	$(PY) -m sphinx -q -W -b html docs docs/_build/html
 
-benchmark: setup  ## what is missing of the benchmarks' results, their tables and figures
+benchmark: setup  ## results, tables and figures of all benchmarks: many hours, much of it can be resumed
 	$(PY) benchmarks/speed/run.py
 	$(PY) benchmarks/speed/memory.py
-	$(PY) benchmarks/speed/ablation.py --compile
+	$(PY) benchmarks/speed/ablation.py
 	$(PY) benchmarks/speed/precision.py
 	$(PY) benchmarks/finetuning/hopper.py
 	$(PY) benchmarks/speed/loading.py > benchmarks/speed/loading.json

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from torch import nn
@@ -73,13 +76,6 @@ def test_a_cpu_without_units_is_said(pretend: Patch) -> None:
     choose_products("bfloat16", th.device("cuda"))
 
 
-def test_what_is_known_of_the_cpu() -> None:
-    assert isinstance(products.cpu_vendor(), str)
-    assert isinstance(products.has_avx512(), bool) and isinstance(products.has_bfloat16_units(), bool)
-    assert products.onednn_is_single_precision() in (True, False)
-    assert products.has_onednn_switch() or not products.onednn_is_single_precision()
-
-
 # The products themselves
 
 
@@ -140,22 +136,28 @@ def test_the_switch_is_put_back(pretend: Patch, precision: Any, own: str) -> Non
 
 @needs_switch
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_the_switch_is_put_back_after_an_interrupt(pretend: Patch, precision: Any, error: type[BaseException]) -> None:
-    """Wherever training stops, the user's own products are what they were."""
+def test_the_switch_is_put_back_after_an_interrupt(
+    pretend: Patch, precision: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it comes while a product is computed, the user's own products are what they were."""
 
-    class Interrupted(TD3BC):
-        def _actor_loss(self, batch: Any, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+    def interrupted(*args: Any, **kwargs: Any) -> th.Tensor:
+        if precision.fp32_precision == "bf16":
             raise error
+        return multiply(*args, **kwargs)
 
+    multiply = th.mm
     pretend("onednn_is_single_precision", False)
     before = precision.fp32_precision
     a, b = th.randn(128, 128), th.randn(128, 128)
     product = a @ b
-    model = Interrupted("MlpPolicy", "Pendulum-v1", dataset="bundled:pendulum-medium", update_precision="bfloat16", seed=0,
+    model = TD3BC("MlpPolicy", "Pendulum-v1", dataset="bundled:pendulum-medium", update_precision="bfloat16", seed=0,
                         device="cpu", policy_kwargs={"net_arch": [128, 128]}, batch_size=128)  # fmt: skip
+    monkeypatch.setattr(products.th, "mm", interrupted)
     with pytest.raises(error):
         model.pretrain(2)
-    assert model._n_updates == 2 and precision.fp32_precision == before
+    monkeypatch.undo()
+    assert precision.fp32_precision == before
     assert th.equal(a @ b, product)
 
 
@@ -252,3 +254,30 @@ def test_the_precision_may_change_between_two_calls() -> None:
     assert {float(entry["step"]) for entry in model.critic.optimizer.state.values()} == {4.0}
     model.update_precision = "float32"
     assert model.pretrain(2)._kernel.precision == "float32"
+
+
+@needs_switch
+def test_only_hidden_layers_are_rounded(pretend: Patch) -> None:
+    """With wide observations and one hidden layer, bfloat16 changes nothing: the first and the last layer are float32."""
+
+    class Wide(gym.ObservationWrapper[Any, Any, Any]):
+        def __init__(self) -> None:
+            super().__init__(gym.make("Pendulum-v1"))
+            self.observation_space = gym.spaces.Box(-np.inf, np.inf, (90,), np.float32)
+
+        def observation(self, observation: Any) -> Any:
+            return np.tile(observation, 30)
+
+    def run(precision: str, net_arch: list[int]) -> th.Tensor:
+        settings = {"policy_kwargs": {"net_arch": net_arch}, "learning_starts": 70, "batch_size": 70, "learning_rate": 1e-3}
+        model = TD3BC("MlpPolicy", Wide(), seed=0, device="cpu", update_precision=precision, **settings)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*trains online like TD3")
+            model.learn(74)
+        return th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()])
+
+    pretend("onednn_is_single_precision", False)
+    pretend("has_onednn_switch", False)
+    pretend("has_bfloat16_units", True)
+    assert th.equal(run("bfloat16", [80]), run("float32", [80]))
+    assert not th.equal(run("bfloat16", [80, 80]), run("float32", [80, 80]))

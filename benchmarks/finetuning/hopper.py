@@ -160,7 +160,7 @@ def facts(start: float) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages},
         "python": platform.python_version(),
         "cpu": _cpu(),
-        "command": " ".join(sys.orig_argv),
+        "command": " ".join(["python", *sys.argv]),
         "git_commit": _commit(),
         "constants": {
             "offline_steps": OFFLINE_STEPS,

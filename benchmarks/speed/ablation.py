@@ -174,7 +174,9 @@ def sb3() -> Callable[[int], object]:
     """
     :return: SB3's own updates
     """
-    made = TD3("MlpPolicy", vector_env(SHAPE), buffer_size=100_000, policy_kwargs={"net_arch": [HIDDEN, HIDDEN]}, seed=0)
+    made = TD3(
+        "MlpPolicy", vector_env(SHAPE), buffer_size=100_000, policy_kwargs={"net_arch": [HIDDEN, HIDDEN]}, seed=0, device="cpu"
+    )
     silence(made)
     fill_vectors(made.replay_buffer, SHAPE)
     return lambda steps: made.train(steps, BATCH_SIZE)

@@ -76,6 +76,6 @@ def manifest() -> dict[str, Any]:
         "versions": versions,
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
         "git_commit": git.stdout.strip() or "not a git checkout",
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "load_average_before": os.getloadavg()[0],
     }

@@ -1,10 +1,11 @@
 """
 Whether `update_precision="bfloat16"` learns as float32 does: TD3BC on Hopper-medium, offline, then TD3C online.
 
-    python benchmarks/speed/precision.py            # 5 seeds, resumable; about 25 minutes on one core
+    python benchmarks/speed/precision.py            # 5 seeds, resumable; an hour or more on one core
     python benchmarks/speed/precision.py --report   # test and figure from the committed results
 
-Both precisions see the same batches, noise, initial weights and evaluation episodes, so runs are compared in pairs. The test,
+Both precisions have the same initial weights and evaluation episodes, and offline the same batches and noise, so runs are
+compared in pairs. The test,
 fixed beforehand: the mean evaluation return over a run (the area under its curve), difference bfloat16 - float32 by seed,
 Student's t for pairs, two-sided at 5 %. Its power is small with 5 seeds, so the 95 % interval of the difference is given too.
 As a yardstick there is a third set of runs: float32 with other batches (another seed of the samplers, same initial weights).

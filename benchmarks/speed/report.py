@@ -25,6 +25,21 @@ PARTIAL, MEMORY, ABLATION = ".partial.json", "-memory.json", "-ablation.json"
 HEADINGS = ("candidate", "ms, median", "quartiles", "least", "times SB3's speed", "times SBX's", "GFLOP/s", "share of limit")
 TOO_BUSY = 0.1
 """Processors that others may take before the results say so."""
+OFFLINE = ("offline/hopper", "offline/halfcheetah")
+AIMS: tuple[tuple[str, tuple[str, ...], str, str, float], ...] = (
+    ("TD3BC offline, no LayerNorm, against SB3", OFFLINE, "td3bc-nonorm", REFERENCE, 3.0),
+    ("TD3C offline, no LayerNorm, against SB3", OFFLINE, "td3c-nonorm", REFERENCE, 3.0),
+    ("TD3BC offline, LayerNorm, against SB3 without", OFFLINE, "td3bc", REFERENCE, 2.3),
+    ("TD3BC offline, no LayerNorm, against SBX", OFFLINE, "td3bc-nonorm", FASTEST_PEER, 1.0),
+    ("TD3BC offline, LayerNorm, against SBX without", OFFLINE, "td3bc", FASTEST_PEER, 1.0),
+    ("TD3BC offline, no LayerNorm, against a single-file TD3+BC", OFFLINE, "td3bc-nonorm", "corl_style", 3.0),
+    ("TD3BC offline, no LayerNorm, against d3rlpy", OFFLINE, "td3bc-nonorm", "d3rlpy", 4.0),
+    ("TD3BC offline, bfloat16, no LayerNorm, against SB3", OFFLINE, "td3bc-bfloat16-nonorm", REFERENCE, 4.0),
+    ("`learn()` on Hopper-v5, no LayerNorm, against SB3", ("online/hopper",), "td3bc-nodata-nonorm", REFERENCE, 2.5),
+    ("collection without updates, against SB3", ("collect/noise", "collect/nonoise"), "td3bc", REFERENCE, 1 / 0.6),
+    ("ELU, dictionaries, images, against SB3", ("train/elu", "train/dict", "train/cnn"), "offline_td3", REFERENCE, 1.0),
+)
+"""What was aimed at: a description, groups, a candidate, what it is compared with, and how many times as fast it should be."""
 PEER_PACKAGES = ("sbx-rl", "jax", "d3rlpy")
 FAMILIES = {"sb3": "0.45", "corl_style": "0.65", "d3rlpy": "0.65", "sbx": "tab:orange"}
 OURS = "tab:blue"
@@ -105,6 +120,38 @@ def _row(values: np.ndarray, group: Group, candidate: Candidate, ceilings: dict[
         if candidate.arithmetic in ceilings:
             row["share of limit"] = rate / ceilings[candidate.arithmetic]
     return row
+
+
+def aims(content: dict[str, Any]) -> str:
+    """
+    :param content: What was measured
+    :return: A table of what was aimed at and what was reached, and of what the arithmetic allows
+    """
+    clock, ceilings, threads_used = content["settings"]["clock"], limits(content), content["settings"]["threads"]
+    found = {(entry["group"], entry["candidate"], entry["threads"]): entry for entry in content["measurements"]}
+    heading = [f"reached, {threads} thread{'s' * (threads > 1)}" for threads in threads_used]
+    lines = [f"| aim, times as fast | at least | {' | '.join(heading)} | limit |", "|---" * (3 + len(heading)) + "|"]
+    for label, groups, name, other, least in AIMS:
+        reached, allowed = [], []
+        for threads in threads_used:
+            ratios = []
+            for group in groups:
+                reference = times(found.get((group, other, threads)), clock)
+                measured = ratio(reference, times(found.get((group, name, threads)), clock))
+                ratios.append("-" if measured is None else f"{measured['median']:.2f}")
+                candidate = next(entry for entry in GROUPS if entry.name == group).find(name)
+                ceiling = ceilings.get(str(threads), {}).get(candidate.arithmetic or "")
+                flops = next(entry for entry in GROUPS if entry.name == group).flops
+                if ceiling is not None and flops is not None and threads == 1 and measured is not None:
+                    allowed.append(f"{1e-3 * np.nanmedian(reference) * ceiling / flops:.1f}")
+            reached.append(", ".join(ratios))
+        lines.append(f"| {label} | {least:.2g} | {' | '.join(reached)} | {', '.join(allowed)} |")
+    note = (
+        "Hopper and HalfCheetah (with noise and without; ELU, dictionaries, images). The *limit* is what an update would "
+        "reach with one thread if it did nothing but its matrix products, at the rate of the fastest ones "
+        "of the same run."
+    )
+    return f"{note}\n\n" + "\n".join(lines)
 
 
 def cells(row: dict[str, Any], label: str) -> list[str]:
@@ -224,6 +271,7 @@ def markdown(content: dict[str, Any], figure: str | None) -> str:
     parts = ["\n".join(f"- {line}" for line in [*facts(content), *missing(content)])]
     if figure is not None:
         parts.append(f"![Times SB3's speed]({figure})")
+    parts.append(f"**Aims**\n\n{aims(content)}")
     for title, rows in tables(content):
         used = [index for index in range(len(HEADINGS)) if any(row[index] for row in rows)]
         lines = [[HEADINGS[index] for index in used], ["---"] * len(used), *([row[index] for index in used] for row in rows)]

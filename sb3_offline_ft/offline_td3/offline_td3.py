@@ -46,7 +46,8 @@ SB3_LEARNING_STARTS = 100
 ZIP_MAGIC = b"PK"
 KERNELS = ("auto", "fast", "autograd")
 BATCHES_AT_ONCE = 64
-"""Batches drawn at once: their overhead is shared, and they stay in the cache."""
+BYTES_AT_ONCE = 2**24
+"""Batches drawn at once share their overhead, but large ones, such as those of images, shall not fill the memory."""
 PROGRESS_CHUNK = 50
 """Gradient steps between two updates of the progress bar."""
 
@@ -254,6 +255,12 @@ class OfflineTD3(TD3):
         if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             self.replay_buffer.offline_fraction = self.offline_fraction
         self._seed_generators(self.seed)
+        if self.kernel == "fast" or self.update_precision != "float32":
+            # Said now rather than at the first update
+            try:
+                FastKernel.check(self.policy)
+            except NotSupportedError as error:
+                self._fall_back(error)
         self._logged: dict[str, list[th.Tensor | float]] = {}
 
     def _seed_generators(self, seed: int | None) -> None:
@@ -686,24 +693,46 @@ class OfflineTD3(TD3):
         self._kernel = self._choose_kernel()
         if self._kernel.needs_training_mode:
             self.policy.set_training_mode(True)
-        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
-        for start in range(0, gradient_steps, BATCHES_AT_ONCE):
-            self._do_updates(min(BATCHES_AT_ONCE, gradient_steps - start), batch_size)
+        self._update_learning_rate([self.policy.actor.optimizer, self.policy.critic.optimizer])
+        at_once = self._batches_at_once(batch_size)
+        for start in range(0, gradient_steps, at_once):
+            self._do_updates(min(at_once, gradient_steps - start), batch_size)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, values in self._logged.items():
-            self.logger.record(name, float(th.stack([th.as_tensor(value, dtype=th.float64) for value in values]).mean()))
+            self.logger.record(name, _mean(values))
         self._logged.clear()
 
+    def _batches_at_once(self, batch_size: int) -> int:
+        buffer = self.replay_buffer
+        if not isinstance(buffer, OfflineToOnlineReplayBuffer):
+            return BATCHES_AT_ONCE
+        bytes_per_batch = 2 * buffer.observations[0, 0].nbytes * batch_size
+        return max(1, min(BATCHES_AT_ONCE, BYTES_AT_ONCE // max(int(bytes_per_batch), 1)))
+
     def _do_updates(self, gradient_steps: int, batch_size: int) -> None:
-        for rows, n_rows in self._sample_rows(gradient_steps, batch_size):
-            for batch in self._kernel.batches(rows, n_rows):
-                self._n_updates += 1
-                self._update_critic(batch)
-                if self._n_updates % self.policy_delay == 0:
-                    update_actor = self._pretraining or self._n_updates > self._critic_warmup_end
-                    if update_actor:
-                        self._update_actor(batch)
-                    self._kernel.update_targets(self.tau, update_actor)
+        buffer, before = self.replay_buffer, self._n_updates
+        sampler = buffer.get_sampler_state() if isinstance(buffer, OfflineToOnlineReplayBuffer) and self._pretraining else None
+        try:
+            for rows, n_rows in self._sample_rows(gradient_steps, batch_size):
+                for batch in self._kernel.batches(rows, n_rows):
+                    self._update(batch)
+        except BaseException:
+            done = self._n_updates - before
+            if isinstance(buffer, OfflineToOnlineReplayBuffer) and sampler is not None and done < gradient_steps:
+                # Batches that have been drawn and not been used are drawn again when pretraining goes on
+                buffer.set_sampler_state(sampler)
+                for _ in self._sample_rows(done, batch_size) if done > 0 else ():
+                    pass
+            raise
+
+    def _update(self, batch: Batch) -> None:
+        self._n_updates += 1
+        self._update_critic(batch)
+        if self._n_updates % self.policy_delay == 0:
+            update_actor = self._pretraining or self._n_updates > self._critic_warmup_end
+            if update_actor:
+                self._update_actor(batch)
+            self._kernel.update_targets(self.tau, update_actor)
 
     def _choose_kernel(self) -> UpdateKernel:
         """The kernel for the next updates: the one in use if it still serves."""
@@ -745,10 +774,10 @@ class OfflineTD3(TD3):
             for _ in range(n_batches):
                 rows = buffer.sample(batch_size, env=self._vec_normalize_env)
                 yield rows, len(rows.actions)
-        elif type(buffer).sample is OfflineToOnlineReplayBuffer.sample:
+        elif getattr(buffer.sample, "__func__", None) is OfflineToOnlineReplayBuffer.sample:
             yield buffer.sample_batches(n_batches, batch_size, self._vec_normalize_env, fraction), batch_size
         else:
-            # A subclass that chooses rows in its own way, perhaps by what was learned from the last ones
+            # Somebody chooses rows in another way, perhaps by what was learned from the last ones
             for _ in range(n_batches):
                 chosen = buffer.sample(batch_size, self._vec_normalize_env, fraction)
                 yield chosen, len(chosen.actions)
@@ -972,6 +1001,12 @@ class OfflineTD3(TD3):
             buffer.copy_online(_unpickle_buffer(path), str(path))
         else:
             buffer.load_online(path)  # type: ignore[arg-type]  # a path or a binary stream in all but name
+
+
+def _mean(values: list[th.Tensor | float]) -> float:
+    if len(values) == 1:
+        return float(values[0])
+    return float(th.stack([th.as_tensor(value, dtype=th.float64) for value in values]).mean())
 
 
 def _with_suffix(path: pathlib.Path) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """Adam on parameters in one piece of memory, with the state where torch's optimizer keeps it."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -72,18 +73,21 @@ class FlatAdam:
         self.optimizer = optimizer
         self._parameters = parameters
         self.gradients = parameters.zeros()
+        self._gradient_views = parameters.views(self.gradients)
+        self._left = False
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """New memory for the state: somebody may have kept the tensors of the last one."""
+        parameters = self._parameters
         self._first, self._second = parameters.zeros(), parameters.zeros()
         # One count for each parameter, since a shared one is counted up for each by torch's own step
-        self._steps = th.zeros(len(parameters.parameters))
-        self._views = [
-            dict(zip(("step", "exp_avg", "exp_avg_sq"), views, strict=True))
-            for views in zip(self._steps.unbind(), parameters.views(self._first), parameters.views(self._second), strict=True)
-        ]
-        self._gradient_views = parameters.views(self.gradients)
-        on_cpu = parameters.values.device.type == "cpu"
-        self._count = self._steps[0] if on_cpu else th.zeros((), device=parameters.values.device)
+        self._steps = th.zeros(len(parameters.parameters), dtype=th.float32, device="cpu")
+        parts = zip(self._steps.unbind(), parameters.views(self._first), parameters.views(self._second), strict=True)
+        self._views = [dict(zip(("step", "exp_avg", "exp_avg_sq"), part, strict=True)) for part in parts]
+        device = parameters.values.device
+        self._count = self._steps[0] if device.type == "cpu" else th.zeros((), dtype=th.float32, device=device)
         self._installed = False
-        self._left = False
 
     @staticmethod
     def problem(optimizer: th.optim.Optimizer) -> str | None:
@@ -110,6 +114,22 @@ class FlatAdam:
             return f"torch {th.__version__} has no fused Adam for {group['params'][0].device.type}"
         return None
 
+    @staticmethod
+    def problem_of_state(optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> str | None:
+        """
+        :param optimizer: An optimizer
+        :param parameters: Its parameters
+        :return: Why its state cannot be gone on from here, None if it can
+        """
+        if not optimizer.state:
+            return None
+        entries = [optimizer.state.get(parameter) for parameter in parameters]
+        if any(entry is None or entry.keys() != STATE_NAMES for entry in entries):
+            return "the optimizer's state is not that of Adam for all parameters"
+        if len({float(entry["step"]) for entry in entries if entry is not None}) != 1:
+            return "the optimizer has done different numbers of steps for different parameters"
+        return None
+
     def attach(self) -> None:
         """
         Take up the optimizer's state, which may have been loaded, restored or forgotten since the last step.
@@ -120,10 +140,8 @@ class FlatAdam:
         self._left = False
         state = self.optimizer.state
         if not state:
-            if self._installed or self._count.item() != 0:
-                for memory in (self._first, self._second, self._steps, self._count):
-                    memory.zero_()
-            self._installed = False
+            if self._installed:
+                self._allocate()
             return
         entries = [state.get(parameter) for parameter in self._parameters.parameters]
         if self._installed and all(
@@ -136,21 +154,14 @@ class FlatAdam:
             if self._count.device.type != "cpu":
                 self._count.copy_(self._steps[0])
             return
-        self._take_up(entries)
-
-    def _take_up(self, entries: list[dict[str, Any] | None]) -> None:
-        for entry in entries:
-            if entry is None or entry.keys() != STATE_NAMES:
-                raise NotSupportedError("the optimizer's state is not that of Adam for all parameters")
-        counts = {float(entry["step"]) for entry in entries if entry is not None}
-        if len(counts) != 1:
-            raise NotSupportedError("the optimizer has done different numbers of steps for different parameters")
-        # Copies first: what is loaded may share memory with what is here
-        copies = [(entry["exp_avg"].clone(), entry["exp_avg_sq"].clone()) for entry in entries if entry is not None]
-        for (first, second), view in zip(copies, self._views, strict=True):
-            view["exp_avg"].copy_(first)
-            view["exp_avg_sq"].copy_(second)
-        self._steps.fill_(counts.pop())
+        problem = self.problem_of_state(self.optimizer, self._parameters.parameters)
+        if problem is not None:
+            raise NotSupportedError(problem)
+        self._allocate()
+        for entry, view in zip(entries, self._views, strict=True):
+            assert entry is not None
+            for name in STATE_NAMES:
+                view[name].copy_(th.as_tensor(entry[name]))
         self._count.copy_(self._steps[0])
         self._install()
 

@@ -53,10 +53,15 @@ class AutogradKernel(UpdateKernel):
         actions = actor(self._batch.observations)
         q_values = self.policy.critic.q1_forward(self._batch.observations, actions)
         objective = actor_loss(actions, q_values)
-        loss = objective.loss(actions, q_values) if isinstance(objective, ActorObjective) else objective
         actor.optimizer.zero_grad()
-        inputs = [parameter for parameter in actor.parameters() if parameter.requires_grad]
-        loss.backward(inputs=inputs or None)  # type: ignore[no-untyped-call]
+        if isinstance(objective, ActorObjective):
+            loss = objective.loss(actions, q_values)
+            inputs = [parameter for parameter in actor.parameters() if parameter.requires_grad]
+            loss.backward(inputs=inputs or None)  # type: ignore[no-untyped-call]
+        else:
+            # It may have parameters of its own
+            loss = objective
+            loss.backward()  # type: ignore[no-untyped-call]
         actor.optimizer.step()
         return loss.detach()
 

@@ -16,7 +16,9 @@ from sb3_offline_ft.common.update.networks import (
     FlatParameters,
     ModuleWatch,
     NotSupportedError,
+    PolicyNetworks,
     check_trainable,
+    networks_of,
     read_policy,
 )
 from sb3_offline_ft.common.update.products import choose_products
@@ -84,25 +86,40 @@ class FastKernel(UpdateKernel):
     def __init__(self, policy: TD3Policy, precision: str = "float32") -> None:
         super().__init__(policy)
         self.precision = precision
-        self.networks = read_policy(policy)
-        self._check_optimizers()
-        for layers in (self.networks.actor, self.networks.critic):
-            check_trainable(parameter for layer in layers for group in layer.parameter_groups for parameter in group)
+        self._statistics_version = -1
+        self.networks = self.check(policy)
+        self._check_normalizers()
         self.parameters = [FlatParameters(layers) for layers in self.networks.all_layers]
         self.actor_parameters, self._actor_target, self.critic_parameters, self._critic_target = self.parameters
         self.actor_adam = FlatAdam(policy.actor.optimizer, self.actor_parameters)
         self.critic_adam = FlatAdam(policy.critic.optimizer, self.critic_parameters)
         self.products = choose_products(precision, self.actor_parameters.values.device)
-        networks = (policy.actor, policy.actor_target, policy.critic, policy.critic_target)
-        self._watch = ModuleWatch(module for network in networks for module in network.modules())
-        self._extractors = [network.features_extractor for network in networks]
-        self._statistics_version = -1
+        self._watch = ModuleWatch(module for network in networks_of(policy) for module in network.modules())
+        self._is_disturbed = False
         self._passes: _Passes | None = None
         self._n_features = self.networks.actor[0].linears[0].in_features
         self._width = self.networks.critic[0].linears[0].in_features
         self._action_columns = slice(self._n_features, self._width)
         self._memory = self.actor_parameters.values.new_zeros(2, 0, 1)
         self._inputs: dict[int, tuple[_Inputs, list[_Inputs]]] = {}
+
+    @staticmethod
+    def check(policy: TD3Policy) -> PolicyNetworks:
+        """
+        Check whether the gradient steps of a policy can be computed here; changes nothing.
+
+        :param policy: The policy
+        :return: Its layers
+        :raises NotSupportedError: They cannot
+        """
+        networks = read_policy(policy)
+        for network, layers in ((policy.actor, networks.actor), (policy.critic, networks.critic)):
+            parameters = [parameter for layer in layers for group in layer.parameter_groups for parameter in group]
+            check_trainable(parameters)
+            problem = FlatAdam.problem(network.optimizer) or FlatAdam.problem_of_state(network.optimizer, parameters)
+            if problem is not None:
+                raise NotSupportedError(problem)
+        return networks
 
     @property
     def is_current(self) -> bool:
@@ -120,25 +137,21 @@ class FastKernel(UpdateKernel):
 
         :raises NotSupportedError: It is something that only autograd can do
         """
-        self._check_optimizers()
-        for parameters in (self.actor_parameters, self.critic_parameters):
-            check_trainable(parameters.parameters)
-        self._check_normalizers()
-        self.actor_adam.attach()
-        self.critic_adam.attach()
-
-    def _check_optimizers(self) -> None:
-        for network in (self.policy.actor, self.policy.critic):
-            problem = FlatAdam.problem(network.optimizer)
+        for adam, parameters in ((self.actor_adam, self.actor_parameters), (self.critic_adam, self.critic_parameters)):
+            problem = FlatAdam.problem(adam.optimizer)
             if problem is not None:
                 raise NotSupportedError(problem)
+            check_trainable(parameters.parameters)
+            adam.attach()
+        self._check_normalizers()
 
     def _check_normalizers(self) -> None:
-        normalizers = [module for module in self._extractors if isinstance(module, NormalizedFlattenExtractor)]
+        extractors = [network.features_extractor for network in networks_of(self.policy)]
+        normalizers = [module for module in extractors if isinstance(module, NormalizedFlattenExtractor)]
         version = sum(module.observation_mean._version + module.observation_std._version for module in normalizers)
         if version == self._statistics_version:
             return
-        if normalizers and len(normalizers) != len(self._extractors):
+        if normalizers and len(normalizers) != len(extractors):
             raise NotSupportedError("the networks do not all normalize observations")
         for module in normalizers[1:]:
             same = th.equal(module.observation_mean, normalizers[0].observation_mean)
@@ -149,8 +162,8 @@ class FastKernel(UpdateKernel):
     @th.no_grad()
     def batches(self, rows: Batch, batch_size: int) -> Iterator[Batch]:
         if self._passes is None or self._passes.batch_size != batch_size:
-            self._passes = _Passes(self, batch_size)
             self._inputs.clear()
+            self._passes = _Passes(self, batch_size)
         n_rows = len(rows.actions)
         if n_rows not in self._inputs:
             self._inputs[n_rows] = self._new_inputs(n_rows, batch_size)
@@ -159,7 +172,7 @@ class FastKernel(UpdateKernel):
         self._write_features(rows.next_observations, whole.next_features)
         whole.actions.copy_(rows.actions)
         for batch, part in zip(batches_of(rows, batch_size), parts, strict=True):
-            self._now = part
+            self._now, self._batch = part, batch
             yield batch
 
     def _new_inputs(self, n_rows: int, batch_size: int) -> tuple["_Inputs", list["_Inputs"]]:
@@ -173,7 +186,7 @@ class FastKernel(UpdateKernel):
         return _Inputs(memory, self._n_features), parts
 
     def _write_features(self, observations: th.Tensor, features: th.Tensor) -> None:
-        extractor = self._extractors[0]
+        extractor = self.policy.actor.features_extractor
         observations = observations.flatten(1)
         if isinstance(extractor, NormalizedFlattenExtractor):
             th.sub(observations, extractor.observation_mean, out=features)
@@ -185,6 +198,7 @@ class FastKernel(UpdateKernel):
     def next_q_values(self, noise: th.Tensor) -> th.Tensor:
         passes, now = self._passes, self._now
         assert passes is not None
+        self._is_disturbed = True
         th.add(passes.actor_target.forward(now.next_features), noise, out=now.next_actions).clamp_(-1, 1)
         q_values = th.empty(len(noise), len(passes.critics_target), device=noise.device)
         for index, critic in enumerate(passes.critics_target):
@@ -209,17 +223,34 @@ class FastKernel(UpdateKernel):
     def update_actor(self, actor_loss: ActorLoss) -> th.Tensor:
         passes, now = self._passes, self._now
         assert passes is not None
-        output = passes.actor.forward(now.features)
-        # The critics' update has been done with the batch's own actions
-        now.actions.copy_(output)
         # Copies, since an algorithm may keep what it is given
-        actions, q_values = output.clone(), passes.first_critic.forward(now.input).clone()
-        loss, direct, through_q = _gradients(actor_loss, actions, q_values)
+        actions = now.actions.copy_(passes.actor.forward(now.features)).clone()
+        q_values = passes.first_critic.forward(now.input).clone()
+        self._is_disturbed = False
+        with th.enable_grad():
+            objective = actor_loss(actions.requires_grad_(), q_values.requires_grad_())
+        if isinstance(objective, ActorObjective):
+            loss, through_q, direct = _gradients(objective, actions.detach(), q_values.detach())
+            beside = None
+        else:
+            self.actor_adam.gradients.zero_()
+            objective.backward()  # type: ignore[no-untyped-call]
+            through_q = th.zeros_like(q_values) if q_values.grad is None else q_values.grad
+            loss, direct = objective.detach(), actions.grad
+            # What reaches the policy on other ways, such as a second call of the actor
+            beside = self.actor_adam.gradients.clone()
+        if self._is_disturbed:
+            # The objective asked for the values of other actions, in the same memory
+            passes.actor.forward(now.features)
+            passes.first_critic.forward(now.input)
         gradient = passes.first_critic.backward(through_q, self._action_columns)
         if direct is not None:
             gradient += direct
         passes.actor.backward(gradient)
+        if beside is not None:
+            self.actor_adam.gradients += beside
         self.actor_adam.step()
+        now.actions.copy_(self._batch.actions)
         return loss
 
     @th.no_grad()
@@ -230,19 +261,9 @@ class FastKernel(UpdateKernel):
 
 
 def _gradients(
-    actor_loss: ActorLoss, actions: th.Tensor, q_values: th.Tensor
-) -> tuple[th.Tensor, th.Tensor | None, th.Tensor]:
-    """The loss, its gradient with respect to the actions as such, and that with respect to the values."""
-    with th.enable_grad():
-        actions.requires_grad_()
-        q_values.requires_grad_()
-        objective = actor_loss(actions, q_values)
-    if not isinstance(objective, ActorObjective):
-        direct, through_q = th.autograd.grad(objective, (actions, q_values), allow_unused=True)
-        # A copy, since a gradient may be a view that repeats one number
-        through_q = th.zeros_like(q_values) if through_q is None else through_q.clone()
-        return objective.detach(), direct, through_q
-    actions, q_values = actions.detach(), q_values.detach()
+    objective: ActorObjective, actions: th.Tensor, q_values: th.Tensor
+) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    """The loss, its gradient with respect to the values, and that with respect to the actions as such."""
     loss = -q_values.mean() * objective.value_weight
     through_q = th.full_like(q_values, -1 / len(q_values)).mul_(objective.value_weight)
     attraction: th.Tensor | None = None
@@ -252,4 +273,4 @@ def _gradients(
         loss = loss + term.weight * (th.dot(flat, flat) / len(flat))
         part = difference.mul_(term.weight * (2 / len(flat)))
         attraction = part if attraction is None else attraction.add_(part)
-    return loss, attraction, through_q
+    return loss, through_q, attraction

@@ -50,7 +50,7 @@ class Scratch:
     """
 
     def __init__(self, batch_size: int, like: th.Tensor) -> None:
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._like = like
         self._memory: dict[str, th.Tensor] = {}
 
@@ -59,7 +59,7 @@ class Scratch:
         :param slot: Name of a piece of memory
         :param n_columns: What :meth:`view` will be asked for at most
         """
-        size = self._batch_size * n_columns
+        size = self.batch_size * n_columns
         if slot not in self._memory or self._memory[slot].numel() < size:
             self._memory[slot] = self._like.new_empty(size)
 
@@ -69,7 +69,7 @@ class Scratch:
         :param n_columns: Number of columns
         :return: It as a matrix
         """
-        return self._memory[slot][: self._batch_size * n_columns].view(self._batch_size, n_columns)
+        return self._memory[slot][: self.batch_size * n_columns].view(self.batch_size, n_columns)
 
 
 class _LayerPass:
@@ -82,11 +82,14 @@ class _LayerPass:
         gradients: LayerTensors | None,
         scratch: Scratch,
         index: int,
+        n_layers: int,
         network: int,
         products: Products,
     ) -> None:
         n_out, n_in = tensors.weight.shape
-        self.multiply = products.multiply if min(n_out, n_in) >= LARGE else th.mm
+        may_be_rounded = 0 < index < n_layers - 1
+        chosen = min(n_out, n_in, scratch.batch_size) >= LARGE and (products.is_single_precision or may_be_rounded)
+        self.multiply = products.multiply if chosen else th.mm
         self.weight, self.transposed_weight, self.bias = tensors.weight, tensors.weight.mT, tensors.bias
         self.gradients = gradients
         self.is_relu, self.is_tanh = layer.activation == "relu", layer.activation == "tanh"
@@ -177,7 +180,9 @@ class MlpPass:
             if layer.norms:
                 scratch.reserve(f"linear{index}", own.weight.shape[0])
         self._layers = [
-            _LayerPass(layer, tensors[i], None if gradients is None else gradients[i], scratch, i, network, products)
+            _LayerPass(
+                layer, tensors[i], None if gradients is None else gradients[i], scratch, i, len(layers), network, products
+            )
             for i, layer in enumerate(layers)
         ]
         self._inner_layers_backwards = self._layers[:0:-1]

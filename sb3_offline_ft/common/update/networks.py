@@ -17,6 +17,7 @@ from sb3_offline_ft.common.policies import LayerNormContinuousCritic, Normalized
 
 ALIGNMENT = 16
 """Numbers to whose multiples the layers' parameters are aligned: 64 bytes, a cache line."""
+CRITICS = (ContinuousCritic, LayerNormContinuousCritic)
 REPLACEABLE = frozenset({"forward", "q1_forward", "extract_features"})
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
@@ -125,6 +126,14 @@ class PolicyNetworks:
         return [self.actor, self.actor_target, self.critic, self.critic_target]
 
 
+def networks_of(policy: TD3Policy) -> tuple[Actor, Actor, ContinuousCritic, ContinuousCritic]:
+    """
+    :param policy: A policy
+    :return: Its networks: actor, target actor, critic, target critic
+    """
+    return policy.actor, policy.actor_target, policy.critic, policy.critic_target
+
+
 def read_policy(policy: TD3Policy) -> PolicyNetworks:
     """
     Read a policy's networks.
@@ -138,12 +147,7 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
         raise NotSupportedError(f"the observations are not vectors ({type(space).__name__} {space.shape})", surprising=False)
     if not is_plain(policy) or _has_any_global_hook():  # type: ignore[no-untyped-call]
         raise NotSupportedError("there are hooks on the policy, or on all modules")
-    for network, classes in (
-        (policy.actor, (Actor,)),
-        (policy.actor_target, (Actor,)),
-        (policy.critic, (ContinuousCritic, LayerNormContinuousCritic)),
-        (policy.critic_target, (ContinuousCritic, LayerNormContinuousCritic)),
-    ):
+    for network, classes in zip(networks_of(policy), ((Actor,),) * 2 + (CRITICS,) * 2, strict=True):
         if type(network) not in classes:
             raise NotSupportedError(f"{type(network).__name__} is a network class of your own")
         if not is_plain(network):
@@ -151,6 +155,7 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
         extractor = network.features_extractor
         if type(extractor) not in (FlattenExtractor, NormalizedFlattenExtractor):
             raise NotSupportedError(f"the features extractor is {type(extractor).__name__}", surprising=False)
+        assert isinstance(extractor, FlattenExtractor)
         flatten = extractor.flatten
         if not is_plain(extractor) or type(flatten) is not nn.Flatten or not is_plain(flatten) or flatten.start_dim != 1:
             raise NotSupportedError("the features extractor has hooks, or does something else than it is made for")
@@ -160,6 +165,8 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
         read_layers(policy.critic.q_networks, "the critic"),
         read_layers(policy.critic_target.q_networks, "the target critic"),
     )
+    if any(p.is_shared() for p in policy.parameters() if p.device.type == "cpu"):  # type: ignore[no-untyped-call]
+        raise NotSupportedError("parameters are in memory that is shared between processes, from which they would be moved")
     addresses = [p.data_ptr() for layers in networks.all_layers for layer in layers for g in layer.parameter_groups for p in g]
     if len(set(addresses)) != len(addresses):
         raise NotSupportedError("layers share parameters")

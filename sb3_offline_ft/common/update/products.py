@@ -24,11 +24,13 @@ class Products:
 
     :param name: What computes it, for people
     :param multiply: Called as ``multiply(a, b, out=out)``
+    :param is_single_precision: Whether it keeps the precision of float32
     """
 
-    def __init__(self, name: str, multiply: Product = th.mm) -> None:
+    def __init__(self, name: str, multiply: Product = th.mm, is_single_precision: bool = True) -> None:
         self.name = name
         self.multiply = multiply
+        self.is_single_precision = is_single_precision
 
 
 NATIVE = Products("torch's default")
@@ -45,9 +47,9 @@ def has_onednn_switch() -> bool:
 def _with_onednn(a: th.Tensor, b: th.Tensor, out: th.Tensor) -> None:
     matmul: Any = th.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    # Named for what oneDNN may do; without such units on the CPU it computes in float32
-    matmul.fp32_precision = "bf16"
     try:
+        # Named for what oneDNN may do; without such units on the CPU it computes in float32
+        matmul.fp32_precision = "bf16"
         th.mm(a, b, out=out)
     finally:
         matmul.fp32_precision = before
@@ -59,8 +61,8 @@ def _in_bfloat16(a: th.Tensor, b: th.Tensor, out: th.Tensor) -> None:
 
 def _relative_error(multiply: Product) -> float:
     generator = th.Generator().manual_seed(0)
-    a, b = (th.randn(PROBE_SIZE, PROBE_SIZE, generator=generator) for _ in range(2))
-    out = th.empty(PROBE_SIZE, PROBE_SIZE)
+    a, b = (th.randn(PROBE_SIZE, PROBE_SIZE, generator=generator, device="cpu") for _ in range(2))
+    out = th.empty_like(a)
     multiply(a, b, out=out)
     exact = a.double() @ b.double()
     return float((out - exact).norm() / exact.norm())
@@ -100,14 +102,14 @@ def choose_products(precision: str, device: th.device) -> Products:
     """
     if precision == "bfloat16":
         if device.type == "cpu" and has_onednn_switch() and not onednn_is_single_precision():
-            return Products("oneDNN bfloat16", _with_onednn)
+            return Products("oneDNN bfloat16", _with_onednn, False)
         if device.type == "cpu" and not has_bfloat16_units():
             warnings.warn(
                 "`update_precision='bfloat16'`: this CPU has no units for bfloat16 (AVX-512 BF16 or AMX), so updates will be "
                 "slower than with 'float32'.",
                 stacklevel=2,
             )
-        return Products("bfloat16 copies", _in_bfloat16)
+        return Products("bfloat16 copies", _in_bfloat16, False)
     if device.type == "cpu" and cpu_vendor() == "AuthenticAMD" and has_avx512() and onednn_is_single_precision():
         return Products("oneDNN float32", _with_onednn)
     return NATIVE
