@@ -48,6 +48,12 @@ def _fused_adam(
     )
 
 
+_hardshrink = th.ops.aten.hardshrink.out
+CLEAR_EVERY = 64
+TINY_FIRST, TINY_SECOND = 1e-30, 1e-36
+"""Such a first moment moves a parameter by 1e-30 / eps learning rates at most; the root of such a second moment is nothing
+beside eps, if that is at least ``LEAST_EPS``."""
+LEAST_EPS = 1e-10
 STATE_NAMES = {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -223,3 +229,16 @@ class FlatAdam:
             group["weight_decay"],
             group["eps"],
         )
+        if self._count.device.type == "cpu" and self._count.item() % CLEAR_EVERY == 0:
+            self._clear_tiny(group["eps"])
+
+    def _clear_tiny(self, eps: float) -> None:
+        """
+        Set moments to 0 that are too small to have an effect, before they become subnormal numbers.
+
+        Units that are never active have gradients of 0, so their moments fade; and CPUs take many times as long for subnormal
+        numbers: in a run on Hopper, Adam took four times as long after 2,000 steps.
+        """
+        _hardshrink(self._first, TINY_FIRST, out=self._first)
+        if eps >= LEAST_EPS:
+            _hardshrink(self._second, TINY_SECOND, out=self._second)
