@@ -20,6 +20,7 @@ import gymnasium as gym
 import matplotlib
 import numpy as np
 import torch as th
+from machine import manifest
 from scipy import stats
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -87,7 +88,7 @@ def load() -> list[dict[str, Any]]:
     """
     :return: The runs so far
     """
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []  # type: ignore[no-any-return]
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []  # type: ignore[no-any-return]
 
 
 def save(runs: list[dict[str, Any]]) -> None:
@@ -96,7 +97,8 @@ def save(runs: list[dict[str, Any]]) -> None:
     """
     RESULTS.parent.mkdir(exist_ok=True)
     temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in runs) + "\n]\n")
+    lines = ",\n".join(json.dumps(entry) for entry in runs)
+    temporary.write_text(f'{{"manifest": {json.dumps(manifest())}, "runs": [\n{lines}\n]}}\n')
     temporary.replace(RESULTS)
 
 
