@@ -152,6 +152,8 @@ def test_infinite_alpha_is_td3_to_the_bit(algorithm, settings, tmp_path):
     ours_chosen = iter(rows)
 
     class Generator:
+        bit_generator = np.random.default_rng(0).bit_generator
+
         def integers(self, low, high, size):
             chosen = np.concatenate([next(ours_chosen) for _ in range(size // 256)])
             assert len(chosen) == size
