@@ -134,6 +134,7 @@ def report(runs: list[dict[str, Any]]) -> str:
             x = np.arange(curves.shape[1]) * step if part == "offline" else (np.arange(curves.shape[1]) + 1) * step
             axis.plot(x, curves.T, color=color, alpha=0.3, linewidth=0.8)
             axis.plot(x, curves.mean(axis=0), color=color, linewidth=2, label=name)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_xlabel("gradient steps, offline" if part == "offline" else "environment steps, online")
     axes[0].set_ylabel("mean return of 10 episodes")
     axes[0].legend()
