@@ -45,6 +45,7 @@ benchmark: setup  ## results, tables and figures of all benchmarks: many hours, 
 	$(PY) benchmarks/speed/run.py
 	$(PY) benchmarks/speed/memory.py
 	$(PY) benchmarks/speed/ablation.py
+	$(PY) benchmarks/speed/subnormal.py
 	$(PY) benchmarks/speed/precision.py
 	$(PY) benchmarks/finetuning/hopper.py
 	$(PY) benchmarks/speed/loading.py > benchmarks/speed/loading.json

@@ -237,7 +237,7 @@ class FlatAdam:
         Set moments to 0 that are too small to have an effect, before they become subnormal numbers.
 
         Units that are never active have gradients of 0, so their moments fade; and CPUs take many times as long for subnormal
-        numbers: in a run on Hopper, Adam took four times as long after 2,000 steps.
+        numbers.
         """
         _hardshrink(self._first, TINY_FIRST, out=self._first)
         if eps >= LEAST_EPS:
