@@ -18,11 +18,13 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from sb3_offline_ft.datasets import OfflineDataset, check_compatible, check_spec, load_dataset, scale_actions
-from sb3_offline_ft.datasets import sources as sources_module
+from sb3_offline_ft.datasets import hub as hub_module
 
 BUNDLED_PENDULUM = Path(__file__).parent.parent / "sb3_offline_ft" / "datasets" / "bundled" / "pendulum-medium"
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = spaces.Box(-2.0, 2.0, (1,), np.float32)
+DISCRETE = {"type": "Discrete", "dtype": "int64", "start": 0, "n": 3}
+IMAGES = np.zeros((6, 8, 8, 3), np.uint8)
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 
@@ -118,7 +120,7 @@ def test_unknown_id_says_what_was_tried_and_what_is_near(minari_root: Path) -> N
 
 @pytest.mark.usefixtures("silent_hub")
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "_HUB_LIST_SECONDS", 1.0)
+    monkeypatch.setattr(hub_module, "_LIST_SECONDS", 1.0)
     begin = time.monotonic()
     with pytest.raises(FileNotFoundError, match=r"could not be listed \(TimeoutError: no answer within 1 s\)"):
         load_dataset("mujoco/hopper/medium-v0")
@@ -140,7 +142,7 @@ def test_hub_is_not_asked_when_offline_or_told_not_to(monkeypatch: pytest.Monkey
         ("hopper medium!", ("Malformed dataset spec 'hopper medium!'", "no existing path")),
         ("pendulum-medium", ("Did you mean bundled:pendulum-medium",)),
         ("", ("spec is empty", "A spec is a Minari id")),
-        (__file__, ("expected a .npz file", "found a .py file")),
+        (__file__, ("expected a .npz, .hdf5 or .pkl file", "found a .py file")),
         (str(BUNDLED_PENDULUM / "data" / "main_data.hdf5"), ("name the folder that holds it",)),
     ],
 )
@@ -160,9 +162,11 @@ def test_missing_things(tmp_path: Path) -> None:
     fails(tmp_path / "folder", FileNotFoundError, "holds no Minari dataset", "expected a metadata.json", "found notes.txt")
 
 
-@pytest.mark.parametrize("spec", [None, 3, ["bundled:hopper-medium"]])
-def test_specs_of_a_wrong_type(spec: Any) -> None:
-    fails(spec, TypeError, f"found {type(spec).__name__}", "A spec is a Minari id")
+@pytest.mark.parametrize(
+    ("spec", "kind"), [(None, "NoneType"), (3, "int"), ([2.5, "a"], "float"), ({"spec": None}, "NoneType")]
+)
+def test_specs_of_a_wrong_type(spec: Any, kind: str) -> None:
+    fails(spec, TypeError, f"found {kind}", "A spec is a Minari id")
 
 
 def test_truncated_hdf5_names_the_file(pendulum: Path) -> None:
@@ -302,13 +306,29 @@ def test_damaged_arrow_files(data_format: str, minari_root: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "value", "parts"),
     [
-        ("observation_space", {"type": "Dict", "subspaces": {}}, ("observations must be a Box, found Dict", "Flatten")),
-        ("observation_space", {"type": "Discrete", "dtype": "int64", "start": 0, "n": 3}, ("found Discrete",)),
+        ("observation_space", {"type": "Dict", "subspaces": {}}, ("at least one key", "empty Dict")),
         (
             "observation_space",
-            {"type": "Box", "dtype": "uint8", "shape": [2, 2], "low": [[0] * 2] * 2, "high": [[255] * 2] * 2},
-            ("image observations (uint8 (2, 2)) are not supported",),
+            {"type": "Dict", "subspaces": {"outer": {"type": "Dict", "subspaces": {"inner": DISCRETE}}}},
+            ("the observation 'outer' is a Dict within a Dict", "nested", "FlattenObservation"),
         ),
+        (
+            "observation_space",
+            {"type": "Dict", "subspaces": {"pair": {"type": "Tuple", "subspaces": [DISCRETE]}}},
+            ("the observation 'pair' is a Tuple within a Dict",),
+        ),
+        (
+            "observation_space",
+            {"type": "Dict", "subspaces": {"flags": {"type": "MultiBinary", "n": [3]}}},
+            ("the observation 'flags' must be a Box or Discrete, found MultiBinary",),
+        ),
+        (
+            "observation_space",
+            {"type": "Dict", "subspaces": {"room": DISCRETE | {"start": 1}}},
+            ("the observation 'room' is Discrete(3, start=1)", "start at 0"),
+        ),
+        ("observation_space", DISCRETE, ("found Discrete", "Flatten")),
+        ("observation_space", {"type": "Tuple", "subspaces": [DISCRETE]}, ("found Tuple",)),
         ("action_space", {"type": "Discrete", "dtype": "int64", "start": 0, "n": 3}, ("actions must be a Box", "Discrete(3)")),
         ("action_space", {"type": "Tuple", "subspaces": []}, ("actions must be a Box", "Tuple")),
     ],
@@ -373,8 +393,44 @@ def test_npz_errors(tmp_path: Path) -> None:
         ({"actions": np.ones((6, 1), np.int64)}, "actions must be floats, found dtype int64"),
         ({"observations": np.ones(6)}, r"observations must have the shape \(rows, dimensions\)"),
         ({"observations": np.ones((6, 3), complex)}, "observations must hold real numbers, found dtype complex128"),
-        ({"observations": {"image": np.ones((6, 3))}}, "observations must be one array, found a dict"),
-        ({"observations": np.zeros((6, 8, 8, 3), np.uint8)}, r"look like images \(uint8 \(8, 8, 3\)\)"),
+        ({"observations": (np.ones((6, 3)),)}, "observations must be one array or a dictionary of arrays, found a tuple"),
+        ({"rewards": {"a": np.ones(6)}}, "rewards must be one array, found a dict"),
+        (
+            {"observations": {"image": np.ones((6, 3)), "speed": np.ones((6, 1))}},
+            r"next_observations must have the same keys as observations \(image, speed\), found one array",
+        ),
+        ({"observations": {}}, "observations must have at least one key"),
+        ({"observations": {"a": {"b": np.ones((6, 1))}}}, "found dict under 'a'; nested ones are not supported"),
+        ({"observations": {1: np.ones((6, 1))}}, "found ndarray under 1"),
+        ({"next_observations": IMAGES}, r"next_observations must have shape \(6, 3\)"),
+        (
+            {"observations": {"a": np.ones((6, 2))}, "next_observations": {"b": np.ones((6, 2))}},
+            r"next_observations must have the same keys as observations \(a\), found b",
+        ),
+        (
+            {"observations": {"a": np.ones((6, 2)), "b": np.ones(6)}, "next_observations": {"a": 1, "b": 2}},
+            r"observations\['b'\] must have the shape \(rows, dimensions\), found \(6,\)",
+        ),
+        (
+            {"observations": {"a": np.ones((6, 2)), "b": np.ones((5, 1))}, "next_observations": {"b": 0, "a": 0}},
+            r"observations\['b'\] must have shape \(6, 1\) to go with observations\['a'\] \(6, 2\), found \(5, 1\)",
+        ),
+        (
+            {
+                "observations": {"a": np.ones((6, 2))},
+                "next_observations": {"a": np.full((6, 2), np.nan)},
+                "episode_starts": [0],
+            },
+            r"next_observations\['a'\] hold NaN or infinity in 6 of 6 rows",
+        ),
+        (
+            {"observations": {"a": np.array([["x"]] * 6)}, "next_observations": {}},
+            r"observations\['a'\] must hold real numbers",
+        ),
+        (
+            {"observation_space": spaces.Box(0, 255, (3, 3), np.uint8)},
+            "must be uint8 images as in its space, found dtype float32",
+        ),
         ({"next_observations": np.ones((6, 4))}, r"next_observations must have shape \(6, 3\)"),
         ({"terminations": np.array([0, 0, 2, 0, 0, 0])}, "terminations must be booleans .*found 2 in row 2"),
         ({"truncations": np.array(["a"] * 6)}, "truncations must be booleans, found dtype <U1"),
@@ -390,7 +446,22 @@ def test_npz_errors(tmp_path: Path) -> None:
         ),
         ({"action_space": spaces.Discrete(2)}, "actions must be a Box of floats"),
         ({"action_space": spaces.Box(-1, 1, (2,))}, r"actions have rows of shape \(1,\), but its space has shape \(2,\)"),
-        ({"observation_space": spaces.Dict({"a": OBSERVATIONS})}, "observations must be a Box, found Dict"),
+        (
+            {"observation_space": spaces.Dict({"a": OBSERVATIONS})},
+            "observations must be a dictionary with the keys a of its space, found one array",
+        ),
+        ({"observation_space": OBSERVATIONS, "observations": {"a": np.ones((6, 3))}}, "must be one array as its space is Box"),
+        (
+            {"observation_space": spaces.Dict({"a": OBSERVATIONS}), "observations": {"b": np.ones((6, 3))}},
+            "observations must have the keys a of its space, found b",
+        ),
+        (
+            {
+                "observation_space": spaces.Dict({"room": spaces.Discrete(3)}),
+                "observations": {"room": np.array([0, 1, 2, 3, 0, 0])},
+            },
+            r"observations\['room'\] must be whole numbers from 0 to 2, found 3.0 in row 3",
+        ),
     ],
 )
 def test_wrong_columns(changes: dict[str, Any], message: str) -> None:
@@ -425,7 +496,13 @@ def test_with_facts_changes_no_column() -> None:
         (None, spaces.Discrete(3), ("The environment: actions must be a Box", "Discrete(3)")),
         (None, spaces.Box(-np.inf, np.inf, (1,)), ("must have finite bounds", "RescaleAction")),
         (None, spaces.Box(1.0, 1.0, (1,)), ("low < high",)),
-        (spaces.Dict({"a": OBSERVATIONS}), ACTIONS, ("The environment: observations must be a Box, found Dict",)),
+        (spaces.Tuple([OBSERVATIONS]), ACTIONS, ("The environment: observations must be a Box", "found Tuple")),
+        (
+            spaces.Dict({"a": OBSERVATIONS, "b": OBSERVATIONS}),
+            ACTIONS,
+            ("expected observations with the keys a, b, found one array of shape (3,)",),
+        ),
+        (spaces.Box(0, 255, (3, 1), np.uint8), ACTIONS, ("expected observations of shape (3, 1), found (3,)",)),
     ],
 )
 def test_dataset_and_environment_that_do_not_fit(

@@ -393,6 +393,148 @@ def test_local_id_comes_before_a_folder_of_the_same_name(tmp_path: Path, monkeyp
     assert len(load_dataset("./which/one-v0")) == 8
 
 
+@st.composite
+def datasets(draw: st.DrawFn) -> OfflineDataset:
+    """A dataset of a few episodes of any lengths and ends."""
+    ends = draw(st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=6))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    lengths = [length for length, _ in ends]
+    n_rows, n_dims = sum(lengths), draw(st.integers(1, 3))
+    terminations = np.zeros(n_rows, np.bool_)
+    terminations[np.cumsum(lengths) - 1] = [terminated for _, terminated in ends]
+    return OfflineDataset.from_columns(
+        rng.normal(size=(n_rows, 2)),
+        rng.normal(size=(n_rows, n_dims)),
+        rng.normal(size=n_rows) * 10 ** draw(st.integers(-2, 3)),
+        rng.normal(size=(n_rows, 2)),
+        terminations,
+        episode_starts=np.cumsum([0, *lengths[:-1]]),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(datasets(), st.sampled_from([0.0, 1e-200, 0.5, 0.99, 1.0]))
+def test_derived_columns_are_those_of_a_plain_loop(dataset: OfflineDataset, gamma: float) -> None:
+    ends = [*(dataset.episode_starts[1:] - 1), len(dataset) - 1]
+    assert dataset.episode_ends.tolist() == ends
+    returns = np.zeros(len(dataset))
+    episode_of_rows = np.zeros(len(dataset), np.int64)
+    for episode, (start, end) in enumerate(zip(dataset.episode_starts, ends, strict=True)):
+        following = 0.0
+        for row in range(end, start - 1, -1):
+            following = returns[row] = float(dataset.rewards[row]) + gamma * following
+            episode_of_rows[row] = episode
+            assert dataset.has_next_action[row] == (row < end)
+            expected = dataset.actions[row + 1] if row < end else np.zeros_like(dataset.actions[row])
+            np.testing.assert_array_equal(dataset.next_actions[row], expected)
+    np.testing.assert_array_equal(dataset.episode_of_rows(), episode_of_rows)
+    found = dataset.monte_carlo_returns(gamma)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, returns, rtol=1e-6, atol=1e-6 * np.abs(dataset.rewards).sum())
+    assert dataset.monte_carlo_returns(gamma) is found
+    np.testing.assert_allclose(
+        dataset.monte_carlo_returns(1.0)[dataset.episode_starts], dataset.episode_returns, rtol=1e-5, atol=1e-3
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(datasets(), st.data())
+def test_selected_episodes_are_the_recorded_ones(dataset: OfflineDataset, data: st.DataObject) -> None:
+    chosen = data.draw(st.sets(st.integers(0, dataset.n_episodes - 1), min_size=1))
+    mask = np.isin(np.arange(dataset.n_episodes), list(chosen))
+    for indices in (list(chosen), np.array(sorted(chosen, reverse=True)), mask):
+        selected = dataset.select_episodes(indices)
+        assert selected.spec is None
+        assert selected.n_episodes == len(chosen)
+        for new, old in enumerate(sorted(chosen)):
+            rows = slice(dataset.episode_starts[old], dataset.episode_ends[old] + 1)
+            new_rows = slice(selected.episode_starts[new], selected.episode_ends[new] + 1)
+            for name in COLUMNS[:-1]:
+                np.testing.assert_array_equal(getattr(selected, name)[new_rows], getattr(dataset, name)[rows])
+        np.testing.assert_array_equal(selected.episode_returns, dataset.episode_returns[mask])
+        with pytest.raises(ValueError, match="read-only"):
+            selected.actions[0] = 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets(), st.data())
+def test_split_and_concatenated_data_is_the_same_data(dataset: OfflineDataset, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, dataset.n_episodes))
+    episodes = np.arange(dataset.n_episodes)
+    halves = [dataset.select_episodes(part) for part in (episodes[:cut], episodes[cut:]) if part.size]
+    again = OfflineDataset.concatenate(halves)
+    assert again.fingerprint == dataset.fingerprint
+    assert [(part.begin, part.end) for part in again.sources] == (
+        [(0, len(dataset))] if len(halves) == 1 else [(0, len(halves[0])), (len(halves[0]), len(dataset))]
+    )
+    assert {part.weight for part in again.sources} == {None}
+
+
+def test_weights_of_parts(hopper: OfflineDataset) -> None:
+    first, second, third = (
+        hopper.select_episodes(range(*span)).with_facts(name=name)
+        for name, span in (("a", (0, 10)), ("b", (10, 30)), ("a", (30, 31)))
+    )
+    parts = OfflineDataset.concatenate([first, second, third], weights=[1, 2, 1]).sources
+    assert [(part.name, part.weight) for part in parts] == [("a (1)", 0.25), ("b", 0.5), ("a (2)", 0.25)]
+    assert [part.begin for part in parts] == [0, len(first), len(first) + len(second)]
+
+    # A dataset of parts within another: its parts share its weight
+    pair = OfflineDataset.concatenate([first, second])
+    nested = OfflineDataset.concatenate([pair, third], weights=[3.0, 1.0])
+    share = len(first) / len(pair)
+    assert [part.weight for part in nested.sources] == pytest.approx([0.75 * share, 0.75 * (1 - share), 0.25])
+    weighted = OfflineDataset.concatenate([first, second], weights=[1.0, 3.0])
+    within = OfflineDataset.concatenate([weighted, third])
+    share = len(weighted) / len(within)
+    assert [part.weight for part in within.sources] == pytest.approx([share / 4, share * 3 / 4, 1 - share])
+
+    fewer = within.select_episodes([0, 30])
+    assert [(part.name, part.begin, part.end) for part in fewer.sources] == [
+        ("a (1)", 0, fewer.episode_lengths[0]),
+        ("a (2)", fewer.episode_lengths[0], len(fewer)),
+    ]
+    assert sum(part.weight or 0.0 for part in fewer.sources) == pytest.approx(1.0)
+    (only,) = within.select_episodes([0]).sources
+    assert only.weight is None
+    (part,) = hopper.with_facts(name="mine").sources
+    assert (part.name, part.spec, part.begin, part.end) == ("mine", "bundled:hopper-medium", 0, len(hopper))
+
+
+def test_what_cannot_be_selected_or_put_together(hopper: OfflineDataset) -> None:
+    for indices, message in (
+        ([0, 0], "once only"),
+        ([236], "has the episodes 0 to 235"),
+        ([-1], "has the episodes 0 to 235"),
+        ([], "select at least one of the 236 episodes"),
+        (np.zeros(236, bool), "select at least one"),
+        (np.ones(5, bool), r"a mask of shape \(236,\), found an array of bool of shape \(5,\)"),
+        ([0.5], "found an array of float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hopper.select_episodes(indices)
+    for gamma in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"`gamma` must be in \[0, 1\]"):
+            hopper.monte_carlo_returns(gamma)
+    with pytest.raises(ValueError, match="at least one dataset"):
+        OfflineDataset.concatenate([])
+    for weights in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("inf")], [True, 1.0]):
+        with pytest.raises(ValueError, match="weight"):
+            OfflineDataset.concatenate([hopper, hopper], weights=weights)
+    pendulum = load_dataset("bundled:pendulum-medium")
+    with pytest.raises(
+        ValueError, match=r"'hopper-medium' and 'pendulum-medium' cannot .* in Hopper-v5, the second in Pendulum-v1"
+    ):
+        OfflineDataset.concatenate([hopper, pendulum])
+    with pytest.raises(ValueError, match=r"observations of shape \(11,\) and type float32, the second of shape \(3,\)"):
+        OfflineDataset.concatenate([hopper, pendulum.with_facts(provenance={})])
+    zeros = np.zeros((2, 11), np.float32)
+    actions = np.zeros((2, 3), np.float32)
+    other = OfflineDataset.from_columns(zeros, actions, zeros[:, 0], zeros, [0, 1], action_space=spaces.Box(-2, 2, (3,)))
+    with pytest.raises(ValueError, match="the action space's low differs in 3 of 3"):
+        OfflineDataset.concatenate([hopper, other])
+
+
 def test_scaled_actions_are_those_of_sb3() -> None:
     model = TD3("MlpPolicy", "Pendulum-v1", buffer_size=1, device="cpu")
     actions = np.random.default_rng(0).uniform(-2, 2, (1000, 1)).astype(np.float32)

@@ -1,17 +1,24 @@
 """Offline data: what a spec names, the columns it becomes, and whether they fit an environment."""
 
-from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+from sb3_offline_ft.datasets.offline_dataset import DatasetPart, OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
-from sb3_offline_ft.datasets.sources import BUNDLED, check_spec, load_dataset
-from sb3_offline_ft.datasets.validation import check_compatible, scale_actions
+from sb3_offline_ft.datasets.sources import BUNDLED, check_spec, load_dataset, spec_text
+from sb3_offline_ft.datasets.spaces import check_spaces_supported
+from sb3_offline_ft.datasets.specs import DatasetSpec
+from sb3_offline_ft.datasets.validation import check_compatible, fit_to_space, scale_actions
 
 __all__ = [
     "BUNDLED",
+    "DatasetPart",
+    "DatasetSpec",
     "OfflineDataset",
     "ReferenceScores",
     "check_compatible",
+    "check_spaces_supported",
     "check_spec",
+    "fit_to_space",
     "load_dataset",
     "reference_scores_for",
     "scale_actions",
+    "spec_text",
 ]

@@ -1,7 +1,10 @@
 """Minari's datasets: its three storage formats, read episode by episode."""
 
 import importlib.metadata
+import io
+import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +12,29 @@ import minari
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from minari.dataset.minari_storage import is_image_space
 
-from sb3_offline_ft.datasets.offline_dataset import OfflineDataset, check_spaces_supported
+from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
+from sb3_offline_ft.common.observations import Array
+from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import ContentError, Source, reading
 from sb3_offline_ft.datasets.reference_scores import choose_reference_scores
+from sb3_offline_ft.datasets.spaces import check_spaces_supported, column_dtype, row_shape
 
 # Minari writes without pyarrow's preserve_order, so parts of this many rows end up in any order.
 _ARROW_ORDERED_ROWS = 131_072
 _HDF5_CACHE_BYTES = 1 << 20
-_EPISODE_COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
 
-_Episode = tuple[Any, Any, Any, Any, Any]
+_Episode = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class _Field:
+    """What Minari stores of each step under one name."""
+
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+    is_jpeg: bool = False
 
 
 def open_minari(source: Source, data: Path) -> minari.MinariDataset:
@@ -47,32 +62,26 @@ def open_minari(source: Source, data: Path) -> minari.MinariDataset:
     return dataset
 
 
-def load_minari(source: Source, data: Path) -> OfflineDataset:
+def load_minari(source: Source, data: Path, progress_bar: bool = False) -> OfflineDataset:
     where = f"Dataset {source.spec!r}"
     dataset = open_minari(source, data)
     metadata: dict[str, Any] = dict(dataset.storage.metadata)
-    observation_space, action_space = dataset.observation_space, dataset.action_space
-    assert isinstance(observation_space, spaces.Box) and isinstance(action_space, spaces.Box)
+    layout = _layout(dataset)
     data_format = dataset.storage.FORMAT
     file = data / "main_data.hdf5" if data_format == "hdf5" else data
     n_rows, n_episodes = int(dataset.total_steps), int(dataset.total_episodes)
-    columns: dict[str, npt.NDArray[Any]] = {
-        "observations": np.empty((n_rows, *observation_space.shape), np.float32),
-        "actions": np.empty((n_rows, *action_space.shape), np.float32),
-        "rewards": np.empty(n_rows, np.float32),
-        "next_observations": np.empty((n_rows, *observation_space.shape), np.float32),
-        "terminations": np.empty(n_rows, np.bool_),
-        "truncations": np.empty(n_rows, np.bool_),
-    }
+    columns = {name: np.empty((n_rows, *field.shape), field.dtype) for name, field in layout.items()}
+    columns |= {"next_" + name: np.empty_like(columns[name]) for name in layout if name.startswith("observations")}
     starts = np.empty(n_episodes, np.int64)
     with reading(where, file), np.errstate(over="ignore"):
         if data_format == "hdf5":
-            episodes = _hdf5_episodes(file, n_episodes)
+            episodes = _hdf5_episodes(file, n_episodes, layout)
         elif data_format in ("arrow", "parquet"):
-            shapes = {"observations": observation_space.shape, "actions": action_space.shape}
-            episodes = _arrow_episodes(data, n_episodes, data_format, shapes)
+            episodes = _arrow_episodes(data, n_episodes, data_format, layout)
         else:
-            episodes = _minari_episodes(dataset)
+            raise ContentError(f"{where}: expected Minari's format hdf5, arrow or parquet, found {data_format!r}.")
+        if progress_bar:
+            episodes = _with_bar(episodes, n_episodes, source.name)
         lengths = _fill(columns, starts, episodes, where)
         if sum(lengths) != n_rows or len(lengths) != n_episodes:
             raise ContentError(
@@ -101,12 +110,26 @@ def load_minari(source: Source, data: Path) -> OfflineDataset:
         "ref_min_score": ref_min,
         "ref_max_score": ref_max,
     }
+    if any(field.is_jpeg for field in layout.values()):
+        provenance["lossy_images"] = True
+        warnings.warn(
+            f"{where}: the images were stored as JPEG, so they differ a little from those that the environment shows. "
+            "Record with DataCollector(env, jpeg_encoding=False) to keep them exactly.",
+            stacklevel=3,
+        )
     name = source.name if source.kind != "minari-folder" else str(metadata.get("dataset_id") or source.name)
+    observations: dict[str, Any] = {
+        prefix: columns[prefix]
+        if prefix in columns
+        else {key.partition("/")[2]: column for key, column in columns.items() if key.startswith(prefix + "/")}
+        for prefix in ("observations", "next_observations")
+    }
     return OfflineDataset.from_columns(
-        **columns,
+        **observations,
+        **{name: columns[name] for name in ("actions", "rewards", "terminations", "truncations")},
         episode_starts=starts,
-        observation_space=observation_space,
-        action_space=action_space,
+        observation_space=dataset.observation_space,
+        action_space=dataset.action_space,
         spec=source.spec,
         name=name,
         provenance=provenance,
@@ -115,27 +138,48 @@ def load_minari(source: Source, data: Path) -> OfflineDataset:
     )
 
 
-def _fill(
-    columns: dict[str, npt.NDArray[Any]], starts: npt.NDArray[np.int64], episodes: Iterable[_Episode], where: str
-) -> list[int]:
+def _layout(dataset: minari.MinariDataset) -> dict[str, _Field]:
+    """What to read of an episode; the names are paths in it."""
+    space = dataset.observation_space
+    observation_spaces = (
+        {f"observations/{key}": one for key, one in space.spaces.items()}
+        if isinstance(space, spaces.Dict)
+        else {"observations": space}
+    )
+    has_jpeg = bool(dataset.storage.jpeg_encoding)
+    layout = {
+        name: _Field(row_shape(one), column_dtype(one), has_jpeg and is_image_space(one))
+        for name, one in observation_spaces.items()
+    }
+    return layout | {
+        "actions": _Field(row_shape(dataset.action_space), np.float32),
+        "rewards": _Field((), np.float32),
+        "terminations": _Field((), np.bool_),
+        "truncations": _Field((), np.bool_),
+    }
+
+
+def _with_bar(episodes: Iterator[_Episode], n_episodes: int, name: str) -> Iterator[_Episode]:
+    with make_progress_bar(n_episodes, f"{name} (episodes)") as bar:
+        for episode in episodes:
+            yield episode
+            bar.update()
+
+
+def _fill(columns: dict[str, Array], starts: npt.NDArray[np.int64], episodes: Iterable[_Episode], where: str) -> list[int]:
     """Copy episodes into the columns one after the other; returns their lengths, also of those that do not fit in."""
     n_rows = len(columns["rewards"])
     lengths: list[int] = []
     begin = 0
-    for index, (observations, actions, rewards, terminations, truncations) in enumerate(episodes):
-        length = len(rewards)
+    for index, episode in enumerate(episodes):
+        length = len(episode["rewards"])
         end = begin + length
-        expected = {
-            "observations": (observations, (length + 1, *columns["observations"].shape[1:])),
-            "actions": (actions, (length, *columns["actions"].shape[1:])),
-            "rewards": (rewards, (length,)),
-            "terminations": (terminations, (length,)),
-            "truncations": (truncations, (length,)),
-        }
-        for name, (array, shape) in expected.items():
+        for name, array in episode.items():
+            is_observation = name.startswith("observations")
+            shape = (length + is_observation, *columns[name].shape[1:])
             if array.shape != shape:
                 hint = ""
-                if name == "observations" and len(array) == length:
+                if is_observation and len(array) == length:
                     hint = " The last next observation is missing, as in some v0 datasets: use a newer version of the dataset."
                 raise ContentError(
                     f"{where}: episode {index} has {length} rewards, so expected {name} of shape {shape}, "
@@ -145,12 +189,12 @@ def _fill(
             raise ContentError(f"{where}: episode {index} is empty, expected at least one step. Record or filter it again.")
         if end <= n_rows and index < len(starts):
             starts[index] = begin
-            columns["observations"][begin:end] = observations[:-1]
-            columns["next_observations"][begin:end] = observations[1:]
-            columns["actions"][begin:end] = actions
-            columns["rewards"][begin:end] = rewards
-            columns["terminations"][begin:end] = terminations
-            columns["truncations"][begin:end] = truncations
+            for name, array in episode.items():
+                if name.startswith("observations"):
+                    columns[name][begin:end] = array[:-1]
+                    columns["next_" + name][begin:end] = array[1:]
+                else:
+                    columns[name][begin:end] = array
         begin = end
         lengths.append(length)
     return lengths
@@ -169,7 +213,7 @@ def _first_wrong_length(dataset: minari.MinariDataset, lengths: list[int]) -> st
     return ""
 
 
-def _hdf5_episodes(file: Path, n_episodes: int) -> Iterator[_Episode]:
+def _hdf5_episodes(file: Path, n_episodes: int, layout: dict[str, _Field]) -> Iterator[_Episode]:
     """Read what Minari's HDF5 storage reads but the infos, through h5py's low level: 2x to 4x faster than Minari."""
     import h5py
 
@@ -181,54 +225,72 @@ def _hdf5_episodes(file: Path, n_episodes: int) -> Iterator[_Episode]:
         cache.max_size = 2 * _HDF5_CACHE_BYTES
         handle.id.set_mdc_config(cache)
         for index in range(n_episodes):
-            arrays: list[npt.NDArray[Any]] = []
-            for name in _EPISODE_COLUMNS:
+            episode: _Episode = {}
+            for name, field in layout.items():
+                if field.is_jpeg:
+                    frames = handle[f"episode_{index}/{name}"][()]
+                    episode[name] = _decode_jpeg((frame.tobytes() for frame in frames), len(frames), field)
+                    continue
                 stored = h5py.h5d.open(handle.id, f"episode_{index}/{name}".encode())
                 array = np.empty(stored.shape, stored.dtype)
                 stored.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
-                arrays.append(array)
-            yield arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]
+                episode[name] = _as_rows(array, field)
+            yield episode
 
 
-def _arrow_episodes(data: Path, n_episodes: int, file_format: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[_Episode]:
+def _arrow_episodes(data: Path, n_episodes: int, file_format: str, layout: dict[str, _Field]) -> Iterator[_Episode]:
     """Read what Minari's Arrow and Parquet storages read but the infos."""
     for index in range(n_episodes):
         parts = sorted((data / str(index)).glob(f"*.{file_format}"), key=lambda part: (len(part.name), part.name))
         if not parts:
             raise FileNotFoundError(f"no .{file_format} file in {str(data / str(index))!r}")
-        pieces = [_arrow_columns(part, file_format, shapes) for part in parts]
-        n_stored = sum(len(piece[0]) for piece in pieces)
+        pieces = [_arrow_columns(part, file_format, layout) for part in parts]
+        n_stored = sum(len(piece["rewards"]) for piece in pieces)
         if n_stored > _ARROW_ORDERED_ROWS:
             raise ContentError(
                 f"Episode {index} in {str(data)!r} has {n_stored} observations: expected at most {_ARROW_ORDERED_ROWS} in "
                 f"Minari's {file_format} format, as it does not keep the order of the rows of longer episodes. Use hdf5."
             )
-        observations, *others = pieces[0] if len(pieces) == 1 else map(np.concatenate, zip(*pieces, strict=True))
+        episode = pieces[0] if len(pieces) == 1 else {name: np.concatenate([one[name] for one in pieces]) for name in layout}
         # Minari pads every other column by one row to the length of the observations.
-        actions, rewards, terminations, truncations = (array[:-1] for array in others)
-        yield observations, actions, rewards, terminations, truncations
+        yield {name: array if name.startswith("observations") else array[:-1] for name, array in episode.items()}
 
 
-def _arrow_columns(part: Path, file_format: str, shapes: dict[str, tuple[int, ...]]) -> list[npt.NDArray[Any]]:
+def _arrow_columns(part: Path, file_format: str, layout: dict[str, _Field]) -> _Episode:
     if file_format == "parquet":
         from pyarrow import parquet
 
-        table = parquet.ParquetFile(part).read(columns=list(_EPISODE_COLUMNS), use_threads=False)
+        names = [name.replace("/", ".", 1) for name in layout]
+        table = parquet.ParquetFile(part).read(columns=names, use_threads=False)
     else:
         import pyarrow as pa
 
         with pa.memory_map(str(part)) as file:
             table = pa.ipc.open_file(file).read_all()
-    arrays: list[npt.NDArray[Any]] = []
-    for name in _EPISODE_COLUMNS:
-        column = table[name].combine_chunks()
-        if name in shapes:
-            arrays.append(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), *shapes[name]))
+    arrays: _Episode = {}
+    for name, field in layout.items():
+        outer, _, key = name.partition("/")
+        column = table[outer].combine_chunks()
+        if key:
+            column = column.field(key)
+        if field.is_jpeg:
+            arrays[name] = _decode_jpeg((frame.as_py() for frame in column), len(column), field)
+        elif hasattr(column, "flatten") and column.type.num_fields:
+            arrays[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), *field.shape)
         else:
-            arrays.append(column.to_numpy(zero_copy_only=False))
+            arrays[name] = _as_rows(column.to_numpy(zero_copy_only=False), field)
     return arrays
 
 
-def _minari_episodes(dataset: minari.MinariDataset) -> Iterator[_Episode]:
-    for episode in dataset.iterate_episodes():
-        yield episode.observations, episode.actions, episode.rewards, episode.terminations, episode.truncations
+def _as_rows(array: Array, field: _Field) -> Array:
+    """Give a column of Discrete values, which Minari stores as numbers, the form ``(N, 1)``."""
+    return array[:, None] if array.ndim == 1 and field.shape == (1,) else array
+
+
+def _decode_jpeg(frames: Iterable[bytes], n_frames: int, field: _Field) -> Array:
+    from PIL import Image
+
+    images = np.empty((n_frames, *field.shape), np.uint8)
+    for image, frame in zip(images, frames, strict=True):
+        image[...] = np.asarray(Image.open(io.BytesIO(frame)))
+    return images

@@ -1,25 +1,56 @@
 """The columns of an offline dataset: checked once on the way in, read-only afterwards."""
 
 import hashlib
+import math
 import warnings
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from sb3_offline_ft.common.observations import Observations, map_observations, n_rows, named_arrays, nbytes, take_rows
+from sb3_offline_ft.common.returns import discounted_returns
+from sb3_offline_ft.datasets.columns import (
+    COLUMNS,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    as_flags,
+    as_float,
+    as_observations,
+    as_starts,
+    check_finite,
+    check_shapes,
+    mark_joints,
+    with_keys_of,
+)
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores
+from sb3_offline_ft.datasets.spaces import check_spaces_supported, space_difference
 
-FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
-_FLOAT_COLUMNS = ("observations", "actions", "rewards", "next_observations")
-_FLAG_COLUMNS = ("terminations", "truncations")
-_COLUMNS = (*_FLOAT_COLUMNS, *_FLAG_COLUMNS, "episode_starts")
-_FINITE_CHECK_ROWS = 65_536
+@dataclass(frozen=True)
+class DatasetPart:
+    """One of the sources that a dataset was put together from.
+
+    :param name: For titles and logs; no two parts of a dataset have the same.
+    :param spec: The string that :func:`load_dataset` loads it from, if there is one.
+    :param begin: Its first row.
+    :param end: The row after its last one.
+    :param weight: Its share of the offline rows that a replay buffer samples; ``None`` in all parts stands for shares
+        in proportion to the numbers of rows.
+    """
+
+    name: str
+    spec: str | None
+    begin: int
+    end: int
+    weight: float | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -29,10 +60,11 @@ class OfflineDataset:
     Use :meth:`from_columns` or :func:`load_dataset` to make one: they check the data, this constructor does not.
     A row is one transition. Every episode's last row carries exactly one of the two flags, no other row carries any.
 
-    :param observations: ``(N, *obs_shape)`` float32.
+    :param observations: ``(N, *obs_shape)`` float32, or uint8 for images (uint8 of two dimensions or more); for ``Dict``
+        spaces a dictionary of such arrays. ``Discrete`` keys are float32 of shape ``(N, 1)``.
     :param actions: ``(N, *act_shape)`` float32, as recorded: in the units of the environment, not scaled to [-1, 1].
     :param rewards: ``(N,)`` float32.
-    :param next_observations: ``(N, *obs_shape)`` float32; within an episode, the next row's observation.
+    :param next_observations: Like ``observations``; within an episode, the next row's observation.
     :param terminations: ``(N,)`` bool: the environment reached a terminal state, so no bootstrap.
     :param truncations: ``(N,)`` bool: the episode was cut (time limit or end of the recording) without terminating.
     :param episode_starts: ``(E,)`` int64, index of the first row of each episode.
@@ -42,12 +74,13 @@ class OfflineDataset:
     :param name: For titles and logs.
     :param provenance: What is known about where the data comes from; JSON-able.
     :param reference_scores: Scores of a random policy and an expert, if known.
+    :param sources: What the rows come from, in order; by default one part, the dataset itself.
     """
 
-    observations: FloatArray
+    observations: Observations
     actions: FloatArray
     rewards: FloatArray
-    next_observations: FloatArray
+    next_observations: Observations
     terminations: BoolArray
     truncations: BoolArray
     episode_starts: IntArray
@@ -57,14 +90,19 @@ class OfflineDataset:
     name: str = "arrays"
     provenance: dict[str, Any] = field(default_factory=dict)
     reference_scores: ReferenceScores | None = None
+    sources: tuple[DatasetPart, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            object.__setattr__(self, "sources", (DatasetPart(self.name, self.spec, 0, len(self)),))
 
     @classmethod
     def from_columns(
         cls,
-        observations: npt.ArrayLike,
+        observations: npt.ArrayLike | Mapping[str, npt.ArrayLike],
         actions: npt.ArrayLike,
         rewards: npt.ArrayLike,
-        next_observations: npt.ArrayLike,
+        next_observations: npt.ArrayLike | Mapping[str, npt.ArrayLike],
         terminations: npt.ArrayLike,
         truncations: npt.ArrayLike | None = None,
         *,
@@ -83,14 +121,15 @@ class OfflineDataset:
         ``episode_starts`` it also ends where the next row's observation is not this row's next observation. A row
         that ends an episode without a flag becomes a truncation; a row with both flags is a termination.
 
-        :param observations: ``(N, *obs_shape)`` real numbers.
+        :param observations: ``(N, *obs_shape)`` real numbers, or a dictionary of them. Arrays of uint8 with two dimensions
+            or more a row are images and stay uint8.
         :param actions: ``(N, *act_shape)`` real numbers, in the units of the environment.
         :param rewards: ``(N,)``.
-        :param next_observations: ``(N, *obs_shape)``.
+        :param next_observations: Like ``observations``.
         :param terminations: ``(N,)`` booleans (or 0 and 1): true terminations only, never time limits.
         :param truncations: ``(N,)`` booleans (or 0 and 1): time limits and other cuts. None if omitted.
         :param episode_starts: ``(E,)`` increasing row indices beginning with 0.
-        :param observation_space: A ``Box`` of ``obs_shape``, if known.
+        :param observation_space: A ``Box`` of ``obs_shape``, or a ``Dict`` of ``Box`` and ``Discrete`` spaces, if known.
         :param action_space: A ``Box`` of ``act_shape``, if known.
         :param spec: A string that :func:`load_dataset` gets the same data from.
         :param name: For titles and logs.
@@ -105,31 +144,32 @@ class OfflineDataset:
         where = f"Dataset {name!r}"
         check_spaces_supported(observation_space, action_space, where)
         columns: dict[str, Any] = {
-            "observations": _as_float(observations, "observations", where, copy),
-            "actions": _as_float(actions, "actions", where, copy),
-            "rewards": _as_float(rewards, "rewards", where, copy),
-            "next_observations": _as_float(next_observations, "next_observations", where, copy),
-            "terminations": _as_flags(terminations, "terminations", where),
+            "observations": as_observations(observations, "observations", observation_space, where, copy),
+            "actions": as_float(actions, "actions", where, copy),
+            "rewards": as_float(rewards, "rewards", where, copy),
+            "next_observations": as_observations(next_observations, "next_observations", observation_space, where, copy),
+            "terminations": as_flags(terminations, "terminations", where),
         }
-        n_rows = len(columns["observations"])
+        columns["next_observations"] = with_keys_of(columns["observations"], columns["next_observations"], where)
         if truncations is None:
-            columns["truncations"] = np.zeros(n_rows, dtype=np.bool_)
+            columns["truncations"] = np.zeros_like(columns["terminations"])
         else:
-            columns["truncations"] = _as_flags(truncations, "truncations", where)
-        _check_shapes(columns, observation_space, action_space, where)
+            columns["truncations"] = as_flags(truncations, "truncations", where)
+        check_shapes(columns, observation_space, action_space, where)
+        length = n_rows(columns["observations"])
 
-        starts_here = np.zeros(n_rows, dtype=np.bool_)
+        starts_here = np.zeros(length, dtype=np.bool_)
         starts_here[0] = True
         starts_here[1:] = (columns["terminations"] | columns["truncations"])[:-1]
         provenance = dict(provenance or {})
         if episode_starts is not None:
-            starts_here[_as_starts(episode_starts, n_rows, where)] = True
+            starts_here[as_starts(episode_starts, length, where)] = True
         else:
-            n_joints = _mark_joints(starts_here, columns["observations"], columns["next_observations"])
+            n_joints = mark_joints(starts_here, columns["observations"], columns["next_observations"])
             if n_joints:
                 provenance["unflagged_episode_ends"] = n_joints
                 warnings.warn(
-                    f"{where}: {n_joints} of {n_rows} rows carry no flag although the next row does not continue from their "
+                    f"{where}: {n_joints} of {length} rows carry no flag although the next row does not continue from their "
                     "next_observations. Each is taken as the end of an episode (a truncation). If that is not meant, "
                     "set `truncations` at the ends of episodes, or pass `episode_starts`.",
                     stacklevel=2,
@@ -137,14 +177,12 @@ class OfflineDataset:
         starts = np.flatnonzero(starts_here).astype(np.int64)
         ends_here = np.roll(starts_here, -1)
         columns["truncations"] = ends_here & ~columns["terminations"]
-        _check_finite(columns, starts, where)
+        check_finite(columns, starts, where)
 
         columns["episode_starts"] = starts
-        for column in columns.values():
-            column.flags.writeable = False
         assert action_space is None or isinstance(action_space, spaces.Box)
         return cls(
-            **columns,
+            **{name: map_observations(_frozen, column) for name, column in columns.items()},
             observation_space=observation_space,
             action_space=action_space,
             spec=spec,
@@ -163,10 +201,111 @@ class OfflineDataset:
         allowed = {"spec", "name", "provenance", "reference_scores"}
         if wrong := sorted(set(facts) - allowed):
             raise ValueError(f"with_facts changes {', '.join(sorted(allowed))}; found {', '.join(wrong)}: use from_columns")
-        return replace(self, **facts)
+        sources = self.sources
+        if len(sources) == 1:
+            sources = (replace(sources[0], **{key: facts[key] for key in ("name", "spec") if key in facts}),)
+        return replace(self, **facts, sources=sources)
+
+    def select_episodes(self, indices: npt.ArrayLike) -> Self:
+        """Copy some episodes into a dataset of their own.
+
+        Its ``spec`` is ``None``, as no string names it. Shares of parts that lose all episodes go to the others in
+        proportion.
+
+        :param indices: Numbers of episodes, in any order and each at most once, or a mask ``(E,)``; the episodes keep the
+            order that they have here.
+        :return: The dataset.
+        :raises ValueError: if no episode is named, or one that does not exist, or one twice.
+        """
+        mask = np.asarray(indices)
+        if mask.dtype == np.bool_ and mask.shape == (self.n_episodes,):
+            chosen = np.flatnonzero(mask)
+        elif mask.ndim == 1 and (mask.dtype.kind in "iu" or mask.size == 0):
+            chosen = np.unique(mask.astype(np.int64))
+            if len(chosen) < mask.size:
+                raise ValueError(f"Dataset {self.name!r}: every episode can be selected once only, found {mask}.")
+            if chosen.size and not (0 <= chosen[0] and chosen[-1] < self.n_episodes):
+                raise ValueError(f"Dataset {self.name!r}: has the episodes 0 to {self.n_episodes - 1}, found {mask}.")
+        else:
+            raise ValueError(
+                f"Dataset {self.name!r}: episodes are selected by their numbers or a mask of shape ({self.n_episodes},), "
+                f"found an array of {mask.dtype} of shape {mask.shape}."
+            )
+        if not chosen.size:
+            raise ValueError(f"Dataset {self.name!r}: select at least one of the {self.n_episodes} episodes, found none.")
+        keep = np.zeros(self.n_episodes, dtype=np.bool_)
+        keep[chosen] = True
+        rows = np.flatnonzero(keep[self.episode_of_rows()])
+        lengths = self.episode_lengths[chosen]
+        columns = {name: map_observations(_frozen, take_rows(getattr(self, name), rows)) for name in COLUMNS[:-1]}
+        parts = [
+            replace(part, begin=int(np.searchsorted(rows, part.begin)), end=int(np.searchsorted(rows, part.end)))
+            for part in self.sources
+        ]
+        return replace(
+            self,
+            **columns,
+            episode_starts=_frozen(np.cumsum(lengths) - lengths),
+            spec=None,
+            sources=_with_shares([replace(part, spec=None) for part in parts if part.end > part.begin]),
+        )
+
+    @classmethod
+    def concatenate(cls, datasets: Sequence[Self], weights: Sequence[float] | None = None) -> Self:
+        """Put datasets together, one after the other.
+
+        :param datasets: Datasets of the same spaces.
+        :param weights: Shares of the offline rows that a replay buffer samples from each, of any sum; without them every row
+            is as likely as any other.
+        :return: A dataset with the ``sources`` of all of them; their shares sum to 1. It has no ``spec``.
+        :raises ValueError: if there is none, the observations or actions differ, they were recorded in different
+            environments, or a weight is not a positive number.
+        """
+        datasets = list(datasets)
+        if not datasets:
+            raise ValueError("Give at least one dataset to concatenate, found none.")
+        for other in datasets[1:]:
+            _check_same_kind(datasets[0], other)
+        shares = _shares(datasets, weights)
+        offsets = np.cumsum([0, *map(len, datasets)])
+        names = _distinct([part.name for dataset in datasets for part in dataset.sources])
+        parts: list[DatasetPart] = []
+        for dataset, offset, share in zip(datasets, offsets.tolist(), shares, strict=False):
+            for part in dataset.sources:
+                within = (part.end - part.begin) / len(dataset) if part.weight is None else part.weight
+                weight = None if share is None else share * within
+                span = (offset + part.begin, offset + part.end)
+                parts.append(DatasetPart(names[len(parts)], part.spec, *span, weight))
+        columns = {
+            name: map_observations(
+                lambda *arrays: _frozen(np.concatenate(arrays)), *(getattr(dataset, name) for dataset in datasets)
+            )
+            for name in COLUMNS[:-1]
+        }
+        starts = np.concatenate(
+            [dataset.episode_starts + offset for dataset, offset in zip(datasets, offsets[:-1], strict=True)]
+        )
+        env_ids = {dataset.env_id for dataset in datasets} - {None}
+        scores = {dataset.reference_scores for dataset in datasets}
+        lossy = {"lossy_images": True} if any(dataset.provenance.get("lossy_images") for dataset in datasets) else {}
+        return cls(
+            **columns,
+            episode_starts=_frozen(starts),
+            observation_space=next((one.observation_space for one in datasets if one.observation_space is not None), None),
+            action_space=next((one.action_space for one in datasets if one.action_space is not None), None),
+            name=" + ".join(part.name for part in parts),
+            provenance={
+                "source": "list",
+                "env_id": next(iter(env_ids), None),
+                "parts": [dict(dataset.provenance) | {"name": dataset.name} for dataset in datasets],
+                **lossy,
+            },
+            reference_scores=scores.pop() if len(scores) == 1 else None,
+            sources=_with_shares(parts),
+        )
 
     def __len__(self) -> int:
-        return len(self.observations)
+        return n_rows(self.observations)
 
     @property
     def n_episodes(self) -> int:
@@ -185,6 +324,49 @@ class OfflineDataset:
         return _frozen(np.diff(self.episode_starts, append=len(self)))
 
     @cached_property
+    def episode_ends(self) -> IntArray:
+        """``(E,)`` int64, index of the last row of each episode."""
+        return _frozen(self.episode_starts + self.episode_lengths - 1)
+
+    def episode_of_rows(self) -> IntArray:
+        """
+        :return: ``(N,)`` int64, number of the episode that each row belongs to.
+        """
+        return np.repeat(np.arange(self.n_episodes), self.episode_lengths)
+
+    @cached_property
+    def has_next_action(self) -> BoolArray:
+        """``(N,)`` bool, whether the episode goes on after the row."""
+        column = np.ones(len(self), dtype=np.bool_)
+        column[self.episode_ends] = False
+        return _frozen(column)
+
+    @cached_property
+    def next_actions(self) -> FloatArray:
+        """``(N, *act_shape)`` float32, the action of the following row of the same episode; zeros where there is none."""
+        column = np.zeros_like(self.actions)
+        column[:-1] = self.actions[1:]
+        column[self.episode_ends] = 0.0
+        return _frozen(column)
+
+    def monte_carlo_returns(self, gamma: float) -> FloatArray:
+        """Discounted sums of the rewards from each row to the end of its episode.
+
+        Nothing is added for what would have come after a truncation, so there they are too small in magnitude.
+
+        :param gamma: Discount factor in [0, 1].
+        :return: ``(N,)`` float32, read-only; kept for the next call with the same factor.
+        :raises ValueError: if the factor is out of range.
+        """
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"`gamma` must be in [0, 1], found {gamma!r}.")
+        cache: dict[float, FloatArray] = self.__dict__.setdefault("_monte_carlo_returns", {})
+        if gamma not in cache:
+            remaining = np.repeat(self.episode_ends, self.episode_lengths) - np.arange(len(self))
+            cache[gamma] = _frozen(discounted_returns(self.rewards, remaining, gamma))
+        return cache[gamma]
+
+    @cached_property
     def episode_returns(self) -> npt.NDArray[np.float64]:
         """``(E,)`` float64, undiscounted sum of the rewards of each episode."""
         return _frozen(np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64))
@@ -193,23 +375,25 @@ class OfflineDataset:
     def fingerprint(self) -> str:
         """SHA-256 of every column's name, type, shape and bytes: equal data has equal fingerprints, however stored."""
         digest = hashlib.sha256()
-        for name in _COLUMNS:
-            column: npt.NDArray[Any] = getattr(self, name)
-            little_endian = np.ascontiguousarray(column, dtype=column.dtype.newbyteorder("<"))
-            digest.update(f"{name} {little_endian.dtype.str} {column.shape}\n".encode())
-            digest.update(little_endian.reshape(-1).view(np.uint8).data)
+        for column in COLUMNS:
+            # The order of keys is the source's
+            for name, array in sorted(named_arrays(getattr(self, column), column)):
+                little_endian = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+                digest.update(f"{name} {little_endian.dtype.str} {array.shape}\n".encode())
+                digest.update(little_endian.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
         """Size of all columns together in bytes."""
-        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+        return sum(nbytes(getattr(self, name)) for name in COLUMNS)
 
     def __repr__(self) -> str:
         returns = self.episode_returns
         return (
             f"OfflineDataset({self.name!r}, {len(self):,} transitions in {self.n_episodes:,} episodes, "
-            f"observations {self.observations.shape[1:]}, actions {self.actions.shape[1:]}, "
+            f"observations {_shapes(self.observations)}{', lossy images' * bool(self.provenance.get('lossy_images'))}, "
+            f"actions {self.actions.shape[1:]}, "
             f"return {returns.mean():.1f} ± {returns.std():.1f} ({returns.min():.1f} to {returns.max():.1f}), "
             f"{int(self.terminations.sum()):,} terminated, {int(self.truncations.sum()):,} truncated)"
         )
@@ -217,151 +401,87 @@ class OfflineDataset:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for name in _COLUMNS:
-            getattr(self, name).flags.writeable = False
-
-
-def check_spaces_supported(
-    observation_space: spaces.Space[Any] | None, action_space: spaces.Space[Any] | None, where: str
-) -> None:
-    """Refuse spaces that the columns cannot hold.
-
-    :param observation_space: ``None`` is not checked.
-    :param action_space: ``None`` is not checked.
-    :param where: Names the dataset or environment at the start of the message.
-    :raises ValueError: if observations are not a ``Box`` of numbers, are images, or actions are not a ``Box`` of floats.
-    """
-    if observation_space is not None:
-        if not isinstance(observation_space, spaces.Box):
-            raise ValueError(
-                f"{where}: observations must be a Box, found {type(observation_space).__name__}, which is not supported. "
-                "Flatten them before recording (gymnasium.wrappers.FlattenObservation)."
-            )
-        if len(observation_space.shape) > 1 and observation_space.dtype == np.uint8:
-            raise ValueError(
-                f"{where}: image observations (uint8 {observation_space.shape}) are not supported, "
-                "expected a Box of numbers. Record features or states instead of frames."
-            )
-    if action_space is not None and not (
-        isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
-    ):
-        raise ValueError(
-            f"{where}: actions must be a Box of floats, found {action_space}. "
-            "TD3-based algorithms need continuous actions; discrete ones are not supported."
-        )
-
-
-def _as_float(column: npt.ArrayLike, name: str, where: str, copy: bool) -> FloatArray:
-    if isinstance(column, dict | tuple):
-        raise ValueError(f"{where}: {name} must be one array, found a {type(column).__name__}; it is not supported")
-    array = np.asarray(column)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{where}: {name} must hold real numbers, found dtype {array.dtype}. Convert them to float32.")
-    if array.dtype == np.uint8 and array.ndim > 2:
-        raise ValueError(
-            f"{where}: {name} look like images (uint8 {array.shape[1:]}), which are not supported, expected numbers. "
-            "Record features or states instead of frames."
-        )
-    if array.dtype.kind not in "f" and name == "actions":
-        raise ValueError(
-            f"{where}: actions must be floats, found dtype {array.dtype}. "
-            "TD3-based algorithms need continuous actions; discrete ones are not supported."
-        )
-    with np.errstate(over="ignore"):
-        return np.array(array, dtype=np.float32, order="C") if copy else np.ascontiguousarray(array, dtype=np.float32)
-
-
-def _as_flags(column: npt.ArrayLike, name: str, where: str) -> BoolArray:
-    array = np.asarray(column)
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{where}: {name} must be booleans, found dtype {array.dtype}")
-    flags = array.astype(np.bool_)
-    if array.dtype.kind != "b":
-        wrong = np.flatnonzero(array.reshape(-1) != flags.reshape(-1))
-        if len(wrong):
-            raise ValueError(
-                f"{where}: {name} must be booleans (or 0 and 1), found {array.reshape(-1)[wrong[0]]} in row {wrong[0]}"
-            )
-    return flags
-
-
-def _as_starts(episode_starts: npt.ArrayLike, n_rows: int, where: str) -> IntArray:
-    starts = np.asarray(episode_starts)
-    if starts.ndim != 1 or starts.dtype.kind not in "iu":
-        raise ValueError(
-            f"{where}: episode_starts must be a 1-d array of row indices, found dtype {starts.dtype} and shape {starts.shape}"
-        )
-    if len(starts) == 0 or starts[0] != 0 or starts[-1] >= n_rows or np.any(np.diff(starts.astype(np.int64)) <= 0):
-        raise ValueError(
-            f"{where}: episode_starts must increase from 0 and stay below the number of rows ({n_rows}), found {starts}"
-        )
-    return starts.astype(np.int64)
-
-
-def _check_shapes(
-    columns: dict[str, Any],
-    observation_space: spaces.Space[Any] | None,
-    action_space: spaces.Space[Any] | None,
-    where: str,
-) -> None:
-    observations = columns["observations"]
-    n_rows = len(observations) if observations.ndim else 0
-    if n_rows == 0:
-        raise ValueError(f"{where} is empty: expected at least one transition, found observations {observations.shape}")
-    for name, space in (("observations", observation_space), ("actions", action_space)):
-        array = columns[name]
-        if array.ndim < 2:
-            raise ValueError(
-                f"{where}: {name} must have the shape (rows, dimensions), found {array.shape}. "
-                f"Reshape one-dimensional {name} to (rows, 1)."
-            )
-        if space is not None and array.shape[1:] != space.shape:
-            raise ValueError(f"{where}: {name} have rows of shape {array.shape[1:]}, but its space has shape {space.shape}")
-    expected = {name: (n_rows,) for name in ("rewards", *_FLAG_COLUMNS)}
-    expected["next_observations"] = observations.shape
-    expected["actions"] = (n_rows, *columns["actions"].shape[1:])
-    for name, shape in expected.items():
-        if columns[name].shape != shape:
-            raise ValueError(
-                f"{where}: {name} must have shape {shape} to go with observations {observations.shape}, "
-                f"found {columns[name].shape}"
-            )
-
-
-def _mark_joints(starts_here: BoolArray, observations: FloatArray, next_observations: FloatArray) -> int:
-    """Mark the rows that do not continue the row before, and count them."""
-    n_joints = 0
-    for begin in range(1, len(observations), _FINITE_CHECK_ROWS):
-        end = min(begin + _FINITE_CHECK_ROWS, len(observations))
-        before, after = next_observations[begin - 1 : end - 1], observations[begin:end]
-        differs = (before != after) & ~(np.isnan(before) & np.isnan(after))
-        new = differs.reshape(end - begin, -1).any(axis=1) & ~starts_here[begin:end]
-        starts_here[begin:end] |= new
-        n_joints += int(new.sum())
-    return n_joints
-
-
-def _check_finite(columns: dict[str, Any], starts: IntArray, where: str) -> None:
-    for name in _FLOAT_COLUMNS:
-        column = columns[name]
-        count, first = 0, -1
-        for begin in range(0, len(column), _FINITE_CHECK_ROWS):
-            chunk = column[begin : begin + _FINITE_CHECK_ROWS]
-            bad = ~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
-            if bad.any():
-                first = begin + int(bad.argmax()) if first < 0 else first
-                count += int(bad.sum())
-        if count:
-            episode = int(np.searchsorted(starts, first, side="right")) - 1
-            raise ValueError(
-                f"{where}: {name} hold NaN or infinity in {count} of {len(column)} rows, first in row {first} "
-                f"(episode {episode}, step {first - int(starts[episode])}): {column[first]}. "
-                "Remove these episodes or repair the values."
-            )
+        for name in COLUMNS:
+            map_observations(_frozen, getattr(self, name))
 
 
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     array.flags.writeable = False
     return array
+
+
+def _shapes(observations: Observations) -> str:
+    def shape(array: npt.NDArray[Any]) -> str:
+        return f"{array.shape[1:]}{' uint8' if array.dtype == np.uint8 else ''}"
+
+    if not isinstance(observations, dict):
+        return shape(observations)
+    return "{" + ", ".join(f"{key}: {shape(array)}" for key, array in observations.items()) + "}"
+
+
+def _shares(datasets: Sequence[OfflineDataset], weights: Sequence[float] | None) -> list[float | None]:
+    """Share of each dataset, all ``None`` if every row of all of them is as likely."""
+    if weights is not None:
+        if len(weights) != len(datasets):
+            raise ValueError(f"Give one weight for each of the {len(datasets)} datasets, found {len(weights)}.")
+        for weight in weights:
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not 0.0 < weight < math.inf:
+                raise ValueError(f"The weight of a dataset must be a positive number, found {weight!r}.")
+        return [float(weight / math.fsum(weights)) for weight in weights]
+    if all(part.weight is None for dataset in datasets for part in dataset.sources):
+        return [None] * len(datasets)
+    return [len(dataset) / sum(map(len, datasets)) for dataset in datasets]
+
+
+def _with_shares(parts: list[DatasetPart]) -> tuple[DatasetPart, ...]:
+    """Make the shares sum to 1; a single part has none."""
+    if len(parts) == 1:
+        return (replace(parts[0], weight=None),)
+    if any(part.weight is None for part in parts):
+        return tuple(parts)
+    total = math.fsum(part.weight or 0.0 for part in parts)
+    return tuple(replace(part, weight=(part.weight or 0.0) / total) for part in parts)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Number the names that occur more than once."""
+    counts, taken = Counter(names), Counter[str]()
+    distinct: list[str] = []
+    for name in names:
+        taken[name] += 1
+        distinct.append(name if counts[name] == 1 else f"{name} ({taken[name]})")
+    return distinct
+
+
+def _check_same_kind(first: OfflineDataset, other: OfflineDataset) -> None:
+    where = f"The datasets {first.name!r} and {other.name!r} cannot be put together"
+    hint = "Use data that was recorded in the same environment (and wrappers)."
+    if None not in (first.env_id, other.env_id) and first.env_id != other.env_id:
+        raise ValueError(f"{where}: the first was recorded in {first.env_id}, the second in {other.env_id}. {hint}")
+    arrays = [{**dict(named_arrays(one.observations, "observations")), "actions": one.actions} for one in (first, other)]
+    if arrays[0].keys() != arrays[1].keys():
+        raise ValueError(f"{where}: the first has {', '.join(arrays[0])}, the second {', '.join(arrays[1])}. {hint}")
+    for name, array in arrays[0].items():
+        found = arrays[1][name]
+        if array.shape[1:] != found.shape[1:] or array.dtype != found.dtype:
+            raise ValueError(
+                f"{where}: the first has {name} of shape {array.shape[1:]} and type {array.dtype}, the second of shape "
+                f"{found.shape[1:]} and type {found.dtype}. {hint}"
+            )
+    pairs: list[tuple[str, spaces.Space[Any] | None, spaces.Space[Any] | None]] = [
+        ("action", first.action_space, other.action_space)
+    ]
+    if isinstance(first.observation_space, spaces.Dict) and isinstance(other.observation_space, spaces.Dict):
+        pairs += [
+            (f"observation {key!r}", space, other.observation_space[key]) for key, space in first.observation_space.items()
+        ]
+    else:
+        pairs.append(("observation", first.observation_space, other.observation_space))
+    for what, space, found_space in pairs:
+        if space is not None and found_space is not None and (difference := space_difference(space, found_space, what)):
+            raise ValueError(f"{where}: {difference}. {hint}")

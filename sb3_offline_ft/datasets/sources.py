@@ -1,45 +1,46 @@
-"""What a dataset spec means: from one string to the columns of an :class:`OfflineDataset`."""
+"""What a dataset spec means: from its text to the columns of an :class:`OfflineDataset`."""
 
 import difflib
-import importlib.metadata
 import importlib.resources
-import importlib.util
 import os
-import socket
-import threading
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal
 
 import minari
 from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.storage.datasets_root_dir import get_dataset_path
-from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
 
+from sb3_offline_ft.datasets.hdf5_files import load_hdf5, open_hdf5
+from sb3_offline_ft.datasets.hub import hub_ids
 from sb3_offline_ft.datasets.minari_files import load_minari, open_minari
 from sb3_offline_ft.datasets.npz_files import load_npz, open_npz
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import Source
+from sb3_offline_ft.datasets.replay_buffer_files import check_trust, load_replay_buffer
+from sb3_offline_ft.datasets.specs import DatasetSpec, PartSpec, join_specs, parse_spec
 
 BUNDLED: tuple[str, ...] = ("hopper-medium", "pendulum-medium")
 """Names of the datasets that come with the package; load one with ``load_dataset("bundled:<name>")``."""
 
 _BUNDLED_PREFIX = "bundled:"
 _BUNDLED_SPECS = tuple(_BUNDLED_PREFIX + name for name in BUNDLED)
-_HUB_CONNECT_SECONDS = 3.0
-_HUB_LIST_SECONDS = 10.0
+_FILE_KINDS: dict[str, Literal["npz", "hdf5", "replay-buffer"]] = {
+    ".npz": "npz",
+    ".hdf5": "hdf5",
+    ".h5": "hdf5",
+    ".pkl": "replay-buffer",
+}
 _ACCEPTED = (
-    "A spec is a Minari id (mujoco/hopper/medium-v0), a folder holding a Minari dataset, a .npz file, "
-    f"or one of {', '.join(_BUNDLED_SPECS)}."
+    "A spec is a Minari id (mujoco/hopper/medium-v0), a folder holding a Minari dataset, a .npz, .hdf5 or .pkl file, "
+    f"or one of {', '.join(_BUNDLED_SPECS)}; filters follow after a question mark, and several are joined by ' + '."
 )
 
-_T = TypeVar("_T")
 
-
-def load_dataset(spec: str | Path | OfflineDataset, *, download: bool = True) -> OfflineDataset:
-    """Load the dataset that a spec names.
+def load_dataset(
+    spec: DatasetSpec, *, download: bool = True, trust_pickle: bool = False, progress_bar: bool = False, **filters: Any
+) -> OfflineDataset:
+    """Load the data that a spec names.
 
     =============================  ==================================================================================
     spec                           meaning
@@ -48,70 +49,140 @@ def load_dataset(spec: str | Path | OfflineDataset, *, download: bool = True) ->
     ``path/to/folder``             a Minari dataset's folder, or the ``data`` folder in it (hdf5, arrow or parquet)
     ``path/to/file.npz``           arrays ``observations, actions, rewards, terminations`` and, if there are any,
                                    ``truncations, next_observations, action_low, action_high``
-                                   (``terminals`` and ``timeouts`` are understood as well)
+                                   (``terminals`` and ``timeouts`` are understood as well); Dict observations as
+                                   ``observations/<key>``
+    ``path/to/file.hdf5``          the same arrays in HDF5, as in D4RL's files (``.h5`` as well)
+    ``path/to/buffer.pkl``         a replay buffer written by SB3's ``save_replay_buffer``, if ``trust_pickle``
     ``bundled:hopper-medium``      small real data that comes with the package, see :data:`BUNDLED`
+    ``<spec>?min_return=1000``     only some episodes: the filters below, joined by ``&``
+    ``<spec> + <spec>``            several together; ``0.7*<spec> + 0.3*<spec>`` with their shares of the batches
     =============================  ==================================================================================
 
-    Columns are float32. Time limits are truncations, and the last row of an episode without a flag becomes one.
+    A list does the same as ``+``: of specs, of pairs ``(spec, weight)``, or of mappings with ``spec``, ``weight`` and filters.
+    Without weights every transition is as likely as any other. The parts must have been recorded in the same environment.
 
-    :param spec: The spec; an :class:`OfflineDataset` is returned as it is.
+    The filters are ``min_return``, ``max_return``, ``min_length``, ``max_length`` (inclusive), ``top_fraction`` (the episodes
+    of the highest returns, a share in (0, 1]), ``episodes`` (at most so many: the first, or a random choice by ``seed``), in
+    this order. In a list they hold for each part.
+
+    Columns are float32, images uint8. Time limits are truncations, and the last row of an episode without a flag becomes one.
+
+    :param spec: The spec; an :class:`OfflineDataset` is returned as it is, or filtered.
     :param download: Whether a Minari id that is not there locally may be downloaded.
+    :param trust_pickle: Whether ``.pkl`` files may be read: that runs code which the file holds.
+    :param progress_bar: Whether to show the episodes that have been read of Minari data (needs tqdm and rich).
+    :param filters: Filters for all parts, in addition to those in the spec.
     :return: The dataset; its ``spec`` loads it again.
     :raises FileNotFoundError: if there is no such file, folder, id or bundled name.
-    :raises ValueError: if the spec is malformed, or the data damaged, empty, not finite or not supported.
-    :raises TypeError: if the spec is not a string, a path or a dataset.
+    :raises ValueError: if the spec is malformed, no episode passes the filters, the parts do not go together, or the data is
+        damaged, empty, not finite or not supported.
+    :raises TypeError: if the spec is of another type.
     """
-    if isinstance(spec, OfflineDataset):
-        return spec
-    source = _resolve(spec, download)
-    if source.path is None:
-        source = _download(source)
-    assert source.path is not None
-    return load_npz(source, source.path) if source.kind == "npz" else load_minari(source, source.path)
+    parts = parse_spec(spec, filters, trust_pickle, _ACCEPTED)
+    datasets = [_load_part(part, download, progress_bar) for part in parts]
+    if len(datasets) == 1:
+        return datasets[0]
+    weights = [part.weight for part in parts if part.weight is not None]
+    together = OfflineDataset.concatenate(datasets, weights or None)
+    return together.with_facts(spec=join_specs([one.spec for one in datasets], [part.weight for part in parts]))
 
 
-def check_spec(spec: str | Path | OfflineDataset, *, download: bool = True) -> None:
+def check_spec(spec: DatasetSpec, *, download: bool = True, trust_pickle: bool = False, **filters: Any) -> None:
     """Check what can be checked of a spec without reading data.
 
     :param spec: As for :func:`load_dataset`.
     :param download: As for :func:`load_dataset`; the hub is asked for an unknown id, nothing is downloaded.
+    :param trust_pickle: As for :func:`load_dataset`; nothing is unpickled.
+    :param filters: As for :func:`load_dataset`.
     :raises FileNotFoundError: as :func:`load_dataset`.
     :raises ValueError: as :func:`load_dataset`, if the spec is malformed or its data cannot be opened.
     :raises TypeError: as :func:`load_dataset`.
     """
-    if isinstance(spec, OfflineDataset):
-        return
-    source = _resolve(spec, download)
-    if source.path is None:
-        return
-    if source.kind == "npz":
-        with open_npz(source.path):
-            pass
+    for part in parse_spec(spec, filters, trust_pickle, _ACCEPTED):
+        if isinstance(part.base, OfflineDataset):
+            continue
+        source = _resolve(part.base, download)
+        if source.path is None:
+            continue
+        if source.kind == "npz":
+            with open_npz(source.path):
+                pass
+        elif source.kind == "hdf5":
+            with open_hdf5(source.path):
+                pass
+        elif source.kind == "replay-buffer":
+            check_trust(source.path, part.trust_pickle)
+        else:
+            open_minari(source, source.path)
+
+
+def spec_text(spec: DatasetSpec) -> str | None:
+    """Write a spec as one string; reads nothing.
+
+    :param spec: As for :func:`load_dataset`, such as a list.
+    :return: The string that means the same; ``None`` if it holds an :class:`OfflineDataset`, which no string names.
+    :raises ValueError: as :func:`load_dataset`, if the spec is malformed.
+    :raises TypeError: as :func:`load_dataset`.
+    """
+    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    texts = [
+        None if isinstance(part.base, OfflineDataset) else part.text(_base_text(part.base), part.trust_pickle)
+        for part in parts
+    ]
+    return join_specs(texts, [part.weight for part in parts])
+
+
+def _base_text(base: str | os.PathLike[str]) -> str:
+    # A path that is no string is no Minari id, which a relative one would be taken for
+    return base if isinstance(base, str) else os.path.abspath(base)
+
+
+def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDataset:
+    if isinstance(part.base, OfflineDataset):
+        if not part.filters.given():
+            return part.base
+        dataset = part.base
+        # A spec with options cannot take more, as filters are applied in one order
+        is_plain = dataset.spec is not None and "?" not in dataset.spec and len(dataset.sources) == 1
+        spec = part.text(dataset.spec or "", needs_trust=False) if is_plain else None
     else:
-        open_minari(source, source.path)
+        source = _resolve(part.base, download)
+        if source.path is None:
+            source = _download(source)
+        assert source.path is not None
+        spec = part.text(source.spec, needs_trust=source.kind == "replay-buffer")
+        dataset = _load_source(source, source.path, part.trust_pickle, progress_bar)
+    name = part.text(dataset.name, needs_trust=False)
+    return part.filters.apply(dataset).with_facts(spec=spec, name=name)
 
 
-def _resolve(spec: str | Path, download: bool) -> Source:
-    if not isinstance(spec, str | Path):
-        raise TypeError(
-            f"A dataset spec must be a string, a path or an OfflineDataset, found {type(spec).__name__}. {_ACCEPTED}"
-        )
-    text = str(spec).strip()
-    if not text:
-        raise ValueError(f"The dataset spec is empty. {_ACCEPTED}")
+def _load_source(source: Source, path: Path, trust_pickle: bool, progress_bar: bool) -> OfflineDataset:
+    match source.kind:
+        case "npz":
+            return load_npz(source, path)
+        case "hdf5":
+            return load_hdf5(source, path)
+        case "replay-buffer":
+            check_trust(path, trust_pickle)
+            return load_replay_buffer(source, path)
+        case _:
+            return load_minari(source, path, progress_bar)
+
+
+def _resolve(spec: str | os.PathLike[str], download: bool) -> Source:
+    text = os.fspath(spec).strip()
     if text.startswith(_BUNDLED_PREFIX):
         return _resolve_bundled(text)
     path = Path(text).expanduser()
-    explicit = isinstance(spec, Path) or text.startswith((".", "~")) or path.is_absolute()
-    if path.suffix == ".npz":
+    explicit = isinstance(spec, os.PathLike) or text.startswith((".", "~")) or path.is_absolute()
+    if path.suffix in _FILE_KINDS and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"No dataset file {str(path.absolute())!r}{_suggest_files(path)}")
-        return Source("npz", str(path.absolute()), path.stem, path.absolute())
+        return Source(_FILE_KINDS[path.suffix], str(path.absolute()), path.stem, path.absolute())
     if path.is_file():
         raise ValueError(
-            f"Cannot load the file {text!r}: expected a .npz file or a folder holding a Minari dataset, "
-            f"found a {path.suffix or 'nameless'} file"
-            + (". For a Minari dataset, name the folder that holds it." if path.name == "main_data.hdf5" else ".")
+            f"Cannot load the file {text!r}: expected a .npz, .hdf5 or .pkl file or a folder holding a Minari dataset, "
+            f"found a {path.suffix or 'nameless'} file."
         )
     if not explicit:
         local = _local_data_folder(text)
@@ -122,10 +193,10 @@ def _resolve(spec: str | Path, download: bool) -> Source:
     if explicit:
         raise FileNotFoundError(f"No folder or file {str(path.absolute())!r}{_suggest_files(path)}")
     _check_minari_id(text)
-    problem, hub_ids = ("not asked, as download=False", []) if not download else _hub_ids(text)
-    if text in hub_ids:
+    problem, known_ids = ("not asked, as download=False", []) if not download else hub_ids(text)
+    if text in known_ids:
         return Source("minari", text, text, None)
-    raise FileNotFoundError(_unknown(text, problem, hub_ids))
+    raise FileNotFoundError(_unknown(text, problem, known_ids))
 
 
 def _resolve_bundled(text: str) -> Source:
@@ -197,14 +268,14 @@ def _local_ids() -> list[str]:
     return sorted(found)
 
 
-def _unknown(text: str, hub_problem: str | None, hub_ids: list[str]) -> str:
+def _unknown(text: str, hub_problem: str | None, known_ids: list[str]) -> str:
     local_ids = _local_ids()
     tried = [
         f"folder {str(Path(text).absolute())!r}: none",
         f"local Minari datasets in {str(_minari_root())!r}: {len(local_ids)} there, none with this id",
         f"Minari's hub: {hub_problem}" if hub_problem else "Minari's hub: no dataset with this id",
     ]
-    suggestion = _did_you_mean(text, [*local_ids, *hub_ids, *_BUNDLED_SPECS])
+    suggestion = _did_you_mean(text, [*local_ids, *known_ids, *_BUNDLED_SPECS])
     advice = " Without the hub, copy the dataset into the local folder, or set MINARI_DATASETS_PATH." if hub_problem else ""
     return f"Unknown dataset {text!r}. Tried {'; '.join(tried)}{suggestion}{advice}"
 
@@ -221,63 +292,6 @@ def _suggest_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f": the folder {str(path.parent.absolute())!r} does not exist."
     return _did_you_mean(path.name, (sibling.name for sibling in path.parent.iterdir()))
-
-
-def _hub_ids(wanted: str) -> tuple[str | None, list[str]]:
-    """Ask the hub for its ids; returns what is wrong with it (or None) and the ids of the wanted group, else of all."""
-    remote = os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
-    if remote.startswith("hf://") and importlib.util.find_spec("huggingface_hub") is None:
-        return f'{remote} cannot be asked, as huggingface_hub is missing; pip install "minari[hf]"', []
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return f"{remote} cannot be asked, as HF_HUB_OFFLINE is set", []
-    if problem := _connection_problem(remote):
-        return f"{remote} is unreachable ({problem})", []
-
-    def list_ids() -> list[str]:
-        storage = get_cloud_storage()
-        return list(storage.list_datasets(prefix=wanted.split("/")[0] + "/")) or list(storage.list_datasets())
-
-    try:
-        return None, _within(_HUB_LIST_SECONDS, list_ids)
-    except Exception as error:
-        return f"{remote} could not be listed ({type(error).__name__}: {error})", []
-
-
-def _connection_problem(remote: str) -> str | None:
-    """Try a bare connection first: the hub's own clients retry for a long time when there is no network."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co") if remote.startswith("hf://") else ""
-    url = urllib.parse.urlsplit(endpoint or "https://storage.googleapis.com")
-    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    proxy = urllib.request.getproxies().get(url.scheme)
-    if proxy and not urllib.request.proxy_bypass(host):
-        through = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        host, port = through.hostname or "", through.port or 8080
-    try:
-        _within(_HUB_CONNECT_SECONDS, lambda: socket.create_connection((host, port), timeout=_HUB_CONNECT_SECONDS).close())
-    except OSError as error:
-        return f"no connection to {host}:{port}: {error}"
-    return None
-
-
-def _within(seconds: float, function: Callable[[], _T]) -> _T:
-    """Run a function that has no reliable timeout of its own; raises TimeoutError, and leaves its thread behind."""
-    result: list[_T] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(function())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not result:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return result[0]
 
 
 def _download(source: Source) -> Source:

@@ -1,12 +1,26 @@
 """Does a dataset fit an environment, and its actions on the scale that the policies use."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from gymnasium.spaces.utils import flatten_space
+from stable_baselines3.common.preprocessing import is_image_space
 
-from sb3_offline_ft.datasets.offline_dataset import OfflineDataset, check_spaces_supported
+from sb3_offline_ft.common.observations import Observations, named_arrays
+from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+from sb3_offline_ft.datasets.spaces import (
+    check_spaces_supported,
+    column_dtype,
+    flatten_rows,
+    index_text,
+    row_shape,
+    space_difference,
+    values_of,
+)
 
 ACTION_TOLERANCE = 1e-3
 """Actions this far beyond the bounds, as a share of each dimension's range, are rounding: they get clipped."""
@@ -18,8 +32,8 @@ def check_compatible(dataset: OfflineDataset, observation_space: spaces.Space[An
     """Check that a dataset can train a policy for an environment with these spaces.
 
     Shapes and bounds must agree with the spaces the dataset was recorded in, float32 against float64 does not matter.
-    A dataset that does not know its spaces is compared by shapes only. Actions must lie within the environment's bounds
-    up to :data:`ACTION_TOLERANCE`.
+    A dataset that does not know its spaces is compared by keys, shapes and image or not. What :func:`fit_to_space` converts
+    counts as fitting. Actions must lie within the environment's bounds up to :data:`ACTION_TOLERANCE`.
 
     :param dataset: The dataset.
     :param observation_space: The environment's observation space.
@@ -31,32 +45,34 @@ def check_compatible(dataset: OfflineDataset, observation_space: spaces.Space[An
     env_actions = _bounded_box(action_space, "The environment's action space")
     recorded_in = f" It was recorded in {dataset.env_id}." if dataset.env_id else ""
     hint = f"{recorded_in} Use the environment (and wrappers) that the data was recorded in, or other data."
-    for what, env_space, data_space, column in (
-        ("observation", observation_space, dataset.observation_space, dataset.observations),
-        ("action", env_actions, dataset.action_space, dataset.actions),
-    ):
-        if column.shape[1:] != env_space.shape:
-            raise ValueError(
-                f"{where} does not fit the environment: expected {what}s of shape {env_space.shape}, "
-                f"found {column.shape[1:]}.{hint}"
-            )
-        if isinstance(data_space, spaces.Box) and isinstance(env_space, spaces.Box):
-            if np.dtype(data_space.dtype).kind != np.dtype(env_space.dtype).kind:
-                raise ValueError(
-                    f"{where} does not fit the environment: expected {what}s of type {env_space.dtype}, "
-                    f"found {data_space.dtype}.{hint}"
-                )
-            for side in ("low", "high"):
-                ours, theirs = getattr(env_space, side), getattr(data_space, side)
-                differs = ~np.isclose(ours, theirs, rtol=1e-5, atol=1e-6)
-                if differs.any():
-                    at = tuple(int(i) for i in np.argwhere(differs)[0])
-                    raise ValueError(
-                        f"{where} does not fit the environment: the {what} space's {side} differs in "
-                        f"{int(differs.sum())} of {differs.size} dimensions, first in dimension {_index(at)}: "
-                        f"expected {ours[at]:g}, found {theirs[at]:g}.{hint}"
-                    )
+    difference = _observation_difference(dataset, observation_space)
+    if difference is None:
+        difference = _column_difference(dataset.actions, dataset.action_space, env_actions, "action")
+    if difference is not None:
+        raise ValueError(f"{where} does not fit the environment: {difference}.{hint}")
     _check_action_range(dataset, env_actions, where)
+
+
+def fit_to_space(dataset: OfflineDataset, observation_space: spaces.Space[Any]) -> OfflineDataset:
+    """Bring observations into the form in which a learner sees them.
+
+    Two conversions are made, each only where the environment's space asks for exactly it:
+
+    - Images that were recorded with channels last ``(H, W, C)`` are transposed if the space has them first ``(C, H, W)``,
+      as SB3's ``VecTransposeImage`` does with the environment.
+    - ``Dict`` observations, and ``Box`` ones of several dimensions, are flattened as gymnasium's ``FlattenObservation`` does
+      if the space is the flattened space of the data. ``Dict`` data must know its space for that.
+
+    :param dataset: The dataset.
+    :param observation_space: The space of the environment that the learner sees.
+    :return: The dataset itself if nothing is to be done, else a copy that shares the other columns.
+    """
+    if _is_flattened(dataset, observation_space):
+        return _flatten(dataset, observation_space)
+    columns = _by_key(dataset.observations)
+    wanted = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    keys = {key for key, column in columns.items() if key in wanted and _is_transposed(column, wanted[key])}
+    return _transpose(dataset, keys) if keys else dataset
 
 
 def scale_actions(actions: npt.NDArray[Any], action_space: spaces.Box) -> npt.NDArray[np.float32]:
@@ -104,11 +120,128 @@ def _check_action_range(dataset: OfflineDataset, space: spaces.Box, where: str) 
         at = tuple(dims)
         raise ValueError(
             f"{where} does not fit the environment: {n_beyond} of {len(dataset)} rows have actions beyond its bounds, "
-            f"worst in row {row}, dimension {_index(at)}: expected {low[at]:g} to {high[at]:g}, "
+            f"worst in row {row}, dimension {index_text(at)}: expected {low[at]:g} to {high[at]:g}, "
             f"found {dataset.actions[worst_at]:g}. If the data was recorded with another action scale, "
             "convert its actions to the environment's units, or wrap the environment in RescaleAction."
         )
 
 
-def _index(at: tuple[int, ...]) -> str:
-    return str(at[0]) if len(at) == 1 else str(at)
+def _observation_difference(dataset: OfflineDataset, observation_space: spaces.Space[Any]) -> str | None:
+    """How the observations differ from those of the environment, after what :func:`fit_to_space` does."""
+    if _is_flattened(dataset, observation_space):
+        return None
+    observations, space = dataset.observations, dataset.observation_space
+    if not isinstance(observation_space, spaces.Dict):
+        if isinstance(observations, dict):
+            return (
+                f"expected one array of observations of shape {observation_space.shape}, found the keys "
+                f"{', '.join(observations)}; a Dict is flattened only if it knows its space and the environment is wrapped in "
+                "FlattenObservation"
+            )
+        return _column_difference(observations, space, observation_space, "observation")
+    if not isinstance(observations, dict):
+        return (
+            f"expected observations with the keys {', '.join(observation_space.spaces)}, "
+            f"found one array of shape {observations.shape[1:]}"
+        )
+    if observations.keys() != observation_space.spaces.keys():
+        missing = [key for key in observation_space.spaces if key not in observations]
+        surplus = [key for key in observations if key not in observation_space.spaces]
+        return (
+            f"expected observations with the keys {', '.join(observation_space.spaces)}, found {', '.join(observations)}"
+            + (f" (missing: {', '.join(missing)})" if missing else "")
+            + (f" (not in the environment: {', '.join(surplus)})" if surplus else "")
+        )
+    for key, wanted in observation_space.spaces.items():
+        known = space[key] if isinstance(space, spaces.Dict) else None
+        if difference := _column_difference(observations[key], known, wanted, f"observation {key!r}"):
+            return difference
+    return None
+
+
+def _column_difference(
+    column: npt.NDArray[Any], space: spaces.Space[Any] | None, wanted: spaces.Space[Any], what: str
+) -> str | None:
+    shape = column.shape[1:]
+    if _is_transposed(column, wanted):
+        shape = tuple(wanted.shape or ())
+        space = None if space is None else _channels_first(space)
+    if shape != row_shape(wanted):
+        return f"expected {values_of(what)} of shape {row_shape(wanted)}, found {shape}"
+    if space is not None:
+        return space_difference(wanted, space, what)
+    if column.dtype != column_dtype(wanted):
+        return f"expected {values_of(what)} of type {wanted.dtype}, found {column.dtype}"
+    return None
+
+
+def _is_transposed(column: npt.NDArray[Any], wanted: spaces.Space[Any]) -> bool:
+    """Whether the column holds images with channels last and the learner sees them first."""
+    return (
+        is_image_space(wanted)
+        and column.dtype == np.uint8
+        and column.shape[1:] != wanted.shape
+        and wanted.shape == (*column.shape[-1:], *column.shape[1:-1])
+    )
+
+
+def _channels_first(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    assert isinstance(space, spaces.Box)
+    return spaces.Box(np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0), dtype=np.uint8)
+
+
+def _transpose(dataset: OfflineDataset, keys: set[str]) -> OfflineDataset:
+    """Put channels first in the images under these keys."""
+
+    def transpose(column: Observations) -> Observations:
+        arrays = {
+            key: np.ascontiguousarray(np.moveaxis(array, -1, 1)) if key in keys else array
+            for key, array in _by_key(column).items()
+        }
+        return arrays if isinstance(column, dict) else arrays[""]
+
+    space = dataset.observation_space
+    if isinstance(space, spaces.Dict):
+        space = spaces.Dict([(key, _channels_first(one) if key in keys else one) for key, one in space.spaces.items()])
+    elif space is not None:
+        space = _channels_first(space)
+    return _with_observations(dataset, transpose, space)
+
+
+def _flatten(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> OfflineDataset:
+    """Flatten rows; a Dict's in the order of its space."""
+    space = dataset.observation_space
+    subspaces = space.spaces if isinstance(space, spaces.Dict) else {"": wanted}
+
+    def flatten(column: Observations) -> Observations:
+        columns = _by_key(column)
+        return np.concatenate([flatten_rows(columns[key], subspace) for key, subspace in subspaces.items()], axis=1)
+
+    return _with_observations(dataset, flatten, None if space is None else flatten_space(space))
+
+
+def _by_key(observations: Observations) -> dict[str, npt.NDArray[Any]]:
+    return observations if isinstance(observations, dict) else {"": observations}
+
+
+def _is_flattened(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> bool:
+    """Whether the environment's space is the flattened space of data that is not flat."""
+    if not isinstance(wanted, spaces.Box) or len(wanted.shape) != 1:
+        return False
+    observations, space = dataset.observations, dataset.observation_space
+    if space is not None:
+        if not isinstance(observations, dict) and observations.ndim == 2:
+            return False
+        return space_difference(wanted, flatten_space(space), "observation") is None
+    # Without a space the order of the keys is not known, but that of an array's elements is.
+    return not isinstance(observations, dict) and observations.ndim > 2 and observations[0].size == wanted.shape[0]
+
+
+def _with_observations(
+    dataset: OfflineDataset, function: Callable[[Observations], Observations], space: spaces.Space[Any] | None
+) -> OfflineDataset:
+    columns = {name: function(getattr(dataset, name)) for name in ("observations", "next_observations")}
+    for name, column in columns.items():
+        for _, array in named_arrays(column, name):
+            array.flags.writeable = False
+    return replace(dataset, **columns, observation_space=space)  # type: ignore[arg-type]

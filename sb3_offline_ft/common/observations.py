@@ -1,0 +1,67 @@
+"""Observations that are one array or, for Dict spaces, one array a key."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+Observations = Array | dict[str, Array]
+"""Rows of observations: an array ``(N, *shape)``, or for a Dict space a dictionary of such arrays."""
+
+
+def map_observations(function: Callable[..., Any], *observations: Observations) -> Any:
+    """
+    Apply a function to an array, or to the arrays of every key.
+
+    :param function: Takes as many arrays as there are observations
+    :param observations: All arrays, or all dictionaries with the same keys
+    :return: What the function returned, for dictionaries a dictionary with the keys of the first
+    """
+    first = observations[0]
+    if not isinstance(first, dict):
+        return function(*observations)
+    return {key: function(*(one[key] for one in observations)) for key in first}
+
+
+def named_arrays(observations: Observations, name: str) -> Iterator[tuple[str, Array]]:
+    """
+    Go through the arrays together with names for messages.
+
+    :param observations: An array or a dictionary of arrays
+    :param name: The name of the whole
+    :return: Pairs ``(name, array)``; in a dictionary the name is that of the whole followed by the key in brackets
+    """
+    if isinstance(observations, dict):
+        for key, array in observations.items():
+            yield f"{name}[{key!r}]", array
+    else:
+        yield name, observations
+
+
+def n_rows(observations: Observations) -> int:
+    """
+    :param observations: An array or a dictionary of arrays of the same length
+    :return: Number of rows ``N``
+    """
+    return len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
+
+
+def nbytes(observations: Observations) -> int:
+    """
+    :param observations: An array or a dictionary of arrays
+    :return: Size of all arrays together in bytes
+    """
+    return sum(array.nbytes for _, array in named_arrays(observations, ""))
+
+
+def take_rows(observations: Observations, rows: Any) -> Any:
+    """
+    Pick rows.
+
+    :param observations: An array or a dictionary of arrays
+    :param rows: Whatever indexes the first axis of an array: indices of any shape, a mask or a slice
+    :return: The same structure with these rows; views for a slice, copies otherwise
+    """
+    return map_observations(lambda array: array[rows], observations)

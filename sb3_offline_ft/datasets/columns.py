@@ -1,0 +1,273 @@
+"""Checks and conversions of the columns of a dataset."""
+
+from collections.abc import Mapping
+from itertools import chain, cycle
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from sb3_offline_ft.common.observations import Array, Observations, n_rows, named_arrays
+from sb3_offline_ft.datasets.spaces import column_dtype, row_shape
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+FLOAT_COLUMNS = ("observations", "actions", "rewards", "next_observations")
+FLAG_COLUMNS = ("terminations", "truncations")
+COLUMNS = (*FLOAT_COLUMNS, *FLAG_COLUMNS, "episode_starts")
+
+_CHUNK_ROWS = 65_536
+
+
+def as_observations(observations: Any, name: str, space: spaces.Space[Any] | None, where: str, copy: bool) -> Observations:
+    """Bring observations into the form of a column.
+
+    :param observations: An array, or a dictionary of arrays.
+    :param name: The column's name, for messages.
+    :param space: A supported observation space, if known; a ``Dict`` gives the order of the keys.
+    :param where: Names the dataset at the start of messages.
+    :param copy: Copy the arrays even if they have the right type.
+    :return: float32, but uint8 for images; for a ``Discrete`` space ``(N, 1)``.
+    :raises ValueError: if the keys are not those of the space, or an array holds something else than the space says.
+    """
+    if not isinstance(observations, Mapping):
+        if isinstance(observations, tuple):
+            raise ValueError(f"{where}: {name} must be one array or a dictionary of arrays, found a tuple")
+        if isinstance(space, spaces.Dict):
+            raise ValueError(
+                f"{where}: {name} must be a dictionary with the keys {_keys(space.spaces)} of its space, found one array"
+            )
+        return _as_numbers(observations, name, space, where, copy)
+    if space is not None and not isinstance(space, spaces.Dict):
+        raise ValueError(f"{where}: {name} must be one array as its space is {space}, found a dictionary")
+    if isinstance(space, spaces.Dict) and set(observations) != set(space.spaces):
+        raise ValueError(
+            f"{where}: {name} must have the keys {_keys(space.spaces)} of its space, found {_keys(observations) or 'none'}"
+        )
+    columns: dict[str, Array] = {}
+    for key in space.spaces if isinstance(space, spaces.Dict) else observations:
+        value = observations[key]
+        if not isinstance(key, str) or isinstance(value, Mapping | tuple):
+            raise ValueError(
+                f"{where}: {name} must be a dictionary of arrays, found {type(value).__name__} under {key!r}; nested ones are "
+                "not supported. Flatten them (gymnasium.spaces.utils.flatten)."
+            )
+        columns[key] = _as_numbers(value, f"{name}[{key!r}]", space[key] if space is not None else None, where, copy)
+    if not columns:
+        raise ValueError(f"{where}: {name} must have at least one key, found an empty dictionary")
+    return columns
+
+
+def with_keys_of(observations: Observations, next_observations: Observations, where: str) -> Observations:
+    """Bring the keys of the next observations into the order of the observations.
+
+    :param observations: The column.
+    :param next_observations: The column.
+    :param where: Names the dataset at the start of messages.
+    :return: The next observations.
+    :raises ValueError: if their keys differ.
+    """
+    keys, found = (one.keys() if isinstance(one, dict) else None for one in (observations, next_observations))
+    if keys != found:
+        raise ValueError(
+            f"{where}: next_observations must have the same keys as observations ({_keys(keys or ['one array'])}), "
+            f"found {_keys(found or ['one array'])}"
+        )
+    if isinstance(observations, dict) and isinstance(next_observations, dict):
+        return {key: next_observations[key] for key in observations}
+    return next_observations
+
+
+def as_float(column: npt.ArrayLike, name: str, where: str, copy: bool) -> FloatArray:
+    """Bring a column of numbers into its form.
+
+    :param column: Any shape.
+    :param name: The column's name, for messages.
+    :param where: Names the dataset at the start of messages.
+    :param copy: Copy the array even if it has the right type.
+    :return: float32.
+    :raises ValueError: if it does not hold real numbers, or actions are no floats.
+    """
+    if isinstance(column, Mapping | tuple):
+        raise ValueError(f"{where}: {name} must be one array, found a {type(column).__name__}; it is not supported")
+    array = np.asarray(column)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{where}: {name} must hold real numbers, found dtype {array.dtype}. Convert them to float32.")
+    if array.dtype.kind not in "f" and name == "actions":
+        raise ValueError(
+            f"{where}: actions must be floats, found dtype {array.dtype}. "
+            "TD3-based algorithms need continuous actions; discrete ones are not supported."
+        )
+    with np.errstate(over="ignore"):
+        return np.array(array, dtype=np.float32, order="C") if copy else np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _as_numbers(column: Any, name: str, space: spaces.Space[Any] | None, where: str, copy: bool) -> Array:
+    array = np.asarray(column)
+    is_image = array.dtype == np.uint8 and array.ndim > 2 if space is None else column_dtype(space) is np.uint8
+    if is_image:
+        if array.dtype != np.uint8:
+            raise ValueError(
+                f"{where}: {name} must be uint8 images as in its space, found dtype {array.dtype}. Convert them with "
+                "astype(np.uint8) after bringing them to 0 to 255."
+            )
+        return np.array(array, order="C") if copy else np.ascontiguousarray(array)
+    numbers = as_float(array, name, where, copy)
+    if isinstance(space, spaces.Discrete):
+        numbers = numbers.reshape(-1, 1) if numbers.ndim == 1 else numbers
+        wrong = np.flatnonzero((numbers != np.floor(numbers)) | (numbers < 0) | (numbers >= space.n))
+        if len(wrong):
+            raise ValueError(
+                f"{where}: {name} must be whole numbers from 0 to {space.n - 1}, found {numbers.flat[wrong[0]]} "
+                f"in row {wrong[0]}"
+            )
+    return numbers
+
+
+def as_flags(column: npt.ArrayLike, name: str, where: str) -> BoolArray:
+    """Bring flags into the form of a column.
+
+    :param column: Booleans, or 0 and 1.
+    :param name: The column's name, for messages.
+    :param where: Names the dataset at the start of messages.
+    :return: bool.
+    :raises ValueError: if there is anything else.
+    """
+    array = np.asarray(column)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{where}: {name} must be booleans, found dtype {array.dtype}")
+    flags = array.astype(np.bool_)
+    if array.dtype.kind != "b":
+        wrong = np.flatnonzero(array.reshape(-1) != flags.reshape(-1))
+        if len(wrong):
+            raise ValueError(
+                f"{where}: {name} must be booleans (or 0 and 1), found {array.reshape(-1)[wrong[0]]} in row {wrong[0]}"
+            )
+    return flags
+
+
+def as_starts(episode_starts: npt.ArrayLike, n_rows: int, where: str) -> IntArray:
+    """Check the rows at which episodes are said to start.
+
+    :param episode_starts: ``(E,)`` row indices.
+    :param n_rows: Number of rows.
+    :param where: Names the dataset at the start of messages.
+    :return: int64.
+    :raises ValueError: if they do not increase from 0 to at most the last row.
+    """
+    starts = np.asarray(episode_starts)
+    if starts.ndim != 1 or starts.dtype.kind not in "iu":
+        raise ValueError(
+            f"{where}: episode_starts must be a 1-d array of row indices, found dtype {starts.dtype} and shape {starts.shape}"
+        )
+    if len(starts) == 0 or starts[0] != 0 or starts[-1] >= n_rows or np.any(np.diff(starts.astype(np.int64)) <= 0):
+        raise ValueError(
+            f"{where}: episode_starts must increase from 0 and stay below the number of rows ({n_rows}), found {starts}"
+        )
+    return starts.astype(np.int64)
+
+
+def check_shapes(
+    columns: dict[str, Any],
+    observation_space: spaces.Space[Any] | None,
+    action_space: spaces.Space[Any] | None,
+    where: str,
+) -> None:
+    """Check that columns go together and with their spaces.
+
+    :param columns: All columns but the starts of episodes.
+    :param observation_space: The observations' space, if known.
+    :param action_space: The actions' space, if known.
+    :param where: Names the dataset at the start of messages.
+    :raises ValueError: if there are no rows, or a shape is wrong.
+    """
+    observations = dict(named_arrays(columns["observations"], "observations"))
+    next_observations = dict(named_arrays(columns["next_observations"], "next_observations"))
+    first_name, first = next(iter(observations.items()))
+    length = len(first) if first.ndim else 0
+    if length == 0:
+        raise ValueError(f"{where} is empty: expected at least one transition, found {first_name} {first.shape}")
+    observation_spaces = observation_space.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
+    with_spaces = [(*pair, space) for pair, space in zip(observations.items(), cycle(observation_spaces), strict=False)]
+    for name, array, space in [*with_spaces, ("actions", columns["actions"], action_space)]:
+        if array.ndim < 2:
+            raise ValueError(
+                f"{where}: {name} must have the shape (rows, dimensions), found {array.shape}. "
+                f"Reshape one-dimensional {name} to (rows, 1)."
+            )
+        if space is not None and array.shape[1:] != row_shape(space):
+            raise ValueError(
+                f"{where}: {name} have rows of shape {array.shape[1:]}, but its space has shape {row_shape(space)}"
+            )
+    expected = [(name, columns[name], (length,)) for name in ("rewards", *FLAG_COLUMNS)]
+    expected += [(name, array, (length, *array.shape[1:])) for name, array, _ in with_spaces]
+    expected += [
+        (name, array, same.shape) for (name, array), same in zip(next_observations.items(), observations.values(), strict=True)
+    ]
+    expected.append(("actions", columns["actions"], (length, *columns["actions"].shape[1:])))
+    for name, array, shape in expected:
+        if array.shape != shape:
+            raise ValueError(
+                f"{where}: {name} must have shape {shape} to go with {first_name} {first.shape}, found {array.shape}"
+            )
+
+
+def mark_joints(starts_here: BoolArray, observations: Observations, next_observations: Observations) -> int:
+    """Mark the rows that do not continue the row before.
+
+    :param starts_here: ``(N,)``, True where an episode is known to start; changed in place.
+    :param observations: The column.
+    :param next_observations: The column.
+    :return: Number of rows that were marked.
+    """
+    n_joints = 0
+    pairs = [
+        (before, after)
+        for (_, before), (_, after) in zip(named_arrays(next_observations, ""), named_arrays(observations, ""), strict=True)
+    ]
+    for begin in range(1, n_rows(observations), _CHUNK_ROWS):
+        end = min(begin + _CHUNK_ROWS, n_rows(observations))
+        new = np.zeros(end - begin, np.bool_)
+        for before, after in ((before[begin - 1 : end - 1], after[begin:end]) for before, after in pairs):
+            differs = before != after
+            if before.dtype.kind == "f":
+                differs &= ~(np.isnan(before) & np.isnan(after))
+            new |= differs.reshape(end - begin, -1).any(axis=1)
+        new &= ~starts_here[begin:end]
+        starts_here[begin:end] |= new
+        n_joints += int(new.sum())
+    return n_joints
+
+
+def check_finite(columns: dict[str, Any], starts: IntArray, where: str) -> None:
+    """Check that no column holds NaN or infinity.
+
+    :param columns: The columns.
+    :param starts: First row of each episode.
+    :param where: Names the dataset at the start of messages.
+    :raises ValueError: if one does; the message names the first row.
+    """
+    for name, column in chain.from_iterable(named_arrays(columns[column], column) for column in FLOAT_COLUMNS):
+        if column.dtype.kind != "f":
+            continue
+        count, first = 0, -1
+        for begin in range(0, len(column), _CHUNK_ROWS):
+            chunk = column[begin : begin + _CHUNK_ROWS]
+            bad = ~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
+            if bad.any():
+                first = begin + int(bad.argmax()) if first < 0 else first
+                count += int(bad.sum())
+        if count:
+            episode = int(np.searchsorted(starts, first, side="right")) - 1
+            raise ValueError(
+                f"{where}: {name} hold NaN or infinity in {count} of {len(column)} rows, first in row {first} "
+                f"(episode {episode}, step {first - int(starts[episode])}): {column[first]}. "
+                "Remove these episodes or repair the values."
+            )
+
+
+def _keys(keys: Any) -> str:
+    return ", ".join(map(str, keys))

@@ -1,0 +1,189 @@
+"""How data is named: one string, or a list, of sources with weights and filters."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from sb3_offline_ft.datasets.filters import FILTERS, EpisodeFilters, check_option_names, format_number, format_options
+from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+
+DatasetSpec: TypeAlias = str | os.PathLike[str] | OfflineDataset | Mapping[str, Any] | Sequence[Any]
+"""What :func:`load_dataset` takes."""
+
+_OPTIONS = (*FILTERS, "trust_pickle")
+_QUERY = re.compile(r"[A-Za-z_]\w*=[^=&?]*(&[A-Za-z_]\w*=[^=&?]*)*")
+_WEIGHTED = re.compile(r"([\d.][\d.eE+-]*)\s*\*\s*(.+)", re.DOTALL)
+_PLUS = re.compile(r"\s\+\s")
+_TRUE, _FALSE = ("1", "true", "yes"), ("0", "false", "no")
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """One source with what is wanted of it.
+
+    :param base: The source without options.
+    :param filters: Which episodes.
+    :param trust_pickle: Whether it may be unpickled.
+    :param weight: Its share, not normalised, or ``None``.
+    """
+
+    base: str | os.PathLike[str] | OfflineDataset
+    filters: EpisodeFilters
+    trust_pickle: bool
+    weight: float | None = None
+
+    def text(self, base: str, needs_trust: bool) -> str:
+        """
+        :param base: The text that names the source.
+        :param needs_trust: Whether it is a file that is unpickled.
+        :return: The text that names it with these options.
+        """
+        options = format_options(self.filters.given() | ({"trust_pickle": 1} if needs_trust else {}))
+        return f"{base}?{options}" if options else base
+
+
+def parse_spec(spec: Any, options: Mapping[str, Any], trust_pickle: bool, accepted: str) -> list[PartSpec]:
+    """Take a spec apart.
+
+    :param spec: What the user gave.
+    :param options: Filters for all of its parts.
+    :param trust_pickle: Whether all of its parts may be unpickled.
+    :param accepted: Says what a spec can be, for messages.
+    :return: One part or more.
+    :raises ValueError: if it is malformed, an option is unknown or given twice, or some parts have a weight and others none.
+    :raises TypeError: if it is of another type.
+    """
+    if isinstance(spec, str):
+        entries = _parse_text(spec, accepted)
+    elif isinstance(spec, Sequence) and not isinstance(spec, bytes | bytearray):
+        if not spec:
+            raise ValueError(f"The list of datasets is empty. {accepted}")
+        entries = [_parse_entry(entry, accepted) for entry in spec]
+    else:
+        entries = [_parse_entry(spec, accepted)]
+    parts: list[PartSpec] = []
+    for base, weight, given in entries:
+        where = f"Dataset {base.name if isinstance(base, OfflineDataset) else str(base)!r}"
+        check_option_names({**given, **options}, _OPTIONS, where)
+        for name in given.keys() & options.keys():
+            if str(given[name]) != str(options[name]):
+                raise ValueError(
+                    f"{where}: {name} is {given[name]} in the spec and {options[name]} as a keyword: give it once."
+                )
+        chosen = dict(options) | given
+        trusted = _truth(chosen.pop("trust_pickle", False), where) or trust_pickle
+        parts.append(PartSpec(base, EpisodeFilters.parse(chosen, where), trusted, weight))
+    unweighted = [str(part.base) for part in parts if part.weight is None]
+    if 0 < len(unweighted) < len(parts):
+        raise ValueError(
+            f"Give a weight for every dataset of a list or for none: {', '.join(map(repr, unweighted))} "
+            f"{'has' if len(unweighted) == 1 else 'have'} none."
+        )
+    return parts
+
+
+_Entry = tuple[str | os.PathLike[str] | OfflineDataset, float | None, dict[str, Any]]
+
+
+def _parse_entry(entry: Any, accepted: str) -> _Entry:
+    """One entry of a list: a spec of one source, a pair of it and a weight, or a mapping with options."""
+    if isinstance(entry, OfflineDataset | os.PathLike):
+        return entry, None, {}
+    if isinstance(entry, str):
+        entries = _parse_text(entry, accepted)
+        if len(entries) > 1:
+            raise ValueError(f"An entry of a list names one dataset, found {entry!r}: give each as an entry of its own.")
+        return entries[0]
+    weight: Any = None
+    options: dict[str, Any] = {}
+    if isinstance(entry, Mapping):
+        options = dict(entry)
+        if "spec" not in options:
+            raise ValueError(f"An entry of a list of datasets needs a `spec`, found {entry!r}.")
+        base, weight = options.pop("spec"), options.pop("weight", None)
+    elif isinstance(entry, Sequence) and len(entry) == 2 and not isinstance(entry, bytes | bytearray):
+        base, weight = entry
+    else:
+        base = entry
+    if not isinstance(base, str | os.PathLike | OfflineDataset):
+        raise TypeError(
+            f"A dataset spec must be a string, a path, an OfflineDataset or a list of those, found {type(base).__name__}. "
+            f"{accepted}"
+        )
+    base, own_weight, own_options = _parse_entry(base, accepted)
+    if weight is not None and own_weight is not None:
+        raise ValueError(f"Dataset {str(base)!r} has two weights, {own_weight:g} and {weight!r}: give one.")
+    for name in options.keys() & own_options.keys():
+        if str(options[name]) != str(own_options[name]):
+            raise ValueError(f"Dataset {str(base)!r}: {name} is {own_options[name]} and {options[name]}: give it once.")
+    return base, own_weight if weight is None else _weight(weight, str(base)), options | own_options
+
+
+def _parse_text(text: str, accepted: str) -> list[_Entry]:
+    text = text.strip()
+    if not text:
+        raise ValueError(f"The dataset spec is empty. {accepted}")
+    if _is_path(text) or _is_path(_split_query(text)[0]):
+        return [_parse_part(text, text, accepted)]
+    return [_parse_part(part.strip(), text, accepted) for part in _PLUS.split(f" {text} ")]
+
+
+def _parse_part(part: str, whole: str, accepted: str) -> _Entry:
+    weight = None
+    if not _is_path(part) and (match := _WEIGHTED.fullmatch(part)):
+        weight, part = _weight(match[1], match[2]), match[2].strip()
+    if not part:
+        raise ValueError(f"The dataset spec {whole!r} has an empty part: write a dataset on both sides of each +. {accepted}")
+    base, options = (part, {}) if _is_path(part) else _split_query(part)
+    return base, weight, options
+
+
+def _split_query(text: str) -> tuple[str, dict[str, Any]]:
+    base, mark, query = text.rpartition("?")
+    if not mark or not base or not _QUERY.fullmatch(query):
+        return text, {}
+    options: dict[str, Any] = {}
+    for pair in query.split("&"):
+        name, _, value = pair.partition("=")
+        if name in options:
+            raise ValueError(f"The dataset spec {text!r} has {name} twice: give it once.")
+        options[name] = value
+    return base, options
+
+
+def _is_path(text: str) -> bool:
+    return os.path.exists(os.path.expanduser(text))
+
+
+def _weight(value: Any, base: str) -> float:
+    try:
+        weight = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = 0.0
+    if not 0.0 < weight < float("inf"):
+        raise ValueError(f"The weight of the dataset {base!r} must be a positive number, found {value!r}.")
+    return weight
+
+
+def _truth(value: Any, where: str) -> bool:
+    text = str(value).lower()
+    if text not in (*_TRUE, *_FALSE):
+        raise ValueError(f"{where}: trust_pickle must be 1 or 0, found {value!r}.")
+    return text in _TRUE
+
+
+def join_specs(specs: Sequence[str | None], weights: Sequence[float | None]) -> str | None:
+    """Put the specs of a list into one string.
+
+    :param specs: The spec of each part, ``None`` if it has none.
+    :param weights: The weight of each part.
+    :return: A string that names them all, ``None`` if there is none.
+    """
+    texts: list[str] = []
+    for spec, weight in zip(specs, weights, strict=True):
+        if spec is None or (len(_PLUS.split(spec)) > 1 and not _is_path(spec)):
+            return None
+        texts.append(spec if weight is None else f"{format_number(weight)}*{spec}")
+    return " + ".join(texts)
