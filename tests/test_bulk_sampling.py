@@ -15,6 +15,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_offline_ft import OfflineDataset, OfflineToOnlineReplayBuffer
+from tests import replay_data
 
 OBSERVATION_SPACES = {
     "vector": spaces.Box(-np.inf, np.inf, (3,), np.float64),
@@ -126,6 +127,61 @@ def test_batches_drawn_at_once_are_those_drawn_one_by_one(
             assert th.equal(column, th.cat(parts)), name
         n_offline, n_online = at_once.split(batch_size, fraction)
         assert found.is_offline.flatten().tolist() == n * ([True] * n_offline + [False] * n_online)
+
+
+AUGMENTATIONS = {
+    "vector": [
+        "gaussian_noise_0.3",
+        "uniform_noise",
+        "amplitude_scaling",
+        "dimension_dropout",
+        "state_switch",
+        "state_switch_0_2",
+    ],
+    "image": ["random_shift_2"],
+}
+AUGMENTATIONS["dict"] = [*AUGMENTATIONS["image"], *AUGMENTATIONS["vector"][:4]]
+AUGMENTATIONS["vectors"] = AUGMENTATIONS["vector"][:4]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_with_every_option_batches_drawn_at_once_are_those_drawn_one_by_one(data):
+    name = data.draw(st.sampled_from(sorted(AUGMENTATIONS)))
+    space = {**replay_data.SPACES, "vectors": replay_data.VECTORS}[name]
+    balanced = name.startswith("vector") and data.draw(st.booleans())
+    seed, n_envs = data.draw(st.integers(0, 2**31 - 1)), data.draw(st.integers(1, 3))
+    generator = np.random.default_rng(seed)
+    one_by_one = replay_data.make_buffer(
+        space,
+        15,
+        n_envs,
+        offline_fraction=data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        seed=seed,
+        n_steps=data.draw(st.sampled_from([1, 2, 3, 9])),
+        gamma=0.9,
+        next_actions=data.draw(st.booleans()),
+        returns=data.draw(st.booleans()),
+        offline_sampling="balanced" if balanced else "uniform",
+        balanced_kwargs={"net_arch": [4], "batch_size": 8} if balanced else None,
+        augmentation=data.draw(st.sampled_from([None, *AUGMENTATIONS[name]])),
+    )
+    parts = [replay_data.make_dataset(space, lengths, [True, False], generator) for lengths in ([4, 1], [7, 20])]
+    one_by_one.set_offline_data(OfflineDataset.concatenate(parts, data.draw(st.sampled_from([None, [0.3, 0.7]]))))
+    replay_data.fill_online([one_by_one], data.draw(st.sampled_from([0, 1, 10, 25])), generator)
+    env = replay_data.make_vec_normalize(space) if data.draw(st.booleans()) else None
+    at_once = deepcopy(one_by_one)
+    batch_size = data.draw(st.integers(1, 12))
+    # Between the rounds priorities change, and the second one starts in the middle of the streams
+    for n in (data.draw(st.integers(1, 5)), 2):
+        np.random.seed(seed)
+        expected = replay_data.concatenated([one_by_one.sample(batch_size, env) for _ in range(n)])
+        np.random.seed(seed)
+        found = at_once.sample_batches(n, batch_size, env)
+        replay_data.assert_same(replay_data.by_name(found), expected)
+        assert at_once.get_sampler_state() == one_by_one.get_sampler_state()
+        assert at_once.sampled_rows_by_source() == one_by_one.sampled_rows_by_source()
+        assert at_once.update_density_ratio() == one_by_one.update_density_ratio()
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -2,25 +2,34 @@
 
 import json
 import math
-import os
-import zipfile
-import zlib
-from contextlib import nullcontext
-from typing import IO, Any
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.buffers.augmentation import Augmentation, make_augmentation
+from sb3_offline_ft.buffers.balanced_replay import BalancedReplay
+from sb3_offline_ft.buffers.batch_columns import BatchColumns, empty_rows, gather, gather_observations
+from sb3_offline_ft.buffers.files import File, damaged, read_arrays, write_arrays
+from sb3_offline_ft.buffers.observation_keys import by_key, kind_of
+from sb3_offline_ft.buffers.sampling import SourceShares
+from sb3_offline_ft.buffers.transitions import OfflineTransitions, OnlineTransitions, RingReturns, Transitions, n_step_rows
+from sb3_offline_ft.common.checks import known_keywords, whole_number
+from sb3_offline_ft.common.observations import Observations, map_observations
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples, Schedule, ScheduleLike
-from sb3_offline_ft.datasets import OfflineDataset, check_compatible, scale_actions
+from sb3_offline_ft.datasets import OfflineDataset, check_compatible, fit_to_space, scale_actions
+
+Array = npt.NDArray[Any]
 
 RING_COLUMNS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+OFFLINE_SAMPLING = ("uniform", "balanced")
+BALANCED_PREFIX = "balanced/"
 
 
 class OfflineToOnlineReplayBuffer(ReplayBuffer):
@@ -29,10 +38,11 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
 
     The offline part is immutable, has its own index space and its own random generator; the online part is SB3's ring.
     A batch holds exactly ``round(offline_fraction * batch_size)`` offline rows, or offline rows only as long as
-    nothing has been gathered online. Without offline data it draws the same batches as SB3's ``ReplayBuffer``.
+    nothing has been gathered online. Without offline data it draws the same batches as SB3's ``ReplayBuffer``, or
+    ``NStepReplayBuffer`` for ``n_steps > 1``.
 
     Observations are kept and returned as float32, whatever the space says (but for uint8): networks compute in
-    float32, and MuJoCo's float64 would double the memory.
+    float32, and MuJoCo's float64 would double the memory. Images (uint8) stay uint8.
 
     :param buffer_size: Max number of online transitions
     :param observation_space: Observation space, a ``Box``
@@ -44,9 +54,26 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
     :param handle_timeout_termination: Bootstrap the value at time limits (recommended)
     :param offline_fraction: Share of offline rows in a batch, in [0, 1], or a schedule of the remaining progress
         (see :func:`sb3_offline_ft.common.schedules.make_schedule`)
-    :param seed: Seed of the offline part's own generator
+    :param seed: Seed of the offline part's own generators
+    :param n_steps: Number of steps of the n-step return; it never goes beyond the end of an episode
+    :param gamma: Discount factor of n-step and Monte-Carlo returns
+    :param next_actions: Whether batches have the actions taken at the next observations
+    :param returns: Whether batches have Monte-Carlo returns
+    :param offline_sampling: How offline rows are drawn. ``"uniform"``: all alike, or by the weights of the dataset's
+        ``sources``. ``"balanced"``: the more often, the more they resemble online rows (see
+        :class:`~sb3_offline_ft.buffers.balanced_replay.BalancedReplay`)
+    :param balanced_kwargs: Keyword arguments of balanced replay: ``temperature``, ``learning_rate``,
+        ``batch_size``, ``net_arch``
+    :param augmentation: Random change of sampled observations, a name such as ``"gaussian_noise"`` or an
+        :class:`~sb3_offline_ft.buffers.augmentation.Augmentation`; observations and next observations are changed
+        independently
     :raises ValueError: A parameter is out of range or not supported
     """
+
+    _space_class: ClassVar[type[spaces.Space[Any]]] = spaces.Box
+    _other_space_hint: ClassVar[str] = "For a Dict space use DictOfflineToOnlineReplayBuffer."
+    _sb3_classes: ClassVar[tuple[type[ReplayBuffer], ...]] = (ReplayBuffer, NStepReplayBuffer)
+    """SB3's buffers whose content can be taken over."""
 
     def __init__(
         self,
@@ -59,29 +86,119 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         handle_timeout_termination: bool = True,
         offline_fraction: ScheduleLike = 0.5,
         seed: int | None = None,
+        *,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+        next_actions: bool = False,
+        returns: bool = False,
+        offline_sampling: str = "uniform",
+        balanced_kwargs: dict[str, Any] | None = None,
+        augmentation: str | Augmentation | None = None,
     ) -> None:
         if optimize_memory_usage:
             raise ValueError(
                 "`optimize_memory_usage=True` cannot represent transitions that end in a time limit, which logged data has; "
                 "use `optimize_memory_usage=False` (observations are kept in float32, which saves half of MuJoCo's memory)."
             )
-        if not isinstance(observation_space, spaces.Box) or not isinstance(action_space, spaces.Box):
+        if not isinstance(observation_space, self._space_class) or not isinstance(action_space, spaces.Box):
+            hint = "" if isinstance(observation_space, self._space_class) else f" {self._other_space_hint}"
             raise ValueError(
-                "OfflineToOnlineReplayBuffer needs a Box observation space and a Box action space, "
-                f"found {observation_space} and {action_space}."
+                f"{type(self).__name__} needs a {self._space_class.__name__} observation space and a Box action space, "
+                f"found {observation_space} and {action_space}.{hint}"
             )
         super().__init__(
             buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage, handle_timeout_termination
         )
-        if self.observations.dtype != np.uint8:
-            # Fresh zeros rather than a conversion: untouched pages cost no memory
-            self.observations = np.zeros(self.observations.shape, np.float32)
-            self.next_observations = np.zeros(self.next_observations.shape, np.float32)
+        space: Any = observation_space
+        self.observations = map_observations(_as_float32, self.observations, space)
+        self.next_observations = map_observations(_as_float32, self.next_observations, space)
         self.offline_data: OfflineDataset | None = None
-        self._offline_actions = np.empty((0, self.action_dim), np.float32)
-        self.seed_sampler(seed)
         self._progress_remaining = 1.0
         self._offline_fraction: Schedule = make_schedule(offline_fraction, "offline_fraction", 0.0, 1.0)
+        self._offline: OfflineTransitions | None = None
+        self._shares = SourceShares([])
+        self._rows_by_source = np.zeros(0, np.int64)
+        self._next_actions = False
+        self._returns: RingReturns | None = None
+        self._augmentation, self._augmented = make_augmentation(augmentation), list[str]()
+        self._std: dict[str, Array] = {}
+        self._choose_augmented_keys()
+        self._balanced = self._make_balanced(offline_sampling, balanced_kwargs or {})
+        self.seed_sampler(seed)
+        self.n_steps, self.gamma = 1, 1.0
+        self.set_n_steps(n_steps, gamma)
+        self.require(next_actions, returns)
+
+    # Options
+
+    def set_n_steps(self, n_steps: int, gamma: float) -> None:
+        """
+        Set the number of steps of the n-step return.
+
+        :param n_steps: The number, at least 1
+        :param gamma: Discount factor, for Monte-Carlo returns too
+        :raises ValueError: One is out of range
+        """
+        n_steps = whole_number(n_steps, "n_steps", least=1)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"`gamma` must be in [0, 1], found {gamma!r}.")
+        self.n_steps, self.gamma = n_steps, float(gamma)
+        if self._offline is not None:
+            self._offline.gamma = self.gamma
+        if self._returns is not None:
+            self._returns = RingReturns(self, self.gamma)
+
+    def require(self, next_actions: bool = False, returns: bool = False) -> None:
+        """
+        Put more into the batches from now on; what an earlier call has asked for stays in them.
+
+        :param next_actions: Whether ``next_actions`` and ``has_next_actions`` are needed
+        :param returns: Whether ``returns`` and ``has_returns`` are needed
+        """
+        self._next_actions |= next_actions
+        if returns and self._returns is None:
+            self._returns = RingReturns(self, self.gamma)
+
+    @property
+    def needs_following_rows(self) -> bool:
+        """Whether batches depend on which row follows which, so that single rows of the ring cannot be moved or removed."""
+        return self.n_steps > 1 or self._next_actions or self._returns is not None
+
+    @property
+    def nbytes_per_row(self) -> int:
+        """Size of the observations of one row of a batch in bytes."""
+        arrays = [*by_key(self.observations).values(), *by_key(self.next_observations).values()]
+        return sum(array[0, 0].nbytes for array in arrays)
+
+    def _make_balanced(self, offline_sampling: str, balanced_kwargs: dict[str, Any]) -> BalancedReplay | None:
+        if offline_sampling not in OFFLINE_SAMPLING:
+            raise ValueError(
+                f"`offline_sampling` must be one of {', '.join(map(repr, OFFLINE_SAMPLING))}, found {offline_sampling!r}."
+            )
+        if offline_sampling == "uniform":
+            if balanced_kwargs:
+                raise ValueError(
+                    "`balanced_kwargs` have no effect without `offline_sampling='balanced'`: add it or drop them."
+                )
+            return None
+        known_keywords(BalancedReplay, balanced_kwargs, "balanced_kwargs", excluded=("observation_space", "device"))
+        return BalancedReplay(self.observation_space, **balanced_kwargs, device=self.device)
+
+    def _choose_augmented_keys(self) -> None:
+        augmentation = self._augmentation
+        if augmentation is None:
+            return
+        parts = by_key(self.observation_space)
+        self._augmented = [key for key, space in parts.items() if kind_of(space) == augmentation.kind]
+        if not self._augmented:
+            raise ValueError(
+                f"The augmentation {augmentation.name!r} is for {augmentation.kind}s, which the observation space has not: "
+                f"{self.observation_space}."
+            )
+        for key in self._augmented:
+            augmentation.check(parts[key].shape)
+
+    # Offline data
 
     @property
     def offline_size(self) -> int:
@@ -112,24 +229,100 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
 
     def seed_sampler(self, seed: int | None) -> None:
         """
-        Start the offline part's random stream anew.
+        Start the random streams anew: those of the offline rows, of the augmentation and of balanced replay.
 
         :param seed: The seed; None for fresh entropy
         """
         self._offline_generator = np.random.default_rng(derive_seed(seed, stream=0))
+        if self._augmentation is not None:
+            self._augmentation_generator = np.random.default_rng(derive_seed(seed, stream=2))
+        if self._balanced is not None:
+            self._balanced.seed(derive_seed(seed, stream=3))
 
     def set_offline_data(self, dataset: OfflineDataset) -> None:
         """
         Set the offline part. Actions are scaled from the environment's bounds to [-1, 1], as the policy's are.
 
-        :param dataset: The logged data; it is kept by reference, not copied
+        :param dataset: The logged data; it is kept by reference, not copied, unless images have to be transposed or
+            observations flattened for the environment's space
         :raises ValueError: The dataset's spaces are not the environment's, or its actions are out of bounds
         """
         assert isinstance(self.action_space, spaces.Box)
         check_compatible(dataset, self.observation_space, self.action_space)
-        actions = scale_actions(dataset.actions, self.action_space)
-        self._offline_actions = actions.reshape(len(dataset), self.action_dim)
-        self.offline_data = dataset
+        actions = scale_actions(dataset.actions, self.action_space).reshape(len(dataset), self.action_dim)
+        dataset = fit_to_space(dataset, self.observation_space)
+        offline = OfflineTransitions(dataset, actions, self.handle_timeout_termination, self.gamma)
+        shares = SourceShares(dataset.sources)
+        if self._balanced is not None:
+            self._balanced.set_offline_data(offline, shares)
+        self.offline_data, self._offline, self._shares = dataset, offline, shares
+        self._rows_by_source = np.zeros(len(shares.names), np.int64)
+        if self._augmentation is not None and self._augmentation.needs_std:
+            columns = by_key(dataset.observations)
+            self._std = {key: columns[key].std(axis=0, dtype=np.float64).astype(np.float32) for key in self._augmented}
+
+    @property
+    def _offline_actions(self) -> Array:
+        return np.empty((0, self.action_dim), np.float32) if self._offline is None else self._offline.actions
+
+    def sampled_rows_by_source(self) -> dict[str, int]:
+        """
+        :return: How many rows have been sampled from each source of the offline data since it was set
+        """
+        return dict(zip(self._shares.names, self._rows_by_source.tolist(), strict=True))
+
+    def update_density_ratio(self) -> th.Tensor | None:
+        """
+        Do one step of the training on which balanced replay's priorities rest, and estimate anew the priorities of the
+        offline rows drawn since the last one. To be called once per gradient step of the algorithm.
+
+        :return: A lower bound of the divergence of online from offline rows (see
+            :meth:`~sb3_offline_ft.buffers.balanced_replay.BalancedReplay.update`); None if nothing was done, as with uniform
+            sampling, and as long as there are no online or no offline rows
+        """
+        if self._balanced is None or self.offline_data is None or self.size() == 0:
+            return None
+        return self._balanced.update(OnlineTransitions(self), self.online_size)
+
+    # Online data
+
+    def add(
+        self, obs: Any, next_obs: Any, action: np.ndarray, reward: np.ndarray, done: np.ndarray, infos: list[dict[str, Any]]
+    ) -> None:
+        """
+        Add one transition of each environment.
+
+        :param obs: Observations
+        :param next_obs: Observations of the next states, those before a reset where an episode ended
+        :param action: Actions, scaled to [-1, 1]
+        :param reward: Rewards
+        :param done: Whether the episodes ended
+        :param infos: Whether they ended by a time limit (``TimeLimit.truncated``)
+        """
+        slot = self.pos
+        super().add(obs, next_obs, action, reward, done, infos)
+        if self._returns is not None:
+            self._returns.row_added(self, slot)
+
+    def reset(self) -> None:
+        """Empty the online part."""
+        super().reset()
+        if self._returns is not None:
+            self._returns = RingReturns(self, self.gamma)
+
+    def cut_episodes(self) -> None:
+        """
+        Say that the transitions added next do not continue the newest ones, such as after the environments were reset in the
+        middle of an episode. Nothing is then summed or looked up across this place.
+        """
+        if self.size() > 0:
+            newest = (self.pos - 1) % self.buffer_size
+            # A time limit without an end: the value of the next state counts as before, but no row follows
+            self.timeouts[newest][self.dones[newest] == 0] = 1.0
+        if self._returns is not None:
+            self._returns.cut()
+
+    # Sampling
 
     def split(self, batch_size: int, offline_fraction: float | None = None) -> tuple[int, int]:
         """
@@ -150,7 +343,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         n_offline = round(fraction * batch_size)
         return n_offline, batch_size - n_offline
 
-    def sample(  # type: ignore[override]  # the batch has one more field than SB3's
+    def sample(  # type: ignore[override]  # the batch has more fields than SB3's
         self, batch_size: int, env: VecNormalize | None = None, offline_fraction: float | None = None
     ) -> OfflineToOnlineReplayBufferSamples:
         """
@@ -176,50 +369,115 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         :param env: VecNormalize whose statistics are applied to observations and rewards of both parts
         :param offline_fraction: Share of offline rows in each of these batches, by default the buffer's own
         :return: The batches one after the other, shapes ``(n_batches * batch_size, ...)``
-        :raises ValueError: The buffer is empty
+        :raises ValueError: The buffer is empty, or the augmentation needs offline data and there is none
         """
         n_offline, n_online = self.split(batch_size, offline_fraction)
-        dtype = np.float32 if n_offline > 0 else self.observations.dtype
-        observations = np.empty((n_batches, batch_size, *self.obs_shape), dtype)
-        next_observations = np.empty_like(observations)
-        actions = np.empty((n_batches, batch_size, self.action_dim), self.actions.dtype)
-        dones = np.empty((n_batches, batch_size), np.float32)
-        rewards = np.empty_like(dones)
-        is_offline = np.zeros((n_batches, batch_size), dtype=bool)
+        columns = self._allocate((n_batches, batch_size), with_offline=n_offline > 0)
         if n_offline > 0:
-            data = self.offline_data
-            assert data is not None
-            rows = self._offline_generator.integers(0, len(data), size=n_batches * n_offline)
-            rows = rows.reshape(n_batches, n_offline)
-            _gather(data.observations, rows, observations[:, :n_offline])
-            _gather(data.next_observations, rows, next_observations[:, :n_offline])
-            _gather(self._offline_actions, rows, actions[:, :n_offline])
-            _gather(data.rewards, rows, rewards[:, :n_offline])
-            ended = data.terminations.take(rows)
-            if not self.handle_timeout_termination:
-                ended |= data.truncations.take(rows)
-            dones[:, :n_offline] = ended
-            is_offline[:, :n_offline] = True
+            assert self._offline is not None
+            columns.is_offline[:, :n_offline] = True
+            rows = self._draw_offline_rows(n_batches, n_offline)
+            self._fill_columns(columns, slice(0, n_offline), self._offline, rows, env)
         if n_online > 0:
             rows = self._draw_online_rows(n_batches, n_online)
-            n_slots = self.buffer_size * self.n_envs
-            _gather(self.observations.reshape(n_slots, *self.obs_shape), rows, observations[:, n_offline:])
-            _gather(self.next_observations.reshape(n_slots, *self.obs_shape), rows, next_observations[:, n_offline:])
-            _gather(self.actions.reshape(n_slots, self.action_dim), rows, actions[:, n_offline:])
-            _gather(self.rewards.reshape(n_slots), rows, rewards[:, n_offline:])
-            dones[:, n_offline:] = self.dones.reshape(n_slots).take(rows) * (1 - self.timeouts.reshape(n_slots).take(rows))
-        n_rows = n_batches * batch_size
-        observations = observations.reshape(n_rows, *self.obs_shape)
-        next_observations = next_observations.reshape(n_rows, *self.obs_shape)
-        return OfflineToOnlineReplayBufferSamples(
-            observations=self._to_tensor(np.asarray(self._normalize_obs(observations, env))),
-            actions=self._to_tensor(actions.reshape(n_rows, self.action_dim)),
-            next_observations=self._to_tensor(np.asarray(self._normalize_obs(next_observations, env))),
-            dones=self._to_tensor(dones.reshape(n_rows, 1)),
-            rewards=self._to_tensor(self._normalize_reward(rewards.reshape(n_rows, 1), env)),
-            discounts=None,
-            is_offline=self._to_tensor(is_offline.reshape(n_rows, 1)),
+            self._fill_columns(columns, slice(n_offline, None), OnlineTransitions(self, self._returns), rows, env)
+        if self._augmentation is not None:
+            self._augment(columns, self._augmentation)
+        return self._to_batch(columns, env)
+
+    def _allocate(self, shape: tuple[int, int], with_offline: bool) -> BatchColumns:
+        offline = self.observations if self._offline is None or not with_offline else self._offline.observations
+        columns = BatchColumns(
+            observations=empty_rows(shape, self.observations, offline),
+            next_observations=empty_rows(shape, self.next_observations, offline),
+            actions=np.empty((*shape, self.action_dim), self.actions.dtype),
+            dones=np.empty(shape, np.float32),
+            rewards=np.empty(shape, np.float32),
+            is_offline=np.zeros(shape, dtype=bool),
         )
+        if self.n_steps > 1:
+            columns.discounts = np.empty(shape, np.float32)
+        if self._next_actions:
+            columns.next_actions = np.empty((*shape, self.action_dim), self.actions.dtype)
+            columns.has_next_actions = np.empty(shape, dtype=bool)
+        if self._returns is not None:
+            columns.returns = np.empty(shape, np.float32)
+            columns.has_returns = np.empty(shape, dtype=bool)
+        return columns
+
+    def _fill_columns(
+        self, columns: BatchColumns, span: slice, transitions: Transitions, rows: Array, env: VecNormalize | None
+    ) -> None:
+        """
+        Copy rows into columns.
+
+        :param columns: Shapes ``(n_batches, batch_size, ...)``
+        :param span: Which part of each batch is filled
+        :param transitions: Where the rows are
+        :param rows: Shape ``(n_batches, size of span)``
+        :param env: VecNormalize, for rewards
+        """
+        last = rows
+        if self.n_steps == 1:
+            gather(transitions.rewards, rows, columns.rewards[:, span])
+        else:
+            following = n_step_rows(transitions, rows.ravel(), self.n_steps)
+            rewards = self._normalize_reward(transitions.rewards.take(following.rows), env)
+            columns.rewards[:, span] = following.rewards(rewards, self.gamma).reshape(rows.shape)
+            assert columns.discounts is not None
+            columns.discounts[:, span] = following.discounts(self.gamma).reshape(rows.shape)
+            last = following.last.reshape(rows.shape)
+        gather_observations(transitions.observations, rows, columns.observations, span)
+        gather_observations(transitions.next_observations, last, columns.next_observations, span)
+        gather(transitions.actions, rows, columns.actions[:, span])
+        columns.dones[:, span] = transitions.dones(last)
+        if columns.next_actions is not None and columns.has_next_actions is not None:
+            columns.next_actions[:, span], columns.has_next_actions[:, span] = transitions.next_actions(last)
+        if columns.returns is not None and columns.has_returns is not None:
+            columns.returns[:, span], columns.has_returns[:, span] = transitions.returns(rows)
+
+    def _augment(self, columns: BatchColumns, augmentation: Augmentation) -> None:
+        if augmentation.needs_std and not self._std:
+            raise ValueError(
+                f"The augmentation {augmentation.name!r} is in units of the offline data's standard deviations, and there is "
+                "no offline data: set it, or use `augmentation=None`."
+            )
+        both = by_key(columns.observations), by_key(columns.next_observations)
+        # Batch after batch, so that the random stream does not depend on how many are drawn at once
+        for batch in range(len(columns.rewards)):
+            for observations in both:
+                for key in self._augmented:
+                    values = observations[key][batch]
+                    changed = augmentation(values, self._augmentation_generator, self._std.get(key))
+                    if changed is not values:
+                        values[...] = changed
+
+    def _to_batch(self, columns: BatchColumns, env: VecNormalize | None) -> OfflineToOnlineReplayBufferSamples:
+        rewards = columns.rewards.reshape(-1, 1)
+        if self.n_steps == 1:
+            # Those of n-step returns have been normalized before they were summed
+            rewards = self._normalize_reward(rewards, env)
+        if columns.returns is not None and env is not None and env.norm_reward:
+            columns.returns /= np.sqrt(env.ret_rms.var + env.epsilon)
+        extra = (columns.next_actions, columns.has_next_actions, columns.returns, columns.has_returns)
+        return OfflineToOnlineReplayBufferSamples(
+            self._observation_tensors(columns.observations, env),
+            self._to_tensor(columns.actions.reshape(-1, self.action_dim)),
+            self._observation_tensors(columns.next_observations, env),
+            self._to_tensor(columns.dones.reshape(-1, 1)),
+            self._to_tensor(rewards),
+            None if columns.discounts is None else self._to_tensor(columns.discounts.reshape(-1, 1)),
+            self._to_tensor(columns.is_offline.reshape(-1, 1)),
+            *(None if array is None else self._to_tensor(array.reshape(rewards.size, -1)) for array in extra),
+        )
+
+    def _observation_tensors(self, observations: Observations, env: VecNormalize | None) -> Any:
+        if isinstance(observations, dict):
+            rows = {key: array.reshape(-1, *array.shape[2:]) for key, array in observations.items()}
+            normalized = self._normalize_obs(rows, env)
+            assert isinstance(normalized, dict)
+            return {key: self._to_tensor(np.asarray(array)) for key, array in normalized.items()}
+        return self._to_tensor(np.asarray(self._normalize_obs(observations.reshape(-1, *observations.shape[2:]), env)))
 
     def _to_tensor(self, array: np.ndarray) -> th.Tensor:
         """
@@ -232,7 +490,16 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         tensor = th.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
-    def _draw_online_rows(self, n_batches: int, n_online: int) -> np.ndarray:
+    def _draw_offline_rows(self, n_batches: int, n_offline: int) -> Array:
+        size = n_batches * n_offline
+        if self._balanced is not None and self.size() > 0:
+            rows = self._balanced.draw(self._offline_generator, size)
+        else:
+            rows = self._shares.draw(self._offline_generator, size)
+        self._rows_by_source += self._shares.count(rows)
+        return rows.reshape(n_batches, n_offline)
+
+    def _draw_online_rows(self, n_batches: int, n_online: int) -> Array:
         """
         Draw with the calls of SB3's ``ReplayBuffer``, hence the same rows for the same seed.
 
@@ -251,32 +518,51 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
 
     def get_sampler_state(self) -> str:
         """
-        :return: State of the offline part's generator, as JSON
+        :return: State of the generators of the offline rows and of the augmentation, as JSON
         """
-        return json.dumps(self._offline_generator.bit_generator.state)
+        state = dict(self._offline_generator.bit_generator.state)
+        if self._augmentation is not None:
+            state["augmentation"] = self._augmentation_generator.bit_generator.state
+        return json.dumps(state)
 
     def set_sampler_state(self, state: str) -> None:
         """
-        Continue the offline part's random stream from a saved state.
+        Continue the random streams from a saved state. The augmentation's goes on as it is if it has none in it.
 
         :param state: What :meth:`get_sampler_state` returned
         """
-        self._offline_generator.bit_generator.state = json.loads(state)
+        saved = json.loads(state)
+        augmentation = saved.pop("augmentation", None)
+        self._offline_generator.bit_generator.state = saved
+        if self._augmentation is not None and augmentation is not None:
+            self._augmentation_generator.bit_generator.state = augmentation
+
+    # Files
+
+    def _ring(self) -> dict[str, Array]:
+        """The arrays of the ring by the names that they have in files."""
+        arrays: dict[str, Array] = {}
+        for name in RING_COLUMNS:
+            column = getattr(self, name)
+            arrays |= {f"{name}/{key}": array for key, array in column.items()} if isinstance(column, dict) else {name: column}
+        return arrays
 
     def _signature(self) -> dict[str, Any]:
         assert isinstance(self.action_space, spaces.Box)
         return {
-            "observation shape": list(self.obs_shape),
-            "observation dtype": str(self.observations.dtype),
+            "observation shape": _shapes(self.obs_shape),
+            "observation dtype": map_observations(lambda array: str(array.dtype), self.observations),
             "action shape": list(self.action_space.shape),
             "action bounds": [self.action_space.low.ravel().tolist(), self.action_space.high.ravel().tolist()],
             "n_envs": self.n_envs,
-            "n_steps": 1,
+            "n_steps": self.n_steps,
+            "gamma": self.gamma if self.n_steps > 1 else None,
         }
 
-    def save_online(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    def save_online(self, path: File) -> None:
         """
-        Write the online part and the state of the sampler to a file, without pickle.
+        Write the online part and the state of the sampler to a file, without pickle. With balanced replay, the network and
+        the priorities are in it.
 
         :param path: The file, written whole or not at all; or a binary stream
         """
@@ -288,58 +574,64 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             "full": self.full,
             "sampler": self.get_sampler_state(),
         }
-        columns = {name: getattr(self, name)[:size] for name in RING_COLUMNS}
-        with atomic_write(path) if isinstance(path, str | os.PathLike) else nullcontext(path) as file:
-            np.savez(file, facts=np.array(json.dumps(facts)), **columns)
+        arrays = {name: array[:size] for name, array in self._ring().items()}
+        if self._balanced is not None:
+            arrays |= {BALANCED_PREFIX + name: array for name, array in self._balanced.get_state().items()}
+        write_arrays(path, facts, arrays)
 
-    def load_online(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    def load_online(self, path: File) -> None:
         """
         Replace the online part by one written with :meth:`save_online`. The offline part stays.
 
-        If the file holds more rows than fit here, the newest are kept.
+        If the file holds more rows than fit here, the newest are kept. What is added next does not continue them.
 
         :param path: The file or binary stream
         :raises ValueError: It is not such a file, or it was written for other spaces, another number of
-            environments or another number of steps; the buffer is then unchanged
+            environments or of steps, or other offline data; the buffer is then unchanged
         """
-        try:
-            # Opened here, since NumPy leaves a damaged file open
-            stream = open(path, "rb") if isinstance(path, str | os.PathLike) else nullcontext(path)
-            with stream as opened, np.load(opened, allow_pickle=False) as file:
-                facts = json.loads(str(file["facts"]))
-                columns = {name: file[name] for name in RING_COLUMNS}
-        except FileNotFoundError:
-            raise
-        except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path} is damaged or not a replay buffer saved by `save_replay_buffer` ({type(error).__name__}: {error})."
-            ) from error
+        facts, arrays = read_arrays(path)
         self._check_signature({name: facts.get(name) for name in self._signature()}, str(path))
-        self._fill(columns, int(facts["pos"]), bool(facts["full"]), int(facts["buffer_size"]))
-        self.set_sampler_state(facts["sampler"])
+        try:
+            columns = {name: arrays[name] for name in self._ring()}
+            for name, array in self._ring().items():
+                if columns[name].shape != (len(columns["rewards"]), *array.shape[1:]):
+                    raise ValueError(f"{name} has the shape {columns[name].shape}")
+            place = int(facts["pos"]), bool(facts["full"]), int(facts["buffer_size"])
+            sampler = str(facts["sampler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path, error) from error
+        if self._balanced is not None:
+            prefix = BALANCED_PREFIX
+            self._balanced.set_state({name[len(prefix) :]: arrays[name] for name in arrays if name.startswith(prefix)})
+        self.set_sampler_state(sampler)
+        self._fill(columns, *place)
 
     def copy_online(self, other: ReplayBuffer, name: str = "the buffer") -> None:
         """
-        Replace the online part by the contents of another buffer, for example one saved by SB3.
+        Replace the online part by the contents of another buffer, for example one saved by SB3. What is added next does not
+        continue them.
 
         :param other: SB3's ``ReplayBuffer``
         :param name: What it is called in messages
-        :raises ValueError: It has other spaces or another number of environments
+        :raises ValueError: It has other spaces, another number of environments or of steps
         """
-        if type(other) is not ReplayBuffer and not isinstance(other, OfflineToOnlineReplayBuffer):
-            raise ValueError(f"{name} holds a {type(other).__name__}: expected a ReplayBuffer.")
-        assert isinstance(other.action_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
+        if type(other) not in self._sb3_classes and not isinstance(other, OfflineToOnlineReplayBuffer):
+            raise ValueError(f"{name} holds a {type(other).__name__}: expected a {self._sb3_classes[0].__name__}.")
+        assert isinstance(other.action_space, spaces.Box)
+        n_steps = getattr(other, "n_steps", 1)
         found = {
             **self._signature(),
-            "observation shape": list(other.obs_shape),
+            "observation shape": _shapes(other.obs_shape),
             "action shape": list(other.action_space.shape),
             "action bounds": [other.action_space.low.ravel().tolist(), other.action_space.high.ravel().tolist()],
             "n_envs": other.n_envs,
+            "n_steps": n_steps,
+            "gamma": getattr(other, "gamma", None) if n_steps > 1 else None,
         }
         self._check_signature(found, name)
         if other.optimize_memory_usage:
             raise ValueError(f"{name} was filled with `optimize_memory_usage=True`: expected False; gather it anew without.")
-        columns = {column: getattr(other, column)[: other.size()] for column in RING_COLUMNS}
+        columns = {column: array[: other.size()] for column, array in OfflineToOnlineReplayBuffer._ring(other).items()}  # type: ignore[arg-type]
         self._fill(columns, other.pos, other.full, other.buffer_size)
 
     def _check_signature(self, found: dict[str, Any], name: str) -> None:
@@ -348,21 +640,27 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             if key == "action bounds":
                 same = np.shape(found[key]) == np.shape(expected) and np.allclose(found[key], expected)
             if not same:
+                same_thing = (
+                    "`n_steps` and `gamma`" if key in ("n_steps", "gamma") else "environment and number of environments"
+                )
                 raise ValueError(
                     f"{name} was saved with {key} {found[key]}, this learner has {expected}: "
-                    "load it into a learner with the same environment and number of environments."
+                    f"load it into a learner with the same {same_thing}."
                 )
 
-    def _fill(self, columns: dict[str, np.ndarray], pos: int, full: bool, capacity: int) -> None:
+    def _fill(self, columns: dict[str, Array], pos: int, full: bool, capacity: int) -> None:
         if capacity != self.buffer_size:
             if full:
                 columns = {name: np.roll(values, -pos, axis=0) for name, values in columns.items()}
             columns = {name: values[-self.buffer_size :] for name, values in columns.items()}
             n_rows = len(columns["rewards"])
             pos, full = n_rows % self.buffer_size, n_rows == self.buffer_size
-        for name, values in columns.items():
-            getattr(self, name)[: len(values)] = values
+        for name, array in self._ring().items():
+            array[: len(columns[name])] = columns[name]
         self.pos, self.full = pos, full
+        self.cut_episodes()
+        if self._returns is not None:
+            self._returns = RingReturns(self, self.gamma)
 
     def __repr__(self) -> str:
         fraction = self.offline_fraction
@@ -370,16 +668,12 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         return f"{type(self).__name__}(offline={self.offline_size}, online={self.online_size}, offline_fraction={shown})"
 
 
-def _gather(column: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """
-    Copy rows of a column.
+def _as_float32(ring: Array, space: spaces.Space[Any]) -> Array:
+    if ring.dtype == np.uint8 or isinstance(space, spaces.Discrete):
+        return ring
+    # Fresh zeros rather than a conversion: untouched pages cost no memory
+    return np.zeros(ring.shape, np.float32)
 
-    :param column: Shape ``(n_rows, ...)``
-    :param rows: Valid indices, shape ``(n_batches, batch)``
-    :param out: Where to, shape ``(n_batches, batch, ...)``
-    """
-    # mode="clip" spares the check of the indices, and the temporary copy of `out` that it needs
-    if out.flags.c_contiguous and out.dtype == column.dtype:
-        column.take(rows, axis=0, out=out, mode="clip")
-    else:
-        np.copyto(out, column.take(rows, axis=0, mode="clip"))
+
+def _shapes(obs_shape: Any) -> Any:
+    return {key: list(shape) for key, shape in obs_shape.items()} if isinstance(obs_shape, dict) else list(obs_shape)

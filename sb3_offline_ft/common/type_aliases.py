@@ -16,8 +16,16 @@ class OfflineToOnlineReplayBufferSamples(NamedTuple):
     """
     A batch of transitions, in the form of SB3's ``ReplayBufferSamples`` plus the origin of each row.
 
-    Shapes are ``(batch, ...)``; ``actions`` are in the policy's scaled range [-1, 1]; ``dones`` is 1 only where the
-    task itself ended (a time limit is 0, so that the value of the next state is bootstrapped).
+    Shapes are ``(batch, ...)``; observations are dictionaries of tensors for ``Dict`` spaces; ``actions`` are in the
+    policy's scaled range [-1, 1]; ``dones`` is 1 only where the task itself ended (a time limit is 0, so that the value of
+    the next state is bootstrapped).
+
+    With n-step returns, ``rewards`` are discounted sums over up to n steps of one episode, ``next_observations`` and
+    ``dones`` are those of the last of these steps, and ``discounts`` is ``gamma**k`` with their number k; else it is None.
+
+    The last fields are None unless asked for. ``next_actions`` are the actions that were taken at ``next_observations``, 0
+    where ``has_next_actions`` is False; ``returns`` are the discounted sums of the rewards from the row to the end of its
+    episode, 0 where ``has_returns`` is False.
     """
 
     observations: th.Tensor
@@ -27,3 +35,7 @@ class OfflineToOnlineReplayBufferSamples(NamedTuple):
     rewards: th.Tensor
     discounts: th.Tensor | None
     is_offline: th.Tensor
+    next_actions: th.Tensor | None = None
+    has_next_actions: th.Tensor | None = None
+    returns: th.Tensor | None = None
+    has_returns: th.Tensor | None = None
