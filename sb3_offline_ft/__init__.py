@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+    from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
     from sb3_offline_ft.collapse import (
         Alarm,
         BettingDetector,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from sb3_offline_ft.datasets import OfflineDataset, load_dataset
     from sb3_offline_ft.offline_td3 import OfflineTD3
+    from sb3_offline_ft.rebrac import ReBRAC
     from sb3_offline_ft.td3bc import TD3BC
     from sb3_offline_ft.td3c import TD3C
     from sb3_offline_ft.zoo import register
@@ -29,8 +30,10 @@ _MODULE_OF = {
     "OfflineTD3": "sb3_offline_ft.offline_td3",
     "TD3BC": "sb3_offline_ft.td3bc",
     "TD3C": "sb3_offline_ft.td3c",
+    "ReBRAC": "sb3_offline_ft.rebrac",
     "OfflineDataset": "sb3_offline_ft.datasets",
     "load_dataset": "sb3_offline_ft.datasets",
+    "DictOfflineToOnlineReplayBuffer": "sb3_offline_ft.buffers",
     "OfflineToOnlineReplayBuffer": "sb3_offline_ft.buffers",
     "Alarm": "sb3_offline_ft.collapse",
     "BettingDetector": "sb3_offline_ft.collapse",
@@ -51,10 +54,12 @@ __all__ = [
     "CusumDetector",
     "Detector",
     "DeteriorationDetector",
+    "DictOfflineToOnlineReplayBuffer",
     "LearnerSnapshot",
     "OfflineDataset",
     "OfflineTD3",
     "OfflineToOnlineReplayBuffer",
+    "ReBRAC",
     "__version__",
     "load_dataset",
     "register",

@@ -74,7 +74,7 @@ def test_path_that_is_not_there(tmp_path):
         model.pretrain(3)
 
 
-@pytest.mark.parametrize("value", [3, ["a", "b"]])
+@pytest.mark.parametrize("value", [3, {3}])
 def test_dataset_of_another_type(value):
     with pytest.raises(TypeError, match="`dataset` must be a spec such as"):
         TD3BC("MlpPolicy", ENV, dataset=value)
@@ -83,7 +83,10 @@ def test_dataset_of_another_type(value):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_steps": 3}, "`n_steps` must be 1, found 3"),
+        ({"n_steps": 0}, "`n_steps` must be a whole number of at least 1, found 0"),
+        ({"replay_buffer_kwargs": {"n_steps": 3}}, "`replay_buffer_kwargs` has 'n_steps'"),
+        ({"replay_buffer_kwargs": {"offline_sampling": "ballanced"}}, "'uniform', 'balanced', found 'ballanced'"),
+        ({"replay_buffer_kwargs": {"augmentation": "gausian_noise"}}, "gaussian_noise"),
         ({"optimize_memory_usage": True}, "`optimize_memory_usage` must be False"),
         ({"replay_buffer_kwargs": {"offline_fraction": 0.3}}, "`replay_buffer_kwargs` has 'offline_fraction'"),
         ({"replay_buffer_kwargs": {"seed": 3}}, "`replay_buffer_kwargs` has 'seed'"),
@@ -95,13 +98,24 @@ def test_settings_that_logged_data_rules_out(settings, message):
         TD3BC("MlpPolicy", ENV, dataset=DATASET, **settings)
 
 
-def test_dict_observations_with_a_dataset():
+def test_data_of_another_kind_of_observations():
     class DictEnv(gym.Env):
         observation_space = spaces.Dict({"x": spaces.Box(-1, 1, (2,))})
         action_space = spaces.Box(-1, 1, (1,))
 
-    with pytest.raises(ValueError, match="With a dataset, the observation space must be a Box, found Dict"):
-        TD3BC("MultiInputPolicy", DictEnv(), dataset=DATASET)
+    model = TD3BC("MultiInputPolicy", DictEnv(), dataset=DATASET)
+    with pytest.raises(ValueError, match="does not fit the environment"):
+        model.pretrain(3)
+    assert model.offline_dataset is None
+
+
+def test_discrete_observations_with_a_dataset():
+    class DiscreteEnv(gym.Env):
+        observation_space = spaces.Discrete(3)
+        action_space = spaces.Box(-1, 1, (1,))
+
+    with pytest.raises(ValueError, match="With a dataset, the environment: observations must be"):
+        TD3BC("MlpPolicy", DiscreteEnv(), dataset=DATASET)
 
 
 @pytest.mark.parametrize("start", ["pretrain", "learn"])

@@ -12,12 +12,12 @@ import torch as th
 from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
+from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, ReBRAC, load_dataset
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
 SMALL = {"net_arch": [16, 16]}
-ALL = [TD3, OfflineTD3, TD3BC, TD3C]
+ALL = [TD3, OfflineTD3, TD3BC, TD3C, ReBRAC]
 
 
 def trained(algorithm: type[TD3], **settings) -> TD3:
@@ -205,7 +205,7 @@ def test_loading_to_predict_reads_no_data(tmp_path):
     loaded.predict(loaded.observation_space.sample())
 
 
-@pytest.mark.parametrize("algorithm", [OfflineTD3, TD3BC, TD3C])
+@pytest.mark.parametrize("algorithm", [OfflineTD3, TD3BC, TD3C, ReBRAC])
 def test_unknown_keyword_in_load_is_refused(algorithm, tmp_path):
     trained(algorithm).save(tmp_path / "model")
     with pytest.raises(TypeError, match="unknown keyword 'offline_fractoin': did you mean 'offline_fraction'"):
@@ -220,7 +220,7 @@ def test_settings_given_to_load_are_checked_like_the_constructors(tmp_path):
         ({"offline_fraction": 1.5}, "offline_fraction"),
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"epsilon": -1.0}, "epsilon"),
-        ({"n_steps": 3}, "`n_steps` must be 1"),
+        ({"n_steps": 0}, "`n_steps` must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             TD3C.load(tmp_path / "model", **settings)

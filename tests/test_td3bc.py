@@ -240,7 +240,7 @@ def test_bad_alpha_is_refused(alpha):
 @pytest.mark.parametrize("online_bc", [-1.0, "off", "lin_x", "geo_1_0", True, None])
 def test_bad_online_bc_is_refused(online_bc):
     if online_bc == "off":
-        with pytest.raises(ValueError, match="expected a number, 'keep', 'drop', 'lin_A'"):
+        with pytest.raises(ValueError, match="expected a number, 'keep', 'drop', 'adaptive', 'lin_A'"):
             TD3BC("MlpPolicy", "Pendulum-v1", online_bc=online_bc)
     with pytest.raises((ValueError, TypeError), match="`online_bc`"):
         TD3BC("MlpPolicy", "Pendulum-v1", online_bc=online_bc)

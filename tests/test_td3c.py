@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from torch import nn
 
-from sb3_offline_ft import TD3BC, TD3C
+from sb3_offline_ft import TD3BC, TD3C, LearnerSnapshot
 from tests.conftest import draw_batch
 
 DATASET = "bundled:pendulum-medium"
@@ -131,6 +131,102 @@ def test_offline_it_is_td3bc():
         assert th.equal(a, b)
 
 
+@pytest.mark.parametrize("kernel", ["fast", "autograd"])
+def test_penalty_in_the_critics_targets_by_hand(kernel):
+    """The same batch and noise with and without it: they differ by the documented term, whose scale is that of the start."""
+    model = make(constraint_reference="pretrained", critic_penalty=0.5, initial_multiplier=2.0, gamma=0.9, kernel=kernel)
+    start(model)
+    with th.no_grad():
+        for network in (model.actor_target.mu, *model.critic_target.q_networks):
+            for parameter in network.parameters():
+                parameter.add_(0.3 * th.randn_like(parameter))
+    batch = draw_batch(model, 64)
+    targets = []
+    for penalty in (0.5, 0.0, 0.5):
+        model.critic_penalty = penalty
+        th.manual_seed(1)
+        targets.append(model._target_q_values(batch))
+    th.manual_seed(1)
+    noise = th.empty_like(batch.actions).normal_(0, 0.2).clamp(-0.5, 0.5)
+    with th.no_grad():
+        actions = (model.actor_target(batch.next_observations) + noise).clamp(-1, 1)
+        distance = ((actions - model.reference_actor(batch.next_observations)) ** 2).mean(1, keepdim=True)
+        scale = th.minimum(*model.critic_target(batch.next_observations, actions)).abs().mean()
+    expected = 0.9 * (1 - batch.dones) * 0.5 * 2.0 * scale * distance
+    assert float(expected.mean()) > 1e-3
+    assert th.allclose(targets[1] - targets[0], expected, rtol=1e-3, atol=1e-5)
+    # Values that have grown since do not change the scale
+    with th.no_grad():
+        for network in model.critic_target.q_networks:
+            network[-1].weight.mul_(100)
+    th.manual_seed(1)
+    large = model._target_q_values(batch)
+    model.critic_penalty = 0.0
+    th.manual_seed(1)
+    assert th.allclose(model._target_q_values(batch) - large, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_offline_the_critics_are_those_of_td3bc_with_a_penalty_too():
+    ours, theirs = make(critic_penalty=1.0).pretrain(20), make().pretrain(20)
+    for a, b in zip(ours.policy.state_dict().values(), theirs.policy.state_dict().values(), strict=True):
+        assert th.equal(a, b)
+    assert ours._critic_penalty_scale is None
+
+
+def test_the_scale_of_the_penalty_is_kept(tmp_path):
+    """In files and snapshots; a run of its own measures it anew."""
+    model = make(constraint_reference="pretrained", critic_penalty=1.0, offline_steps=20).learn(20)
+    scale = model._critic_penalty_scale
+    assert scale > 0 and "train/critic_penalty" in model.logger.name_to_value
+    model.save(tmp_path / "model")
+    loaded = TD3C.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+    assert loaded._critic_penalty_scale == scale
+    snapshot = LearnerSnapshot.take(model)
+    model.learn(0)
+    assert model._critic_penalty_scale is None
+    snapshot.restore(model)
+    assert model._critic_penalty_scale == scale
+
+
+def test_values_stay_bounded_under_a_penalty():
+    """
+    Pendulum's values are negative: a penalty that grew with them would let them grow without bound.
+
+    With ``c = critic_penalty * multiplier * distance``, values of a fixed policy sink by ``c * scale / (1 - gamma)`` at most.
+    """
+    model = make(constraint_reference="pretrained", critic_penalty=1.0, initial_multiplier=20.0, multiplier_learning_rate=0.0,
+                 gamma=0.9, tau=0.3, offline_steps=50, learning_rate=1e-2, offline_fraction=1.0)  # fmt: skip
+    model.learn(0)
+    with th.no_grad():
+        model.actor_target.mu[-2].bias.add_(1.0)
+    for _ in range(1500):
+        batch = draw_batch(model, 64)
+        model._update_critic(batch)
+        model._kernel.update_targets(model.tau, False)
+    values = th.cat(model.critic(batch.observations, batch.actions), dim=1).detach()
+    # Rewards are above -16.3, distances in [0, 4]
+    least = (-16.3 - 0.9 * 20 * 4 * model._critic_penalty_scale) / (1 - 0.9)
+    assert least < float(values.min()) < float(values.mean()) < 0
+
+
+def test_a_penalty_makes_a_policy_that_has_left_worth_less():
+    """The value of a target policy that has left its reference, from the same start on the same batches."""
+
+    def value(critic_penalty):
+        model = make(constraint_reference="pretrained", critic_penalty=critic_penalty, initial_multiplier=5.0, gamma=0.9,
+                     multiplier_learning_rate=0.0, offline_steps=50, offline_fraction=1.0, tau=0.05)  # fmt: skip
+        model.learn(0)
+        with th.no_grad():
+            model.actor_target.mu[-2].bias.add_(1.0)
+        for _ in range(400):
+            batch = draw_batch(model, 64)
+            model._update_critic(batch)
+            model._kernel.update_targets(model.tau, False)
+        return float(th.cat(model.critic(batch.observations, batch.actions), dim=1).detach().mean())
+
+    assert value(1.0) < value(0.0) - 1.0
+
+
 class Watch(BaseCallback):
     """Copies the actor and the reference at every step."""
 
@@ -221,6 +317,9 @@ def test_scheduled_epsilon(tmp_path):
         ({"initial_multiplier": 0.0}, "min_multiplier"),
         ({"initial_multiplier": 1e9}, "max_multiplier"),
         ({"multiplier_learning_rate": -1}, "multiplier_learning_rate"),
+        ({"critic_penalty": -0.5}, "`critic_penalty` must be at least 0, found -0.5"),
+        ({"critic_penalty": float("nan")}, "`critic_penalty` must be at least 0"),
+        ({"critic_penalty": 1.0, "constraint_reference": "target"}, "`critic_penalty` has no use with"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

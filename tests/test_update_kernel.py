@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3, OfflineToOnlineReplayBuffer, load_dataset
+from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3, OfflineToOnlineReplayBuffer, ReBRAC, load_dataset
 from sb3_offline_ft.collapse.remedies import PolicyBrake
 from sb3_offline_ft.collapse.signals import greedy_actions, policy_distance
 from sb3_offline_ft.common.policies import MlpPolicy
@@ -220,12 +220,15 @@ def learners(draw: st.DrawFn) -> dict[str, Any]:
         "eps": draw(st.sampled_from([1e-8, 1e-5, 1e-2])),
         "weight_decay": draw(st.sampled_from([0.0, 0, 0.01, 1.0])),
     }
-    algorithm = draw(st.sampled_from([OfflineTD3, TD3BC, TD3C]))
+    algorithm = draw(st.sampled_from([OfflineTD3, TD3BC, TD3C, ReBRAC]))
+    n_critics = draw(st.sampled_from([1, 2, 5, 10]))
     settings: dict[str, Any] = {
         "policy_kwargs": {
             "net_arch": {name: draw(st.lists(widths, max_size=3)) for name in ("pi", "qf")},
             "activation_fn": draw(st.sampled_from([nn.ReLU, nn.Tanh])),
-            "n_critics": draw(st.integers(1, 5)),
+            "n_critics": n_critics,
+            "target_critics": draw(st.none() | st.integers(1, n_critics)),
+            "actor_value": draw(st.sampled_from(["first", "mean", "min"])),
             "layer_norm": layer_norm,
             "share_features_extractor": draw(st.booleans()),
             "optimizer_kwargs": optimizer,
@@ -238,7 +241,10 @@ def learners(draw: st.DrawFn) -> dict[str, Any]:
         "normalize_observations": draw(st.booleans()),
         "seed": draw(st.integers(0, 3)),
     }
-    if algorithm is not OfflineTD3:
+    if algorithm is ReBRAC:
+        settings["actor_bc_coef"] = draw(st.sampled_from([0.0, 0.01, 1.0]))
+        settings["critic_bc_coef"] = draw(st.sampled_from([0.0, 0.01, 1.0]))
+    elif algorithm is not OfflineTD3:
         settings["alpha"] = draw(st.sampled_from([0.0, 0.4, 2.5, float("inf")]))
     return {"algorithm": algorithm, "settings": settings} | {
         "space": draw(st.sampled_from(sorted(VECTORS))),
@@ -248,7 +254,7 @@ def learners(draw: st.DrawFn) -> dict[str, Any]:
 
 
 # Derandomized: where a ReLU's input is 0 up to rounding its gradient may differ, so that a rare example fails for no reason
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(learner=learners())
 def test_whatever_the_network_and_the_settings_the_kernels_agree(learner: dict[str, Any]) -> None:
     env = Random(VECTORS[learner["space"]], learner["action_dim"])
@@ -263,6 +269,88 @@ def test_whatever_the_network_and_the_settings_the_kernels_agree(learner: dict[s
     autograd.pretrain(learner["n_steps"])
     assert is_fast(fast) and not is_fast(autograd)
     assert_agree(fast, autograd, start, 1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_critics", [1, 2, 5, 10])
+@pytest.mark.parametrize("actor_value", ["first", "mean", "min"])
+def test_for_each_value_of_the_actor_the_kernels_agree(actor_value: str, n_critics: int, device: str) -> None:
+    """Targets over a random subset of the critics, which both kernels draw alike, and a batch that is no power of two."""
+    target_critics = max(1, n_critics // 2)
+    kwargs = SMALL | {"n_critics": n_critics, "target_critics": target_critics, "actor_value": actor_value}
+    fast, autograd = (
+        make(policy_kwargs=kwargs, kernel=kernel, device=device, batch_size=37) for kernel in ("fast", "autograd")
+    )
+    start = state_of(fast)
+    for model in (fast, autograd):
+        model.pretrain(12)
+    assert is_fast(fast) and not is_fast(autograd)
+    assert_agree(fast, autograd, start)
+
+
+@pytest.mark.parametrize("actor_value", ["mean", "min"])
+def test_critics_that_agree_share_the_gradient_of_the_actor(actor_value: str) -> None:
+    """Of five critics three are the same and the smallest, so that the minimum is not unique in any row."""
+    kwargs = SMALL | {"n_critics": 5, "actor_value": actor_value}
+    models = [make(OfflineTD3, policy_kwargs=kwargs, kernel=kernel) for kernel in ("fast", "autograd")]
+    start = state_of(models[0]).weights
+    gradients = []
+    for model in models:
+        model.load_offline_data()
+        critics = model.critic.q_networks
+        with th.no_grad():
+            for critic in (critics[2], critics[4]):
+                critic.load_state_dict(critics[1].state_dict())
+            for critic in (critics[0], critics[3]):
+                critic[-1].bias.add_(10.0)
+        model._pretraining = True
+        batch = draw_batch(model, 32)
+        model._update_actor(batch)
+        gradients.append({name: value.grad.double().clone() for name, value in model.actor.named_parameters()})
+        moved = difference(state_of(model).weights, start)
+        assert all(bool((moved[name] != 0).any()) == name.startswith("actor.") for name in moved if "critic" not in name)
+    assert norm(difference(*gradients)) <= TOLERANCE * norm(gradients[1]) > 0
+
+
+def test_steps_of_different_discounts_and_further_columns_are_cut_into_batches() -> None:
+    """What n-step returns and the buffer's options add to a batch, several batches at once."""
+    models = []
+    for kernel in ("fast", "autograd"):
+        model = make(ReBRAC, kernel=kernel, critic_bc_coef=0.5, policy_kwargs=SMALL)
+        model.load_offline_data()
+        model._pretraining = True
+        ((rows, n_rows),) = model._sample_rows(1, 48)
+        generator = th.Generator().manual_seed(1)
+        discounts = 0.9 ** th.randint(1, 4, (48, 1), generator=generator)
+        rows = rows._replace(discounts=discounts, returns=th.randn(48, 1, generator=generator))
+        model._kernel = model._choose_kernel()
+        seen = []
+        for batch in model._kernel.batches(rows, 16):
+            assert n_rows == 48 and len(batch.next_actions) == len(batch.has_next_actions) == len(batch.is_offline) == 16
+            assert batch.has_returns is None
+            seen.append((batch.discounts, batch.returns))
+            model._update(batch)
+        assert th.equal(th.cat([values for values, _ in seen]), discounts)
+        assert th.equal(th.cat([values for _, values in seen]), rows.returns)
+        models.append(model)
+    assert is_fast(models[0]) and models[0]._n_updates == 3
+    assert_agree(models[0], models[1], state_of(make(ReBRAC, policy_kwargs=SMALL)))
+
+
+def test_the_actions_of_the_next_values_are_told() -> None:
+    for kernel in ("fast", "autograd"):
+        model = make(kernel=kernel)
+        model.load_offline_data()
+        model._pretraining = True
+        batch = draw_batch(model, 16)
+        noise = th.linspace(-3, 3, 16)[:, None]
+        values = model._kernel.next_q_values(noise, th.tensor([1]))
+        with th.no_grad():
+            actions = (model.actor_target(batch.next_observations) + noise).clamp(-1, 1)
+            expected = model.critic_target(batch.next_observations, actions)[1]
+        assert th.allclose(model._kernel.next_actions, actions, atol=1e-6) and values.shape == (16, 1)
+        assert th.allclose(values, expected, atol=1e-4)
+        assert float(actions.abs().max()) == 1
 
 
 @pytest.mark.parametrize("space", sorted(VECTORS))
@@ -1218,6 +1306,20 @@ class Smooth(TD3BC):
         return -q_values.mean() + 10 * (near - actions).square().mean() + 0.1 * decay
 
 
+class Selective(TD3BC):
+    """Values of some rows count more than those of others, and of some against their sign."""
+
+    def _actor_loss(self, batch: Any, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
+        return -(batch.observations[:, :1] * q_values).mean()
+
+
+class Averse(TD3BC):
+    """Takes something off the next values."""
+
+    def _next_value_penalty(self, batch: Any, next_actions: th.Tensor, next_q_values: th.Tensor) -> th.Tensor:
+        return 0.1 * next_q_values.abs() + next_actions.square().sum(dim=1, keepdim=True)
+
+
 class Repeating(TD3BC):
     """Updates the critics after the policy too, with the batch's own actions."""
 
@@ -1227,10 +1329,14 @@ class Repeating(TD3BC):
 
 
 @pytest.mark.parametrize(
-    "algorithm", [Timid, Torn, Unweighted, Undetached, Pessimist, Cloner, Biased, Advantaged, Smooth, Repeating]
+    "algorithm",
+    [Timid, Torn, Unweighted, Undetached, Pessimist, Cloner, Biased, Advantaged, Smooth, Selective, Averse, Repeating],
 )
-def test_an_objective_of_ones_own_is_stated_once(algorithm: type[TD3BC]) -> None:
-    fast, autograd, plain = make(algorithm, kernel="fast"), make(algorithm, kernel="autograd"), make()
+@pytest.mark.parametrize("actor_value", ["first", "mean", "min"])
+def test_an_objective_of_ones_own_is_stated_once(algorithm: type[TD3BC], actor_value: str) -> None:
+    kwargs = SMALL | {"n_critics": 3, "actor_value": actor_value}
+    fast, autograd = (make(algorithm, kernel=kernel, policy_kwargs=kwargs) for kernel in ("fast", "autograd"))
+    plain = make(policy_kwargs=kwargs)
     start = state_of(fast)
     for model in (fast, autograd, plain):
         model.pretrain(15)

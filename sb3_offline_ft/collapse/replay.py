@@ -47,8 +47,8 @@ def check_can_thin_out(buffer: ReplayBuffer) -> None:
     :raises ValueError: Its rows depend on one another
     """
     name, problem = type(buffer).__name__, None
-    if isinstance(buffer, NStepReplayBuffer):
-        problem = "its n-step returns need the rows that follow"
+    if isinstance(buffer, NStepReplayBuffer) or getattr(buffer, "needs_following_rows", False):
+        problem = "its n-step returns, next actions or Monte-Carlo returns need the rows that follow"
     elif isinstance(buffer, HerReplayBuffer):
         problem = "it relabels goals with the other rows of an episode"
     elif buffer.optimize_memory_usage:

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,23 @@ def whole_number(value: Any, name: str, least: int = 0) -> int:
     if not number or not math.isfinite(value) or int(value) != value or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
     return int(value)
+
+
+def number_pair(value: Any, name: str) -> tuple[float, float]:
+    """
+    Check a pair of numbers; YAML files and saved models write it as a list.
+
+    :param value: The pair
+    :param name: Its name, for the message
+    :return: The pair
+    :raises ValueError: It is something else, or a number is not finite
+    """
+    pair = tuple(value) if isinstance(value, list | tuple | np.ndarray) else ()
+    if len(pair) != 2 or any(isinstance(number, bool) or not isinstance(number, Real) for number in pair):
+        raise ValueError(f"`{name}` must be two numbers, found {value!r}.")
+    if not all(math.isfinite(number) for number in pair):
+        raise ValueError(f"`{name}` must be finite, found {value!r}.")
+    return float(pair[0]), float(pair[1])
 
 
 def _constructor_arguments(cls: type) -> set[str]:

@@ -5,9 +5,19 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
+from torch import nn
 
-__all__ = ["NormalizedFlattenExtractor"]
+__all__ = ["NormalizedCombinedExtractor", "NormalizedFlattenExtractor", "is_vector_space"]
+
+
+def is_vector_space(space: spaces.Space[Any]) -> bool:
+    """
+    :param space: An observation space, not a ``Dict``
+    :return: Whether normalizing its observations makes sense: it is a ``Box``, and not one of images
+    """
+    return isinstance(space, spaces.Box) and not is_image_space(space)
 
 
 class NormalizedFlattenExtractor(FlattenExtractor):
@@ -46,3 +56,21 @@ class NormalizedFlattenExtractor(FlattenExtractor):
     def forward(self, observations: th.Tensor) -> th.Tensor:
         features: th.Tensor = self.flatten(observations)
         return (features - self.observation_mean) / self.observation_std
+
+
+class NormalizedCombinedExtractor(CombinedExtractor):
+    """
+    SB3's ``CombinedExtractor`` that normalizes the vectors among the keys, each by a :class:`NormalizedFlattenExtractor`.
+
+    Images go through SB3's ``NatureCNN``, and discrete observations are one-hot, as there.
+
+    :param observation_space: Observation space, a ``Dict``
+    :param cnn_output_dim: Number of features of each image
+    :param normalized_image: Whether images are normalized already, see SB3's ``CombinedExtractor``
+    """
+
+    def __init__(self, observation_space: spaces.Dict, cnn_output_dim: int = 256, normalized_image: bool = False) -> None:
+        super().__init__(observation_space, cnn_output_dim, normalized_image)
+        for key, module in self.extractors.items():
+            if isinstance(module, nn.Flatten) and is_vector_space(observation_space[key]):
+                self.extractors[key] = NormalizedFlattenExtractor(observation_space[key])

@@ -9,7 +9,7 @@ import pickle
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -17,33 +17,40 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import TD3
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.td3.policies import TD3Policy
+from stable_baselines3.td3.policies import Actor, TD3Policy
 
-from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.callbacks import InitialEvaluation, as_list, find_callbacks
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import known_keywords, whole_number
+from sb3_offline_ft.common.frozen import frozen_actor, weights_from_arrays, weights_to_arrays
+from sb3_offline_ft.common.guide import NOT_SAVED, PRETRAINED, GuideLike, check_guide, find_guide, guide_actions
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text
 from sb3_offline_ft.common.logger import OfflineLogger
-from sb3_offline_ft.common.policies import STD_OFFSET, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_offline_ft.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OfflinePolicy
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.common.torch_layers import is_vector_space
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 from sb3_offline_ft.common.update import ActorObjective, AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
+from sb3_offline_ft.common.update.kernel import target_critics_of
 from sb3_offline_ft.common.update.products import UPDATE_PRECISIONS
-from sb3_offline_ft.datasets import OfflineDataset, load_dataset
+from sb3_offline_ft.datasets import DatasetSpec, OfflineDataset, check_spaces_supported, load_dataset, spec_text
 
 SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
 
 SB3_LEARNING_STARTS = 100
 ZIP_MAGIC = b"PK"
+N_STEP_KEYWORDS = ("n_steps", "gamma")
+GUIDE_PREFIX = "guide_actor."
 KERNELS = ("auto", "fast", "autograd")
 BATCHES_AT_ONCE = 64
 BYTES_AT_ONCE = 2**24
@@ -78,11 +85,12 @@ class OfflineTD3(TD3):
     :param train_freq: Update the model every ``train_freq`` steps, or a tuple such as ``(5, "step")``
     :param gradient_steps: How many gradient steps to do after each rollout; ``-1`` means as many as steps done
     :param action_noise: the action noise type (None by default, as in SB3)
-    :param replay_buffer_class: Replay buffer class, :class:`OfflineToOnlineReplayBuffer` by default;
-        a dataset needs that class or a subclass
-    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation
+    :param replay_buffer_class: Replay buffer class, :class:`OfflineToOnlineReplayBuffer` by default, for ``Dict``
+        observations :class:`DictOfflineToOnlineReplayBuffer`; a dataset needs one of these or a subclass
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation, such as
+        ``dict(augmentation="gaussian_noise")`` or ``dict(offline_sampling="balanced")``
     :param optimize_memory_usage: Not supported together with a dataset
-    :param n_steps: Number of steps of the n-step return; a dataset needs 1
+    :param n_steps: Number of steps of the n-step return
     :param policy_delay: Policy and target networks will only be updated once every policy_delay steps
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
     :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
@@ -93,7 +101,7 @@ class OfflineTD3(TD3):
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param dataset: The logged data: a spec such as ``"mujoco/hopper/medium-v0"`` (see
+    :param dataset: The logged data: a spec such as ``"mujoco/hopper/medium-v0"``, a list of specs (see
         :func:`sb3_offline_ft.load_dataset`) or an :class:`OfflineDataset`. Loaded at the first use; a saved
         model holds its spec and fingerprint, not the data
     :param offline_steps: Gradient steps of pretraining before the first interaction; :meth:`learn` does what is left
@@ -111,6 +119,11 @@ class OfflineTD3(TD3):
         with SB3's results to the bit. ``"fast"``: written out, or an error if the networks do not allow it
     :param update_precision: ``"float32"``, or ``"bfloat16"`` for the matrix products of hidden layers (parameters, sums and
         losses stay float32), which is faster on CPUs with units for it
+    :param guide_policy: A policy that acts at the start of each training episode (Uchendu et al. 2023, "Jump-Start
+        Reinforcement Learning"): ``"pretrained"``, a copy of the policy as it is when the finetuning run begins; the path of a
+        zip file that a Stable-Baselines3 algorithm saved; an algorithm or a policy, which a saved model does not hold; or None
+    :param guide_steps: Number of steps at the start of each episode of each environment that it acts: a number, or a schedule
+        such as ``"lin_200_0"``, by which the learner takes over
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -164,7 +177,7 @@ class OfflineTD3(TD3):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        dataset: str | os.PathLike[str] | OfflineDataset | None = None,
+        dataset: DatasetSpec | None = None,
         offline_steps: int = 0,
         offline_fraction: ScheduleLike = 0.5,
         warmup_steps: int = 2000,
@@ -174,6 +187,8 @@ class OfflineTD3(TD3):
         normalize_observations: bool = True,
         kernel: str = "auto",
         update_precision: str = "float32",
+        guide_policy: GuideLike = None,
+        guide_steps: ScheduleLike = 0,
     ) -> None:
         try:
             super().__init__(
@@ -223,6 +238,8 @@ class OfflineTD3(TD3):
         self.normalize_observations = normalize_observations
         self.kernel = kernel
         self.update_precision = update_precision
+        self.guide_policy = guide_policy
+        self.guide_steps = guide_steps
 
         self.offline_steps_done = 0
         # Position in the life cycle; all of it is saved with the model
@@ -236,6 +253,8 @@ class OfflineTD3(TD3):
         self._pretraining = False
         self._online_timesteps: int | None = None
         self._eval_callbacks: list[EvalCallback] = []
+        self._guide: BaseAlgorithm | BasePolicy | None = None
+        self._episode_steps = np.zeros(0, dtype=int)
         self._best_mean_reward = -math.inf
         self._kernel: UpdateKernel = None  # type: ignore[assignment]  # chosen by the first `train`
 
@@ -246,14 +265,19 @@ class OfflineTD3(TD3):
 
     def _setup_model(self) -> None:
         self._check_settings()
-        if isinstance(self.observation_space, spaces.Box) and self.n_steps == 1 and not self.optimize_memory_usage:
-            # A zip saved by SB3's TD3 names the class it would have chosen itself
-            if self.replay_buffer_class in (None, ReplayBuffer):
-                self.replay_buffer_class = OfflineToOnlineReplayBuffer
+        self._choose_replay_buffer_class()
         self._noise_generator = th.Generator(device=self.device)
-        super()._setup_model()
+        n_steps = self.n_steps
+        try:
+            if self._has_own_buffer_class:
+                # SB3 would warn that it does not tell the buffer, which is done below
+                self.n_steps = 1
+            super()._setup_model()
+        finally:
+            self.n_steps = n_steps
         if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             self.replay_buffer.offline_fraction = self.offline_fraction
+            self.replay_buffer.set_n_steps(self.n_steps, self.gamma)
         self._seed_generators(self.seed)
         if self.kernel == "fast" or self.update_precision != "float32":
             # Said now rather than at the first update
@@ -262,6 +286,27 @@ class OfflineTD3(TD3):
             except NotSupportedError as error:
                 self._fall_back(error)
         self._logged: dict[str, list[th.Tensor | float]] = {}
+
+    @property
+    def _has_own_buffer_class(self) -> bool:
+        return self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, OfflineToOnlineReplayBuffer)
+
+    def _classes_chosen_by_sb3(self) -> list[type[ReplayBuffer] | None]:
+        """Classes that stand for none in particular: a zip saved by SB3's TD3 names the one that SB3 chose itself."""
+        n_step = self.n_steps > 1 and self.replay_buffer_kwargs.get("n_steps") == self.n_steps
+        return [None, ReplayBuffer, DictReplayBuffer, *([NStepReplayBuffer] if n_step else [])]
+
+    def _choose_replay_buffer_class(self) -> None:
+        if self.replay_buffer_class in self._classes_chosen_by_sb3() and not self.optimize_memory_usage:
+            if isinstance(self.observation_space, spaces.Box):
+                self.replay_buffer_class = OfflineToOnlineReplayBuffer
+            elif isinstance(self.observation_space, spaces.Dict):
+                self.replay_buffer_class = DictOfflineToOnlineReplayBuffer
+        if self._has_own_buffer_class:
+            # They are in a zip's keywords for SB3's sake; here they are those of the algorithm
+            self.replay_buffer_kwargs = {
+                name: value for name, value in self.replay_buffer_kwargs.items() if name not in N_STEP_KEYWORDS
+            }
 
     def _seed_generators(self, seed: int | None) -> None:
         self._noise_generator.manual_seed(derive_seed(seed, stream=1))
@@ -288,28 +333,38 @@ class OfflineTD3(TD3):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, found {getattr(self, name)!r}.")
         if self.kernel == "autograd" and self.update_precision != "float32":
             raise ValueError("`update_precision='bfloat16'` needs the fast kernel: leave out `kernel='autograd'`.")
-        for name in {"offline_fraction", "seed"} & self.replay_buffer_kwargs.keys():
-            raise ValueError(f"`replay_buffer_kwargs` has {name!r}, which the algorithm sets: use its own `{name}`.")
-        if self.dataset is not None and not isinstance(self.dataset, str | OfflineDataset):
-            raise TypeError(
-                f"`dataset` must be a spec such as 'mujoco/hopper/medium-v0' or an OfflineDataset, found {self.dataset!r}."
-            )
+        self.guide_policy, self._guide_steps_schedule = check_guide(self.guide_policy, self.guide_steps)
+        self.n_steps = whole_number(self.n_steps, "n_steps", least=1)
+        self._check_replay_buffer_kwargs()
         if self.dataset is None:
             return
+        if not isinstance(self.dataset, str | OfflineDataset | Mapping | Sequence):
+            raise TypeError(
+                "`dataset` must be a spec such as 'mujoco/hopper/medium-v0', a list of specs or an OfflineDataset, "
+                f"found {self.dataset!r}."
+            )
+        if not isinstance(self.dataset, str | OfflineDataset):
+            # A string can be saved; a list that holds data cannot
+            self.dataset = spec_text(self.dataset) or self.dataset
+        check_spaces_supported(self.observation_space, None, "With a dataset, the environment")
         problem = None
-        if self.n_steps != 1:
-            problem = f"`n_steps` must be 1, found {self.n_steps}"
-        elif self.optimize_memory_usage:
+        if self.optimize_memory_usage:
             problem = "`optimize_memory_usage` must be False, since time limits in the data need their own next observation"
-        elif not isinstance(self.observation_space, spaces.Box):
-            problem = f"the observation space must be a Box, found {self.observation_space}"
-        elif self.replay_buffer_class not in (None, ReplayBuffer) and not issubclass(
-            self.replay_buffer_class, OfflineToOnlineReplayBuffer
-        ):
+        elif not self._has_own_buffer_class and self.replay_buffer_class not in self._classes_chosen_by_sb3():
+            assert self.replay_buffer_class is not None
+            wanted = "DictOfflineToOnline" if isinstance(self.observation_space, spaces.Dict) else "OfflineToOnline"
             found = self.replay_buffer_class.__name__
-            problem = f"`replay_buffer_class` must be OfflineToOnlineReplayBuffer or a subclass, found {found}"
+            problem = f"`replay_buffer_class` must be {wanted}ReplayBuffer or a subclass, found {found}"
         if problem is not None:
             raise ValueError(f"With a dataset, {problem}. Change it, or leave out `dataset`.")
+
+    def _check_replay_buffer_kwargs(self) -> None:
+        own_class = self.replay_buffer_class is None or self._has_own_buffer_class
+        refused = {"offline_fraction", "seed"}
+        if own_class and self._extra_state is None:
+            refused |= set(N_STEP_KEYWORDS)
+        for name in sorted(refused & self.replay_buffer_kwargs.keys()):
+            raise ValueError(f"`replay_buffer_kwargs` has {name!r}, which the algorithm sets: use its own `{name}`.")
 
     @property
     def offline_dataset(self) -> OfflineDataset | None:
@@ -337,6 +392,8 @@ class OfflineTD3(TD3):
         assert isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer)
         dataset = load_dataset(self.dataset)
         self.replay_buffer.set_offline_data(dataset)
+        fitted = self.replay_buffer.offline_data
+        assert fitted is not None
         if self.dataset_fingerprint not in (None, dataset.fingerprint) and self.offline_steps_done > 0:
             warnings.warn(
                 f"The dataset {dataset.name} is not the one this model was pretrained on: its fingerprint is "
@@ -350,33 +407,29 @@ class OfflineTD3(TD3):
                 f"mean return {np.mean(dataset.episode_returns):.1f}"
             )
         if self.normalize_observations and not self._has_trained_weights:
-            self._fit_normalizer(dataset)
+            self._fit_normalizer(fitted)
 
     def _fit_normalizer(self, dataset: OfflineDataset) -> None:
         vec_normalize = self._vec_normalize_env
         if vec_normalize is not None and vec_normalize.norm_obs:
             # The policy sees what VecNormalize returns, to which the dataset's statistics do not apply
             return
-        normalizers = self.policy.normalizers() if isinstance(self.policy, MlpPolicy) else []
-        if not normalizers:
+        if isinstance(self.policy, OfflinePolicy) and self.policy.fit_normalizers(dataset.observations):
+            return
+        space = self.observation_space
+        if any(is_vector_space(each) for each in (space.values() if isinstance(space, spaces.Dict) else (space,))):
             warnings.warn(
                 f"`normalize_observations` is not applied: {type(self.policy).__name__} with "
-                f"{self.policy.features_extractor_class.__name__} has no observation normalizer. Use MlpPolicy with its "
-                "default features extractor, or `normalize_observations=False`.",
+                f"{self.policy.features_extractor_class.__name__} has no observation normalizer. Use MlpPolicy or "
+                "MultiInputPolicy with its default features extractor, or `normalize_observations=False`.",
                 stacklevel=3,
             )
-        observations = dataset.observations.reshape(len(dataset), -1)
-        mean = observations.mean(axis=0, dtype=np.float64)
-        std = observations.std(axis=0, dtype=np.float64) + STD_OFFSET
-        for normalizer in normalizers:
-            normalizer.set_statistics(mean, std)
 
     def _check_vec_normalize(self) -> None:
         vec_normalize = self._vec_normalize_env
         if vec_normalize is None:
             return
-        normalizers = self.policy.normalizers() if isinstance(self.policy, MlpPolicy) else []
-        if vec_normalize.norm_obs and any(normalizer.is_fitted for normalizer in normalizers):
+        if vec_normalize.norm_obs and isinstance(self.policy, OfflinePolicy) and self.policy.has_fitted_normalizer:
             raise ValueError(
                 "The policy normalizes observations by the statistics of its dataset, and VecNormalize would normalize them "
                 "a second time: use the environment without VecNormalize, or with `norm_obs=False`."
@@ -557,14 +610,20 @@ class OfflineTD3(TD3):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._check_dataset_is_there()
+        self._prepare_guide()
         self.load_offline_data()
         self._check_vec_normalize()
         initial_evaluation, callbacks = InitialEvaluation(), as_list(callback)
         if any(isinstance(given, BaseCallback) and any(find_callbacks(given, EvalCallback)) for given in callbacks):
             callbacks = [*callbacks, initial_evaluation]
+        is_reset = reset_num_timesteps or self._last_obs is None
         total_timesteps, started = super()._setup_learn(
             total_timesteps, callbacks, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if is_reset:
+            self._episode_steps = np.zeros(self.n_envs, dtype=int)
+            if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+                self.replay_buffer.cut_episodes()
         self._eval_callbacks = list(find_callbacks(started, EvalCallback))
         if self.remaining_offline_steps > 0:
             show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
@@ -611,6 +670,8 @@ class OfflineTD3(TD3):
             )
         if pretrained:
             self._begin_with_trained_weights(total_timesteps)
+        if self.guide_policy == PRETRAINED:
+            self._guide = frozen_actor(self.policy)
         self._best_mean_reward = max((callback.best_mean_reward for callback in self._eval_callbacks), default=-math.inf)
         self._on_finetuning_start(pretrained)
 
@@ -653,12 +714,61 @@ class OfflineTD3(TD3):
     def _on_new_best(self) -> None:
         """Called before the next update when an ``EvalCallback`` has found the current policy better than all before."""
 
+    # Guide
+
+    def _prepare_guide(self) -> None:
+        """Called before anything else is done, so that a guide that cannot be used costs no time."""
+        if self.guide_policy is None:
+            self._guide = None
+        elif self.guide_policy != PRETRAINED:
+            assert isinstance(self.action_space, spaces.Box)
+            self._guide = find_guide(self.guide_policy, self.observation_space, self.action_space, self.device)
+        elif not self._has_trained_weights and self.remaining_offline_steps == 0:
+            raise ValueError(
+                "`guide_policy='pretrained'` needs a pretrained policy, and this one has not been trained: pretrain it with "
+                "`offline_steps` or `pretrain()`, or give another guide."
+            )
+
+    def _guided_environments(self) -> np.ndarray | None:
+        """Which environments the guide acts in now, shape ``(n_envs,)``; None for none."""
+        if self.guide_policy is None:
+            return None
+        guided = self._episode_steps < self._guide_steps_schedule(self._current_progress_remaining)
+        self.logger.record_mean("rollout/guide_share", float(guided.mean()))
+        return guided if guided.any() else None
+
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.num_timesteps < self._warmup_end and not self.warmup_action_noise:
             action_noise = None
-        return super()._sample_action(learning_starts, action_noise, n_envs)
+        guided = self._guided_environments()
+        if guided is None:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        if self._guide is None:
+            # The run went on with another guide than it was saved with
+            self._guide = frozen_actor(self.policy)
+        _, scaled_actions = super()._sample_action(learning_starts, None, n_envs)
+        assert self._last_obs is not None
+        guides = self.policy.scale_action(guide_actions(self._guide, self._last_obs))
+        scaled_actions = scaled_actions.copy()
+        scaled_actions[guided] = guides[guided]
+        if action_noise is not None:
+            scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
+        return self.policy.unscale_action(scaled_actions), scaled_actions
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        if self.guide_policy is not None:
+            self._episode_steps = np.where(dones, 0, self._episode_steps + 1)
 
     def _may_update(self, batch_size: int) -> bool:
         if 0 < self.num_timesteps <= self._warmup_end:
@@ -701,13 +811,23 @@ class OfflineTD3(TD3):
         for name, values in self._logged.items():
             self.logger.record(name, _mean(values))
         self._logged.clear()
+        self._log_sources()
+
+    def _log_sources(self) -> None:
+        if not isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            return
+        rows = self.replay_buffer.sampled_rows_by_source()
+        if len(rows) > 1:
+            for number, (name, count) in enumerate(rows.items()):
+                # Numbered, since SB3's logger refuses names whose first 30 characters or so are the same
+                self.logger.record(f"replay/{number}: {name}", count)
 
     def _batches_at_once(self, batch_size: int) -> int:
         buffer = self.replay_buffer
         if not isinstance(buffer, OfflineToOnlineReplayBuffer):
             return BATCHES_AT_ONCE
-        bytes_per_batch = 2 * buffer.observations[0, 0].nbytes * batch_size
-        return max(1, min(BATCHES_AT_ONCE, BYTES_AT_ONCE // max(int(bytes_per_batch), 1)))
+        bytes_per_batch = buffer.nbytes_per_row * batch_size
+        return max(1, min(BATCHES_AT_ONCE, BYTES_AT_ONCE // max(bytes_per_batch, 1)))
 
     def _do_updates(self, gradient_steps: int, batch_size: int) -> None:
         buffer, before = self.replay_buffer, self._n_updates
@@ -727,6 +847,10 @@ class OfflineTD3(TD3):
 
     def _update(self, batch: Batch) -> None:
         self._n_updates += 1
+        if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            divergence = self.replay_buffer.update_density_ratio()
+            if divergence is not None:
+                self._log("train/online_offline_divergence", divergence)
         self._update_critic(batch)
         if self._n_updates % self.policy_delay == 0:
             update_actor = self._pretraining or self._n_updates > self._critic_warmup_end
@@ -789,7 +913,7 @@ class OfflineTD3(TD3):
     def _target_q_values(self, batch: Batch) -> th.Tensor:
         """
         Targets of the critics: reward plus discounted minimum over the target critics at the smoothed target action
-        (Fujimoto et al. 2018, algorithm 1).
+        (Fujimoto et al. 2018, algorithm 1), or over a random subset of them (Chen et al. 2021, algorithm 1).
 
         :param batch: The batch
         :return: Targets, shape ``(batch, 1)``
@@ -799,8 +923,30 @@ class OfflineTD3(TD3):
         generator = self._noise_generator if self._pretraining else None
         noise = th.empty_like(batch.actions).normal_(0, self.target_policy_noise, generator=generator)
         noise.clamp_(-self.target_noise_clip, self.target_noise_clip)
-        next_q_values = self._kernel.next_q_values(noise).amin(dim=1, keepdim=True)
+        critics = self._choose_target_critics(generator)
+        next_q_values = self._kernel.next_q_values(noise, critics).amin(dim=1, keepdim=True)
+        penalty = self._next_value_penalty(batch, self._kernel.next_actions, next_q_values)
+        if penalty is not None:
+            next_q_values = next_q_values - penalty
         return batch.rewards + (1 - batch.dones) * discounts * next_q_values
+
+    def _choose_target_critics(self, generator: th.Generator | None) -> th.Tensor | None:
+        """Indices of the target critics for this gradient step, None for all."""
+        n_critics, n_chosen = len(self.policy.critic_target.q_networks), target_critics_of(self.policy)
+        if n_chosen == n_critics:
+            return None
+        return th.randperm(n_critics, generator=generator, device=self.device)[:n_chosen]
+
+    def _next_value_penalty(self, batch: Batch, next_actions: th.Tensor, next_q_values: th.Tensor) -> th.Tensor | None:
+        """
+        What the critics' targets take off the value of the next observation, such as a distance to other actions.
+
+        :param batch: The batch
+        :param next_actions: Smoothed target actions at the next observations, shape ``(batch, action_dim)``, in [-1, 1]
+        :param next_q_values: Their values, shape ``(batch, 1)``
+        :return: In the unit of the values, shape ``(batch, 1)``; None for nothing
+        """
+        return None
 
     def _update_actor(self, batch: Batch) -> None:
         loss = self._kernel.update_actor(lambda actions, q_values: self._actor_loss(batch, actions, q_values))
@@ -816,7 +962,8 @@ class OfflineTD3(TD3):
 
         :param batch: The batch
         :param actions: The policy's actions at the batch's observations, shape ``(batch, action_dim)``, in [-1, 1]
-        :param q_values: The first critic's values of these actions, shape ``(batch, 1)``
+        :param q_values: The values of these actions that the policy maximises, shape ``(batch, 1)``: the first critic's, or
+            the mean or minimum of all critics' if the policy's ``actor_value`` says so
         :return: The loss
         """
         return ActorObjective()
@@ -835,7 +982,8 @@ class OfflineTD3(TD3):
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_noise_generator", "_logged", "_eval_callbacks", "_pretraining", "_online_timesteps", "_kernel"]
-        return [*super()._excluded_save_params(), *live]
+        guide = ["_guide", "_guide_steps_schedule", "_episode_steps"]
+        return [*super()._excluded_save_params(), *live, *guide]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:
         """
@@ -852,6 +1000,8 @@ class OfflineTD3(TD3):
         }
         if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             state["offline_sampler"] = np.array(self.replay_buffer.get_sampler_state())
+        if self.guide_policy == PRETRAINED and isinstance(self._guide, Actor):
+            state |= weights_to_arrays(self._guide, GUIDE_PREFIX)
         return state
 
     def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
@@ -865,6 +1015,11 @@ class OfflineTD3(TD3):
             self._noise_generator.set_state(th.from_numpy(state["noise_generator"].copy()))
         if "offline_sampler" in state and isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             self.replay_buffer.set_sampler_state(str(state["offline_sampler"]))
+        if self.guide_policy == PRETRAINED:
+            weights = weights_from_arrays(state, GUIDE_PREFIX)
+            self._guide = frozen_actor(self.policy) if weights else None
+            if self._guide is not None:
+                self._guide.load_state_dict(weights)
         if "best_mean_reward" in state:
             # What an EvalCallback has seen since then was another policy
             seen = [float(state["best_mean_reward"]), *(callback.best_mean_reward for callback in self._eval_callbacks)]
@@ -890,9 +1045,17 @@ class OfflineTD3(TD3):
         self._offline_finished |= self.offline_steps_done > 0 and self.remaining_offline_steps == 0
         live: dict[str, Any] = {"_extra_state": None}
         self._extra_state = arrays_to_text(self._get_extra_state())
-        if isinstance(self.dataset, OfflineDataset):
+        if self.dataset is not None and not isinstance(self.dataset, str):
             live["dataset"] = self.dataset
-            self.dataset = self.dataset.spec
+            given = self.dataset if isinstance(self.dataset, OfflineDataset) else self.offline_dataset
+            self.dataset = None if given is None else given.spec
+        if self._has_own_buffer_class and self.n_steps > 1:
+            # So that SB3's TD3, too, makes the buffer for n-step returns
+            live["replay_buffer_kwargs"] = self.replay_buffer_kwargs
+            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": self.n_steps, "gamma": self.gamma}
+        if self.guide_policy is not None and not isinstance(self.guide_policy, str):
+            live["guide_policy"] = self.guide_policy
+            self.guide_policy = NOT_SAVED
         if self._online_timesteps is not None:
             live["num_timesteps"] = self.num_timesteps
             self.num_timesteps = self._online_timesteps

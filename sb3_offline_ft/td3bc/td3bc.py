@@ -1,10 +1,10 @@
 """TD3 with behavior cloning (Fujimoto & Gu 2021), offline and online."""
 
 import math
-import os
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
@@ -12,13 +12,18 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
+from sb3_offline_ft.common.checks import number_pair
+from sb3_offline_ft.common.guide import GuideLike
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 from sb3_offline_ft.common.update import ActorObjective, Attraction, Batch
-from sb3_offline_ft.datasets import OfflineDataset
+from sb3_offline_ft.datasets import DatasetSpec
 from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, OfflineTD3
+from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
 
-ONLINE_BC_WORDS = {"keep": 1.0, "drop": 0.0}
+ADAPTIVE = "adaptive"
+# The weight that is controlled begins with 1
+ONLINE_BC_WORDS = {"keep": 1.0, "drop": 0.0, ADAPTIVE: 1.0}
 
 
 class TD3BC(OfflineTD3):
@@ -31,12 +36,20 @@ class TD3BC(OfflineTD3):
     and ``online_bc`` while finetuning.
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``update_precision`` are those of :class:`OfflineTD3`, where they are described.
+    ``guide_steps`` are those of :class:`OfflineTD3`, where they are described.
 
     :param alpha: Weight of the value against behavior cloning. 0 is behavior cloning alone; ``float("inf")`` is TD3's own
         objective, to the bit
-    :param online_bc: Weight of the behavior cloning term while finetuning: ``"keep"`` (1), ``"drop"`` (0), a number, or a
-        schedule that anneals it (see :func:`sb3_offline_ft.common.schedules.make_schedule`)
+    :param online_bc: Weight of the behavior cloning term while finetuning: ``"keep"`` (1), ``"drop"`` (0), a number, a
+        schedule that anneals it (see :func:`sb3_offline_ft.common.schedules.make_schedule`), or ``"adaptive"``: a controller
+        lowers it from 1 while the returns of training episodes are below a target and raises it when they fall (Zhao et al.
+        2022, https://arxiv.org/abs/2210.13846)
+    :param adaptive_bc_target: Return aimed at by ``online_bc="adaptive"``, in units in which a random policy has 0 and an
+        expert 1
+    :param adaptive_bc_gains: Its gains, per environment step: of the difference to the target, and of a fall below the running
+        average. The paper's, 3e-5 and 1e-4, are for a weight that begins with 0.4; these are for one that begins with 1
+    :param adaptive_bc_returns: The returns that count as 0 and 1; by default the dataset's reference scores, or if it has none
+        ``(J - |J|, J)`` where ``J`` is the return of the pretrained policy in the warm-up
     """
 
     def __init__(
@@ -67,7 +80,7 @@ class TD3BC(OfflineTD3):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        dataset: str | os.PathLike[str] | OfflineDataset | None = None,
+        dataset: DatasetSpec | None = None,
         offline_steps: int = 0,
         offline_fraction: ScheduleLike = 0.5,
         warmup_steps: int = 2000,
@@ -77,8 +90,13 @@ class TD3BC(OfflineTD3):
         normalize_observations: bool = True,
         kernel: str = "auto",
         update_precision: str = "float32",
+        guide_policy: GuideLike = None,
+        guide_steps: ScheduleLike = 0,
         alpha: float = 2.5,
         online_bc: ScheduleLike = 1.0,
+        adaptive_bc_target: float = 1.05,
+        adaptive_bc_gains: tuple[float, float] = (7.5e-5, 2.5e-4),
+        adaptive_bc_returns: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -116,9 +134,14 @@ class TD3BC(OfflineTD3):
             normalize_observations=normalize_observations,
             kernel=kernel,
             update_precision=update_precision,
+            guide_policy=guide_policy,
+            guide_steps=guide_steps,
         )
         self.alpha = alpha
         self.online_bc = online_bc
+        self.adaptive_bc_target = adaptive_bc_target
+        self.adaptive_bc_gains = adaptive_bc_gains
+        self.adaptive_bc_returns = adaptive_bc_returns
         if _init_setup_model:
             self._setup_model()
 
@@ -128,16 +151,78 @@ class TD3BC(OfflineTD3):
             raise ValueError(f"`alpha` must be a number of at least 0, found {self.alpha!r}.")
         self.alpha = float(self.alpha)
         self._online_bc_schedule: Schedule = make_schedule(self.online_bc, "online_bc", words=ONLINE_BC_WORDS)
+        self._adaptive_weight: AdaptiveWeight | None = self._make_adaptive_weight()
+
+    def _make_adaptive_weight(self) -> AdaptiveWeight | None:
+        if self.online_bc != ADAPTIVE:
+            return None
+        target = self.adaptive_bc_target
+        if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
+            raise ValueError(f"`adaptive_bc_target` must be a finite number, found {target!r}.")
+        self.adaptive_bc_gains = number_pair(self.adaptive_bc_gains, "adaptive_bc_gains")
+        if min(self.adaptive_bc_gains) < 0:
+            raise ValueError(f"`adaptive_bc_gains` must be at least 0, found {self.adaptive_bc_gains}.")
+        if self.adaptive_bc_returns is not None:
+            self.adaptive_bc_returns = number_pair(self.adaptive_bc_returns, "adaptive_bc_returns")
+            if not self.adaptive_bc_returns[0] < self.adaptive_bc_returns[1]:
+                raise ValueError(
+                    "`adaptive_bc_returns` must be the return of a random policy and the larger one of an expert, found "
+                    f"{self.adaptive_bc_returns}."
+                )
+        return AdaptiveWeight(float(target), self.adaptive_bc_gains, self.adaptive_bc_returns)
+
+    def _on_finetuning_start(self, pretrained: bool) -> None:
+        super()._on_finetuning_start(pretrained)
+        if self._adaptive_weight is not None:
+            scores = None if self.offline_dataset is None else self.offline_dataset.reference_scores
+            self._adaptive_weight.begin(None if scores is None else (scores.random, scores.expert))
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        if self._adaptive_weight is None or not self._finetuning or dones is None:
+            return
+        for evaluation in self._eval_callbacks:
+            # The one before the first interaction is the pretrained policy's
+            if self.num_timesteps == self.n_envs and math.isfinite(evaluation.last_mean_reward):
+                self._adaptive_weight.expect(float(evaluation.last_mean_reward))
+        for done, info in zip(dones, infos, strict=True):
+            if not done:
+                continue
+            if "episode" not in info:
+                raise ValueError(
+                    "`online_bc='adaptive'` needs the returns of training episodes, which this environment does not report: "
+                    "wrap it in SB3's `Monitor`, or a vectorized one in `VecMonitor`."
+                )
+            episode, is_frozen = info["episode"], self.num_timesteps <= self._warmup_end
+            self._adaptive_weight.observe(float(episode["r"]), int(episode["l"]), is_frozen)
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         if math.isinf(self.alpha) or not (self._pretraining or self._finetuning):
             return super()._actor_loss(batch, actions, q_values)
-        weight = 1.0 if self._pretraining else self._online_bc_schedule(self._current_progress_remaining)
+        weight = 1.0 if self._pretraining else self._online_bc_weight()
         mean_abs_q = q_values.detach().abs().mean()
         self._log("train/mean_abs_q", mean_abs_q)
         self._log("train/bc_loss", F.mse_loss(actions.detach(), batch.actions))
         self._log("train/bc_weight", weight)
         return ActorObjective(self.alpha / mean_abs_q, (Attraction(weight, batch.actions),))
 
+    def _online_bc_weight(self) -> float:
+        if self._adaptive_weight is None:
+            return self._online_bc_schedule(self._current_progress_remaining)
+        if math.isfinite(self._adaptive_weight.average):
+            self._log("train/average_score", self._adaptive_weight.average_score)
+        return self._adaptive_weight.weight
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_online_bc_schedule"]
+        return [*super()._excluded_save_params(), "_online_bc_schedule", "_adaptive_weight"]
+
+    def _get_extra_state(self) -> dict[str, np.ndarray]:
+        state = super()._get_extra_state()
+        if self._adaptive_weight is not None:
+            state["adaptive_weight"] = self._adaptive_weight.get_state()
+        return state
+
+    def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
+        super()._set_extra_state(state)
+        if self._adaptive_weight is not None and "adaptive_weight" in state:
+            self._adaptive_weight.set_state(state["adaptive_weight"])

@@ -1,8 +1,6 @@
 """TD3 with a constrained policy update (after Luo et al. 2023)."""
 
-import copy
 import math
-import os
 import warnings
 from typing import Any, ClassVar
 
@@ -14,10 +12,12 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch.nn import functional as F
 
+from sb3_offline_ft.common.frozen import frozen_actor, weights_from_arrays, weights_to_arrays
+from sb3_offline_ft.common.guide import GuideLike
 from sb3_offline_ft.common.schedules import make_schedule, scale_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 from sb3_offline_ft.common.update import ActorObjective, Attraction, Batch
-from sb3_offline_ft.datasets import OfflineDataset
+from sb3_offline_ft.datasets import DatasetSpec
 from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS
 from sb3_offline_ft.td3bc.td3bc import TD3BC
 
@@ -37,7 +37,7 @@ class TD3C(TD3BC):
     on the violation with each step of the actor.
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``update_precision`` are those of :class:`OfflineTD3`, where they are described.
+    ``guide_steps`` are those of :class:`OfflineTD3`, where they are described.
 
     :param alpha: Weight of the value against behavior cloning in the offline phase, as in :class:`TD3BC`
     :param constraint_reference: ``"target"``: the target policy, which follows the policy (a limit on its speed);
@@ -49,9 +49,13 @@ class TD3C(TD3BC):
     :param multiplier_learning_rate: Learning rate of Adam for the logarithm of the multiplier
     :param min_multiplier: Smallest value of the multiplier
     :param max_multiplier: Largest value of the multiplier
+    :param critic_penalty: Weight of the distance to the reference in the critics' targets, from which
+        ``critic_penalty * multiplier * scale * mean((a' - pi_ref(s'))**2)`` is taken off the value of the next observation,
+        the mean being over action dimensions; ``scale`` is the mean absolute value when finetuning begins. With 1 critics and
+        policy weigh the distance alike; 0 is for no penalty
     """
 
-    _position_names: ClassVar[tuple[str, ...]] = (*TD3BC._position_names, "_constrained")
+    _position_names: ClassVar[tuple[str, ...]] = (*TD3BC._position_names, "_constrained", "_critic_penalty_scale")
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class TD3C(TD3BC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        dataset: str | os.PathLike[str] | OfflineDataset | None = None,
+        dataset: DatasetSpec | None = None,
         offline_steps: int = 0,
         offline_fraction: ScheduleLike = 0.5,
         warmup_steps: int = 2000,
@@ -91,6 +95,8 @@ class TD3C(TD3BC):
         normalize_observations: bool = True,
         kernel: str = "auto",
         update_precision: str = "float32",
+        guide_policy: GuideLike = None,
+        guide_steps: ScheduleLike = 0,
         alpha: float = 2.5,
         constraint_reference: str = "best",
         epsilon: ScheduleLike = 1e-2,
@@ -98,6 +104,7 @@ class TD3C(TD3BC):
         multiplier_learning_rate: float = 3e-4,
         min_multiplier: float = 1e-3,
         max_multiplier: float = 1e3,
+        critic_penalty: float = 0.0,
     ) -> None:
         super().__init__(
             policy,
@@ -135,6 +142,8 @@ class TD3C(TD3BC):
             normalize_observations=normalize_observations,
             kernel=kernel,
             update_precision=update_precision,
+            guide_policy=guide_policy,
+            guide_steps=guide_steps,
             alpha=alpha,
         )
         self.constraint_reference = constraint_reference
@@ -143,8 +152,10 @@ class TD3C(TD3BC):
         self.multiplier_learning_rate = multiplier_learning_rate
         self.min_multiplier = min_multiplier
         self.max_multiplier = max_multiplier
+        self.critic_penalty = critic_penalty
         self.reference_actor: Actor | None = None
         self._constrained = False
+        self._critic_penalty_scale: float | None = None
         if _init_setup_model:
             self._setup_model()
 
@@ -163,6 +174,17 @@ class TD3C(TD3BC):
             )
         if not 0 <= self.multiplier_learning_rate < math.inf:
             raise ValueError(f"`multiplier_learning_rate` must be at least 0, found {self.multiplier_learning_rate!r}.")
+        if not 0 <= self.critic_penalty < math.inf:
+            raise ValueError(f"`critic_penalty` must be at least 0, found {self.critic_penalty!r}.")
+        if self.critic_penalty > 0 and self.constraint_reference == "target":
+            raise ValueError(
+                "`critic_penalty` has no use with `constraint_reference='target'`, since the critics' targets are about that "
+                "policy's own actions: choose 'pretrained' or 'best', or `critic_penalty=0`."
+            )
+
+    def _make_adaptive_weight(self) -> None:
+        # Online there is no behavior cloning, whatever a loaded file of TD3BC says
+        return None
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -183,8 +205,9 @@ class TD3C(TD3BC):
         if self.constraint_reference == "target":
             return
         if self.reference_actor is None:
-            self.reference_actor = self._new_reference_actor()
-        self.reference_actor.load_state_dict(self.actor.state_dict())
+            self.reference_actor = frozen_actor(self.policy)
+        else:
+            self.reference_actor.load_state_dict(self.actor.state_dict())
 
     def scale_epsilon(self, factor: float) -> None:
         """
@@ -195,13 +218,10 @@ class TD3C(TD3BC):
         self.epsilon = scale_schedule(self.epsilon, factor)
         self._epsilon_schedule = make_schedule(self.epsilon, "epsilon")
 
-    def _new_reference_actor(self) -> Actor:
-        reference = copy.deepcopy(self.actor_target)
-        reference.set_training_mode(False)
-        return reference.requires_grad_(False)
-
     def _on_finetuning_start(self, pretrained: bool) -> None:
+        super()._on_finetuning_start(pretrained)
         self.reference_actor = None
+        self._critic_penalty_scale = None
         self._constrained = pretrained
         self._reset_multiplier()
         if not pretrained:
@@ -226,17 +246,33 @@ class TD3C(TD3BC):
 
     @property
     def _reference(self) -> Actor | None:
-        if not self._constrained:
+        """The policy to stay near, None if there is none."""
+        if not self._constrained or self._pretraining:
             return None
-        return self.actor_target if self.constraint_reference == "target" else self.reference_actor
+        if self.constraint_reference == "target":
+            return self.actor_target
+        if self.reference_actor is None:
+            # The run went on with another kind of reference than it was saved with
+            self.set_reference_policy()
+        return self.reference_actor
+
+    def _next_value_penalty(self, batch: Batch, next_actions: th.Tensor, next_q_values: th.Tensor) -> th.Tensor | None:
+        reference = self._reference
+        if self.critic_penalty == 0 or reference is None:
+            return None
+        if self._critic_penalty_scale is None:
+            # Once: a scale that follows negative values lets them grow without bound
+            self._critic_penalty_scale = float(next_q_values.abs().mean())
+        distance = (next_actions - reference(batch.next_observations)).square().mean(dim=1, keepdim=True)
+        multiplier = self.log_multiplier.detach().exp().to(distance.dtype)
+        penalty: th.Tensor = self.critic_penalty * self._critic_penalty_scale * multiplier * distance
+        self._log("train/critic_penalty", penalty.mean())
+        return penalty
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         self._violation: th.Tensor | None = None
         if self._pretraining:
             return super()._actor_loss(batch, actions, q_values)
-        if self._constrained and self._reference is None:
-            # The run went on with another kind of reference than it was saved with
-            self.set_reference_policy()
         reference = self._reference
         if reference is None:
             return ActorObjective()
@@ -273,8 +309,7 @@ class TD3C(TD3BC):
         for name, value in self.multiplier_optimizer.state.get(self.log_multiplier, {}).items():
             state[f"multiplier_optimizer.{name}"] = value.cpu().numpy()
         if self.reference_actor is not None:
-            for name, value in self.reference_actor.state_dict().items():
-                state[REFERENCE_PREFIX + name] = value.cpu().numpy()
+            state |= weights_to_arrays(self.reference_actor, REFERENCE_PREFIX)
         return state
 
     def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
@@ -298,14 +333,10 @@ class TD3C(TD3BC):
             self.multiplier_optimizer.state[self.log_multiplier] = {
                 name: value if name == "step" else value.to(self.device) for name, value in moments.items()
             }
-        weights = {
-            name.removeprefix(REFERENCE_PREFIX): th.from_numpy(value.copy())
-            for name, value in state.items()
-            if name.startswith(REFERENCE_PREFIX)
-        }
+        weights = weights_from_arrays(state, REFERENCE_PREFIX)
         if not weights or self.constraint_reference == "target":
             self.reference_actor = None
             return
         if self.reference_actor is None:
-            self.reference_actor = self._new_reference_actor()
+            self.reference_actor = frozen_actor(self.policy)
         self.reference_actor.load_state_dict(weights)

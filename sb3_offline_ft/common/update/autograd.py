@@ -8,7 +8,7 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
-from sb3_offline_ft.common.update.kernel import ActorLoss, ActorObjective, Batch, UpdateKernel, batches_of
+from sb3_offline_ft.common.update.kernel import ActorLoss, ActorObjective, Batch, UpdateKernel, actor_value_of, batches_of
 
 
 class AutogradKernel(UpdateKernel):
@@ -34,10 +34,11 @@ class AutogradKernel(UpdateKernel):
             yield batch
 
     @th.no_grad()
-    def next_q_values(self, noise: th.Tensor) -> th.Tensor:
+    def next_q_values(self, noise: th.Tensor, critics: th.Tensor | None = None) -> th.Tensor:
         next_observations = self._batch.next_observations
-        next_actions = (self.policy.actor_target(next_observations) + noise).clamp(-1, 1)
-        return th.cat(self.policy.critic_target(next_observations, next_actions), dim=1)
+        self.next_actions = (self.policy.actor_target(next_observations) + noise).clamp(-1, 1)
+        q_values = th.cat(self.policy.critic_target(next_observations, self.next_actions), dim=1)
+        return q_values if critics is None else q_values[:, critics]
 
     def update_critics(self, targets: th.Tensor) -> th.Tensor:
         critic = self.policy.critic
@@ -51,7 +52,7 @@ class AutogradKernel(UpdateKernel):
     def update_actor(self, actor_loss: ActorLoss) -> th.Tensor:
         actor = self.policy.actor
         actions = actor(self._batch.observations)
-        q_values = self.policy.critic.q1_forward(self._batch.observations, actions)
+        q_values = self._actor_values(actions)
         objective = actor_loss(actions, q_values)
         actor.optimizer.zero_grad()
         if isinstance(objective, ActorObjective):
@@ -64,6 +65,14 @@ class AutogradKernel(UpdateKernel):
             loss.backward()  # type: ignore[no-untyped-call]
         actor.optimizer.step()
         return loss.detach()
+
+    def _actor_values(self, actions: th.Tensor) -> th.Tensor:
+        critic, observations = self.policy.critic, self._batch.observations
+        kind = actor_value_of(self.policy)
+        if kind == "first":
+            return critic.q1_forward(observations, actions)
+        q_values = th.cat(critic(observations, actions), dim=1)
+        return q_values.mean(dim=1, keepdim=True) if kind == "mean" else q_values.amin(dim=1, keepdim=True)
 
     def update_targets(self, tau: float, update_actor: bool) -> None:
         policy = self.policy

@@ -9,7 +9,7 @@ from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_offline_ft.common.policies import NormalizedFlattenExtractor
 from sb3_offline_ft.common.update.adam import FlatAdam
-from sb3_offline_ft.common.update.kernel import ActorLoss, ActorObjective, Batch, UpdateKernel, batches_of
+from sb3_offline_ft.common.update.kernel import ActorLoss, ActorObjective, Batch, UpdateKernel, actor_value_of, batches_of
 from sb3_offline_ft.common.update.mlp import MlpPass, Scratch, layer_tensors
 from sb3_offline_ft.common.update.networks import (
     ALIGNMENT,
@@ -62,7 +62,10 @@ class _Passes:
             MlpPass(networks.critic_target, index, tensors, None, scratch, products)
             for index, tensors in enumerate(values["critic_target"])
         ]
-        self.first_critic = MlpPass(networks.critic, 0, values["critic"][0], None, scratch, products)
+        # Without gradients of parameters, for the policy's step
+        self.critics_for_actor = [
+            MlpPass(networks.critic, index, tensors, None, scratch, products) for index, tensors in enumerate(values["critic"])
+        ]
         self.error = like.new_empty(batch_size, 1)
 
 
@@ -195,15 +198,19 @@ class FastKernel(UpdateKernel):
             features.copy_(observations)
 
     @th.no_grad()
-    def next_q_values(self, noise: th.Tensor) -> th.Tensor:
+    def next_q_values(self, noise: th.Tensor, critics: th.Tensor | None = None) -> th.Tensor:
         passes, now = self._passes, self._now
         assert passes is not None
         self._is_disturbed = True
-        th.add(passes.actor_target.forward(now.next_features), noise, out=now.next_actions).clamp_(-1, 1)
-        q_values = th.empty(len(noise), len(passes.critics_target), device=noise.device)
-        for index, critic in enumerate(passes.critics_target):
+        self.next_actions = th.add(passes.actor_target.forward(now.next_features), noise, out=now.next_actions).clamp_(-1, 1)
+        asked = passes.critics_target
+        # Elsewhere than on a CPU, asking all is cheaper than waiting for the indices
+        if critics is not None and critics.device.type == "cpu":
+            asked, critics = [asked[index] for index in critics.tolist()], None
+        q_values = th.empty(len(noise), len(asked), device=noise.device)
+        for index, critic in enumerate(asked):
             q_values[:, index : index + 1] = critic.forward(now.next_input)
-        return q_values
+        return q_values if critics is None else q_values[:, critics]
 
     @th.no_grad()
     def update_critics(self, targets: th.Tensor) -> th.Tensor:
@@ -225,7 +232,11 @@ class FastKernel(UpdateKernel):
         assert passes is not None
         # Copies, since an algorithm may keep what it is given
         actions = now.actions.copy_(passes.actor.forward(now.features)).clone()
-        q_values = passes.first_critic.forward(now.input).clone()
+        first = actor_value_of(self.policy) == "first"
+        if first:
+            q_values = passes.critics_for_actor[0].forward(now.input).clone()
+        else:
+            q_values, per_value = self._value_of_all_critics()
         self._is_disturbed = False
         with th.enable_grad():
             objective = actor_loss(actions.requires_grad_(), q_values.requires_grad_())
@@ -242,8 +253,12 @@ class FastKernel(UpdateKernel):
         if self._is_disturbed:
             # The objective asked for the values of other actions, in the same memory
             passes.actor.forward(now.features)
-            passes.first_critic.forward(now.input)
-        gradient = passes.first_critic.backward(through_q, self._action_columns)
+            if first:
+                passes.critics_for_actor[0].forward(now.input)
+        if first:
+            gradient = passes.critics_for_actor[0].backward(through_q, self._action_columns)
+        else:
+            gradient = per_value.mul_(through_q)
         if direct is not None:
             gradient += direct
         passes.actor.backward(gradient)
@@ -252,6 +267,33 @@ class FastKernel(UpdateKernel):
         self.actor_adam.step()
         now.actions.copy_(self._batch.actions)
         return loss
+
+    def _value_of_all_critics(self) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The mean or the smallest of the critics' values and its gradient with respect to the actions, row by row.
+
+        Each row of a value depends on the same row of the actions alone, so that the chain rule is a product by rows, and the
+        critics can take turns in one memory before the objective is known.
+        """
+        passes, now = self._passes, self._now
+        assert passes is not None
+        results = []
+        for critic in passes.critics_for_actor:
+            q_values = critic.forward(now.input).clone()
+            results.append((q_values, critic.backward(th.ones_like(q_values), self._action_columns)))
+        all_values = th.cat([q_values for q_values, _ in results], dim=1)
+        if actor_value_of(self.policy) == "mean":
+            value = all_values.mean(dim=1, keepdim=True)
+            weights = th.full_like(all_values, 1 / len(results))
+        else:
+            value = all_values.amin(dim=1, keepdim=True)
+            smallest = all_values == value
+            # Critics that agree share the gradient, as in torch's `amin`
+            weights = smallest / smallest.sum(dim=1, keepdim=True)
+        per_value = th.zeros_like(results[0][1])
+        for index, (_, gradient) in enumerate(results):
+            per_value.addcmul_(gradient, weights[:, index : index + 1])
+        return value, per_value
 
     @th.no_grad()
     def update_targets(self, tau: float, update_actor: bool) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples
 
 Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
+Column = th.Tensor | dict[str, th.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Attraction:
 @dataclass(frozen=True)
 class ActorObjective:
     """
-    A policy's loss: ``-value_weight * mean(Q1(s, pi(s)))`` plus attractions of its actions to others.
+    A policy's loss: ``-value_weight * mean(Q(s, pi(s)))`` plus attractions of its actions to others.
 
-    Weights and references are constants for the gradient, even if they depend on the policy.
+    ``Q`` is the value that the policy maximises: the first critic's, or what its ``actor_value`` says. Weights and references
+    are constants for the gradient, even if they depend on the policy.
 
     :param value_weight: Weight of the value
     :param attractions: The other terms
@@ -45,7 +47,7 @@ class ActorObjective:
     def loss(self, actions: th.Tensor, q_values: th.Tensor) -> th.Tensor:
         """
         :param actions: The policy's actions, shape ``(batch, action_dim)``
-        :param q_values: The first critic's values of them, shape ``(batch, 1)``
+        :param q_values: The values of them that the policy maximises, shape ``(batch, 1)``
         :return: The loss, differentiable in both
         """
         loss = -q_values.mean() * _constant(self.value_weight)
@@ -60,7 +62,7 @@ def _constant(value: th.Tensor | float) -> th.Tensor | float:
 
 ActorLoss = Callable[[th.Tensor, th.Tensor], ActorObjective | th.Tensor]
 """
-A policy's loss as a function of its actions ``(batch, action_dim)`` and the first critic's values of them ``(batch, 1)``:
+A policy's loss as a function of its actions ``(batch, action_dim)`` and the values of them that it maximises ``(batch, 1)``:
 an :class:`ActorObjective`, or a scalar built of differentiable operations on these two.
 """
 
@@ -76,7 +78,31 @@ def batches_of(rows: Batch, batch_size: int) -> Iterator[Batch]:
         yield rows
         return
     for start in range(0, n_rows, batch_size):
-        yield type(rows)(*(None if column is None else column[start : start + batch_size] for column in rows))  # type: ignore[arg-type]
+        part = slice(start, start + batch_size)
+        yield type(rows)(*(_part_of(column, part) for column in rows))  # type: ignore[arg-type]
+
+
+def _part_of(column: Column, part: slice) -> Column:
+    if isinstance(column, dict):
+        return {key: values[part] for key, values in column.items()}
+    return None if column is None else column[part]
+
+
+def actor_value_of(policy: TD3Policy) -> str:
+    """
+    :param policy: A policy, which may be SB3's
+    :return: Which value its actor maximises: that of the ``"first"`` critic, the ``"mean"`` or the ``"min"`` of all
+    """
+    return getattr(policy, "actor_value", "first")
+
+
+def target_critics_of(policy: TD3Policy) -> int:
+    """
+    :param policy: A policy, which may be SB3's
+    :return: Number of target critics whose minimum is the critics' target
+    """
+    chosen = getattr(policy, "target_critics", None)
+    return len(policy.critic_target.q_networks) if chosen is None else chosen
 
 
 class UpdateKernel(ABC):
@@ -93,6 +119,12 @@ class UpdateKernel(ABC):
     name: ClassVar[str]
     needs_training_mode: ClassVar[bool]
     """Whether the policy must be in training mode for an update."""
+    next_actions: th.Tensor
+    """
+    The smoothed target actions of which :meth:`next_q_values` has told the values, shape ``(batch, action_dim)``, in [-1, 1].
+
+    They stay until it is called again or another batch is asked for, and are not to be changed.
+    """
 
     def __init__(self, policy: TD3Policy) -> None:
         self.policy = policy
@@ -108,13 +140,14 @@ class UpdateKernel(ABC):
         """
 
     @abstractmethod
-    def next_q_values(self, noise: th.Tensor) -> th.Tensor:
+    def next_q_values(self, noise: th.Tensor, critics: th.Tensor | None = None) -> th.Tensor:
         """
         Values of the target critics at the next observations and the target policy's actions there, smoothed by noise and
-        clipped to [-1, 1]; without gradient.
+        clipped to [-1, 1]; without gradient. The actions are in :attr:`next_actions` afterwards.
 
         :param noise: Noise of the actions, shape ``(batch, action_dim)``
-        :return: Shape ``(batch, n_critics)``
+        :param critics: Indices of the target critics that are asked, shape ``(n,)``; None for all
+        :return: Shape ``(batch, n)``
         """
 
     @abstractmethod
@@ -131,7 +164,7 @@ class UpdateKernel(ABC):
         """
         One step of the actor's optimizer.
 
-        :param actor_loss: The loss as a function of actions and the first critic's values of them
+        :param actor_loss: The loss as a function of actions and the values of them that the policy maximises
         :return: The loss before the step, a scalar
         """
 

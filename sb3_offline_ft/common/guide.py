@@ -1,0 +1,126 @@
+"""A guide: another policy that begins the training episodes (Uchendu et al. 2023, "Jump-Start Reinforcement Learning")."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+
+from sb3_offline_ft.common.schedules import make_schedule
+from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
+
+PRETRAINED = "pretrained"
+NOT_SAVED = "<object>"
+"""What a saved model holds in place of a guide that was given as an object."""
+
+GuideLike = str | os.PathLike[str] | BaseAlgorithm | BasePolicy | None
+"""``"pretrained"``, the path of a zip file that an algorithm saved, an algorithm or a policy; None for no guide."""
+
+
+def check_guide(guide_policy: GuideLike, guide_steps: ScheduleLike) -> tuple[GuideLike, Schedule]:
+    """
+    Check the settings of a guide.
+
+    :param guide_policy: The guide
+    :param guide_steps: Number of steps at the start of each episode that it acts
+    :return: The guide, a path made absolute so that a saved model finds it from any folder; and the schedule of the steps
+    :raises TypeError: The guide is of another kind
+    :raises ValueError: There is a guide without steps, or steps without a guide
+    """
+    if isinstance(guide_policy, str | os.PathLike) and guide_policy not in (PRETRAINED, NOT_SAVED):
+        guide_policy = os.path.abspath(guide_policy)
+    if guide_policy is not None and not isinstance(guide_policy, str | BaseAlgorithm | BasePolicy):
+        raise TypeError(
+            "`guide_policy` must be 'pretrained', the path of a zip file saved by an algorithm, an algorithm or a policy, "
+            f"found {guide_policy!r}."
+        )
+    schedule = make_schedule(guide_steps, "guide_steps")
+    has_steps = callable(guide_steps) or any(schedule(progress) > 0 for progress in (1.0, 0.5, 0.0))
+    if guide_policy is None and has_steps:
+        raise ValueError(
+            f"`guide_steps` is {guide_steps!r} but there is no guide: set `guide_policy`, for example to 'pretrained', "
+            "or leave `guide_steps` at 0."
+        )
+    if guide_policy is not None and not has_steps:
+        raise ValueError(
+            "`guide_policy` has no effect with `guide_steps=0`: set `guide_steps` to the number of steps at the start of each "
+            "episode that it shall act, for example 'lin_200_0', or leave `guide_policy` out."
+        )
+    return guide_policy, schedule
+
+
+def find_guide(
+    guide_policy: GuideLike, observation_space: spaces.Space[Any], action_space: spaces.Box, device: th.device
+) -> BaseAlgorithm | BasePolicy:
+    """
+    :param guide_policy: The path of a zip file, an algorithm or a policy
+    :param observation_space: The learner's observation space
+    :param action_space: The learner's action space
+    :param device: Where a policy from a file is kept
+    :return: What predicts the guide's actions
+    :raises FileNotFoundError: There is no such file
+    :raises ValueError: The file cannot be read, or the guide was made for other spaces
+    """
+    if guide_policy == NOT_SAVED:
+        raise ValueError(
+            "The guide policy was given as an object, which a saved model does not hold: pass `guide_policy=...` to `load`, "
+            "or `guide_policy=None, guide_steps=0` to go on without it."
+        )
+    name = f"`guide_policy` {guide_policy if isinstance(guide_policy, str) else type(guide_policy).__name__}"
+    guide = _policy_from_zip(guide_policy, name, device) if isinstance(guide_policy, str) else guide_policy
+    assert isinstance(guide, BaseAlgorithm | BasePolicy)
+    for what, expected, found in (
+        ("observation", observation_space, guide.observation_space),
+        ("action", action_space, guide.action_space),
+    ):
+        if expected != found:
+            raise ValueError(
+                f"{name} was made for the {what} space {found}, the environment has {expected}: "
+                "use a guide that was trained on this environment."
+            )
+    policy = guide.policy if isinstance(guide, BaseAlgorithm) else guide
+    if hasattr(policy, "lstm_actor"):
+        raise ValueError(f"{name} is recurrent, which is not supported: use a guide without memory.")
+    return guide
+
+
+def _policy_from_zip(path: str, name: str, device: th.device) -> BasePolicy:
+    if not (Path(path).exists() or Path(f"{path}.zip").exists()):
+        raise FileNotFoundError(f"{name} does not exist: expected 'pretrained' or a zip file that an algorithm saved.")
+    try:
+        data, parameters, _ = load_from_zip_file(path, device=device)
+        if data is None:
+            raise ValueError("it holds no settings")
+        kwargs = dict(data["policy_kwargs"])
+        if data.get("use_sde") and "use_sde" not in kwargs:
+            # On-policy algorithms pass it beside
+            kwargs["use_sde"] = True
+        # The learner's random streams shall not depend on where its guide comes from
+        with th.random.fork_rng(devices=[]):
+            policy: BasePolicy = data["policy_class"](data["observation_space"], data["action_space"], lambda _: 0.0, **kwargs)
+        weights: Any = parameters["policy"]
+        policy.load_state_dict(weights)
+    except (ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{name} is damaged or not a zip file saved by a Stable-Baselines3 algorithm ({type(error).__name__}: {error})."
+        ) from error
+    policy.set_training_mode(False)
+    return policy.to(device)
+
+
+def guide_actions(guide: BaseAlgorithm | BasePolicy, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    """
+    :param guide: The guide
+    :param observations: Observations of all environments, as the learner gets them
+    :return: The guide's deterministic actions, shape ``(n_envs, *action_shape)``, within the bounds of the action space
+    """
+    actions, _ = guide.predict(observations, deterministic=True)
+    assert isinstance(guide.action_space, spaces.Box)
+    clipped: np.ndarray = np.clip(actions, guide.action_space.low, guide.action_space.high)
+    return clipped

@@ -1,0 +1,3 @@
+from sb3_offline_ft.rebrac.rebrac import ReBRAC
+
+__all__ = ["ReBRAC"]
