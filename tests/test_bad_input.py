@@ -6,7 +6,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3
+from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, OfflineDataset, OfflineTD3
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
@@ -154,3 +154,21 @@ def test_action_scaling_is_that_of_the_policy():
     recorded = model.offline_dataset.actions
     assert np.abs(recorded).max() > 1.5, "recorded in the environment's units"
     assert model.replay_buffer._offline_actions == pytest.approx(model.policy.scale_action(recorded), abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimize_memory_usage": True}])
+def test_options_of_a_buffer_that_is_not_used(settings):
+    class DiscreteEnv(gym.Env):
+        observation_space = spaces.Discrete(3)
+        action_space = spaces.Box(-1, 1, (1,))
+
+    env = ENV if settings else DiscreteEnv()
+    with pytest.raises(ValueError, match="'offline_sampling', an option of OfflineToOnlineReplayBuffer, which is not used"):
+        TD3BC("MlpPolicy", env, replay_buffer_kwargs={"offline_sampling": "balanced"}, **settings)
+
+
+def test_rows_that_belong_together_cannot_be_dropped_which_is_said_before_pretraining():
+    model = TD3BC("MlpPolicy", ENV, dataset=DATASET, n_steps=3, offline_steps=5, batch_size=4)
+    with pytest.raises(ValueError, match=r"need the rows that follow: .*`poisoned_data='keep'`"):
+        model.learn(10, callback=CollapseGuard(poisoned_data="drop"))
+    assert model._n_updates == 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import warnings
 
 import gymnasium as gym
@@ -546,3 +547,14 @@ def test_n_step_returns_without_a_dataset_train_like_sb3():
                     policy_kwargs=SMALL | {"layer_norm": False}).learn(150)  # fmt: skip
     for name, parameter in theirs.policy.named_parameters():
         assert th.equal(parameter, ours.policy.get_parameter(name)), name
+
+
+def test_speed_is_logged_while_pretraining(tmp_path):
+    model = make()
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.pretrain(20, callback=LogEveryNTimesteps(10))
+    model.logger.close()
+    with (tmp_path / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    elapsed = [float(row[name]) for row in rows for name in row if "time_elapsed" in name and row[name]]
+    assert elapsed and max(elapsed) < 100

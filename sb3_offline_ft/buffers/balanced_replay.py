@@ -89,6 +89,9 @@ class BalancedReplay:
         :param seed: The seed
         """
         self._generator = np.random.default_rng(seed)
+        if self._restored is not None:
+            # It is taken up when the offline data is set, and the seed was given after it
+            self._restored["generator"] = np.array(json.dumps(self._generator.bit_generator.state))
         if self.n_updates == 0:
             self._network = None
 

@@ -244,6 +244,11 @@ class CollapseGuard(BaseCallback):
 
     # Start
 
+    def _init_callback(self) -> None:
+        # Before the pretraining that `learn` may begin with
+        if self._poisoned_weight != 1 and isinstance(self.model, OffPolicyAlgorithm):
+            check_can_thin_out(cast(Any, self.model.replay_buffer))
+
     def _on_training_start(self) -> None:
         model = self.model
         if not isinstance(model, OffPolicyAlgorithm):
@@ -253,8 +258,6 @@ class CollapseGuard(BaseCallback):
             )
         if getattr(model, "_pretraining", False):
             raise ValueError("CollapseGuard watches interactions, of which `pretrain` has none: pass it to `learn`.")
-        if self._poisoned_weight != 1:
-            check_can_thin_out(cast(Any, model.replay_buffer))
         self._siblings = self.locals.get("callback")
         if sum(1 for _ in find_callbacks(self._siblings, CollapseGuard)) > 1:
             raise ValueError(

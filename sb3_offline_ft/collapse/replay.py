@@ -62,7 +62,10 @@ def check_can_thin_out(buffer: ReplayBuffer) -> None:
         unknown = ", ".join(sorted(set(extra) - set(ROW_ARRAYS)))
         problem = f"it has an `add` of its own and keeps more than SB3's arrays ({unknown})" if unknown else None
     if problem is not None:
-        raise ValueError(f"Rows cannot be taken out of a {name}, since {problem}: use weight 1, which keeps all.")
+        raise ValueError(
+            f"Rows cannot be taken out of a {name}, since {problem}: use weight 1, which keeps all (`poisoned_data='keep'` of "
+            "a CollapseGuard)."
+        )
 
 
 def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: float, generator: np.random.Generator) -> int:

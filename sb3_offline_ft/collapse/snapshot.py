@@ -64,9 +64,9 @@ class LearnerSnapshot:
     reference policy), its counters, ``VecNormalize``'s statistics, the state of the action noise and of the generators.
 
     After :meth:`restore` the learner does the same updates, to the bit, as after :meth:`take`, if its replay buffer holds the
-    same rows. What counts progress (``num_timesteps``, episodes, ``offline_steps_done``), the replay buffer and the
-    environment are not part of it. The position in the life cycle of :class:`~sb3_offline_ft.OfflineTD3` is: a snapshot from
-    before the finetuning leads back before it.
+    same rows and draws them alike (balanced replay goes on learning). What counts progress (``num_timesteps``, episodes,
+    ``offline_steps_done``), the replay buffer and the environment are not part of it. The position in the life cycle of
+    :class:`~sb3_offline_ft.OfflineTD3` is: a snapshot from before the finetuning leads back before it.
 
     The action noise may be of any class: SB3's own are known, of others the attributes are copied. These stay in memory,
     :meth:`save` leaves them out; and since a generator may be among them, they are restored with the generators only.

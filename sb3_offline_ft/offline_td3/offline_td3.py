@@ -1,6 +1,7 @@
 """TD3 with logged data: offline pretraining, warm-up with the frozen policy, online finetuning."""
 
 import copy
+import inspect
 import io
 import math
 import os
@@ -50,6 +51,7 @@ SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
 SB3_LEARNING_STARTS = 100
 ZIP_MAGIC = b"PK"
 N_STEP_KEYWORDS = ("n_steps", "gamma")
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 GUIDE_PREFIX = "guide_actor."
 KERNELS = ("auto", "fast", "autograd")
 BATCHES_AT_ONCE = 64
@@ -302,11 +304,24 @@ class OfflineTD3(TD3):
                 self.replay_buffer_class = OfflineToOnlineReplayBuffer
             elif isinstance(self.observation_space, spaces.Dict):
                 self.replay_buffer_class = DictOfflineToOnlineReplayBuffer
+        if self.replay_buffer_class is None:
+            self._check_own_buffer_is_not_needed()
         if self._has_own_buffer_class:
             # They are in a zip's keywords for SB3's sake; here they are those of the algorithm
             self.replay_buffer_kwargs = {
                 name: value for name, value in self.replay_buffer_kwargs.items() if name not in N_STEP_KEYWORDS
             }
+
+    def _check_own_buffer_is_not_needed(self) -> None:
+        ours = {
+            name for name, one in inspect.signature(OfflineToOnlineReplayBuffer).parameters.items() if one.kind == KEYWORD_ONLY
+        }
+        for name in sorted((ours - set(N_STEP_KEYWORDS)) & self.replay_buffer_kwargs.keys()):
+            reason = "with `optimize_memory_usage=True`" if self.optimize_memory_usage else f"for {self.observation_space}"
+            raise ValueError(
+                f"`replay_buffer_kwargs` has {name!r}, an option of OfflineToOnlineReplayBuffer, which is not used {reason}: "
+                "it needs Box or Dict observations and `optimize_memory_usage=False`. Change that, or leave the option out."
+            )
 
     def _seed_generators(self, seed: int | None) -> None:
         self._noise_generator.manual_seed(derive_seed(seed, stream=1))
@@ -500,6 +515,8 @@ class OfflineTD3(TD3):
         with self._offline_phase():
             started = None if callback is None else self._init_callback(callback)
             total_timesteps = self.offline_steps_done + gradient_steps
+            # SB3's callbacks and logs derive the speed from them
+            self.start_time, self._num_timesteps_at_start = time.time_ns(), self.num_timesteps
             if started is not None:
                 started.on_training_start(locals(), globals())
             self._run_offline(gradient_steps, started, progress_bar, log_interval)
