@@ -28,13 +28,14 @@ def test_the_wheel_holds_the_package_the_startup_files_and_nothing_else(wheel: P
     assert names == expected | STARTUP_FILES
     assert len(licences) == 1
     suffixes = {Path(name).suffix for name in names if name.startswith("sb3_offline_ft/")}
-    assert suffixes <= {".py", ".typed", ".yml", ".hdf5", ".json", ".md", ""}
+    assert suffixes <= {".py", ".typed", ".yml", ".hdf5", ".json", ".jinja", ".md", ""}
 
 
 def test_the_wheel_brings_presets_types_and_bundled_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"sb3_offline_ft/hyperparams/td3bc.yml", "sb3_offline_ft/hyperparams/td3c.yml", "sb3_offline_ft/py.typed"} <= names
+    presets = {f"sb3_offline_ft/hyperparams/{algo}.yml" for algo in ("td3bc", "td3c", "rebrac")}
+    assert presets | {"sb3_offline_ft/py.typed"} <= names
     for dataset in ("hopper-medium", "pendulum-medium"):
         assert f"sb3_offline_ft/datasets/bundled/{dataset}/data/main_data.hdf5" in names
         assert f"sb3_offline_ft/datasets/bundled/{dataset}/data/metadata.json" in names
@@ -74,7 +75,7 @@ def test_the_editable_wheel_brings_the_startup_files_and_leaves_the_module_in_th
 
 def test_a_plain_installation_is_enough_for_the_zoo_command() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    for extra in ("zoo", "mujoco", "plots"):
+    for extra in ("zoo", "mujoco"):
         assert set(project["optional-dependencies"][extra]) <= set(project["dependencies"])
 
 
