@@ -1,7 +1,14 @@
 """The ``sb3-offline-ft`` command. Heavy modules are imported by the commands that need them."""
 
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +20,8 @@ app = typer.Typer(
 )
 guard = typer.Typer(help="What the collapse guard of a run did.", no_args_is_help=True)
 app.add_typer(guard, name="guard")
+dataset = typer.Typer(help="Make datasets, look into them and report on them.", no_args_is_help=True)
+app.add_typer(dataset, name="dataset")
 
 
 def _print_version(wanted: bool) -> None:
@@ -74,6 +83,224 @@ def show(
     except (OSError, ValueError) as error:
         typer.echo(f"sb3-offline-ft guard show: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _reporting(command: str) -> Iterator[None]:
+    """Report errors in one line with exit code 1, warnings as notes, and Ctrl-C or SIGTERM with exit code 130."""
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        typer.echo(f"Note: {message}", err=True)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = note
+            yield
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        typer.echo(f"sb3-offline-ft {command}: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(f"sb3-offline-ft {command}: interrupted, nothing was written", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Read .pkl replay buffers: that runs code which the file holds.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a dataset with this id.")]
+
+
+@dataset.command("show")
+def dataset_show(
+    spec: Annotated[str, typer.Argument(help="What to show: a Minari id, a folder, a file or bundled:<name>.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every dimension of observations and actions.")] = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Show what is in a dataset."""
+    with _reporting("dataset show"):
+        from sb3_offline_ft.datasets.show import show_dataset
+
+        show_dataset(
+            spec, as_json=as_json, every_dimension=everything, trust_pickle=trust_pickle, progress_bar=sys.stderr.isatty()
+        )
+
+
+@dataset.command("report")
+def dataset_report(
+    spec: Annotated[str, typer.Argument(help="What to report on: a Minari id, a folder, a file or bundled:<name>.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    compare: Annotated[list[str] | None, typer.Option(help="Another dataset to set beside it; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples that some measures use.")] = 0,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Write one HTML page on a dataset: returns, coverage, and how diverse it is."""
+    with _reporting("dataset report"):
+        from rich.console import Console
+
+        from sb3_offline_ft.datasets.report import write_report
+
+        specs = [spec, *(compare or [])]
+        write_report(specs, output, seed=seed, console=Console(stderr=True), trust_pickle=trust_pickle)
+        typer.echo(f"Report: {output}")
+
+
+@dataset.command("convert")
+def dataset_convert(
+    logs: Annotated[
+        list[str],
+        typer.Argument(
+            help="CSV, TSV or Parquet files, folders of them, and whatever --dataset takes: .npz, .hdf5, .pkl, ids."
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", help="Id of the new Minari dataset, such as my/robot/logs-v0.")],
+    env: Annotated[str | None, typer.Option(help="Gymnasium id of the environment that the logs are from.")] = None,
+    columns: Annotated[
+        Path | None,
+        typer.Option(help="YAML or TOML file that says which columns mean what, with the keys of the options below."),
+    ] = None,
+    observations: Annotated[str | None, typer.Option(help='Columns of the observations: "x,y,theta_*".')] = None,
+    next_observations: Annotated[
+        str | None, typer.Option(help="Columns of the next observations; from the following row if there are none.")
+    ] = None,
+    actions: Annotated[str | None, typer.Option(help="Columns of the actions.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Column of the reward.")] = None,
+    terminated: Annotated[str | None, typer.Option(help="Column: the task ended (no time limits).")] = None,
+    truncated: Annotated[str | None, typer.Option(help="Column: a time limit ended the episode.")] = None,
+    done: Annotated[str | None, typer.Option(help="Column: the episode ended, one way or the other.")] = None,
+    episode: Annotated[str | None, typer.Option(help="Column: number or name of the episode.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column that the rows of an episode are sorted by.")] = None,
+    join_files: Annotated[bool, typer.Option("--join-files", help="An episode may go on in the next file.")] = False,
+    reward_function: Annotated[
+        str | None,
+        typer.Option(help="module:function that computes all rewards from arrays (observations, actions, next observations)."),
+    ] = None,
+    action_low: Annotated[str | None, typer.Option(help="Lower bounds of the actions: one number, or one for each.")] = None,
+    action_high: Annotated[str | None, typer.Option(help="Upper bounds of the actions.")] = None,
+    random_score: Annotated[float | None, typer.Option(help="Mean return of a random policy.")] = None,
+    expert_score: Annotated[float | None, typer.Option(help="Mean return of an expert.")] = None,
+    algorithm_name: Annotated[str | None, typer.Option(help="What the logs were recorded with.")] = None,
+    author: Annotated[str | None, typer.Option(help="Who made the dataset.")] = None,
+    description: Annotated[str | None, typer.Option(help="What the dataset is.")] = None,
+    overwrite: Overwrite = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Write logs as a Minari dataset, which `-params dataset:...` then names."""
+    with _reporting("dataset convert"):
+        from rich.console import Console
+
+        from sb3_offline_ft.datasets.column_map import ColumnMap
+        from sb3_offline_ft.datasets.convert import convert_logs, load_function
+
+        given = {
+            "observations": observations, "next_observations": next_observations, "actions": actions, "reward": reward,
+            "terminated": terminated, "truncated": truncated, "done": done, "episode": episode, "time": time,
+        }  # fmt: skip
+        chosen = ColumnMap.from_options(columns, given)
+        if reward_function is not None and chosen is not None and chosen.reward is not None:
+            raise ValueError("Give either a column of rewards or a reward function, not both.")
+        made = convert_logs(
+            logs,
+            to,
+            columns=chosen,
+            env=env,
+            action_low=_numbers(action_low, "--action-low"),
+            action_high=_numbers(action_high, "--action-high"),
+            join_files=join_files,
+            reward_function=None if reward_function is None else load_function(reward_function),
+            random_score=random_score,
+            expert_score=expert_score,
+            facts={"algorithm_name": algorithm_name, "author": author, "description": description},
+            overwrite=overwrite,
+            console=Console(stderr=True),
+            trust_pickle=trust_pickle,
+        )
+        for text in made.notes:
+            typer.echo(f"Note: {text}", err=True)
+        typer.echo(f"{to}: {_counted(made.transitions, made.episodes)}, in {made.folder}")
+
+
+@dataset.command("collect")
+def dataset_collect(
+    id_: Annotated[str, typer.Option("--id", help="Id of the new Minari dataset, such as my/hopper/medium-v0.")],
+    env: Annotated[str, typer.Option(help="Gymnasium id of the environment; module:id imports the module first.")],
+    algo: Annotated[str | None, typer.Option(help="The agent's algorithm, as rl-zoo3 names it.")] = None,
+    folder: Annotated[Path, typer.Option("--folder", "-f", help="rl-zoo3's folder with trained agents.")] = Path("logs"),
+    exp_id: Annotated[int, typer.Option(help="rl-zoo3's number of the run; 0: the latest, -1: a folder without runs.")] = 0,
+    load_best: Annotated[bool, typer.Option("--load-best", help="The run's best model instead of the last one.")] = False,
+    agent: Annotated[Path | None, typer.Option(help="An agent's .zip, instead of one in --folder.")] = None,
+    vecnormalize: Annotated[Path | None, typer.Option(help="The vecnormalize.pkl of an --agent that needs one.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="A uniformly random policy instead of an agent.")] = False,
+    steps: Annotated[int | None, typer.Option("--steps", "-n", help="Steps to record; the last episode is completed.")] = None,
+    n_episodes: Annotated[int | None, typer.Option(help="Episodes to record, instead of --steps.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic/--stochastic", help="Take a stochastic policy's mean, or draw from it.")
+    ] = False,
+    noise_std: Annotated[
+        float, typer.Option(help="Standard deviation of Gaussian noise on the actions, where their bounds are -1 and 1.")
+    ] = 0.0,
+    epsilon_random: Annotated[float, typer.Option(help="Probability of a uniformly random action.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed: the same one gives the same data.")] = 0,
+    device: Annotated[str, typer.Option(help="Torch device of the agent.")] = "auto",
+    author: Annotated[str | None, typer.Option(help="Who made the dataset.")] = None,
+    description: Annotated[str | None, typer.Option(help="What the dataset is; by default how it was recorded.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Record an agent of rl-zoo3 or SB3, or random actions, as a Minari dataset. Ctrl-C keeps the complete episodes."""
+    with _reporting("dataset collect"):
+        from rich.console import Console
+
+        import sb3_offline_ft.zoo
+        from sb3_offline_ft.datasets.collect import RANDOM, Behaviour, collect_dataset
+
+        sb3_offline_ft.zoo.register()
+        if random and algo not in (None, RANDOM):
+            raise ValueError(f"Give either --random or --algo {algo}.")
+        made = collect_dataset(
+            id_,
+            env,
+            algorithm=RANDOM if random else algo,
+            log_folder=folder,
+            agent=agent,
+            exp_id=exp_id,
+            load_best=load_best,
+            vecnormalize=vecnormalize,
+            n_steps=steps,
+            n_episodes=n_episodes,
+            behaviour=Behaviour(deterministic, noise_std, epsilon_random),
+            seed=seed,
+            device=device,
+            facts={"author": author, "description": description},
+            command=f"sb3-offline-ft {shlex.join(sys.argv[1:])}" if "collect" in sys.argv else None,
+            overwrite=overwrite,
+            console=Console(stderr=True),
+        )
+    if made.folder is not None:
+        words = f"{_counted(made.transitions, len(made.returns))}, mean return {made.returns.mean():.1f}"
+        typer.echo(f"{id_}: {words}, in {made.folder}")
+    if made.interrupted:
+        kept = "the complete episodes were kept" if made.folder is not None else "no episode was complete, nothing was written"
+        typer.echo(f"sb3-offline-ft dataset collect: interrupted, {kept}", err=True)
+        raise typer.Exit(130)
+
+
+def _counted(transitions: int, episodes: int) -> str:
+    plural = ["" if number == 1 else "s" for number in (transitions, episodes)]
+    return f"{transitions:,} transition{plural[0]} in {episodes:,} episode{plural[1]}"
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be a number, or several with commas between, found {text!r}.") from None
 
 
 def main() -> None:

@@ -1,0 +1,280 @@
+"""Which columns of a table mean what: said by the user, or guessed from the names."""
+
+import difflib
+import fnmatch
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+Names = tuple[str, ...]
+VectorNames = Names | dict[str, Names]
+
+
+_VECTORS: dict[str, tuple[str, ...]] = {
+    "observations": ("observations", "observation", "obs", "states", "state"),
+    "next_observations": ("next_observations", "next_observation", "next_obs", "next_states", "next_state"),
+    "actions": ("actions", "action", "act"),
+}
+_SCALARS: dict[str, tuple[str, ...]] = {
+    "reward": ("reward", "rewards", "rew"),
+    "terminated": ("terminated", "terminations", "termination", "terminal", "terminals"),
+    "truncated": ("truncated", "truncations", "truncation", "timeout", "timeouts", "time_limit"),
+    "done": ("done", "dones"),
+    "episode": ("episode", "episode_id", "episode_index", "episodes", "trajectory", "trajectory_id"),
+}
+
+
+@dataclass(frozen=True)
+class ColumnMap:
+    """Which columns of a table mean what.
+
+    What is ``None`` is guessed from the names. Names of vectors may hold wildcards: ``theta_*`` stands for all columns that it
+    fits, by their numbers if that is all they differ in, else in the order of the table.
+
+    :param observations: Columns of the observations; a dictionary of them makes Dict observations.
+    :param next_observations: Columns of the next observations; without any they are taken from the following row.
+    :param actions: Columns of the actions.
+    :param reward: Column of the reward.
+    :param terminated: Column that says whether the task ended: never true at a time limit.
+    :param truncated: Column that says whether a time limit, or something else from outside, ended the episode.
+    :param done: Column that says whether the episode ended, one way or the other.
+    :param episode: Column that numbers or names the episode: another value begins another episode.
+    :param time: Column that the rows of an episode are sorted by.
+    """
+
+    observations: VectorNames | None = None
+    next_observations: VectorNames | None = None
+    actions: Names | None = None
+    reward: str | None = None
+    terminated: str | None = None
+    truncated: str | None = None
+    done: str | None = None
+    episode: str | None = None
+    time: str | None = None
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any], where: str) -> "ColumnMap":
+        """Make a map of what a file or the command line says.
+
+        :param content: Values by the names of the parameters: for vectors a list, a string with commas between the names, or
+            (observations only) a dictionary of those; for the others a string. ``None`` is left to be guessed.
+        :param where: Names the source at the start of messages.
+        :return: The map.
+        :raises ValueError: if a key is unknown or a value of the wrong kind.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in content:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+                raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        values: dict[str, Any] = {}
+        for key, value in content.items():
+            if value is None:
+                continue
+            if key in _VECTORS:
+                is_dict = isinstance(value, Mapping) and key != "actions"
+                values[key] = (
+                    {str(name): _names(one, f"{key}[{name!r}]", where) for name, one in value.items()}
+                    if is_dict
+                    else _names(value, key, where)
+                )
+            elif isinstance(value, str) and value.strip():
+                values[key] = value.strip()
+            else:
+                raise ValueError(f"{where}: {key} must be the name of a column, found {value!r}.")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ColumnMap":
+        """Read a map from a YAML or TOML file.
+
+        :param path: The file, ``.yml``, ``.yaml`` or ``.toml``.
+        :return: The map.
+        :raises OSError: if it cannot be read.
+        :raises ValueError: if it is no such file, or holds something else.
+        """
+        where = f"Column map {str(path)!r}"
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            try:
+                content: Any = tomllib.loads(text)
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{where} is no TOML file: {error}.") from None
+        elif path.suffix in (".yml", ".yaml"):
+            import yaml
+
+            try:
+                content = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{where} is no YAML file: {' '.join(str(error).split())}.") from None
+        else:
+            raise ValueError(f"{where}: expected a .yml, .yaml or .toml file.")
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{where}: expected keys such as observations and actions, found {type(content).__name__}.")
+        return cls.from_mapping(content, where)
+
+    @classmethod
+    def from_options(cls, file: Path | None, options: Mapping[str, Any]) -> "ColumnMap | None":
+        """Make a map of a file and of options, which come first.
+
+        :param file: As for :meth:`from_file`, if there is one.
+        :param options: As for :meth:`from_mapping`; ``None`` is not given.
+        :return: The map, ``None`` if nothing is given.
+        :raises OSError: if the file cannot be read.
+        :raises ValueError: if something in it, or an option, is wrong.
+        """
+        given = {key: value for key, value in options.items() if value is not None}
+        if file is None:
+            return cls.from_mapping(given, "The options") if given else None
+        chosen = cls.from_mapping(given, "The options")
+        return replace(cls.from_file(file), **{key: getattr(chosen, key) for key in given})
+
+    def resolve(self, columns: Sequence[str], where: str, needs_reward: bool = True) -> "ColumnMap":
+        """Find the columns in a table.
+
+        :param columns: The table's columns.
+        :param where: Names the table at the start of messages.
+        :param needs_reward: Whether a column of rewards must be there.
+        :return: The map with everything found, and no wildcards.
+        :raises ValueError: if a named column is not there, or observations, actions or rewards are not to be found.
+        """
+        found: dict[str, Any] = {}
+        for key in _VECTORS:
+            given = getattr(self, key)
+            if isinstance(given, dict):
+                found[key] = {name: _expand(one, columns, f"{key}[{name!r}]", where) for name, one in given.items()}
+            elif given is not None:
+                found[key] = _expand(given, columns, key, where)
+            else:
+                found[key] = _guess_vector(_VECTORS[key], columns, key, where)
+            if found[key] is None and key != "next_observations":
+                raise ValueError(_missing(key, _VECTORS[key], columns, where))
+        for key in ("reward", "terminated", "truncated", "done", "episode", "time"):
+            given = getattr(self, key)
+            found[key] = _one(given, columns, key, where) if given is not None else _guess_scalar(key, columns, where)
+        if found["terminated"] is not None and self.done is None:
+            found["done"] = None
+        if not needs_reward and self.reward is None:
+            found["reward"] = None
+        if needs_reward and found["reward"] is None:
+            message = _missing("reward", _SCALARS["reward"], columns, where)
+            raise ValueError(f"{message} Rewards that were not logged can be computed with --reward-function.")
+        if (
+            isinstance(found["observations"], dict)
+            and found["next_observations"] is not None
+            and (
+                not isinstance(found["next_observations"], dict)
+                or set(found["next_observations"]) != set(found["observations"])
+            )
+        ):
+            raise ValueError(
+                f"{where}: next_observations must have the same keys as observations ({', '.join(found['observations'])})."
+            )
+        return ColumnMap(**found)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """
+        :return: Meanings and columns in words.
+        """
+        rows = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                rows += [(f"{field.name}[{key!r}]", ", ".join(names)) for key, names in value.items()]
+            elif value is not None:
+                rows.append((field.name, value if isinstance(value, str) else ", ".join(value)))
+        return rows
+
+    def columns(self) -> list[str]:
+        """
+        :return: All columns, each once.
+        """
+        names: dict[str, None] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            groups = value.values() if isinstance(value, dict) else [(value,) if isinstance(value, str) else value or ()]
+            for group in groups:
+                names |= dict.fromkeys(group)
+        return list(names)
+
+
+def _names(value: Any, key: str, where: str) -> Names:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: {key} must be a list of columns, or their names with commas between, found {value!r}.")
+    stripped = tuple(name.strip() for name in names if name.strip())
+    if not stripped:
+        raise ValueError(f"{where}: {key} names no column.")
+    return stripped
+
+
+def _expand(names: Names, columns: Sequence[str], key: str, where: str) -> Names:
+    expanded: dict[str, None] = {}
+    for name in names:
+        if name in columns:
+            expanded[name] = None
+            continue
+        matches = fnmatch.filter(columns, name) if any(sign in name for sign in "*?[") else []
+        if not matches:
+            raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
+        expanded |= dict.fromkeys(_by_number(matches))
+    return tuple(expanded)
+
+
+def _one(name: str, columns: Sequence[str], key: str, where: str) -> str:
+    if name not in columns:
+        raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
+    return name
+
+
+def _by_number(names: Sequence[str]) -> list[str]:
+    parts = [re.split(r"(\d+)", name) for name in names]
+    if len({tuple(part[::2]) for part in parts}) == 1:
+        return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    return list(names)
+
+
+def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str) -> Names | None:
+    families: dict[str, Names] = {}
+    for stem in stems:
+        numbered = [name for name in columns if re.fullmatch(rf"{stem}[_./\[ -]?\d+\]?", name, re.IGNORECASE)]
+        exact = [name for name in columns if name.lower() == stem]
+        named = [name for name in columns if re.fullmatch(rf"{stem}[_./].+", name, re.IGNORECASE)]
+        if family := numbered or exact or named:
+            families[stem] = tuple(_by_number(family))
+    if len(families) > 1:
+        found = " and ".join(", ".join(family) for family in families.values())
+        raise ValueError(f"{where}: {key} could be {found}. Say which with --{key.replace('_', '-')}.")
+    return next(iter(families.values()), None)
+
+
+def _guess_scalar(key: str, columns: Sequence[str], where: str) -> str | None:
+    found = [name for name in columns if name.lower() in _SCALARS.get(key, ())]
+    if len(found) > 1:
+        raise ValueError(f"{where}: {key} could be {' or '.join(found)}. Say which with --{key}.")
+    return found[0] if found else None
+
+
+def _missing(key: str, stems: Names, columns: Sequence[str], where: str) -> str:
+    examples = f"{stems[0]}, {stems[1]}" + (f", {stems[2]}_0 and the like" if key in _VECTORS else " and the like")
+    return (
+        f"{where}: no column was recognised as {key} (looked for {examples}). Name it with --{key.replace('_', '-')}; "
+        f"there are {_some(columns)}."
+    )
+
+
+def _near(name: str, columns: Sequence[str]) -> str:
+    by_lower = {column.lower(): column for column in columns}
+    near = difflib.get_close_matches(name.lower().strip("*?"), by_lower, n=3)
+    if near:
+        return f". Did you mean {' or '.join(by_lower[low] for low in near)}?"
+    return f"; there are {_some(columns)}."
+
+
+def _some(columns: Iterable[str], most: int = 30) -> str:
+    names = list(columns)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
