@@ -34,6 +34,9 @@ def test_python(code: str, run_python: RunPython) -> None:
 
 
 def test_zoo_commands_in_their_order(run_python: RunPython, tmp_path: Path) -> None:
+    flights = tmp_path / "work" / "flights"
+    flights.mkdir(parents=True)
+    (flights / "1.csv").write_text("obs_0,obs_1,u1,u2,r\n" + "0.5,1,0.1,-1,2\n" * 5)
     ran = 0
     for command in commands():
         if command[:2] == ["python", "-m"]:
@@ -48,6 +51,10 @@ def test_zoo_commands_in_their_order(run_python: RunPython, tmp_path: Path) -> N
                 parameters = [item for item in arguments[split + 1 :] if not item.startswith("offline_steps")]
                 arguments = [*arguments[:split], *TINY_BUDGET, "-params", *parameters, *TINY_PARAMETERS]
             process = run_python(*arguments)
+        elif command[:2] == ["sb3-offline-ft", "dataset"]:
+            # As a shell does
+            arguments = ["flights/1.csv" if argument == "flights/*.csv" else argument for argument in command[1:]]
+            process = run_python("-m", "sb3_offline_ft", *arguments, MINARI_DATASETS_PATH=str(tmp_path / "minari"))
         elif command[:2] == ["sb3-offline-ft", "summary"]:
             process = run_python("-m", "sb3_offline_ft", *command[1:])
             assert "J after pretraining" in process.stdout
@@ -58,7 +65,8 @@ def test_zoo_commands_in_their_order(run_python: RunPython, tmp_path: Path) -> N
             continue
         assert process.returncode == 0, process.stderr
         ran += 1
-    assert ran == 6
+    assert ran == 10
+    assert (tmp_path / "work" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "work" / "logs" / "td3c" / "Hopper-v5_1" / "run.png").exists()
 
 
