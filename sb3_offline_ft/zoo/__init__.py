@@ -1,4 +1,4 @@
-"""Makes td3bc and td3c known to rl_zoo3; importing this module is enough, and may be done any number of times."""
+"""Makes our algorithms known to rl_zoo3; importing this module is enough, and may be done any number of times."""
 
 import warnings
 from pkgutil import resolve_name
@@ -11,13 +11,16 @@ __all__ = ["ALGORITHMS", "preset_path", "register"]
 
 def _extend_experiment_manager() -> None:
     from sb3_offline_ft.zoo.experiment import extend_experiment_manager
+    from sb3_offline_ft.zoo.samplers import register_search_spaces
 
+    register_search_spaces()
     extend_experiment_manager()
 
 
 def register() -> None:
     """
-    Add ``td3bc`` and ``td3c`` to ``rl_zoo3.ALGOS``, and our presets and checks to rl_zoo3's ``ExperimentManager``.
+    Add our algorithms to ``rl_zoo3.ALGOS``, their search spaces to its tables of samplers and converters, and our presets,
+    checks and pretraining to its ``ExperimentManager``.
 
     Other algorithms of rl_zoo3 are left as they are. Calling it again changes nothing.
     """
@@ -39,7 +42,7 @@ def register() -> None:
     if not _sb3_offline_ft_startup.after_import("rl_zoo3.exp_manager", _extend_experiment_manager):
         warnings.warn(
             "sb3_offline_ft.zoo was imported while rl_zoo3.exp_manager was still loading: the presets of "
-            f"{' and '.join(ALGORITHMS)} are not the default yet. Import sb3_offline_ft.zoo before rl_zoo3.exp_manager, or "
+            f"{', '.join(ALGORITHMS)} are not the default yet. Import sb3_offline_ft.zoo before rl_zoo3.exp_manager, or "
             "call sb3_offline_ft.zoo.register() once more afterwards.",
             stacklevel=2,
         )

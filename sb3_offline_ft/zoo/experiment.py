@@ -1,5 +1,6 @@
 """What rl_zoo3's ``ExperimentManager`` does differently for our algorithms: presets, early checks, no empty run folders."""
 
+import copy
 import inspect
 import os
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import optuna
 from gymnasium import spaces
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -14,9 +16,17 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
+from sb3_offline_ft.zoo.samplers import split_finetuning
+
+# Modules that only our own runs need are imported where they are used: this one is loaded with rl_zoo3, whoever uses it.
+
+DEFAULT_EVALUATIONS = 10
 
 _EXTENDED = "_extended_by_sb3_offline_ft"
 _RUN_FOLDER = "_run_folder_created_by_sb3_offline_ft"
+_FINETUNING = "_finetuning_of_sb3_offline_ft"
+_PRETRAINING = "_pretraining_of_sb3_offline_ft"
+_SEED = "_study_seed_of_sb3_offline_ft"
 
 Method = Callable[..., Any]
 
@@ -47,6 +57,13 @@ class _RunWatch(BaseCallback):
             self._followed.on_training_end()
 
 
+class _TrialNumber(int):
+    """A trial's number. rl_zoo3 asks for its truth, and would overlook trial 0."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 def _is_ours(manager: Any) -> bool:
     return manager.algo in ALGORITHMS
 
@@ -72,30 +89,75 @@ def _with_preset(original: Method) -> Method:
 def _with_dataset_check(original: Method) -> Method:
     @wraps(original)
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        if _is_ours(self) and self.optimize_hyperparameters:
-            raise ValueError(
-                f"`-optimize` is not supported for {self.algo} yet: set hyperparameters with `-params` or `-conf`."
-            )
+        if _is_ours(self):
+            _check_study_arguments(self)
         hyperparams, saved_hyperparams = original(self)
         dataset = hyperparams.get("dataset")
         if _is_ours(self) and isinstance(dataset, str):
             from sb3_offline_ft.datasets import check_spec
 
             check_spec(dataset)
+        if _is_ours(self) and self.optimize_hyperparameters and self.storage is not None:
+            from sb3_offline_ft.zoo.storage import open_storage
+
+            open_storage(self.storage, create=True)
         return hyperparams, saved_hyperparams
 
     return read_hyperparameters
 
 
-def _with_action_space_check(original: Method) -> Method:
+def _check_study_arguments(manager: Any) -> None:
+    if manager.optimize_hyperparameters and manager.continue_training:
+        raise ValueError("`-optimize` pretrains by itself, and cannot start from an agent: leave out `-i`.")
+    if manager.storage is not None:
+        from sb3_offline_ft.zoo.storage import with_absolute_path
+
+        manager.storage = with_absolute_path(manager.storage)
+    if manager.trial_id is None:
+        return
+    if not (manager.storage and manager.study_name):
+        raise ValueError("`--trial-id` needs the study that the trial is of: give `--storage` and `--study-name`.")
+    from sb3_offline_ft.zoo.storage import describe_trial
+
+    manager.trial_id = _TrialNumber(manager.trial_id)
+    print(describe_trial(manager.storage, manager.study_name, manager.trial_id))
+
+
+def _with_finetuning_arguments(original: Method) -> Method:
+    @wraps(original)
+    def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
+        if not _is_ours(self):
+            return original(self, hyperparams)
+        hyperparams, finetuning = split_finetuning(hyperparams)
+        setattr(self, _FINETUNING, self._preprocess_schedules(finetuning))
+        if self.optimize_hyperparameters and self.n_evaluations is None:
+            self.n_evaluations = DEFAULT_EVALUATIONS
+            print(f"Doing {self.n_evaluations} evaluations in each trial: change it with `--n-evaluations`.")
+        return original(self, hyperparams)
+
+    return _preprocess_hyperparams
+
+
+def _with_pretraining(original: Method) -> Method:
     @wraps(original)
     def _preprocess_action_noise(self: Any, hyperparams: Any, saved_hyperparams: Any, env: VecEnv) -> Any:
-        if _is_ours(self) and not isinstance(env.action_space, spaces.Box):
-            raise ValueError(
-                f"{self.algo} needs a Box action space with finite bounds, {self.env_name} has {env.action_space}: "
-                "use an environment with continuous actions, or an algorithm for discrete ones such as dqn."
-            )
-        return original(self, hyperparams, saved_hyperparams, env)
+        if not _is_ours(self):
+            return original(self, hyperparams, saved_hyperparams, env)
+        try:
+            if not isinstance(env.action_space, spaces.Box):
+                raise ValueError(
+                    f"{self.algo} needs a Box action space with finite bounds, {self.env_name} has {env.action_space}: "
+                    "use an environment with continuous actions, or an algorithm for discrete ones such as dqn."
+                )
+            from sb3_offline_ft.zoo.pretraining import Pretraining
+
+            processed = original(self, hyperparams, saved_hyperparams, env)
+            pretraining = Pretraining(self, processed, getattr(self, _FINETUNING))
+        except Exception:
+            env.close()
+            raise
+        setattr(self, _PRETRAINING, pretraining)
+        return processed | pretraining.finetuning
 
     return _preprocess_action_noise
 
@@ -138,13 +200,27 @@ def _with_cleanup_of_setup(original: Method) -> Method:
     @wraps(original)
     def setup_experiment(self: Any) -> Any:
         try:
-            return original(self)
+            experiment = original(self)
         except Exception:
             if _is_ours(self):
                 _remove_created_folder(self)
             raise
+        if _is_ours(self) and experiment is None:
+            # A study has no model, for which enjoy would look in the folder
+            _remove_created_folder(self)
+        return experiment
 
     return setup_experiment
+
+
+def _pretrain(manager: Any, model: BaseAlgorithm) -> None:
+    try:
+        getattr(manager, _PRETRAINING).begin(model)
+    except BaseException:
+        # As rl_zoo3 does when its own part fails
+        if model.env is not None:
+            model.env.close()
+        raise
 
 
 def _with_cleanup_of_learn(original: Method) -> Method:
@@ -168,8 +244,9 @@ def _with_cleanup_of_learn(original: Method) -> Method:
         self.callbacks.insert(0, watch)
         updates = getattr(model, "_n_updates", 0)
         try:
+            _pretrain(self, model)
             original(self, model)
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             # Without a model inside, the folder would only be in the way: enjoy takes the latest one.
             if not watch.stepped and getattr(model, "_n_updates", 0) == updates:
                 _remove_created_folder(self)
@@ -180,13 +257,70 @@ def _with_cleanup_of_learn(original: Method) -> Method:
     return learn
 
 
+def _with_own_start(original: Method) -> Method:
+    @wraps(original)
+    def objective(self: Any, trial: optuna.Trial) -> float:
+        if not _is_ours(self):
+            return float(original(self, trial))
+        from sb3_offline_ft.zoo.tuning import run_trial
+
+        return run_trial(original, self, trial, getattr(self, _PRETRAINING), getattr(self, _SEED)(trial.study))
+
+    return objective
+
+
+def _with_own_seeds(original: Method) -> Method:
+    @wraps(original)
+    def _create_sampler(self: Any, sampler_method: str) -> Any:
+        if not _is_ours(self):
+            return original(self, sampler_method)
+        from sb3_offline_ft.zoo.tuning import TrialSeededSampler
+
+        def create(seed: int) -> Any:
+            seeded = copy.copy(self)
+            seeded.seed = seed
+            return original(seeded, sampler_method)
+
+        return TrialSeededSampler(create, getattr(self, _SEED))
+
+    return _create_sampler
+
+
+def _with_clear_study_errors(original: Method) -> Method:
+    @wraps(original)
+    def hyperparameters_optimization(self: Any) -> None:
+        if not _is_ours(self):
+            original(self)
+            return
+        from sb3_offline_ft.zoo.tuning import StudySeed
+
+        pretraining = getattr(self, _PRETRAINING)
+        setattr(self, _SEED, StudySeed(self.seed, None if self.storage is None else pretraining.cache))
+        try:
+            original(self)
+        except ValueError as error:
+            if "No trials are completed" not in str(error):
+                raise
+            raise ValueError(
+                "No trial was completed, so there is nothing to report: see above why trials failed, or let more of them run."
+            ) from None
+        finally:
+            pretraining.close()
+
+    return hyperparameters_optimization
+
+
 _EXTENSIONS: dict[str, Callable[[Method], Method]] = {
     "__init__": _with_preset,
     "read_hyperparameters": _with_dataset_check,
     "create_log_folder": _with_clear_folder_error,
-    "_preprocess_action_noise": _with_action_space_check,
+    "_preprocess_hyperparams": _with_finetuning_arguments,
+    "_preprocess_action_noise": _with_pretraining,
     "setup_experiment": _with_cleanup_of_setup,
     "learn": _with_cleanup_of_learn,
+    "_create_sampler": _with_own_seeds,
+    "objective": _with_own_start,
+    "hyperparameters_optimization": _with_clear_study_errors,
 }
 
 

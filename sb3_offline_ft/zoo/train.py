@@ -1,10 +1,10 @@
-"""``python -m sb3_offline_ft.zoo.train``: rl_zoo3's train with td3bc and td3c, whether or not the startup hook is active."""
+"""``python -m sb3_offline_ft.zoo.train``: rl_zoo3's train with our algorithms, whether or not the startup hook is active."""
 
 import sb3_offline_ft.zoo
 
 
 def main() -> None:
-    """Run ``rl_zoo3.train`` with its own command line; td3bc and td3c are among the algorithms."""
+    """Run ``rl_zoo3.train`` with its own command line; ours are among the algorithms."""
     sb3_offline_ft.zoo.register()
     from rl_zoo3.train import train
 

@@ -1,0 +1,120 @@
+"""Optuna's storages, opened with clear errors."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+
+JOURNAL_SUFFIX = ".log"
+ATTEMPTS = 5
+PAUSE_SECONDS = 0.2
+MADE_BY_ANOTHER = ("already exists", "database is locked")
+"""What databases say to the second of two processes that make the tables at once, if rows do not collide."""
+
+
+def with_absolute_path(storage: str) -> str:
+    """
+    :param storage: A journal file ending in ``.log``, or the URL of a database
+    :return: The same, as Optuna needs it to find that a process died which had locked the journal
+    """
+    return str(Path(storage).absolute()) if storage.endswith(JOURNAL_SUFFIX) else storage
+
+
+def open_storage(storage: str, create: bool) -> BaseStorage:
+    """
+    Open a storage as rl_zoo3 does.
+
+    :param storage: A journal file ending in ``.log``, or the URL of a database
+    :param create: Whether a file that does not exist is made
+    :return: The storage
+    :raises OSError: It cannot be opened
+    :raises ImportError: The database's driver is not installed
+    :raises ValueError: It is neither of the two
+    """
+    if storage.endswith(JOURNAL_SUFFIX):
+        return _open_journal(Path(storage), create)
+    try:
+        url = make_url(storage)
+    except ArgumentError:
+        raise ValueError(
+            f"`--storage` is {storage!r}: expected a journal file ending in {JOURNAL_SUFFIX}, or the URL of a database such "
+            "as 'sqlite:///study.db' or 'postgresql+psycopg://user:password@host/database'."
+        ) from None
+    if url.get_backend_name() == "sqlite" and not create and not Path(url.database or "").exists():
+        raise FileNotFoundError(f"There is no storage {url.database!r}: give that of the study with `--storage`.")
+    shown = url.render_as_string(hide_password=True)
+    try:
+        return _open_database(storage)
+    except ImportError as error:
+        raise ImportError(
+            f"The storage {shown} needs a driver that is not installed ({_first_line(error.__cause__ or error)}): install it "
+            "with pip, such as psycopg[binary] for 'postgresql+psycopg://' or pymysql for 'mysql+pymysql://'."
+        ) from None
+    except (SQLAlchemyError, OSError, RuntimeError) as error:
+        raise OSError(
+            f"The storage {shown} cannot be opened: {_first_line(getattr(error, 'orig', None) or error)}. Check the address, "
+            "the user's rights and that the server runs."
+        ) from None
+
+
+def _open_database(url: str) -> BaseStorage:
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return RDBStorage(url)
+        except SQLAlchemyError as error:
+            if not isinstance(error, IntegrityError) and not any(text in str(error) for text in MADE_BY_ANOTHER):
+                raise
+            time.sleep(PAUSE_SECONDS * attempt)
+    return RDBStorage(url)
+
+
+def _open_journal(path: Path, create: bool) -> BaseStorage:
+    if not create and not path.exists():
+        raise FileNotFoundError(f"There is no storage {str(path)!r}: give that of the study with `--storage`.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        return JournalStorage(JournalFileBackend(str(path)))
+    except OSError as error:
+        raise OSError(
+            f"The journal {str(path)!r} cannot be written: {error.strerror or error}. Choose another file with `--storage`."
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def describe_trial(storage: str, study_name: str, number: int | None) -> str:
+    """
+    Look a trial up.
+
+    :param storage: The study's storage
+    :param study_name: Name of the study
+    :param number: The trial's number, None for the best one
+    :return: What is known of it
+    :raises ValueError: There is no such study or trial
+    """
+    opened = open_storage(storage, create=False)
+    names = optuna.get_all_study_names(opened)
+    if study_name not in names:
+        known = ", ".join(map(repr, names)) or "none"
+        raise ValueError(f"There is no study {study_name!r} in {storage}: it has {known}. Choose one with `--study-name`.")
+    study = optuna.load_study(study_name=study_name, storage=opened)
+    trials = study.get_trials(deepcopy=False)
+    if number is not None and not 0 <= number < len(trials):
+        raise ValueError(
+            f"There is no trial {number} in the study {study_name!r}, which has the trials 0 to {len(trials) - 1}: "
+            "choose one with `--trial-id`."
+        )
+    trial = study.best_trial if number is None else trials[number]
+    told: dict[str, Any] = {"study's seed": study.user_attrs.get("seed"), "evaluated every": trial.user_attrs.get("eval_freq")}
+    values = "no value" if trial.value is None else f"value {trial.value:.1f}"
+    facts = [values, *(f"{name} {value}" for name, value in told.items() if value is not None)]
+    return f"Trial {trial.number} ({trial.state.name.lower()}): {', '.join(facts)}"
