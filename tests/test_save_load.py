@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, ReBRAC, load_dataset
+from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3, ReBRAC, load_dataset
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
@@ -305,3 +305,58 @@ def test_replay_buffer_of_another_shape_is_refused(tmp_path):
         hopper.load_replay_buffer(tmp_path / "ours.npz")
     with pytest.raises(FileNotFoundError):
         model.load_replay_buffer(tmp_path / "missing.npz")
+
+
+def save_columns(path) -> None:
+    generator = np.random.default_rng(0)
+    observations = generator.normal(size=(21, 3)).astype(np.float32)
+    np.savez(
+        path,
+        observations=observations[:-1],
+        next_observations=observations[1:],
+        actions=generator.uniform(-2, 2, size=(20, 1)).astype(np.float32),
+        rewards=np.ones(20, np.float32),
+        terminations=np.zeros(20, bool),
+    )
+
+
+def test_dataset_given_to_load_as_a_path(tmp_path):
+    save_columns(tmp_path / "data.npz")
+    trained(TD3BC).save(tmp_path / "model")
+    model = TD3BC.load(tmp_path / "model", dataset=tmp_path / "data.npz", env=gym.make("Pendulum-v1"))
+    with pytest.warns(UserWarning, match="is not the one this model was pretrained on"):
+        model.pretrain(1)
+    assert model.offline_dataset.spec == str(tmp_path / "data.npz")
+
+
+def test_relative_path_is_found_from_another_folder(tmp_path, monkeypatch):
+    save_columns(tmp_path / "data.npz")
+    monkeypatch.chdir(tmp_path)
+    TD3BC("MlpPolicy", "Pendulum-v1", dataset="data.npz", batch_size=4).pretrain(1).save(tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    TD3BC.load(tmp_path / "model", env=gym.make("Pendulum-v1")).pretrain(1)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_data_given_as_an_object_is_missed_even_if_it_was_not_used_before_saving(as_list, tmp_path):
+    save_columns(tmp_path / "data.npz")
+    with np.load(tmp_path / "data.npz") as columns:
+        data = OfflineDataset.from_columns(**columns)
+    model = TD3BC("MlpPolicy", "Pendulum-v1", dataset=[data, data] if as_list else data, offline_steps=3)
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="3 of 3 offline steps are left to do, but the dataset was given as an object"):
+        TD3BC.load(tmp_path / "model", env=gym.make("Pendulum-v1")).learn(10)
+
+
+def test_n_step_keywords_given_to_load_are_refused(tmp_path):
+    trained(TD3BC).save(tmp_path / "model")
+    with pytest.raises(ValueError, match="`replay_buffer_kwargs` has 'n_steps'"):
+        TD3BC.load(tmp_path / "model", replay_buffer_kwargs={"n_steps": 3})
+
+
+def test_augmentation_in_units_of_data_that_is_not_there_is_refused_before_the_first_step():
+    model = TD3BC("MlpPolicy", "Pendulum-v1", replay_buffer_kwargs={"augmentation": "gaussian_noise"})
+    with pytest.raises(ValueError, match="'gaussian_noise' is in units of the dataset's standard deviations"):
+        model.learn(10)
+    assert model.num_timesteps == 0

@@ -165,6 +165,11 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         return self.n_steps > 1 or self._next_actions or self._returns is not None
 
     @property
+    def needs_offline_data(self) -> bool:
+        """Whether nothing can be sampled before offline data is set, as the augmentation is in units of its spread."""
+        return self._augmentation is not None and self._augmentation.needs_std and not self._std
+
+    @property
     def nbytes_per_row(self) -> int:
         """Size of the observations of one row of a batch in bytes."""
         arrays = [*by_key(self.observations).values(), *by_key(self.next_observations).values()]

@@ -228,8 +228,7 @@ class OfflineTD3(TD3):
                 f"{type(self).__name__} needs a Box action space with finite bounds, the environment has {action_space}: "
                 "use an environment with continuous actions, or an algorithm for discrete ones such as DQN."
             ) from error
-        # Absolute, so that a saved model finds it from any folder
-        self.dataset = os.path.abspath(dataset) if isinstance(dataset, os.PathLike) else dataset
+        self.dataset = dataset
         self.dataset_fingerprint: str | None = None
         self.offline_steps = offline_steps
         self.offline_fraction = offline_fraction
@@ -353,6 +352,9 @@ class OfflineTD3(TD3):
         self._check_replay_buffer_kwargs()
         if self.dataset is None:
             return
+        if isinstance(self.dataset, os.PathLike):
+            # Absolute, so that a saved model finds it from any folder
+            self.dataset = os.path.abspath(self.dataset)
         if not isinstance(self.dataset, str | OfflineDataset | Mapping | Sequence):
             raise TypeError(
                 "`dataset` must be a spec such as 'mujoco/hopper/medium-v0', a list of specs or an OfflineDataset, "
@@ -375,11 +377,9 @@ class OfflineTD3(TD3):
 
     def _check_replay_buffer_kwargs(self) -> None:
         own_class = self.replay_buffer_class is None or self._has_own_buffer_class
-        refused = {"offline_fraction", "seed"}
+        _refuse_keywords(self.replay_buffer_kwargs, "offline_fraction", "seed")
         if own_class and self._extra_state is None:
-            refused |= set(N_STEP_KEYWORDS)
-        for name in sorted(refused & self.replay_buffer_kwargs.keys()):
-            raise ValueError(f"`replay_buffer_kwargs` has {name!r}, which the algorithm sets: use its own `{name}`.")
+            _refuse_keywords(self.replay_buffer_kwargs, *N_STEP_KEYWORDS)
 
     @property
     def offline_dataset(self) -> OfflineDataset | None:
@@ -416,6 +416,9 @@ class OfflineTD3(TD3):
                 stacklevel=2,
             )
         self.dataset_fingerprint = dataset.fingerprint
+        if isinstance(self.dataset, str) and dataset.spec is not None:
+            # Its paths are absolute
+            self.dataset = dataset.spec
         if self.verbose >= 1:
             print(
                 f"Offline data: {dataset.name}, {len(dataset):,} transitions in {dataset.n_episodes:,} episodes, "
@@ -629,6 +632,7 @@ class OfflineTD3(TD3):
         self._check_dataset_is_there()
         self._prepare_guide()
         self.load_offline_data()
+        self._check_augmentation()
         self._check_vec_normalize()
         initial_evaluation, callbacks = InitialEvaluation(), as_list(callback)
         if any(isinstance(given, BaseCallback) and any(find_callbacks(given, EvalCallback)) for given in callbacks):
@@ -674,6 +678,15 @@ class OfflineTD3(TD3):
             "no offline transitions. To have them, pass `dataset=...` to `load`.",
             stacklevel=4,
         )
+
+    def _check_augmentation(self) -> None:
+        buffer = self.replay_buffer
+        if isinstance(buffer, OfflineToOnlineReplayBuffer) and buffer.needs_offline_data:
+            name = self.replay_buffer_kwargs["augmentation"]
+            raise ValueError(
+                f"The augmentation {name!r} is in units of the dataset's standard deviations, and there is no dataset: pass "
+                "`dataset=...`, or use another augmentation or none."
+            )
 
     def _begin_finetuning(self, total_timesteps: int) -> None:
         pretrained = self._has_trained_weights
@@ -1064,8 +1077,10 @@ class OfflineTD3(TD3):
         self._extra_state = arrays_to_text(self._get_extra_state())
         if self.dataset is not None and not isinstance(self.dataset, str):
             live["dataset"] = self.dataset
-            given = self.dataset if isinstance(self.dataset, OfflineDataset) else self.offline_dataset
-            self.dataset = None if given is None else given.spec
+            given = self.offline_dataset or load_dataset(self.dataset)
+            self.dataset = given.spec
+            # Without it the file would not tell that there was data
+            self.dataset_fingerprint = self.dataset_fingerprint or given.fingerprint
         if self._has_own_buffer_class and self.n_steps > 1:
             # So that SB3's TD3, too, makes the buffer for n-step returns
             live["replay_buffer_kwargs"] = self.replay_buffer_kwargs
@@ -1106,6 +1121,8 @@ class OfflineTD3(TD3):
         :raises TypeError: A keyword is not an argument of the constructor
         """
         known_keywords(cls, kwargs, f"{cls.__name__}.load", excluded=("policy", "env", "device", "_init_setup_model"))
+        # Those in the file are written by `save`
+        _refuse_keywords(kwargs.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         text = model._extra_state
         model._extra_state = None
@@ -1181,6 +1198,11 @@ class OfflineTD3(TD3):
             buffer.copy_online(_unpickle_buffer(path), str(path))
         else:
             buffer.load_online(path)  # type: ignore[arg-type]  # a path or a binary stream in all but name
+
+
+def _refuse_keywords(replay_buffer_kwargs: Mapping[str, Any], *refused: str) -> None:
+    for name in sorted(replay_buffer_kwargs.keys() & set(refused)):
+        raise ValueError(f"`replay_buffer_kwargs` has {name!r}, which the algorithm sets: use its own `{name}`.")
 
 
 def _mean(values: list[th.Tensor | float]) -> float:

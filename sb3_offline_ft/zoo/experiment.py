@@ -93,7 +93,7 @@ def _with_dataset_check(original: Method) -> Method:
             _check_study_arguments(self)
         hyperparams, saved_hyperparams = original(self)
         dataset = hyperparams.get("dataset")
-        if _is_ours(self) and isinstance(dataset, str):
+        if _is_ours(self) and dataset is not None:
             from sb3_offline_ft.datasets import check_spec
 
             check_spec(dataset)
