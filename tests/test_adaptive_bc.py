@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
-from sb3_offline_ft import TD3BC, TD3C, LearnerSnapshot, OfflineDataset, load_dataset
+from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot, OfflineDataset, load_dataset
 from sb3_offline_ft.common.update import ActorObjective
 from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
 from tests.conftest import draw_batch
@@ -159,11 +159,41 @@ def test_a_return_of_0_is_no_unit() -> None:
         controller.observe(0.0, 10, is_frozen=False)
 
 
-def test_an_environment_without_returns_is_refused() -> None:
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_return_that_is_not_finite_is_ignored(bad: float, is_frozen: bool) -> None:
+    controller = AdaptiveWeight(1.05, (7.5e-5, 2.5e-4), unit=(0.0, 1000.0))
+    for _ in range(2):
+        state = controller.get_state()
+        controller.observe(bad, 200, is_frozen)
+        assert np.array_equal(controller.get_state(), state, equal_nan=True)
+        controller.observe(500.0, 200, is_frozen=False)
+    assert 0 < controller.weight < 1 and controller.average == 500
+
+
+def test_an_environment_without_returns_is_refused_before_anything_is_done() -> None:
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
+    model = make(env)
     with pytest.raises(ValueError, match=r"needs the returns of training episodes.*wrap it in SB3's `Monitor`"):
-        make(env).learn(250)
+        model.learn(250)
+    assert model.offline_steps_done == model.num_timesteps == 0 and model.offline_dataset is None
     make(VecMonitor(env)).learn(250)
+    # Gymnasium's wrapper reports them too
+    make(DummyVecEnv([lambda: gym.wrappers.RecordEpisodeStatistics(gym.make("Pendulum-v1"))])).learn(250)
+
+
+def test_only_behavior_cloning_needs_returns() -> None:
+    model = make(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), dataset=None, offline_steps=0, learning_starts=0)
+    with pytest.warns(UserWarning, match="trains online like TD3"):
+        model.learn(60)
+    model.learn(210, reset_num_timesteps=False)
+
+
+def test_an_episode_that_ends_without_a_return_is_an_error() -> None:
+    """Such as one that is ended by a wrapper around the monitor, which does not see it."""
+    env = gym.wrappers.TimeLimit(Monitor(gym.make("Pendulum-v1")), 50)
+    with pytest.raises(ValueError, match="needs the returns of training episodes"):
+        make(DummyVecEnv([lambda: env])).learn(60)
 
 
 def test_a_run_that_is_saved_goes_on(tmp_path: Path) -> None:
@@ -190,6 +220,78 @@ def test_a_rollback_restores_the_weight() -> None:
     assert not np.array_equal(controller.get_state(), state)
     snapshot.restore(model)
     assert np.array_equal(controller.get_state(), state, equal_nan=True)
+
+
+def test_a_rollback_to_before_the_warm_up_keeps_what_was_measured_in_it() -> None:
+    """
+    The guard's first snapshot is from before the warm-up, which is not repeated: the return of the pretrained policy and the
+    unit stay, and the average begins with that return again.
+    """
+    guard, record = CollapseGuard(remedies=[], ratchet=False, verbose=0), Episodes()
+
+    class Spoil(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 630:
+                with th.no_grad():
+                    self.model.actor.mu[0].weight[0, 0] = np.nan  # type: ignore[attr-defined]
+            return True
+
+    env = gym.make("Pendulum-v1", max_episode_steps=50)
+    model = make(env, dataset=without_scores(), warmup_steps=500, train_freq=10).learn(900, callback=[guard, record, Spoil()])
+    controller = model._adaptive_weight
+    assert controller is not None and guard.rollbacks == 1
+    (rollback,) = [event for event in guard.events if event["event"] == "rollback"]
+    assert (rollback["to_timestep"], rollback["timestep"]) == (0, 630)
+    pretrained = float(np.mean([r for step, r, _ in record.episodes if step <= 500]))
+    assert (controller.zero, controller.one) == (pytest.approx(2 * pretrained), pytest.approx(pretrained))
+    weight, average = 1.0, pretrained
+    for step, episode_return, length in record.episodes:
+        if step > 630:
+            score, current = (controller.normalized(value) for value in (average, episode_return))
+            weight += length * (7.5e-5 * (score - 1.05) + 2.5e-4 * max(0, score - current))
+            weight = min(1, max(0, weight))
+            average = 0.95 * average + 0.05 * episode_return
+    assert controller.average == pytest.approx(average)
+    assert controller.weight == pytest.approx(weight)
+
+
+@pytest.mark.parametrize("source", ["warm-up", "evaluation", "first episode"])
+def test_what_was_measured_is_not_replaced_by_what_was_unknown(source: str) -> None:
+    controller = AdaptiveWeight(1.05, (7.5e-5, 2.5e-4))
+    first = controller.get_state()
+    if source == "warm-up":
+        controller.observe(40.0, 100, is_frozen=True)
+        partial = controller.get_state()
+        controller.observe(60.0, 100, is_frozen=True)
+        # Still in the warm-up
+        for state in (first, partial):
+            controller.set_state(state)
+    elif source == "evaluation":
+        controller.expect(50.0)
+        controller.set_state(first)
+    for episode_return in (50.0, -300.0, -300.0):
+        controller.observe(episode_return, 100, is_frozen=False)
+    assert controller.average < 30
+    later = controller.get_state()
+    controller.set_state(first)
+    assert (controller.weight, controller.average, controller.zero, controller.one) == (1, 50, 0, 50)
+    controller.observe(-300.0, 100, is_frozen=False)
+    assert (controller.zero, controller.one) == (0, 50)
+    # What was known then is that of then
+    controller.set_state(later)
+    assert np.array_equal(controller.get_state(), later, equal_nan=True)
+    # A controller that knows nothing takes over all there is
+    fresh = AdaptiveWeight(1.05, (7.5e-5, 2.5e-4))
+    fresh.set_state(later)
+    assert np.array_equal(fresh.get_state(), later, equal_nan=True)
+
+
+def test_a_run_that_becomes_adaptive_on_the_way_uses_the_reference_scores(tmp_path: Path) -> None:
+    make(online_bc="keep").learn(60).save(tmp_path / "model")
+    model = TD3BC.load(tmp_path / "model", env=gym.make("Pendulum-v1"), online_bc="adaptive")
+    model.learn(210, reset_num_timesteps=False)
+    assert model._adaptive_weight is not None
+    assert (model._adaptive_weight.zero, model._adaptive_weight.one) == (RANDOM, EXPERT)
 
 
 def test_other_algorithms_carry_it_along(tmp_path: Path) -> None:

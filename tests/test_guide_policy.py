@@ -196,6 +196,24 @@ def test_a_run_that_gets_a_pretrained_guide_on_the_way(tmp_path: Path) -> None:
     assert all(th.equal(value, before[name]) for name, value in model._guide.state_dict().items())
 
 
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("before", [Constant(1.5), None])
+def test_the_steps_of_a_running_episode_go_on_after_loading(n_envs: int, before: BasePolicy | None, tmp_path: Path) -> None:
+    """With ``force_reset=False`` the episode goes on, whether a guide acted in its first part or not."""
+    env = make_vec_env(ENV, n_envs, seed=0)
+    settings = {} if before is None else {"guide_policy": before, "guide_steps": 20}
+    model = make(env, gradient_steps=0, train_freq=1, **settings).learn(15 * n_envs)
+    model.save(tmp_path / "model")
+    guide = {"guide_policy": Constant(1.5), "guide_steps": 20}
+    for unknown, expected in (({}, 5), ({"_episode_steps": np.zeros(0, dtype=int)}, 20)):
+        loaded = TD3BC.load(tmp_path / "model", env=env, force_reset=False, custom_objects=unknown, **guide)
+        record = Record()
+        loaded.learn(30 * n_envs, callback=record, reset_num_timesteps=False)
+        guided = np.isclose(np.array(record.actions)[:, :, 0], 1.5)
+        # Of a file that does not tell, as of older versions, the episode counts as new
+        assert guided.sum(axis=0).tolist() == [expected] * n_envs and guided[:expected].all()
+
+
 # Files and objects
 
 

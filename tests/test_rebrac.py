@@ -188,6 +188,25 @@ def test_defaults_travel_with_the_file(tmp_path: Path) -> None:
     assert loaded.policy.actor_value == "min"
 
 
+@pytest.mark.parametrize("given", [None, {}, {"n_critics": 4}, {"net_arch": [8], "actor_value": "mean"}])
+def test_load_takes_the_policy_kwargs_of_the_constructor(given: dict[str, Any] | None, tmp_path: Path) -> None:
+    """Without the defaults, which the file holds too; with other ones it refuses, as SB3 does."""
+    model = ReBRAC("MlpPolicy", "Pendulum-v1", device="cpu", policy_kwargs=given)
+    model.save(tmp_path / "model")
+    for policy_kwargs in (given, model.policy_kwargs):
+        loaded = ReBRAC.load(tmp_path / "model", device="cpu", policy_kwargs=policy_kwargs)
+        assert loaded.policy_kwargs == model.policy_kwargs
+    with (tmp_path / "model.zip").open("rb") as stream:
+        assert ReBRAC.load(stream, device="cpu", policy_kwargs=given).policy_kwargs == model.policy_kwargs
+    with pytest.raises(ValueError, match="policy kwargs do not equal the stored policy kwargs"):
+        ReBRAC.load(tmp_path / "model", device="cpu", policy_kwargs={"n_critics": 3})
+
+
+def test_load_takes_the_policy_kwargs_of_another_algorithm_too(tmp_path: Path) -> None:
+    TD3BC("MlpPolicy", "Pendulum-v1", device="cpu", policy_kwargs=SMALL).save(tmp_path / "model")
+    assert ReBRAC.load(tmp_path / "model", device="cpu", policy_kwargs=SMALL).policy.actor_value == "first"
+
+
 def test_resumes_to_the_bit(tmp_path: Path) -> None:
     whole, part = make().pretrain(15), make().pretrain(6)
     part.save(tmp_path / "model")

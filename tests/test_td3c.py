@@ -12,14 +12,14 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from torch import nn
 
-from sb3_offline_ft import TD3BC, TD3C, LearnerSnapshot
+from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot
 from tests.conftest import draw_batch
 
 DATASET = "bundled:pendulum-medium"
 SMALL = {"net_arch": [16, 16]}
 
 
-def make(**settings) -> TD3C:
+def make(env="Pendulum-v1", **settings) -> TD3C:
     defaults = {
         "dataset": DATASET,
         "policy_kwargs": SMALL,
@@ -29,7 +29,7 @@ def make(**settings) -> TD3C:
         "batch_size": 8,
         "warmup_steps": 0,
     }
-    return TD3C("MlpPolicy", "Pendulum-v1", **(defaults | settings))
+    return TD3C("MlpPolicy", env, **(defaults | settings))
 
 
 class ConstantPush(nn.Module):
@@ -186,6 +186,35 @@ def test_the_scale_of_the_penalty_is_kept(tmp_path):
     assert model._critic_penalty_scale is None
     snapshot.restore(model)
     assert model._critic_penalty_scale == scale
+
+
+def test_the_scale_of_the_penalty_stays_after_a_rollback_to_before_it_was_measured():
+    """The batches after a rollback hold what the collapsed policy did; the scale is that of the run's first one."""
+    guard = CollapseGuard(remedies=[], ratchet=False, verbose=0)
+    scales = []
+
+    class Spoil(BaseCallback):
+        def _on_step(self) -> bool:
+            scales.append(self.model._critic_penalty_scale)
+            if self.num_timesteps == 400:
+                with th.no_grad():
+                    self.model.actor.mu[0].weight[0, 0] = math.nan
+            return True
+
+    model = make(env=gym.make("Pendulum-v1", max_episode_steps=50), constraint_reference="pretrained", critic_penalty=1.0,
+                 offline_steps=20, warmup_steps=300, train_freq=10)  # fmt: skip
+    model.learn(450, callback=[guard, Spoil()])
+    assert guard.rollbacks == 1 and scales[299] is None
+    assert set(scales[320:]) == {scales[320]} and scales[320] > 0
+
+
+def test_a_scale_that_is_not_finite_is_measured_again():
+    model = make(constraint_reference="pretrained", critic_penalty=1.0)
+    start(model)
+    batch = draw_batch(model, 8)
+    model._next_value_penalty(batch, batch.actions, th.full((8, 1), math.inf))
+    model._next_value_penalty(batch, batch.actions, th.full((8, 1), 3.0))
+    assert model._critic_penalty_scale == 3
 
 
 def test_values_stay_bounded_under_a_penalty():

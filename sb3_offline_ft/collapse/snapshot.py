@@ -66,7 +66,8 @@ class LearnerSnapshot:
     After :meth:`restore` the learner does the same updates, to the bit, as after :meth:`take`, if its replay buffer holds the
     same rows and draws them alike (balanced replay goes on learning). What counts progress (``num_timesteps``, episodes,
     ``offline_steps_done``), the replay buffer and the environment are not part of it. The position in the life cycle of
-    :class:`~sb3_offline_ft.OfflineTD3` is: a snapshot from before the finetuning leads back before it.
+    :class:`~sb3_offline_ft.OfflineTD3` is: a snapshot from before the finetuning leads back before it. What the algorithm has
+    measured once since then, such as the return of the pretrained policy in a warm-up, it still knows after :meth:`restore`.
 
     The action noise may be of any class: SB3's own are known, of others the attributes are copied. These stay in memory,
     :meth:`save` leaves them out; and since a generator may be among them, they are restored with the generators only.

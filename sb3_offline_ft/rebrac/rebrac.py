@@ -1,12 +1,15 @@
 """TD3 with behavior cloning in the policy's and the critics' objective (Tarasov et al. 2023)."""
 
+import io
 import math
+import pathlib
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
@@ -187,6 +190,38 @@ class ReBRAC(OfflineTD3):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_online_actor_bc_schedule", "_online_critic_bc_schedule"]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        Load a model, as :meth:`OfflineTD3.load` does. ``policy_kwargs`` may leave out what the constructor adds to them.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on (can be None if you only need prediction)
+        :param device: Device on which the code should run.
+        :param custom_objects: Dictionary of objects to replace upon loading.
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training
+        :param kwargs: constructor arguments that shall replace the saved ones
+        :return: new model instance with loaded parameters
+        :raises TypeError: A keyword is not an argument of the constructor
+        :raises ValueError: ``policy_kwargs`` are not those of the file
+        """
+        if "policy_kwargs" in kwargs:
+            stored, _, _ = load_from_zip_file(path, device=device, custom_objects=custom_objects)
+            complete = None if stored is None else _with_defaults(stored["policy_class"], kwargs["policy_kwargs"])
+            if stored is not None and complete == stored["policy_kwargs"]:
+                kwargs["policy_kwargs"] = complete
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
 
 def _with_defaults(policy: str | type[TD3Policy], policy_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:

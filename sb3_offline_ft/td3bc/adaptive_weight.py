@@ -20,7 +20,7 @@ class AdaptiveWeight:
         average <- 0.95 * average + 0.05 * R
 
     Returns are in units in which 0 and 1 are the returns of a random policy and of an expert. The average begins with the
-    return of the pretrained policy.
+    return of the pretrained policy. Returns that are not finite are ignored.
 
     :param target: The target, in these units
     :param gains: ``k_p`` and ``k_d``, per environment step
@@ -40,12 +40,21 @@ class AdaptiveWeight:
         :param unit: The returns that are 0 and 1, for want of given ones; if there are none, 1 is the return of the pretrained
             policy and 0 is as far below it as 0 reward is from it
         """
-        unit = self._given_unit or unit
-        self.zero, self.one = (math.nan, math.nan) if unit is None else unit
+        self.zero = self.one = math.nan
+        self.offer_unit(self._given_unit or unit)
         self.weight = 1.0
         self.average = math.nan
-        self._evaluation = math.nan
+        self._expected = math.nan
         self._frozen_sum, self._n_frozen = 0.0, 0
+
+    def offer_unit(self, unit: Sequence[float] | None) -> None:
+        """
+        Use a unit for returns if none is known yet.
+
+        :param unit: The returns that are 0 and 1; None for none
+        """
+        if unit is not None and math.isnan(self.zero):
+            self.zero, self.one = unit
 
     def normalized(self, episode_return: float) -> float:
         """
@@ -65,7 +74,7 @@ class AdaptiveWeight:
 
         :param mean_return: A mean undiscounted return
         """
-        self._evaluation = mean_return
+        self._expected = mean_return
 
     def observe(self, episode_return: float, length: int, is_frozen: bool) -> None:
         """
@@ -76,6 +85,8 @@ class AdaptiveWeight:
         :param is_frozen: Whether it ended while the policy was not being updated; the weight stays then
         :raises ValueError: There is no unit for returns
         """
+        if not math.isfinite(episode_return):
+            return
         is_first = math.isnan(self.average)
         if is_first and is_frozen:
             self._frozen_sum += episode_return
@@ -90,11 +101,14 @@ class AdaptiveWeight:
             self.weight = min(1.0, max(0.0, self.weight + length * change))
         self.average = AVERAGE_DECAY * self.average + (1 - AVERAGE_DECAY) * episode_return
 
+    @property
+    def _pretrained_return(self) -> float:
+        return self._frozen_sum / self._n_frozen if self._n_frozen > 0 else self._expected
+
     def _start_from(self, episode_return: float) -> None:
-        if self._n_frozen > 0:
-            self.average = self._frozen_sum / self._n_frozen
-        else:
-            self.average = episode_return if math.isnan(self._evaluation) else self._evaluation
+        if math.isnan(self._pretrained_return):
+            self._expected = episode_return
+        self.average = self._pretrained_return
         if math.isnan(self.zero):
             if self.average == 0:
                 raise ValueError(
@@ -107,14 +121,26 @@ class AdaptiveWeight:
         """
         :return: What :meth:`set_state` takes up
         """
-        state = (self.weight, self.average, self.zero, self.one, self._evaluation, self._frozen_sum, self._n_frozen)
+        state = (self.weight, self.average, self.zero, self.one, self._expected, self._frozen_sum, self._n_frozen)
         return np.array(state, dtype=np.float64)
 
     def set_state(self, state: np.ndarray) -> None:
         """
+        Take up a state, but keep what it does not know yet of the pretrained policy, which cannot be measured again.
+
         :param state: What :meth:`get_state` returned
         """
-        self.weight, self.average, self.zero, self.one, self._evaluation, self._frozen_sum = map(float, state[:-1])
-        self._n_frozen = int(state[-1])
+        self.weight, average, zero, one, expected, frozen_sum = map(float, state[:-1])
+        n_frozen, has_average = int(state[-1]), not math.isnan(self.average)
+        if has_average and math.isnan(average):
+            self.average = self._pretrained_return
+        else:
+            self.average = average
+            if not math.isnan(average) or n_frozen > self._n_frozen:
+                self._frozen_sum, self._n_frozen = frozen_sum, n_frozen
+            if not math.isnan(expected):
+                self._expected = expected
+        if not math.isnan(zero):
+            self.zero, self.one = zero, one
         if self._given_unit is not None:
             self.zero, self.one = self._given_unit

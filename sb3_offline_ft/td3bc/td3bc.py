@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium.wrappers import RecordEpisodeStatistics
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
 from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
@@ -24,6 +28,10 @@ from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
 ADAPTIVE = "adaptive"
 # The weight that is controlled begins with 1
 ONLINE_BC_WORDS = {"keep": 1.0, "drop": 0.0, ADAPTIVE: 1.0}
+NO_RETURNS = (
+    "`online_bc='adaptive'` needs the returns of training episodes, which this environment does not report: "
+    "wrap it in SB3's `Monitor`, or a vectorized one in `VecMonitor`."
+)
 
 
 class TD3BC(OfflineTD3):
@@ -171,11 +179,41 @@ class TD3BC(OfflineTD3):
                 )
         return AdaptiveWeight(float(target), self.adaptive_bc_gains, self.adaptive_bc_returns)
 
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        goes_on = self._went_online and not reset_num_timesteps
+        if self._finetuning if goes_on else self.dataset is not None or self._has_trained_weights:
+            self._check_returns_are_reported()
+        started = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if self._adaptive_weight is not None:
+            # The run may have begun with another `online_bc`
+            self._adaptive_weight.offer_unit(self._reference_returns)
+        return started
+
+    def _check_returns_are_reported(self) -> None:
+        env = self.env
+        if self._adaptive_weight is None or env is None or is_vecenv_wrapped(env, VecMonitor):
+            return
+        reports = (env.env_is_wrapped(wrapper) for wrapper in (Monitor, RecordEpisodeStatistics))
+        if not all(map(any, zip(*reports, strict=True))):
+            raise ValueError(NO_RETURNS)
+
+    @property
+    def _reference_returns(self) -> tuple[float, float] | None:
+        """Returns of a random policy and of an expert, None if the dataset does not tell them."""
+        scores = None if self.offline_dataset is None else self.offline_dataset.reference_scores
+        return None if scores is None else (scores.random, scores.expert)
+
     def _on_finetuning_start(self, pretrained: bool) -> None:
         super()._on_finetuning_start(pretrained)
         if self._adaptive_weight is not None:
-            scores = None if self.offline_dataset is None else self.offline_dataset.reference_scores
-            self._adaptive_weight.begin(None if scores is None else (scores.random, scores.expert))
+            self._adaptive_weight.begin(self._reference_returns)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
@@ -189,10 +227,7 @@ class TD3BC(OfflineTD3):
             if not done:
                 continue
             if "episode" not in info:
-                raise ValueError(
-                    "`online_bc='adaptive'` needs the returns of training episodes, which this environment does not report: "
-                    "wrap it in SB3's `Monitor`, or a vectorized one in `VecMonitor`."
-                )
+                raise ValueError(NO_RETURNS)
             episode, is_frozen = info["episode"], self.num_timesteps <= self._warmup_end
             self._adaptive_weight.observe(float(episode["r"]), int(episode["l"]), is_frozen)
 

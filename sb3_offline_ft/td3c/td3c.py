@@ -55,7 +55,7 @@ class TD3C(TD3BC):
         policy weigh the distance alike; 0 is for no penalty
     """
 
-    _position_names: ClassVar[tuple[str, ...]] = (*TD3BC._position_names, "_constrained", "_critic_penalty_scale")
+    _position_names: ClassVar[tuple[str, ...]] = (*TD3BC._position_names, "_constrained")
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class TD3C(TD3BC):
         reference = self._reference
         if self.critic_penalty == 0 or reference is None:
             return None
-        if self._critic_penalty_scale is None:
+        if self._critic_penalty_scale is None or not math.isfinite(self._critic_penalty_scale):
             # Once: a scale that follows negative values lets them grow without bound
             self._critic_penalty_scale = float(next_q_values.abs().mean())
         distance = (next_actions - reference(batch.next_observations)).square().mean(dim=1, keepdim=True)
@@ -308,6 +308,8 @@ class TD3C(TD3BC):
         state["log_multiplier"] = self.log_multiplier.detach().cpu().numpy()
         for name, value in self.multiplier_optimizer.state.get(self.log_multiplier, {}).items():
             state[f"multiplier_optimizer.{name}"] = value.cpu().numpy()
+        if self._critic_penalty_scale is not None:
+            state["critic_penalty_scale"] = np.array(self._critic_penalty_scale)
         if self.reference_actor is not None:
             state |= weights_to_arrays(self.reference_actor, REFERENCE_PREFIX)
         return state
@@ -333,6 +335,9 @@ class TD3C(TD3BC):
             self.multiplier_optimizer.state[self.log_multiplier] = {
                 name: value if name == "step" else value.to(self.device) for name, value in moments.items()
             }
+        if "critic_penalty_scale" in state:
+            # A state from before it was measured leaves it as it is
+            self._critic_penalty_scale = float(state["critic_penalty_scale"])
         weights = weights_from_arrays(state, REFERENCE_PREFIX)
         if not weights or self.constraint_reference == "target":
             self.reference_actor = None
