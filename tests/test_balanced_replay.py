@@ -324,9 +324,20 @@ def test_state_for_other_data_or_another_network_is_refused(tmp_path: Path) -> N
     assert smaller.size() == 0
     late = make_buffer(VECTOR, **options)
     late.load_online(path)
-    with pytest.raises(ValueError, match="saved for 50 offline rows, the dataset has 40"):
+    with pytest.raises(ValueError, match=r"in .*buffer\.npz were saved for 50 offline rows, the dataset has 40"):
         late.set_offline_data(two_clusters(40))
     assert late.offline_data is None
+    # The priorities are gone then, the learner is not
+    late.set_offline_data(two_clusters(40))
+    run(late, 1)
+    assert len(priorities_of(late)) == 40 and late.size() == 5
+    late = make_buffer(VECTOR, **options)
+    late.load_online(path)
+    fresh = make_buffer(VECTOR, **options)
+    fill_online([fresh], 3, np.random.default_rng(0))
+    fresh.save_online(tmp_path / "fresh.npz")
+    late.load_online(tmp_path / "fresh.npz")
+    late.set_offline_data(two_clusters(40))
     deeper = make_buffer(VECTOR, offline_sampling="balanced", balanced_kwargs={"net_arch": [16, 16]})
     with pytest.raises(ValueError, match=r"saved with layers \[16\], this learner has \[16, 16\]"):
         deeper.load_online(path)
@@ -357,6 +368,10 @@ def test_images_are_refused() -> None:
         ),
         ({"offline_sampling": "balanced", "balanced_kwargs": {"temperature": 0.0}}, ValueError, "`temperature` .* positive"),
         ({"offline_sampling": "balanced", "balanced_kwargs": {"batch_size": 0}}, ValueError, "`batch_size` must be"),
+        ({"offline_sampling": "balanced", "balanced_kwargs": {"temperature": "hot"}}, ValueError, "must be positive.*'hot'"),
+        ({"offline_sampling": "balanced", "balanced_kwargs": {"net_arch": 64}}, ValueError, r"such as \[256, 256\], found 64"),
+        ({"offline_sampling": "balanced", "balanced_kwargs": {"net_arch": [0]}}, ValueError, r"`net_arch` must be a whole"),
+        ({"offline_sampling": "balanced", "balanced_kwargs": 5}, TypeError, "`balanced_kwargs` must be a dictionary.*found 5"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -1,6 +1,7 @@
 """The offline-to-online replay buffer: what goes in comes out, in the promised shares."""
 
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -14,6 +15,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft import OfflineDataset, OfflineToOnlineReplayBuffer
+from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer
 
 OBSERVATION_SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 ACTION_SPACE = spaces.Box(np.array([-2.0], np.float32), np.array([2.0], np.float32))
@@ -274,6 +276,65 @@ def test_unsupported_settings_are_refused():
         OfflineToOnlineReplayBuffer(20, OBSERVATION_SPACE, spaces.Discrete(3), "cpu")
     with pytest.raises(ValueError, match="is empty"):
         OfflineToOnlineReplayBuffer(20, OBSERVATION_SPACE, ACTION_SPACE, "cpu").sample(3)
+
+
+def test_an_unknown_option_names_those_that_are_near():
+    for kind, space in ((OfflineToOnlineReplayBuffer, OBSERVATION_SPACE), (DictOfflineToOnlineReplayBuffer, spaces.Dict())):
+        with pytest.raises(TypeError, match=rf"{kind.__name__} got .* 'offline_samplng': did you mean 'offline_sampling'"):
+            kind(20, space, ACTION_SPACE, "cpu", offline_samplng="balanced")
+
+
+@pytest.mark.parametrize("n_batches", [0, 1, 3])
+def test_draws_are_taken_back(n_batches):
+    """Those of a chunk of batches of which only the first have been used."""
+    dataset = make_dataset([9, 5], [True, False])
+    both = OfflineDataset.concatenate([dataset.with_facts(name=name) for name in "ab"], weights=[3, 1])
+    states = []
+    for drawn in (5, 0):
+        buffer = OfflineToOnlineReplayBuffer(
+            10, OBSERVATION_SPACE, ACTION_SPACE, "cpu", seed=4, augmentation="gaussian_noise", offline_sampling="balanced"
+        )
+        buffer.set_offline_data(both)
+        fill_online(buffer, 3, 1)
+        for number in (7, 3):
+            buffer.sample(number, offline_fraction=1.0)
+        position = buffer.sampler_position()
+        for _ in range(2 if drawn else 0):
+            buffer.sample_batches(drawn, 16, offline_fraction=1.0)
+            buffer.rewind(position)
+        if n_batches:
+            buffer.sample_batches(n_batches, 16, offline_fraction=1.0)
+        assert sum(buffer.sampled_rows_by_source().values()) == 10 + 16 * n_batches
+        states.append(
+            (
+                buffer.get_sampler_state(),
+                buffer.sampled_rows_by_source(),
+                buffer._balanced.get_state()["drawn"].tolist(),
+                buffer.sample(16, offline_fraction=1.0).observations.tolist(),
+            )
+        )
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("options", [{"augmentation": "gaussian_noise"}, {"offline_sampling": "balanced"}])
+def test_statistics_of_the_data_need_no_copy_of_it(options):
+    n, size = 60_000, 100
+    observations = np.random.default_rng(0).normal(3.0, 2.0, (n, size)).astype(np.float32)
+    dataset = OfflineDataset.from_columns(
+        observations, np.zeros((n, 1)), np.zeros(n), observations, np.ones(n, bool), episode_starts=[0], copy=False
+    )
+    buffer = OfflineToOnlineReplayBuffer(10, spaces.Box(-np.inf, np.inf, (size,)), ACTION_SPACE, "cpu", **options)
+    tracemalloc.start()
+    try:
+        buffer.set_offline_data(dataset)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Pieces of a million float64 numbers, twice, and a few numbers for each row
+    assert peak < observations.nbytes
+    expected = observations.std(axis=0, dtype=np.float64)
+    found = buffer._std[""] if buffer._balanced is None else buffer._balanced._std[0] - 1e-3
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_mixed_sampling_is_as_fast_as_sb3():

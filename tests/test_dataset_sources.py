@@ -16,6 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_offline_ft import OfflineTD3
 from sb3_offline_ft.common.observations import take_rows
 from sb3_offline_ft.datasets import OfflineDataset, check_compatible, check_spec, load_dataset, spec_text
 from sb3_offline_ft.testing.point_env import PointEnv
@@ -25,7 +26,10 @@ BUNDLED_PENDULUM = Path(__file__).parent.parent / "sb3_offline_ft" / "datasets" 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
 ACTIONS = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([3.0, 10.0], np.float32))
 
-pytestmark = pytest.mark.usefixtures("minari_root")
+pytestmark = [
+    pytest.mark.usefixtures("minari_root"),
+    pytest.mark.filterwarnings("ignore:OfflineTD3 has neither a dataset nor pretrained weights"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +296,99 @@ def test_replay_buffer_errors(tmp_path: Path) -> None:
         assert load_dataset(path, trust_pickle=True).terminations.tolist() == [True]
 
 
+# Our own replay buffers
+
+
+def gather_ours(path: Path, n_envs: int, n_steps: int, buffer_size: int, **spaces_: Any) -> list[list[tuple[Any, ...]]]:
+    return gather(path, n_envs, n_steps, buffer_size, OfflineTD3, **spaces_)
+
+
+@pytest.mark.parametrize("name", ["buffer.npz", "replay_buffer.pkl"])
+@pytest.mark.parametrize(("n_envs", "n_steps", "buffer_size"), [(1, 200, 1000), (3, 210, 120)])
+def test_our_replay_buffer(tmp_path: Path, name: str, n_envs: int, n_steps: int, buffer_size: int) -> None:
+    """rl-zoo3 names it as SB3's pickle files. It needs no trust, and is the data of the same run with SB3."""
+    path = tmp_path / name
+    rows = gather_ours(path, n_envs, n_steps, buffer_size)
+    check_spec(path)
+    dataset = load_dataset(path)
+    kept = [row for env_rows in rows for row in env_rows[-(buffer_size // n_envs) :]]
+    np.testing.assert_array_equal(dataset.observations, np.stack([row[0] for row in kept]))
+    np.testing.assert_array_equal(dataset.next_observations, np.stack([row[3] for row in kept]))
+    np.testing.assert_allclose(dataset.actions, np.stack([row[1] for row in kept]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(dataset.terminations, [row[4] for row in kept])
+    n_rows = len(kept) // n_envs
+    ends = np.array([row[4] or row[5] for row in kept])
+    ends[n_rows - 1 :: n_rows] = True
+    np.testing.assert_array_equal(dataset.truncations, ends & ~dataset.terminations)
+
+    gather(tmp_path / "sb3.pkl", n_envs, n_steps, buffer_size)
+    theirs = load_dataset(tmp_path / "sb3.pkl", trust_pickle=True)
+    assert dataset.fingerprint == theirs.fingerprint and dataset.action_space == theirs.action_space
+    facts = ("n_envs", "oldest_transitions_overwritten")
+    assert all(dataset.provenance[fact] == theirs.provenance[fact] for fact in facts)
+    check_compatible(dataset, PointEnv().observation_space, ACTIONS)
+    assert dataset.spec == str(path) and dataset.name == path.stem
+    assert load_dataset(f"{path}?trust_pickle=1").spec == str(path)
+    some = load_dataset([(path, 1.0), (f"{path}?episodes=2", 3.0)])
+    assert load_dataset(some.spec).fingerprint == some.fingerprint
+
+
+def test_our_dict_replay_buffer(tmp_path: Path) -> None:
+    space = spaces.Dict(
+        {"place": spaces.Box(-1.0, 1.0, (2,)), "view": spaces.Box(0, 255, (3, 36, 36), np.uint8), "cell": spaces.Discrete(4)}
+    )
+    path = tmp_path / "buffer.npz"
+    rows = gather_ours(path, 2, 40, 1000, observation_space=space)
+    dataset = load_dataset(path)
+    assert isinstance(dataset.observations, dict) and dataset.observations["view"].dtype == np.uint8
+    for key in space.spaces:
+        column = np.stack([row[0][key] for env_rows in rows for row in env_rows])
+        np.testing.assert_array_equal(dataset.observations[key], column.reshape(dataset.observations[key].shape))
+    check_compatible(dataset, space, ACTIONS)
+
+
+def test_our_buffer_with_places_where_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "buffer.npz"
+    model = OfflineTD3("MlpPolicy", PointEnv(max_steps=5), learning_starts=100, buffer_size=100, device="cpu", seed=0)
+    model.learn(8)
+    model.learn(8)
+    model.save_replay_buffer(path)
+    dataset = load_dataset(path)
+    assert dataset.episode_lengths.tolist() == [5, 3, 5, 3] and dataset.truncations[7]
+    assert "unflagged_episode_ends" not in dataset.provenance
+
+
+def test_our_replay_buffer_errors(tmp_path: Path) -> None:
+    whole, empty = tmp_path / "whole.npz", tmp_path / "empty.npz"
+    gather_ours(whole, 1, 30, 100)
+    content = whole.read_bytes()
+    for name in ("half.npz", "half.pkl"):
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        fails(tmp_path / name, ValueError, str(tmp_path / name), "damaged or incomplete")
+    OfflineTD3("MlpPolicy", PointEnv(), device="cpu").save_replay_buffer(empty)
+    fails(empty, ValueError, "is empty: expected at least one transition", check=False)
+    with np.load(whole) as arrays:
+        columns = dict(arrays)
+    other = tmp_path / "other.pkl"
+    with open(other, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+    fails(other, ValueError, "expected a replay buffer saved by save_replay_buffer, found a")
+    np.savez(tmp_path / "facts.npz", **(columns | {"facts": np.array("{}")}))
+    fails(tmp_path / "facts.npz", ValueError, "damaged or incomplete", check=False)
+    np.savez(tmp_path / "short.npz", **(columns | {"rewards": columns["rewards"][:7]}))
+    fails(tmp_path / "short.npz", ValueError, "rewards", "shape (7, 1)", check=False)
+    # A dataset may hold an array of this name
+    np.savez(tmp_path / "data.npz", facts=np.zeros(3), dones=np.zeros(3), **{k: np.zeros((3, 2)) for k in COLUMNS[:2]})
+    fails(tmp_path / "data.npz", ValueError, "has no rewards and no terminations")
+    blind = OfflineTD3(
+        "MlpPolicy", PointEnv(max_steps=4), device="cpu", replay_buffer_kwargs={"handle_timeout_termination": False}
+    )
+    blind.learn(8)
+    blind.save_replay_buffer(whole)
+    with pytest.warns(UserWarning, match="handle_timeout_termination=False: its time limits count as terminations"):
+        assert load_dataset(whole).terminations.sum() == 2
+
+
 # Several sources together
 
 
@@ -345,6 +442,24 @@ def test_a_spec_as_one_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     text = spec_text([(f"{PENDULUM}?top_fraction=0.3333333333333333", 1 / 3), (f"{PENDULUM}?min_return=-1e20", 2 / 3)])
     assert text is not None and spec_text(text) == text
     assert [part.weight for part in load_dataset(text).sources] == [1 / 3, 2 / 3]
+
+
+@pytest.mark.parametrize("name", ["a + b.npz", "a folder + more/b.npz", "c.npz"])
+def test_a_path_with_a_plus_in_it(tmp_path: Path, name: str, pendulum: OfflineDataset) -> None:
+    """A text is given only where it names the same data again."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **{column: getattr(pendulum, column)[:200] for column in COLUMNS})
+    with_plus = "+" in name
+    for spec in (path, str(path), f"{path}?episodes=1", [path], {"spec": path, "episodes": 1}):
+        dataset, text = load_dataset(spec), spec_text(spec)
+        assert dataset.spec is not None and dataset.spec == text
+        assert load_dataset(dataset.spec).fingerprint == dataset.fingerprint
+    for spec in ([path, PENDULUM], [(path, 0.5), (PENDULUM, 0.5)], [(path, 2.0)], [(f"{path}?episodes=1", 2.0), (path, 1)]):
+        dataset, text = load_dataset(spec), spec_text(spec)
+        assert (text is None) == with_plus and (len(spec) == 1 or dataset.spec == text)
+        if text is not None:
+            assert load_dataset(text).fingerprint == dataset.fingerprint
 
 
 def test_filters_hold_for_every_part() -> None:

@@ -221,6 +221,33 @@ def test_several_sources(tmp_path: Path) -> None:
     assert again.dataset_fingerprint == model.dataset_fingerprint
 
 
+@pytest.mark.parametrize("interrupted_at", [1, 30, 100])
+def test_rows_of_an_interrupted_pretraining_are_counted_once(interrupted_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [(f"{PENDULUM}?top_fraction=0.2", 0.7), (f"{PENDULUM}?max_return=-1000", 0.3)]
+
+    def make() -> TD3BC:
+        return TD3BC("MlpPolicy", "Pendulum-v1", dataset=specs, offline_steps=120, batch_size=32, **TINY)
+
+    whole, model = make().pretrain(), make()
+    update = TD3BC._update
+
+    def stopped(self: TD3BC, batch: Any) -> None:
+        if self._n_updates == interrupted_at:
+            raise KeyboardInterrupt
+        update(self, batch)
+
+    monkeypatch.setattr(TD3BC, "_update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model.pretrain()
+    monkeypatch.undo()
+    assert sum(model.replay_buffer.sampled_rows_by_source().values()) == interrupted_at * 32
+    model.pretrain()
+    assert model.offline_steps_done == 120
+    assert model.replay_buffer.sampled_rows_by_source() == whole.replay_buffer.sampled_rows_by_source()
+    for ours, theirs in zip(model.policy.parameters(), whole.policy.parameters(), strict=True):
+        assert th.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("n_steps", [1, 3])
 def test_balanced_replay_and_augmentation(n_steps: int, tmp_path: Path) -> None:
     options = {"offline_sampling": "balanced", "augmentation": "gaussian_noise", "balanced_kwargs": {"net_arch": [16]}}

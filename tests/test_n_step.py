@@ -198,3 +198,25 @@ def test_the_ring_of_sb3_is_taken_over() -> None:
     one_step = ReplayBuffer(20, VECTOR, ACTION_SPACE, "cpu")
     with pytest.raises(ValueError, match="n_steps 1, this learner has 3"):
         ours.copy_online(one_step)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_a_broken_reward_after_the_end_does_not_reach_an_episode(broken: float, gamma: float) -> None:
+    buffer = make_buffer(VECTOR, 20, n_steps=3, gamma=gamma, next_actions=True)
+    fill_online([buffer], 12, np.random.default_rng(0), ends=0.0)
+    buffer.dones[5] = 1.0
+    expected = buffer.sample_batches(1, 500)
+    buffer.rewards[6] = broken
+    buffer.actions[6] = np.nan
+    np.random.seed(0)
+    batch = buffer.sample(500)
+    slots = (batch.observations[:, None] == th.from_numpy(buffer.observations[None, :12, 0])).all(dim=2).int().argmax(dim=1)
+    for slot in range(6):
+        values = batch.rewards[slots == slot]
+        summed = [gamma**k * float(buffer.rewards[row, 0]) for k, row in enumerate(range(slot, min(slot + 3, 6)))]
+        assert len(values) and values.numpy() == pytest.approx(sum(summed), rel=1e-5, abs=1e-6)
+    assert expected.rewards.isfinite().all() and not batch.rewards[slots == 6].isfinite().any()
+    # The episode that ends in row 5 has no action behind it
+    assert batch.next_actions is not None and batch.has_next_actions is not None
+    assert not batch.next_actions[(slots < 6) & ~batch.has_next_actions.flatten()].any()

@@ -169,7 +169,7 @@ def test_statistics_are_those_of_double_precision_in_any_number_of_pieces(monkey
     observations = (1e4 + generator.normal(scale=[0.1, 1, 10, 1, 1], size=(3001, 5))).astype(np.float32)
     expected = observations.astype(np.float64)
     for at_once in (7, 10**6):
-        monkeypatch.setattr("sb3_offline_ft.common.policies.NUMBERS_AT_ONCE", at_once)
+        monkeypatch.setattr("sb3_offline_ft.common.observations.NUMBERS_AT_ONCE", at_once)
         policy = make("MlpPolicy")
         assert policy.fit_normalizers(observations)
         for normalizer in policy.normalizers():

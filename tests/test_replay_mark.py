@@ -11,7 +11,12 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 
 from sb3_offline_ft import load_dataset
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
-from sb3_offline_ft.collapse.replay import ReplayMark, check_can_thin_out, thin_out_since
+from sb3_offline_ft.collapse.replay import (
+    ReplayMark,
+    check_can_thin_out,
+    replace_last_if_not_finite,
+    thin_out_since,
+)
 
 OBSERVATION = spaces.Box(-1e6, 1e6, (3,), np.float32)
 ACTION = spaces.Box(-1, 1, (1,), np.float32)
@@ -47,8 +52,23 @@ def stored(buffer):
         if not isinstance(found, dict):
             found, wanted = {"": found}, {"": wanted}
         for key in found:
-            np.testing.assert_array_equal(found[key][:size], wanted[key][:size], err_msg=name)
+            there = found[key][:size]
+            if name == "timeouts":
+                # Where the next row does not follow, there is a mark beside those of the rows themselves
+                there = there * buffer.dones[:size]
+            np.testing.assert_array_equal(there, wanted[key][:size], err_msg=name)
     return numbers.tolist()
+
+
+def check_followers(buffer, next_number):
+    """Rows that are said to go on do so in the row behind them, of which the newest is still to come."""
+    add(buffer, next_number)
+    numbers = stored(buffer)
+    for slot, number in enumerate(numbers):
+        goes_on = (buffer.dones[slot] == 0) & (buffer.timeouts[slot] == 0)
+        assert (goes_on == goes_on[0]).all()
+        if goes_on[0] and (slot + 1) % buffer.buffer_size != buffer.pos:
+            assert numbers[(slot + 1) % buffer.buffer_size] == number + 1
 
 
 def everything(buffer):
@@ -126,6 +146,7 @@ def test_against_a_list(data):
     else:
         assert numbers == [number for number in model if number is not None and (number not in since or number in keep)]
         assert buffer.pos == len(numbers) and removed == len(since - keep) and not caught
+    check_followers(buffer, before + ahead + after)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -236,3 +257,38 @@ def test_global_generators_are_left_alone():
     state = np.random.get_state()[1].tobytes()
     thin_out_since(buffer, mark, 3, 0.5, np.random.default_rng(0))
     assert np.random.get_state()[1].tobytes() == state
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_follows_a_row_is_known_to_a_learner_that_asks_for_it(full, tmp_path):
+    """Saved after some rows were taken out, loaded where batches have next actions and returns."""
+    buffer = make(OfflineToOnlineReplayBuffer, 60, n_envs=2)
+    add(buffer, *range(1, 2 * (100 if full else 20), 2))
+    mark = ReplayMark.here(buffer)
+    # Odd numbers: no row ends an episode
+    add(buffer, *range(1001, 1061, 2))
+    before = buffer.sample(100)
+    assert not before.dones.any()
+    assert thin_out_since(buffer, mark, 30, 0.5, np.random.default_rng(0)) > 0
+    assert not buffer.sample(500).dones.any()
+    buffer.save_online(tmp_path / "buffer.npz")
+    other = make(OfflineToOnlineReplayBuffer, 60, n_envs=2, next_actions=True, returns=True, n_steps=1)
+    other.load_online(tmp_path / "buffer.npz")
+    batch = other.sample(2000)
+    known = batch.has_next_actions.flatten().bool()
+    assert known.any() and not known.all() and not batch.has_returns.any()
+    # An action is a thousandth of the row's number
+    steps = (batch.next_actions - batch.actions).flatten()[known] * 1e3
+    np.testing.assert_allclose(steps, 2.0, atol=1e-3)
+
+
+def test_a_row_that_replaces_a_broken_one_stands_alone():
+    buffer = make(n_envs=2)
+    add(buffer, 1, 3, 5)
+    buffer.rewards[2, 1] = np.nan
+    assert replace_last_if_not_finite(buffer)
+    assert stored(buffer) == [1, 3, 3]
+    assert buffer.timeouts[:3].tolist() == [[0, 0], [1, 1], [1, 1]] and not buffer.dones.any()
+    add(buffer, 7)
+    assert not replace_last_if_not_finite(buffer)
+    assert stored(buffer) == [1, 3, 3, 7] and not buffer.timeouts[3].any()

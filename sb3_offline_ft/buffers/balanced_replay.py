@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from sb3_offline_ft.buffers.observation_keys import by_key, kind_of
 from sb3_offline_ft.buffers.sampling import SourceShares, SumTree
 from sb3_offline_ft.buffers.transitions import OfflineTransitions, OnlineTransitions, Transitions
 from sb3_offline_ft.common.checks import whole_number
-from sb3_offline_ft.common.observations import Observations
+from sb3_offline_ft.common.observations import Observations, mean_and_std
 from sb3_offline_ft.datasets.spaces import flatten_rows
 
 Array = npt.NDArray[Any]
@@ -60,7 +61,7 @@ class BalancedReplay:
         device: th.device | str = "cpu",
     ) -> None:
         for name, value in (("temperature", temperature), ("learning_rate", learning_rate)):
-            if not 0 < value < math.inf:
+            if not isinstance(value, Real) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` of balanced replay must be positive, found {value!r}.")
         self._spaces = by_key(observation_space)
         images = [repr(space) for space in self._spaces.values() if kind_of(space) == "image"]
@@ -72,7 +73,12 @@ class BalancedReplay:
         self.temperature = float(temperature)
         self.learning_rate = float(learning_rate)
         self.batch_size = whole_number(batch_size, "batch_size", least=1)
-        self.net_arch = list(net_arch)
+        if not isinstance(net_arch, Sequence) or isinstance(net_arch, str):
+            raise ValueError(
+                "`net_arch` of balanced replay must be the sizes of its hidden layers, such as [256, 256], found "
+                f"{net_arch!r}."
+            )
+        self.net_arch = [whole_number(size, "net_arch", least=1) for size in net_arch]
         self.n_updates = 0
         self._device = th.device(device)
         self._network: nn.Module | None = None
@@ -80,6 +86,7 @@ class BalancedReplay:
         self._tree: SumTree | None = None
         self._drawn: list[Array] = []
         self._restored: dict[str, Array] | None = None
+        self._restored_from = ""
         self.seed(0)
 
     def seed(self, seed: int) -> None:
@@ -101,19 +108,32 @@ class BalancedReplay:
 
         :param offline: The rows
         :param shares: How they are drawn as long as their priorities are equal
-        :raises ValueError: Restored priorities are of another number of rows
+        :raises ValueError: Restored priorities are of another number of rows; they are dropped then
         """
-        if self._restored is not None:
-            self._check_length(self._restored, len(offline))
+        if self._restored is not None and len(self._restored["priorities"]) != len(offline):
+            n_saved, self._restored = len(self._restored["priorities"]), None
+            raise ValueError(
+                f"{_other_length(n_saved, len(offline), self._restored_from)} and load the replay buffer again. The loaded "
+                "priorities have been dropped: with this dataset, they start anew."
+            )
         self._offline, self._shares = offline, shares
-        columns = [column.reshape(len(offline), -1) for column in self._columns(offline.observations)]
-        self._mean = [column.mean(axis=0, dtype=np.float64).astype(np.float32) for column in columns]
-        self._std = [column.std(axis=0, dtype=np.float64).astype(np.float32) + STD_OFFSET for column in columns]
+        statistics = [mean_and_std(column) for column in self._columns(offline.observations)]
+        self._mean = [mean.astype(np.float32) for mean, _ in statistics]
+        self._std = [std.astype(np.float32) + STD_OFFSET for _, std in statistics]
         self._tree = SumTree(shares.relative_probabilities(np.arange(len(offline))))
         self._drawn.clear()
         if self._restored is not None:
             restored, self._restored = self._restored, None
             self._restore(restored)
+
+    @property
+    def drawn(self) -> tuple[Array, ...]:
+        """Rows drawn since the last update, whose priorities the next one estimates; may be set to what it was."""
+        return tuple(self._drawn)
+
+    @drawn.setter
+    def drawn(self, rows: tuple[Array, ...]) -> None:
+        self._drawn = list(rows)
 
     def draw(self, generator: np.random.Generator, size: int) -> Array:
         """
@@ -209,35 +229,35 @@ class BalancedReplay:
                     state[f"optimizer/{name}/{moment}"] = value.detach().cpu().numpy().copy()
         return state
 
-    def check_state(self, state: Mapping[str, Array]) -> None:
+    def check_state(self, state: Mapping[str, Array], name: str) -> None:
         """
         :param state: What :meth:`get_state` returned
+        :param name: Where it comes from, for messages
         :raises ValueError: It belongs to other data or a network of other sizes
         """
         if not state:
             return
-        if self._tree is not None:
-            self._check_length(state, len(self._offline))
+        if self._tree is not None and len(state["priorities"]) != len(self._offline):
+            raise ValueError(f"{_other_length(len(state['priorities']), len(self._offline), name)}.")
         sizes = [state[name].shape[0] for name in state if name.startswith("network/") and name.endswith("weight")]
         if sizes and sizes != [*self.net_arch, 1]:
             raise ValueError(
-                f"The density-ratio network was saved with layers {sizes[:-1]}, this learner has {self.net_arch}: use the "
-                "same `net_arch`."
+                f"The density-ratio network in {name} was saved with layers {sizes[:-1]}, this learner has {self.net_arch}: "
+                "use the same `net_arch`."
             )
 
-    def set_state(self, state: Mapping[str, Array]) -> None:
+    def set_state(self, state: Mapping[str, Array], name: str = "the state") -> None:
         """
         Go on from a state. If there is no offline data yet, it is taken up as soon as there is.
 
         :param state: What :meth:`get_state` returned
+        :param name: Where it comes from, for messages
         :raises ValueError: It belongs to other data or a network of other sizes; nothing is changed then
         """
-        self.check_state(state)
-        if not state:
-            return
+        self.check_state(state, name)
         if self._tree is None:
-            self._restored = dict(state)
-        else:
+            self._restored, self._restored_from = dict(state) or None, name
+        elif state:
             self._restore(state)
 
     def _restore(self, state: Mapping[str, Array]) -> None:
@@ -259,10 +279,9 @@ class BalancedReplay:
         self.n_updates = int(state["n_updates"])
         self._generator.bit_generator.state = json.loads(str(state["generator"]))
 
-    @staticmethod
-    def _check_length(state: Mapping[str, Array], n_rows: int) -> None:
-        if len(state["priorities"]) != n_rows:
-            raise ValueError(
-                f"The priorities of balanced replay were saved for {len(state['priorities'])} offline rows, the dataset has "
-                f"{n_rows}: use the dataset that they were saved with."
-            )
+
+def _other_length(n_saved: int, n_rows: int, name: str) -> str:
+    return (
+        f"The priorities of balanced replay in {name} were saved for {n_saved} offline rows, the dataset has {n_rows}: use "
+        "the dataset that they were saved with"
+    )

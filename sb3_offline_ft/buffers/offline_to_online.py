@@ -2,7 +2,8 @@
 
 import json
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from sb3_offline_ft.buffers.observation_keys import by_key, kind_of
 from sb3_offline_ft.buffers.sampling import SourceShares
 from sb3_offline_ft.buffers.transitions import OfflineTransitions, OnlineTransitions, RingReturns, Transitions, n_step_rows
 from sb3_offline_ft.common.checks import known_keywords, whole_number
-from sb3_offline_ft.common.observations import Observations, map_observations
+from sb3_offline_ft.common.observations import Observations, map_observations, mean_and_std
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples, Schedule, ScheduleLike
@@ -30,6 +31,20 @@ Array = npt.NDArray[Any]
 RING_COLUMNS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 OFFLINE_SAMPLING = ("uniform", "balanced")
 BALANCED_PREFIX = "balanced/"
+
+
+class SamplerPosition(NamedTuple):
+    """
+    How far the draws of offline rows are.
+
+    :param state: The random streams
+    :param rows_by_source: Number of rows drawn from each source, shape ``(n_sources,)``
+    :param drawn: With balanced replay, the rows whose priorities are to be estimated
+    """
+
+    state: str
+    rows_by_source: Array
+    drawn: tuple[Array, ...]
 
 
 class OfflineToOnlineReplayBuffer(ReplayBuffer):
@@ -67,7 +82,9 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
     :param augmentation: Random change of sampled observations, a name such as ``"gaussian_noise"`` or an
         :class:`~sb3_offline_ft.buffers.augmentation.Augmentation`; observations and next observations are changed
         independently
+    :param unknown: There must not be any others
     :raises ValueError: A parameter is out of range or not supported
+    :raises TypeError: There is no such parameter
     """
 
     _space_class: ClassVar[type[spaces.Space[Any]]] = spaces.Box
@@ -94,7 +111,10 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         offline_sampling: str = "uniform",
         balanced_kwargs: dict[str, Any] | None = None,
         augmentation: str | Augmentation | None = None,
+        **unknown: Never,
     ) -> None:
+        # Python's own message names neither near matches nor what is known
+        known_keywords(type(self), unknown, type(self).__name__)
         if optimize_memory_usage:
             raise ValueError(
                 "`optimize_memory_usage=True` cannot represent transitions that end in a time limit, which logged data has; "
@@ -123,7 +143,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         self._augmentation, self._augmented = make_augmentation(augmentation), list[str]()
         self._std: dict[str, Array] = {}
         self._choose_augmented_keys()
-        self._balanced = self._make_balanced(offline_sampling, balanced_kwargs or {})
+        self._balanced = self._make_balanced(offline_sampling, {} if balanced_kwargs is None else balanced_kwargs)
         self.seed_sampler(seed)
         self.n_steps, self.gamma = 1, 1.0
         self.set_n_steps(n_steps, gamma)
@@ -186,6 +206,10 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
                     "`balanced_kwargs` have no effect without `offline_sampling='balanced'`: add it or drop them."
                 )
             return None
+        if not isinstance(balanced_kwargs, Mapping):
+            raise TypeError(
+                f"`balanced_kwargs` must be a dictionary such as {{'temperature': 5.0}}, found {balanced_kwargs!r}."
+            )
         known_keywords(BalancedReplay, balanced_kwargs, "balanced_kwargs", excluded=("observation_space", "device"))
         return BalancedReplay(self.observation_space, **balanced_kwargs, device=self.device)
 
@@ -264,7 +288,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         self._rows_by_source = np.zeros(len(shares.names), np.int64)
         if self._augmentation is not None and self._augmentation.needs_std:
             columns = by_key(dataset.observations)
-            self._std = {key: columns[key].std(axis=0, dtype=np.float64).astype(np.float32) for key in self._augmented}
+            self._std = {key: _spread(columns[key]) for key in self._augmented}
 
     @property
     def _offline_actions(self) -> Array:
@@ -542,6 +566,25 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         if self._augmentation is not None and augmentation is not None:
             self._augmentation_generator.bit_generator.state = augmentation
 
+    def sampler_position(self) -> SamplerPosition:
+        """
+        :return: What :meth:`rewind` goes back to
+        """
+        drawn = () if self._balanced is None else self._balanced.drawn
+        return SamplerPosition(self.get_sampler_state(), self._rows_by_source.copy(), drawn)
+
+    def rewind(self, position: SamplerPosition) -> None:
+        """
+        Take back the draws of offline rows since a position, as if they had not been made: the next draws are those again, and
+        they are counted once. With balanced replay this holds as long as the priorities have not been updated since.
+
+        :param position: What :meth:`sampler_position` returned, after the offline data was set
+        """
+        self.set_sampler_state(position.state)
+        self._rows_by_source = position.rows_by_source.copy()
+        if self._balanced is not None:
+            self._balanced.drawn = position.drawn
+
     # Files
 
     def _ring(self) -> dict[str, Array]:
@@ -575,6 +618,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         facts = {
             **self._signature(),
             "buffer_size": self.buffer_size,
+            "handle_timeout_termination": self.handle_timeout_termination,
             "pos": self.pos,
             "full": self.full,
             "sampler": self.get_sampler_state(),
@@ -607,7 +651,8 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             raise damaged(path, error) from error
         if self._balanced is not None:
             prefix = BALANCED_PREFIX
-            self._balanced.set_state({name[len(prefix) :]: arrays[name] for name in arrays if name.startswith(prefix)})
+            state = {name[len(prefix) :]: arrays[name] for name in arrays if name.startswith(prefix)}
+            self._balanced.set_state(state, str(path))
         self.set_sampler_state(sampler)
         self._fill(columns, *place)
 
@@ -678,6 +723,11 @@ def _as_float32(ring: Array, space: spaces.Space[Any]) -> Array:
         return ring
     # Fresh zeros rather than a conversion: untouched pages cost no memory
     return np.zeros(ring.shape, np.float32)
+
+
+def _spread(column: Array) -> Array:
+    """Standard deviations over rows, the shape of one."""
+    return mean_and_std(column)[1].reshape(column.shape[1:]).astype(np.float32)
 
 
 def _shapes(obs_shape: Any) -> Any:

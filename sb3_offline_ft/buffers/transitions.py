@@ -78,7 +78,7 @@ class Transitions(ABC):
         """
         has_next = ~self.is_last(rows)
         actions = self.actions.take(self.ahead(rows, 1), axis=0)
-        actions *= has_next[..., None]
+        actions[~has_next] = 0.0
         return actions, has_next
 
 
@@ -217,7 +217,8 @@ class NStepRows(NamedTuple):
         :return: Discounted sums, shape ``(n,)``
         """
         discounts = gamma ** np.arange(rewards.shape[1], dtype=np.float32).reshape(1, -1)
-        sums: Array = (rewards * discounts * self.mask).sum(axis=1)
+        # Chosen rather than multiplied by 0: a reward of another episode may not be finite
+        sums: Array = (np.where(self.mask, rewards, 0.0) * discounts).sum(axis=1)
         return sums
 
     def discounts(self, gamma: float) -> Array:

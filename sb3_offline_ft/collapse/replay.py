@@ -75,7 +75,8 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
     Each row (a step of all environments) is kept with probability ``weight``. In a buffer that is not full the kept rows
     move together behind the mark, and ``pos`` goes back. In a full buffer the rows that those since the mark have overwritten
     are gone; there the removed rows become copies of rows that are left, drawn uniformly, and ``pos`` stays.
-    Marks set since then lose their meaning.
+    Marks set since then lose their meaning. Rows that the next one does not follow any more are marked as cut, as by
+    ``cut_episodes`` of our buffers: ``timeouts`` is 1 where ``dones`` is 0, which changes no batch of single steps.
 
     :param buffer: The replay buffer
     :param mark: Where the rows begin
@@ -115,6 +116,7 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
         left[rows[~keep]] = False
         pool = np.flatnonzero(left)
         _copy_rows(buffer, pool[generator.integers(len(pool), size=added - keep.sum())], rows[~keep])
+        _cut_around(buffer, rows[~keep])
     else:
         start, n_kept = int(rows[0]), int(keep.sum())
         if start + n_kept == 0 and not getattr(buffer, "offline_size", 0):
@@ -126,6 +128,10 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
             return 0
         _copy_rows(buffer, rows[keep], rows[:n_kept])
         buffer.pos = start + n_kept
+        # What was where before, from the row before the mark to the one that is written next
+        came_from = np.concatenate([[-1], np.flatnonzero(keep), [added]])
+        cut = start - 1 + np.flatnonzero(np.diff(came_from) > 1)
+        _cut_after(buffer, cut[cut >= 0])
     return int(added - keep.sum()) * buffer.n_envs
 
 
@@ -155,11 +161,21 @@ def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
         source = next((row for row in before if _is_finite(arrays, row)), None)
     for array in arrays:
         array[last] = np.nan_to_num(array[last], nan=0.0, posinf=0.0, neginf=0.0) if source is None else array[source]
+    if source is not None:
+        _cut_around(buffer, np.array([last]))
     return True
 
 
 def _is_finite(arrays: list[np.ndarray], row: int) -> bool:
     return all(bool(np.isfinite(array[row]).all()) for array in arrays)
+
+
+def _cut_around(buffer: ReplayBuffer, rows: np.ndarray) -> None:
+    _cut_after(buffer, np.concatenate([rows, (rows - 1) % buffer.buffer_size]))
+
+
+def _cut_after(buffer: ReplayBuffer, rows: np.ndarray) -> None:
+    buffer.timeouts[rows] = np.where(buffer.dones[rows] == 0, 1.0, buffer.timeouts[rows])
 
 
 def _copy_rows(buffer: ReplayBuffer, sources: np.ndarray, targets: np.ndarray) -> None:

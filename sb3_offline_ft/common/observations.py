@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+NUMBERS_AT_ONCE = 2**20
 
 Observations = Array | dict[str, Array]
 """Rows of observations: an array ``(N, *shape)``, or for a Dict space a dictionary of such arrays."""
@@ -65,3 +67,19 @@ def take_rows(observations: Observations, rows: Any) -> Any:
     :return: The same structure with these rows; views for a slice, copies otherwise
     """
     return map_observations(lambda array: array[rows], observations)
+
+
+def mean_and_std(observations: Array) -> tuple[Array, Array]:
+    """
+    Mean and standard deviation of each number of an observation, in double precision without a copy of all of them in it.
+
+    :param observations: Shape ``(N, *shape)``
+    :return: Mean and population standard deviation, float64, flattened to one dimension
+    """
+    rows = observations.reshape(len(observations), -1)
+    mean = rows.mean(axis=0, dtype=np.float64)
+    at_once = max(1, NUMBERS_AT_ONCE // max(1, rows.shape[1]))
+    squares = np.zeros_like(mean)
+    for start in range(0, len(rows), at_once):
+        squares += np.square(rows[start : start + at_once] - mean).sum(axis=0)
+    return mean, np.sqrt(squares / len(rows))

@@ -13,6 +13,7 @@ from torch import nn
 
 from sb3_offline_ft.common.acting import ActingPolicy
 from sb3_offline_ft.common.checks import whole_number
+from sb3_offline_ft.common.observations import mean_and_std
 from sb3_offline_ft.common.torch_layers import NormalizedCombinedExtractor, NormalizedFlattenExtractor, is_vector_space
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
 STD_OFFSET = 1e-3
 """Added to the standard deviations, as in the authors' code of TD3+BC (Fujimoto & Gu 2021)."""
 ACTOR_VALUES = ("first", "mean", "min")
-NUMBERS_AT_ONCE = 2**20
 
 
 class LayerNormContinuousCritic(ContinuousCritic):
@@ -160,7 +160,7 @@ class OfflinePolicy(ActingPolicy):
         for key, values in by_key.items():
             normalizers = self._normalizers_of(key)
             if normalizers:
-                mean, std = _mean_and_std(values)
+                mean, std = mean_and_std(values)
                 for normalizer in normalizers:
                     normalizer.set_statistics(mean, std + STD_OFFSET)
             fitted |= bool(normalizers)
@@ -205,15 +205,3 @@ class MultiInputPolicy(OfflinePolicy):
     """
 
     default_features_extractor_class = NormalizedCombinedExtractor
-
-
-def _mean_and_std(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each number of an observation, in double precision without a copy of all of them in it."""
-    n_rows = len(observations)
-    rows = observations.reshape(n_rows, -1)
-    mean = rows.mean(axis=0, dtype=np.float64)
-    at_once = max(1, NUMBERS_AT_ONCE // max(1, rows.shape[1]))
-    squares = np.zeros_like(mean)
-    for start in range(0, n_rows, at_once):
-        squares += np.square(rows[start : start + at_once] - mean).sum(axis=0)
-    return mean, np.sqrt(squares / n_rows)

@@ -11,7 +11,7 @@ from typing import Literal
 class Source:
     """Where a spec leads; ``path`` is a Minari ``data`` folder or a file, None for an id still to be downloaded."""
 
-    kind: Literal["minari", "minari-folder", "bundled", "npz", "hdf5", "replay-buffer"]
+    kind: Literal["minari", "minari-folder", "bundled", "npz", "hdf5", "replay-buffer", "own-replay-buffer"]
     spec: str
     name: str
     path: Path | None

@@ -5,7 +5,7 @@ import importlib.resources
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import minari
 from minari.dataset.minari_dataset import DATASET_ID_RE
@@ -17,7 +17,13 @@ from sb3_offline_ft.datasets.minari_files import load_minari, open_minari
 from sb3_offline_ft.datasets.npz_files import load_npz, open_npz
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import Source
-from sb3_offline_ft.datasets.replay_buffer_files import check_trust, load_replay_buffer
+from sb3_offline_ft.datasets.replay_buffer_files import (
+    check_trust,
+    has_own_format,
+    load_own_replay_buffer,
+    load_replay_buffer,
+    open_own_replay_buffer,
+)
 from sb3_offline_ft.datasets.specs import DatasetSpec, PartSpec, join_specs, parse_spec
 
 BUNDLED: tuple[str, ...] = ("hopper-medium", "pendulum-medium")
@@ -25,7 +31,8 @@ BUNDLED: tuple[str, ...] = ("hopper-medium", "pendulum-medium")
 
 _BUNDLED_PREFIX = "bundled:"
 _BUNDLED_SPECS = tuple(_BUNDLED_PREFIX + name for name in BUNDLED)
-_FILE_KINDS: dict[str, Literal["npz", "hdf5", "replay-buffer"]] = {
+_FileKind: TypeAlias = Literal["npz", "hdf5", "replay-buffer", "own-replay-buffer"]
+_FILE_KINDS: dict[str, _FileKind] = {
     ".npz": "npz",
     ".hdf5": "hdf5",
     ".h5": "hdf5",
@@ -52,7 +59,8 @@ def load_dataset(
                                    (``terminals`` and ``timeouts`` are understood as well); Dict observations as
                                    ``observations/<key>``
     ``path/to/file.hdf5``          the same arrays in HDF5, as in D4RL's files (``.h5`` as well)
-    ``path/to/buffer.pkl``         a replay buffer written by SB3's ``save_replay_buffer``, if ``trust_pickle``
+    ``path/to/buffer.pkl``         a replay buffer written by SB3's ``save_replay_buffer``, if ``trust_pickle``; or one of
+                                   this package (``.npz`` as well), which is no pickle file
     ``bundled:hopper-medium``      small real data that comes with the package, see :data:`BUNDLED`
     ``<spec>?min_return=1000``     only some episodes: the filters below, joined by ``&``
     ``<spec> + <spec>``            several together; ``0.7*<spec> + 0.3*<spec>`` with their shares of the batches
@@ -69,7 +77,7 @@ def load_dataset(
 
     :param spec: The spec; an :class:`OfflineDataset` is returned as it is, or filtered.
     :param download: Whether a Minari id that is not there locally may be downloaded.
-    :param trust_pickle: Whether ``.pkl`` files may be read: that runs code which the file holds.
+    :param trust_pickle: Whether pickle files may be read: that runs code which the file holds.
     :param progress_bar: Whether to show the episodes that have been read of Minari data (needs tqdm and rich).
     :param filters: Filters for all parts, in addition to those in the spec.
     :return: The dataset; its ``spec`` loads it again.
@@ -109,6 +117,9 @@ def check_spec(spec: DatasetSpec, *, download: bool = True, trust_pickle: bool =
                 pass
         elif source.kind == "hdf5":
             with open_hdf5(source.path):
+                pass
+        elif source.kind == "own-replay-buffer":
+            with open_own_replay_buffer(source.path):
                 pass
         elif source.kind == "replay-buffer":
             check_trust(source.path, part.trust_pickle)
@@ -162,6 +173,8 @@ def _load_source(source: Source, path: Path, trust_pickle: bool, progress_bar: b
             return load_npz(source, path)
         case "hdf5":
             return load_hdf5(source, path)
+        case "own-replay-buffer":
+            return load_own_replay_buffer(source, path)
         case "replay-buffer":
             check_trust(path, trust_pickle)
             return load_replay_buffer(source, path)
@@ -178,7 +191,10 @@ def _resolve(spec: str | os.PathLike[str], download: bool) -> Source:
     if path.suffix in _FILE_KINDS and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"No dataset file {str(path.absolute())!r}{_suggest_files(path)}")
-        return Source(_FILE_KINDS[path.suffix], str(path.absolute()), path.stem, path.absolute())
+        kind: _FileKind = _FILE_KINDS[path.suffix]
+        if kind != "hdf5" and has_own_format(path):
+            kind = "own-replay-buffer"
+        return Source(kind, str(path.absolute()), path.stem, path.absolute())
     if path.is_file():
         raise ValueError(
             f"Cannot load the file {text!r}: expected a .npz, .hdf5 or .pkl file or a folder holding a Minari dataset, "

@@ -125,7 +125,7 @@ def _parse_text(text: str, accepted: str) -> list[_Entry]:
     text = text.strip()
     if not text:
         raise ValueError(f"The dataset spec is empty. {accepted}")
-    if _is_path(text) or _is_path(_split_query(text)[0]):
+    if _is_path_with_options(text):
         return [_parse_part(text, text, accepted)]
     return [_parse_part(part.strip(), text, accepted) for part in _PLUS.split(f" {text} ")]
 
@@ -151,6 +151,10 @@ def _split_query(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"The dataset spec {text!r} has {name} twice: give it once.")
         options[name] = value
     return base, options
+
+
+def _is_path_with_options(text: str) -> bool:
+    return _is_path(text) or _is_path(_split_query(text)[0])
 
 
 def _is_path(text: str) -> bool:
@@ -179,11 +183,12 @@ def join_specs(specs: Sequence[str | None], weights: Sequence[float | None]) -> 
 
     :param specs: The spec of each part, ``None`` if it has none.
     :param weights: The weight of each part.
-    :return: A string that names them all, ``None`` if there is none.
+    :return: A string that names them all, ``None`` if there is none: a path with a plus between spaces can only stand alone.
     """
     texts: list[str] = []
     for spec, weight in zip(specs, weights, strict=True):
-        if spec is None or (len(_PLUS.split(spec)) > 1 and not _is_path(spec)):
+        alone = len(specs) == 1 and weight is None
+        if spec is None or (_PLUS.search(spec) and not (alone and _is_path_with_options(spec))):
             return None
         texts.append(spec if weight is None else f"{format_number(weight)}*{spec}")
     return " + ".join(texts)

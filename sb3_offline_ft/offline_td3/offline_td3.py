@@ -518,8 +518,9 @@ class OfflineTD3(TD3):
         with self._offline_phase():
             started = None if callback is None else self._init_callback(callback)
             total_timesteps = self.offline_steps_done + gradient_steps
-            # SB3's callbacks and logs derive the speed from them
-            self.start_time, self._num_timesteps_at_start = time.time_ns(), self.num_timesteps
+            if not self.start_time:
+                # SB3's callbacks and logs derive the speed from them
+                self.start_time, self._num_timesteps_at_start = time.time_ns(), self.num_timesteps
             if started is not None:
                 started.on_training_start(locals(), globals())
             self._run_offline(gradient_steps, started, progress_bar, log_interval)
@@ -641,10 +642,11 @@ class OfflineTD3(TD3):
         total_timesteps, started = super()._setup_learn(
             total_timesteps, callbacks, reset_num_timesteps, tb_log_name, progress_bar
         )
-        if is_reset:
+        if is_reset or self._episode_steps.size != self.n_envs:
+            # A file of an older version does not tell how far its episodes are
             self._episode_steps = np.zeros(self.n_envs, dtype=int)
-            if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
-                self.replay_buffer.cut_episodes()
+        if is_reset and isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            self.replay_buffer.cut_episodes()
         self._eval_callbacks = list(find_callbacks(started, EvalCallback))
         if self.remaining_offline_steps > 0:
             show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
@@ -797,8 +799,7 @@ class OfflineTD3(TD3):
         infos: list[dict[str, Any]],
     ) -> None:
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if self.guide_policy is not None:
-            self._episode_steps = np.where(dones, 0, self._episode_steps + 1)
+        self._episode_steps = np.where(dones, 0, self._episode_steps + 1)
 
     def _may_update(self, batch_size: int) -> bool:
         if 0 < self.num_timesteps <= self._warmup_end:
@@ -861,16 +862,16 @@ class OfflineTD3(TD3):
 
     def _do_updates(self, gradient_steps: int, batch_size: int) -> None:
         buffer, before = self.replay_buffer, self._n_updates
-        sampler = buffer.get_sampler_state() if isinstance(buffer, OfflineToOnlineReplayBuffer) and self._pretraining else None
+        position = buffer.sampler_position() if isinstance(buffer, OfflineToOnlineReplayBuffer) and self._pretraining else None
         try:
             for rows, n_rows in self._sample_rows(gradient_steps, batch_size):
                 for batch in self._kernel.batches(rows, n_rows):
                     self._update(batch)
         except BaseException:
             done = self._n_updates - before
-            if isinstance(buffer, OfflineToOnlineReplayBuffer) and sampler is not None and done < gradient_steps:
+            if isinstance(buffer, OfflineToOnlineReplayBuffer) and position is not None and done < gradient_steps:
                 # Batches that have been drawn and not been used are drawn again when pretraining goes on
-                buffer.set_sampler_state(sampler)
+                buffer.rewind(position)
                 for _ in self._sample_rows(done, batch_size) if done > 0 else ():
                     pass
             raise
@@ -1012,7 +1013,7 @@ class OfflineTD3(TD3):
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_noise_generator", "_logged", "_eval_callbacks", "_pretraining", "_online_timesteps", "_kernel"]
-        guide = ["_guide", "_guide_steps_schedule", "_episode_steps"]
+        guide = ["_guide", "_guide_steps_schedule"]
         return [*super()._excluded_save_params(), *live, *guide]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:
