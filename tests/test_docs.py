@@ -1,14 +1,22 @@
-"""Every Python example of the documentation runs, without a warning.
+"""Every Python example of the documentation runs, without a warning, and every public name is described.
 
 An integer with an underscore, such as ``50_000``, is a budget in the examples: it is divided by 1,000, rounded up.
 """
 
 import re
+import shlex
+import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import RunPython
+
 DOCS = Path(__file__).parent.parent / "docs"
+DIRECTIVE = re.compile(r"^\.\. auto(?:class|function|exception|data):: ([\w.]+)$", re.MULTILINE)
+SUMMARY = re.compile(r"^   ([\w.]+)$", re.MULTILINE)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BUDGET = re.compile(r"(?<![\w.])\d{1,3}(?:_\d{3})+(?![\w.])")
 
@@ -37,11 +45,20 @@ PAGES = [
 ]
 
 
+@pytest.fixture
+def zoo_table_as_before() -> Iterator[None]:
+    """An example adds an algorithm to rl_zoo3's table, which is the same for all tests."""
+    yield
+    if "rl_zoo3" in sys.modules:
+        sys.modules["rl_zoo3"].ALGOS.pop("mine", None)
+
+
 def test_only_budgets_are_shortened() -> None:
     code = "learn(1_000_000, n=2_500, x=1e-3, y=1000, name_1_000, 0.1_000)"
     assert shortened(code) == "learn(1000, n=3, x=1e-3, y=1000, name_1_000, 0.1_000)"
 
 
+@pytest.mark.usefixtures("zoo_table_as_before")
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,3 +66,36 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     namespace: dict[str, object] = {"__name__": "__main__"}
     for code in examples(path.read_text(encoding="utf-8")):
         exec(compile(shortened(code), str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "module", ["", ".datasets", ".buffers", ".collapse", ".evaluation", ".common.update", ".testing", ".zoo"]
+)
+def test_public_names_are_described_and_listed(module: str) -> None:
+    pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts]
+    described = {name.rsplit(".", 1)[-1] for page in pages for name in DIRECTIVE.findall(page)}
+    overview = (DOCS / "api.md").read_text(encoding="utf-8").split("## Schedules")[0]
+    listed = {name.rsplit(".", 1)[-1] for name in SUMMARY.findall(overview)}
+    public = import_module(f"sb3_offline_ft{module}")
+    # Constants and types have no docstring of their own
+    names = {name for name in public.__all__ if hasattr(getattr(public, name), "__qualname__")}
+    assert sorted(names - described) == []
+    assert sorted(names - listed) == []
+
+
+def test_commands_of_the_quickstart(run_python: RunPython, tmp_path: Path) -> None:
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```$", (DOCS / "quickstart.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    _, commands, other_data = [[shlex.split(line) for line in block.splitlines()] for block in blocks]
+    budget = ["-n", "300", "--eval-freq", "150", "-params", "offline_steps:30", "warmup_steps:100"]
+    for arguments, said in zip(commands, ("Saving to", "dip depth", "alarm"), strict=True):
+        if arguments[0] == "python":
+            process = run_python(*arguments[1:], *budget)
+        else:
+            process = run_python("-m", "sb3_offline_ft", *arguments[1:])
+        assert process.returncode == 0, process.stderr
+        assert said in process.stdout
+    # Needs the hub; without it, the spec must at least be understood
+    process = run_python(*other_data[0][1:])
+    assert "mujoco/invertedpendulum/medium-v0" in process.stdout
