@@ -3,10 +3,13 @@
 An integer with an underscore, such as ``50_000``, is a budget in the examples: it is divided by 1,000, rounded up.
 """
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
@@ -99,3 +102,32 @@ def test_commands_of_the_quickstart(run_python: RunPython, tmp_path: Path) -> No
     # Needs the hub; without it, the spec must at least be understood
     process = run_python(*other_data[0][1:])
     assert "mujoco/invertedpendulum/medium-v0" in process.stdout
+
+
+COMMAND = re.compile(r"(?:python -m (rl_zoo3\.\w+(?:\.\w+)?)|(sb3-offline-ft(?: [a-z]+)+))")
+
+
+@lru_cache
+def help_of(*command: str) -> str:
+    # Wide enough that no option is cut off
+    environment = os.environ | {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-m", *command, "--help"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")))
+def test_commands_have_the_options_that_are_shown(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for block in re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            command = COMMAND.search(line)
+            if command is None:
+                continue
+            module = [command[1]] if command[1] else ["sb3_offline_ft", *command[2].split()[1:]]
+            # What follows -params are not options
+            shown = re.findall(r"(?<=\s)--?[A-Za-z][\w-]*", line[command.end() :].split("#")[0].split("-params")[0])
+            known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", help_of(*module)))
+            assert [option for option in shown if option not in known] == [], line
