@@ -371,7 +371,7 @@ def online_train(algorithm: str, network: str) -> Session:
     policy, policy_kwargs = "MlpPolicy", dict[str, Any](net_arch=[HIDDEN, HIDDEN])
     rows, batch_size = ROWS, BATCH_SIZE
     space: Any = box(-np.inf, np.inf, (SHAPES["hopper"].observation,), np.float64)
-    if network in ("mlp", "elu") and algorithm != "TD3":
+    if algorithm != "TD3":
         policy_kwargs["layer_norm"] = False
     if network == "elu":
         policy_kwargs["activation_fn"] = nn.ELU
