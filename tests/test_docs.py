@@ -14,7 +14,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import ALGOS
 
+import sb3_offline_ft.zoo  # noqa: F401  # so that the tables are complete before an example changes them
 from tests.conftest import RunPython
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -49,11 +52,14 @@ PAGES = [
 
 
 @pytest.fixture
-def zoo_table_as_before() -> Iterator[None]:
-    """An example adds an algorithm to rl_zoo3's table, which is the same for all tests."""
+def zoo_as_before() -> Iterator[None]:
+    """Examples add to rl_zoo3's tables, which are the same for all tests."""
+    tables = (ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER)
+    before = [dict(table) for table in tables]
     yield
-    if "rl_zoo3" in sys.modules:
-        sys.modules["rl_zoo3"].ALGOS.pop("mine", None)
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 def test_only_budgets_are_shortened() -> None:
@@ -61,7 +67,7 @@ def test_only_budgets_are_shortened() -> None:
     assert shortened(code) == "learn(1000, n=3, x=1e-3, y=1000, name_1_000, 0.1_000)"
 
 
-@pytest.mark.usefixtures("zoo_table_as_before")
+@pytest.mark.usefixtures("zoo_as_before")
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
