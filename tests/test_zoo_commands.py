@@ -97,13 +97,20 @@ def test_a_configuration_of_the_user_replaces_the_preset(run_python: RunPython, 
 
 
 @pytest.mark.parametrize(
-    ("spec", "named"), [("bundled:hoper-medium", "bundled:hopper-medium"), ("data/nowhere.npz", "nowhere.npz")]
+    ("spec", "named"),
+    [
+        ("bundled:hoper-medium", "bundled:hopper-medium"),
+        ("data/nowhere.npz", "nowhere.npz"),
+        (["bundled:pendulum-medium", "bundled:pendulum-mediu"], "bundled:pendulum-medium"),
+    ],
 )
 def test_a_wrong_dataset_is_refused_before_any_folder_is_made(
-    run_python: RunPython, tmp_path: Path, spec: str, named: str
+    run_python: RunPython, tmp_path: Path, spec: str | list[str], named: str
 ) -> None:
     process = run_python("-m", "rl_zoo3.train", *TINY, "--algo", "td3c", "-P", "-params", f"dataset:{spec!r}")
     assert process.returncode == 1
+    # Before environments and models are made
+    assert "Using" not in process.stdout and "check_spec" in process.stderr
     assert named in process.stderr.splitlines()[-1]
     assert list((tmp_path / "work").iterdir()) == []
 
