@@ -1,0 +1,119 @@
+"""What the result of a cell depends on, in the form of JSON: equal facts are run once."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sb3_offline_ft.common.policies import OfflinePolicy
+from sb3_offline_ft.datasets import OfflineDataset
+from sb3_offline_ft.study.learners import algorithm_class
+from sb3_offline_ft.study.methods import NOISE, Method, is_ours
+from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
+
+RESULTS_VERSION = 1
+"""Raised by a release whose runs give other results, as by another default: then finished cells are run again, else never."""
+
+
+def canonical(value: Any) -> Any:
+    """
+    :param value: Anything that a YAML file can hold
+    :return: The same for equal values: ``1e4`` is 10000, a tuple a list
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {str(key): canonical(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(entry) for entry in value]
+    return value
+
+
+def _chosen(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not the default of one of our constructors, so that a new argument changes no facts."""
+    if not is_ours(algorithm):
+        return dict(canonical(hyperparams))
+    policy_kwargs = _without_defaults(OfflinePolicy, hyperparams.get("policy_kwargs") or {})
+    chosen = _without_defaults(algorithm_class(algorithm), dict(hyperparams) | {"policy_kwargs": policy_kwargs or None})
+    return dict(chosen)
+
+
+def _without_defaults(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    chosen = {name: canonical(value) for name, value in arguments.items()}
+    return {
+        name: value for name, value in chosen.items() if name not in parameters or value != canonical(parameters[name].default)
+    }
+
+
+def _pretraining_facts(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = _chosen(algorithm, hyperparams)
+    return {
+        "algorithm": algorithm,
+        "hyperparams": {name: value for name, value in chosen.items() if name not in ONLINE_ONLY | NOISE},
+    }
+
+
+def method_facts(method: Method, pretraining_algorithm: str) -> dict[str, Any]:
+    """
+    :param method: A method
+    :param pretraining_algorithm: Algorithm of the pretraining that it starts from, if it does
+    :return: What its results depend on, besides the study's plan, the data and the seed; not its name
+    """
+    learns = not method.frozen
+    return {
+        "algorithm": method.algorithm if learns else None,
+        "pretrained": method.pretrained,
+        "frozen": method.frozen,
+        "hyperparams": _chosen(method.algorithm, method.hyperparams) if learns else None,
+        "guard": canonical(method.guard),
+        "pretraining": _pretraining_facts(pretraining_algorithm, method.pretraining_hyperparams)
+        if method.pretrained
+        else None,
+    }
+
+
+def data_facts(dataset: OfflineDataset) -> dict[str, Any]:
+    """
+    :param dataset: A dataset
+    :return: What learning from it depends on; not where it is from
+    """
+    scores = dataset.reference_scores
+    return {
+        "fingerprint": dataset.fingerprint,
+        "parts": [[part.begin, part.end, part.weight] for part in dataset.sources],
+        "reference_scores": None if scores is None else [scores.random, scores.expert],
+    }
+
+
+def cell_facts(
+    method: Method, pretraining_algorithm: str, data: Mapping[str, Any] | None, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    :param method: The cell's method
+    :param pretraining_algorithm: Algorithm of the pretraining
+    :param data: :func:`data_facts` of the cell's dataset, None without data
+    :param plan: Environment, seed, lengths and evaluations of the run
+    :return: All that the cell's result depends on
+    """
+    facts = {
+        "results_version": RESULTS_VERSION,
+        **plan,
+        **method_facts(method, pretraining_algorithm),
+        "dataset": dict(data) if data is not None else None,
+    }
+    if not method.learns_from_evaluations:
+        del facts["learner_evaluation"]
+    if data is not None and method.hyperparams.get("online_bc") != "adaptive":
+        # Nobody else looks at them
+        del facts["dataset"]["reference_scores"]
+    return facts
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """
+    :param facts: Facts in the form of JSON
+    :return: 16 hexadecimal digits, equal for equal facts
+    """
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

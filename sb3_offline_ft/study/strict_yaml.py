@@ -1,0 +1,160 @@
+"""YAML files that are read strictly: whatever is not understood is an error that says where, and what was meant."""
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from sb3_offline_ft.common.checks import whole_number
+
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader that refuses keys given twice, and reads ``3e-4`` as a number as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is given twice: leave one", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def load_yaml(text: str, file: Path) -> Any:
+    """
+    Read YAML.
+
+    :param text: The text
+    :param file: Where it is from, for messages
+    :return: What it says
+    :raises ValueError: It is no YAML, or a key is given twice
+    """
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        raise ValueError(f"{file}{where}: {problem or error}.") from None
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """
+    :param name: What was written
+    :param known: What can be meant
+    :param most: Number of answers
+    :return: The known names that are most like it, perhaps none
+    """
+    plain = {each.lower().replace("-", "_"): each for each in known}
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=most)
+    return [plain[each] for each in near]
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """
+    :param name: What was written
+    :param known: What can be meant
+    :return: A sentence with the nearest known names, or all of them
+    """
+    near = nearest(name, known, 3)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known are {', '.join(sorted(known))}."
+
+
+class Reader:
+    """
+    Checks what a file says; every error names the file and the key.
+
+    :param file: The file
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        """
+        :param key: Path of the key, such as ``methods.td3c.guard``
+        :param problem: What is wrong with it, as a sentence that goes on after it
+        :raises ValueError: Always
+        """
+        raise ValueError(f"{self.file}: `{key}` {problem}")
+
+    def mapping(self, value: Any, key: str, known: Collection[str] | None = None) -> dict[str, Any]:
+        """
+        :param value: What is found
+        :param key: Path of its key, empty for the whole file
+        :param known: The keys that it can have, None for any text
+        :return: The mapping; an empty one for nothing
+        :raises ValueError: It is none, or has an unknown key
+        """
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            self.fail(key or "study", f"must be a mapping of names to values, found {value!r}.")
+        for name in value:
+            path = f"{key}.{name}" if key else str(name)
+            if not isinstance(name, str):
+                self.fail(path, f"must be text, found {name!r}: put it in quotes.")
+            if known is not None and name not in known:
+                self.fail(path, f"is no known key. {suggestion(name, known)}")
+        return dict(value)
+
+    def text(self, value: Any, key: str) -> str:
+        """
+        :param value: What is found
+        :param key: Path of its key
+        :return: The text
+        :raises ValueError: It is something else, or empty
+        """
+        if not isinstance(value, str):
+            self.fail(key, f"must be text, found {value!r}{'' if value is None else ': put it in quotes'}.")
+        if not value.strip():
+            self.fail(key, "must not be empty.")
+        return value.strip()
+
+    def truth(self, value: Any, key: str) -> bool:
+        """
+        :param value: What is found
+        :param key: Path of its key
+        :return: Whether it is true
+        :raises ValueError: It is neither true nor false
+        """
+        if not isinstance(value, bool):
+            self.fail(key, f"must be true or false, found {value!r}.")
+        return value
+
+    def whole(self, value: Any, key: str, least: int = 1) -> int:
+        """
+        :param value: What is found
+        :param key: Path of its key
+        :param least: Smallest value allowed
+        :return: The whole number
+        :raises ValueError: It is none, or too small
+        """
+        try:
+            return whole_number(value, key, least)
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from None
+
+    def number(self, value: Any, key: str) -> float:
+        """
+        :param value: What is found
+        :param key: Path of its key
+        :return: The finite number
+        :raises ValueError: It is none
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.fail(key, f"must be a finite number, found {value!r}.")
+        return float(value)
