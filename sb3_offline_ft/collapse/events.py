@@ -10,6 +10,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,14 @@ def read_events(path: Path) -> list[Event]:
     :raises ValueError: Another line is damaged
     """
     return _parse(path)[0]
+
+
+def encode_events(events: Iterable[Event]) -> bytes:
+    """
+    :param events: Events
+    :return: What a file of them holds
+    """
+    return b"".join(map(_line, events))
 
 
 def _parse(path: Path) -> tuple[list[Event], int, int | None]:

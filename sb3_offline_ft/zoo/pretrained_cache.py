@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -18,6 +18,11 @@ from sb3_offline_ft.zoo.recipe import Recipe
 
 FOLDER_VARIABLE = "SB3_OFFLINE_FT_PRETRAINED"
 POLL_SECONDS = 0.5
+REPORT_STEPS = 500
+"""Gradient steps between two reports of a pretraining's progress."""
+
+Progress = Callable[[int, int], None]
+"""Is told how many gradient steps have been done, and of how many."""
 
 
 def default_folder(log_path: str | Path) -> Path:
@@ -30,16 +35,13 @@ def default_folder(log_path: str | Path) -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or Path(log_path) / "pretrained").absolute()
 
 
-def pretrain(recipe: Recipe, env: VecEnv, progress_bar: bool = False) -> LearnerSnapshot:
+def new_learner(recipe: Recipe, env: VecEnv) -> OfflineTD3:
     """
-    Follow a recipe.
-
     :param recipe: The recipe
-    :param env: An environment with the recipe's spaces; it is not acted in
-    :param progress_bar: Whether to show a progress bar
-    :return: The pretrained learner
+    :param env: An environment with the recipe's spaces
+    :return: A learner with the recipe's settings, before its first update
     """
-    model = recipe.algorithm(
+    return recipe.algorithm(
         env=env,
         seed=recipe.seed,
         device=recipe.device,
@@ -47,7 +49,26 @@ def pretrain(recipe: Recipe, env: VecEnv, progress_bar: bool = False) -> Learner
         buffer_size=env.num_envs,
         **recipe.hyperparams,
     )
-    model.pretrain(progress_bar=progress_bar)
+
+
+def pretrain(recipe: Recipe, env: VecEnv, progress_bar: bool = False, on_progress: Progress | None = None) -> LearnerSnapshot:
+    """
+    Follow a recipe.
+
+    :param recipe: The recipe
+    :param env: An environment with the recipe's spaces; it is not acted in
+    :param progress_bar: Whether to show a progress bar
+    :param on_progress: Is told the progress from time to time
+    :return: The pretrained learner
+    """
+    model = new_learner(recipe, env)
+    if on_progress is None:
+        model.pretrain(progress_bar=progress_bar)
+    else:
+        total = model.remaining_offline_steps
+        while model.remaining_offline_steps > 0:
+            model.pretrain(min(REPORT_STEPS, model.remaining_offline_steps))
+            on_progress(total - model.remaining_offline_steps, total)
     return LearnerSnapshot.take(model)
 
 
@@ -79,12 +100,16 @@ class PretrainedCache:
     :param folder: The folder, shared by all processes and machines that shall share the work
     :param progress_bar: Whether to show a progress bar
     :param verbose: Whether to say what is done
+    :param on_progress: Is told the progress of a pretraining from time to time
     """
 
-    def __init__(self, folder: Path, progress_bar: bool = False, verbose: bool = True) -> None:
+    def __init__(
+        self, folder: Path, progress_bar: bool = False, verbose: bool = True, on_progress: Progress | None = None
+    ) -> None:
         self.folder = folder
         self.progress_bar = progress_bar
         self.verbose = verbose
+        self.on_progress = on_progress
         self._last: tuple[str, LearnerSnapshot] | None = None
         self._memory = Lock()
 
@@ -155,8 +180,8 @@ class PretrainedCache:
 
     def _make(self, recipe: Recipe, env: VecEnv) -> LearnerSnapshot:
         path = self.path(recipe)
-        self._say(f"Pretraining {recipe}, once for all trials that start from it: {path}")
-        snapshot = pretrain(recipe, env, self.progress_bar)
+        self._say(f"Pretraining {recipe}, once for all that start from it: {path}")
+        snapshot = pretrain(recipe, env, self.progress_bar, self.on_progress)
         with atomic_write(path.with_suffix(".json")) as file:
             file.write(json.dumps(recipe.facts, indent=2).encode())
         snapshot.save(path)

@@ -1,0 +1,291 @@
+"""One cell of a study: a method on a dataset with a seed."""
+
+import hashlib
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_offline_ft.collapse import CollapseGuard, LearnerSnapshot
+from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.study.learners import new_learner_from_scratch, pretrained_learner, pretraining_recipe
+from sb3_offline_ft.study.run_folder import CellResult
+from sb3_offline_ft.zoo.pretrained_cache import PretrainedCache
+from sb3_offline_ft.zoo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from sb3_offline_ft.study.protocol import Cell, Protocol
+
+PRETRAINING, FINETUNING = "pretraining", "finetuning"
+MEASURED_STREAM, LEARNER_STREAM, TRAINING_STREAM = 10, 11, 12
+REPORT_STEPS = 200
+PACKAGES = ("sb3-offline-ft", "stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", "minari", "numpy")
+
+OnStep = Callable[[str, int, int], None]
+OnEvaluation = Callable[[int, Sequence[float]], None]
+
+
+class Measure(BaseCallback):
+    """
+    Evaluates the policy now and then, without being noticed by the learner.
+
+    The episodes' starts depend on the seed and the number of the evaluation only, so that those of two learners with the
+    same seed are the same.
+
+    :param env: Environment for nothing else, seeded
+    :param every: Interactions between two evaluations; the first one is before the first interaction
+    :param episodes: Episodes in an evaluation
+    :param on_evaluation: Is told each of them
+    """
+
+    def __init__(self, env: VecEnv, every: int, episodes: int, on_evaluation: OnEvaluation | None = None) -> None:
+        super().__init__()
+        self.env, self.every, self.episodes = env, every, episodes
+        self._on_evaluation = on_evaluation
+        self.timesteps: list[int] = []
+        self.returns: list[list[float]] = []
+        self.lengths: list[list[int]] = []
+
+    def measure(self, model: BaseAlgorithm, timestep: int) -> None:
+        """
+        Evaluate a policy.
+
+        :param model: Who has it
+        :param timestep: Interactions so far
+        """
+        returns, lengths = evaluate_policy(model, self.env, self.episodes, return_episode_rewards=True)
+        assert isinstance(returns, list) and isinstance(lengths, list)
+        self.timesteps.append(timestep)
+        self.returns.append([float(value) for value in returns])
+        self.lengths.append([int(length) for length in lengths])
+        if self._on_evaluation is not None:
+            self._on_evaluation(timestep, self.returns[-1])
+
+    def _on_training_start(self) -> None:
+        self.measure(self.model, 0)
+
+    def _on_step(self) -> bool:
+        due = (self.num_timesteps // self.every) * self.every
+        if due > self.timesteps[-1]:
+            self.measure(self.model, due)
+        return True
+
+
+class _ProgressReport(BaseCallback):
+    def __init__(self, on_step: OnStep, total: int) -> None:
+        super().__init__()
+        self._report, self._total = on_step, total
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % REPORT_STEPS == 0:
+            self._report(FINETUNING, self.num_timesteps, self._total)
+        return True
+
+
+class _Run:
+    """The work on one cell."""
+
+    def __init__(
+        self,
+        protocol: "Protocol",
+        cell: "Cell",
+        folder: Path,
+        on_step: OnStep | None,
+        on_evaluation: OnEvaluation | None,
+        device: str,
+    ) -> None:
+        self.protocol, self.cell, self.device = protocol, cell, device
+        self.method = cell.method
+        self.on_step = on_step or (lambda phase, done, total: None)
+        self.cache = PretrainedCache(
+            folder, verbose=False, on_progress=lambda done, total: self.on_step(PRETRAINING, done, total)
+        )
+        self.envs: list[VecEnv] = []
+        self.env = self._make_env(TRAINING_STREAM)
+        plan = protocol.evaluation
+        self.measure = Measure(self._make_env(MEASURED_STREAM), plan.every, plan.episodes, on_evaluation)
+        self.guard: CollapseGuard | None = None
+        self.learner_evaluation: EvalCallback | None = None
+        self.recipe: Recipe | None = None
+        self.pretrained_weights: str | None = None
+
+    def _make_env(self, stream: int) -> VecEnv:
+        env = make_vec_env(self.protocol.env, n_envs=1, seed=derive_seed(self.cell.seed, stream))
+        self.envs.append(env)
+        return env
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+    def learner(self) -> BaseAlgorithm:
+        method, seed = self.method, self.cell.seed
+        if not method.pretrained:
+            return new_learner_from_scratch(method.algorithm, method.hyperparams, self.env, seed, self.device)
+        assert self.cell.dataset is not None
+        dataset = self.protocol.dataset(self.cell.dataset)
+        pretraining = self.protocol.pretraining.algorithm
+        self.recipe = pretraining_recipe(pretraining, method.pretraining_hyperparams, dataset, self.env, seed, self.device)
+        snapshot = self.cache.get(self.recipe, self.env)
+        self.pretrained_weights = _digest(snapshot)
+        return pretrained_learner(method.algorithm, method.hyperparams, self.recipe, snapshot, self.env, seed)
+
+    def _callbacks(self) -> list[BaseCallback]:
+        callbacks: list[BaseCallback] = [self.measure, _ProgressReport(self.on_step, self.protocol.interactions)]
+        if self.method.learns_from_evaluations:
+            plan = self.protocol.learner_evaluation
+            self.learner_evaluation = EvalCallback(
+                self._make_env(LEARNER_STREAM), eval_freq=plan.every, n_eval_episodes=plan.episodes, verbose=0, warn=False
+            )
+            callbacks.append(self.learner_evaluation)
+        if self.method.guard is not None:
+            self.guard = CollapseGuard(**{"verbose": 0, **self.method.guard})
+            callbacks.append(self.guard)
+        return callbacks
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        model.learn(self.protocol.interactions, callback=self._callbacks(), log_interval=None)  # type: ignore[arg-type]
+
+    def stay(self, model: BaseAlgorithm) -> None:
+        """Measure a policy that does not change, as often as the others."""
+        for timestep in range(0, self.protocol.interactions + 1, self.protocol.evaluation.every):
+            self.on_step(FINETUNING, timestep, self.protocol.interactions)
+            self.measure.measure(model, timestep)
+
+    def training_episodes(self) -> tuple[np.ndarray, np.ndarray]:
+        lengths = self.env.env_method("get_episode_lengths")[0]
+        returns = self.env.env_method("get_episode_rewards")[0]
+        return np.cumsum(lengths, dtype=np.int64), np.asarray(returns, dtype=np.float64)
+
+    def frozen_until(self, model: BaseAlgorithm) -> int:
+        if not self.method.pretrained:
+            return -1
+        return self.protocol.interactions if self.method.frozen else int(getattr(model, "_warmup_end", 0))
+
+
+def run_cell(
+    protocol: "Protocol",
+    cell: "Cell",
+    *,
+    pretrained_folder: Path,
+    on_step: OnStep | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    device: str = "cpu",
+) -> CellResult:
+    """
+    Do what a cell of a study asks for. The same cell gives the same result, to the bit, on the same kind of machine.
+
+    :param protocol: The study's protocol
+    :param cell: The cell
+    :param pretrained_folder: Where pretrained learners are kept
+    :param on_step: Is told the phase, how many steps of it are done, and of how many, from time to time
+    :param on_evaluation: Is told the interactions and the returns of each measured evaluation
+    :param device: Where to compute
+    :return: The result
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    run = _Run(protocol, cell, pretrained_folder, on_step, on_evaluation, device)
+    try:
+        with warnings.catch_warnings():
+            # From scratch on purpose
+            warnings.filterwarnings("ignore", ".* has neither a dataset nor pretrained weights")
+            model = run.learner()
+            prepared = time.monotonic()
+            run.stay(model) if cell.method.frozen else run.learn(model)
+        training_timesteps, training_returns = run.training_episodes()
+        guard, evaluation = run.guard, run.learner_evaluation
+        manifest = {
+            "name": cell.name,
+            "key": protocol.cell_key(cell),
+            "cell": protocol.described(cell),
+            "label": cell.method.label,
+            "frozen_until": run.frozen_until(model),
+            "random_return": protocol.random_return,
+            "dataset": _dataset_facts(protocol, cell),
+            "pretrained": None
+            if run.recipe is None
+            else {"recipe": run.recipe.digest, "weights_sha256": run.pretrained_weights},
+            "learner_evaluation_steps": 0 if evaluation is None else _steps_in(evaluation.eval_env),
+            "guarded": guard is not None and bool(guard.events),
+            "alarms": 0 if guard is None else guard.alarms,
+            "rollbacks": 0 if guard is None else guard.rollbacks,
+            "promotions": 0 if guard is None else guard.promotions,
+            "updates": int(getattr(model, "_n_updates", 0)),
+            "seconds": {
+                "preparation": round(prepared - clock, 1),
+                "finetuning": round(time.monotonic() - prepared, 1),
+            },
+            "started": started.isoformat(timespec="seconds"),
+            **_machine(),
+        }
+    finally:
+        run.close()
+    measure = run.measure
+    return CellResult(
+        np.array(measure.timesteps, dtype=np.int64),
+        np.array(measure.returns, dtype=np.float64),
+        np.array(measure.lengths, dtype=np.int64),
+        training_timesteps,
+        training_returns,
+        [] if guard is None else guard.events,
+        manifest,
+    )
+
+
+def _steps_in(env: VecEnv) -> int:
+    return int(env.env_method("get_total_steps")[0])
+
+
+def _digest(snapshot: LearnerSnapshot) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in snapshot.policy_state.items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _dataset_facts(protocol: "Protocol", cell: "Cell") -> dict[str, Any] | None:
+    if cell.dataset is None:
+        return None
+    dataset = protocol.dataset(cell.dataset)
+    return {
+        "label": cell.dataset,
+        "spec": protocol.specs[cell.dataset],
+        "fingerprint": dataset.fingerprint,
+        "transitions": len(dataset),
+        "episodes": dataset.n_episodes,
+        "mean_return": float(np.mean(dataset.episode_returns)),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except ModuleNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+    }
+
+
+def _cpu() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

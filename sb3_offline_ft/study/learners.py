@@ -1,0 +1,130 @@
+"""The learners of a study's cells: made from a method's settings, and started from a pretrained one."""
+
+import io
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import VecEnv
+
+import sb3_offline_ft.zoo
+from sb3_offline_ft.collapse import LearnerSnapshot
+from sb3_offline_ft.datasets import OfflineDataset
+from sb3_offline_ft.offline_td3 import OfflineTD3
+from sb3_offline_ft.zoo.pretrained_cache import new_learner, start_from
+from sb3_offline_ft.zoo.recipe import Recipe
+
+PLAIN_TD3 = "td3"
+"""In a study it is :class:`OfflineTD3`: SB3's TD3, which can start from pretrained weights and data."""
+
+_NOISES: dict[str, type[NormalActionNoise] | type[OrnsteinUhlenbeckActionNoise]] = {
+    "normal": NormalActionNoise,
+    "ornstein-uhlenbeck": OrnsteinUhlenbeckActionNoise,
+}
+
+
+def algorithm_class(name: str) -> type[BaseAlgorithm]:
+    """
+    :param name: An algorithm's name in rl_zoo3, ours included; ``"td3"`` is :class:`OfflineTD3`
+    :return: Its class
+    """
+    if name == PLAIN_TD3:
+        return OfflineTD3
+    sb3_offline_ft.zoo.register()
+    algorithm: type[BaseAlgorithm] = ALGOS[name]
+    return algorithm
+
+
+def constructor_arguments(hyperparams: Mapping[str, Any], action_space: spaces.Space[Any]) -> dict[str, Any]:
+    """
+    Turn hyperparameters as rl_zoo3 writes them into arguments of a constructor.
+
+    :param hyperparams: Hyperparameters, perhaps with ``noise_type`` and ``noise_std``
+    :param action_space: Space of the actions
+    :return: The arguments
+    """
+    arguments = dict(ExperimentManager._preprocess_schedules(dict(hyperparams)))
+    noise_type, noise_std = arguments.pop("noise_type", None), arguments.pop("noise_std", 0.0)
+    if noise_type is not None:
+        arguments["action_noise"] = _action_noise(noise_type, noise_std, action_space)
+    if isinstance(arguments.get("train_freq"), list):
+        arguments["train_freq"] = tuple(arguments["train_freq"])
+    return arguments
+
+
+def _action_noise(noise_type: str, noise_std: float, action_space: spaces.Space[Any]) -> ActionNoise:
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(f"`noise_type` needs a Box action space, found {action_space}: leave it out.")
+    ones = np.ones(action_space.shape)
+    return _NOISES[noise_type](0.0 * ones, noise_std * ones)
+
+
+def pretraining_recipe(
+    algorithm: str, hyperparams: Mapping[str, Any], dataset: OfflineDataset, env: VecEnv, seed: int, device: str
+) -> Recipe:
+    """
+    :param algorithm: Name of the algorithm that pretrains
+    :param hyperparams: Its hyperparameters
+    :param dataset: The data
+    :param env: An environment
+    :param seed: Seed of the pretraining
+    :param device: Where it is trained
+    :return: The recipe of the pretrained learner
+    """
+    cls = algorithm_class(algorithm)
+    assert issubclass(cls, OfflineTD3)
+    return Recipe(cls, constructor_arguments(hyperparams, env.action_space), dataset, env, seed, device)
+
+
+def pretrained_learner(
+    algorithm: str, hyperparams: Mapping[str, Any], recipe: Recipe, snapshot: LearnerSnapshot, env: VecEnv, seed: int
+) -> OfflineTD3:
+    """
+    A learner that starts from a pretrained one, whatever its own algorithm, as ``load`` with another class does.
+
+    :param algorithm: Name of the algorithm that finetunes
+    :param hyperparams: Its hyperparameters
+    :param recipe: Recipe of the pretrained learner
+    :param snapshot: The pretrained learner
+    :param env: The environment to act in
+    :param seed: Seed of the finetuning
+    :return: The learner
+    """
+    source = new_learner(recipe, env)
+    start_from(source, snapshot, recipe, generators=False)
+    file = io.BytesIO()
+    source.save(file)
+    file.seek(0)
+    arguments = constructor_arguments(hyperparams, env.action_space)
+    # They are those of the pretrained networks, which a study's methods share
+    for name in ("policy", "policy_kwargs", "offline_steps"):
+        arguments.pop(name, None)
+    cls = algorithm_class(algorithm)
+    assert issubclass(cls, OfflineTD3)
+    with warnings.catch_warnings():
+        # A method's algorithm need not be the one that pretrained
+        warnings.filterwarnings("ignore", "The file was not saved by")
+        model = cls.load(file, env=env, device=recipe.device, seed=seed, dataset=recipe.dataset, **arguments)
+    model.set_random_seed(seed)
+    return model
+
+
+def new_learner_from_scratch(
+    algorithm: str, hyperparams: Mapping[str, Any], env: VecEnv, seed: int, device: str
+) -> BaseAlgorithm:
+    """
+    :param algorithm: Name of an algorithm
+    :param hyperparams: Its hyperparameters
+    :param env: The environment to act in
+    :param seed: Its seed
+    :param device: Where it is trained
+    :return: A learner that knows nothing
+    """
+    arguments = {"policy": "MlpPolicy", **constructor_arguments(hyperparams, env.action_space)}
+    return algorithm_class(algorithm)(env=env, seed=seed, device=device, **arguments)

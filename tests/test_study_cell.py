@@ -1,0 +1,269 @@
+"""Running one cell of a study: what is measured, what is shared, what is kept."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+import yaml
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_offline_ft import TD3BC, load_dataset
+from sb3_offline_ft.study import cell as cell_module
+from sb3_offline_ft.study.cell import FINETUNING, PRETRAINING, Measure, run_cell
+from sb3_offline_ft.study.learners import constructor_arguments, pretrained_learner
+from sb3_offline_ft.study.protocol import Cell, Protocol
+from sb3_offline_ft.study.results import find_result, load_results
+from sb3_offline_ft.study.run_folder import CellResult, read_result, run_folder, write_result
+from sb3_offline_ft.zoo.pretrained_cache import new_learner, pretrain
+from sb3_offline_ft.zoo.recipe import Recipe
+
+NETS = {"policy_kwargs": {"net_arch": [16, 16]}}
+STUDY = {
+    "name": "tiny",
+    "env": "Pendulum-v1",
+    "datasets": {"medium": "bundled:pendulum-medium"},
+    "pretraining": {"algorithm": "td3bc", "hyperparams": {"offline_steps": 40}},
+    "seeds": 1,
+    "interactions": 600,
+    "evaluation": {"every": 200, "episodes": 2},
+    "learner_evaluation": {"every": 300, "episodes": 1},
+    "hyperparams": {"warmup_steps": 250, "batch_size": 16, **NETS},
+    "methods": {
+        "scratch": {"algorithm": "td3", "start": "scratch"},
+        "sac": {"algorithm": "sac", "start": "scratch", "hyperparams": {"learning_starts": 100, "train_freq": 8, **NETS}},
+        "offline": {"frozen": True},
+        "td3bc": {"algorithm": "td3bc"},
+        "td3": {"algorithm": "td3"},
+        "td3c": {"algorithm": "td3c"},
+        "td3c-guard": {"algorithm": "td3c", "guard": {"baseline": [-1300, -1000, -1200, -900, -1100, -1400]}},
+    },
+}
+
+
+def write_study(folder: Path) -> Protocol:
+    folder.mkdir(parents=True)
+    (folder / "study.yml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    return Protocol.load(folder)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Protocol:
+    return write_study(tmp_path_factory.mktemp("study") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cells(study: Protocol) -> dict[str, Cell]:
+    return {cell.method.name: cell for cell in study.cells()}
+
+
+@pytest.fixture(scope="module")
+def results(study: Protocol, cells: dict[str, Cell]) -> dict[str, CellResult]:
+    return {name: run_cell(study, cell, pretrained_folder=study.folder / "pretrained") for name, cell in cells.items()}
+
+
+def test_every_method_is_evaluated_at_the_same_interactions(results: dict[str, CellResult]) -> None:
+    for name, result in results.items():
+        assert result.timesteps.tolist() == [0, 200, 400, 600], name
+        assert result.returns.shape == result.lengths.shape == (4, 2), name
+        assert (result.lengths == 200).all(), name
+
+
+def test_pretrained_methods_start_from_one_policy_and_leave_it_after_the_warmup_only(results: dict[str, CellResult]) -> None:
+    pretrained = [name for name in results if name not in ("scratch", "sac")]
+    weights = {results[name].manifest["pretrained"]["weights_sha256"] for name in pretrained}
+    assert len(weights) == 1
+    for name in pretrained:
+        # The same policy in the same episodes, to the bit
+        np.testing.assert_array_equal(results[name].returns[:2], results["offline"].returns[:2], err_msg=name)
+        moved = not np.array_equal(results[name].returns[2:], results["offline"].returns[2:])
+        assert moved == (name != "offline"), name
+        assert results[name].frozen_until == (600 if name == "offline" else 250)
+    assert results["scratch"].frozen_until == results["sac"].frozen_until == -1
+    assert results["scratch"].manifest["pretrained"] is None and results["scratch"].manifest["dataset"] is None
+
+
+def test_training_episodes_and_steps_of_the_learners_own_evaluations_are_told(results: dict[str, CellResult]) -> None:
+    for name, result in results.items():
+        expected = [] if name == "offline" else [200, 400, 600]
+        assert result.training_timesteps.tolist() == expected, name
+        assert result.training_returns.shape == (len(expected),)
+        # One before the first interaction and two while learning, of one episode each
+        assert result.manifest["learner_evaluation_steps"] == (600 if name.startswith("td3c") else 0), name
+    assert results["td3c-guard"].manifest["guarded"] and results["td3c-guard"].events
+    assert not results["td3c"].manifest["guarded"] and not results["td3c"].events
+
+
+def test_the_same_cell_gives_the_same_bits(study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult]) -> None:
+    for name in ("td3c-guard", "scratch"):
+        again = run_cell(study, cells[name], pretrained_folder=study.folder / "pretrained")
+        for field in ("timesteps", "returns", "lengths", "training_timesteps", "training_returns"):
+            np.testing.assert_array_equal(getattr(again, field), getattr(results[name], field), err_msg=f"{name} {field}")
+
+
+def test_progress_is_told(study: Protocol, cells: dict[str, Cell], tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    evaluations: list[int] = []
+    run_cell(
+        study,
+        cells["td3"],
+        pretrained_folder=tmp_path,
+        on_step=lambda *step: steps.append(step),
+        on_evaluation=lambda timestep, returns: evaluations.append(timestep),
+    )
+    assert (PRETRAINING, 40, 40) in steps and (FINETUNING, 600, 600) in steps
+    assert [step for step in steps if step[0] == PRETRAINING] == steps[: len(steps) - 3]
+    assert evaluations == [0, 200, 400, 600]
+
+
+def test_told_progress_does_not_change_the_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_offline_ft.zoo.pretrained_cache.REPORT_STEPS", 7)
+    env = make_vec_env("Pendulum-v1")
+    dataset = load_dataset("bundled:pendulum-medium")
+    recipe = Recipe(TD3BC, {"policy": "MlpPolicy", "offline_steps": 40, "batch_size": 16, **NETS}, dataset, env, 3, "cpu")
+    told: list[int] = []
+    whole, parts = pretrain(recipe, env), pretrain(recipe, env, on_progress=lambda done, total: told.append(done))
+    assert told == [7, 14, 21, 28, 35, 40]
+    models = [new_learner(recipe, env), new_learner(recipe, env)]
+    for model, snapshot in zip(models, (whole, parts), strict=True):
+        snapshot.restore(model)
+    for one, other in zip(*(model.policy.state_dict().values() for model in models), strict=True):
+        assert th.equal(one, other)
+
+
+def test_measuring_is_not_noticed_by_the_learner(study: Protocol, cells: dict[str, Cell]) -> None:
+    env = make_vec_env("Pendulum-v1", seed=1)
+    recipe = Recipe(
+        TD3BC, {"policy": "MlpPolicy", "offline_steps": 20, "batch_size": 16, **NETS}, study.dataset("medium"), env, 0, "cpu"
+    )
+    snapshot = pretrain(recipe, env)
+
+    def finetuned(measured: VecEnv | None) -> list[th.Tensor]:
+        own = make_vec_env("Pendulum-v1", seed=1)
+        model = pretrained_learner("td3c", {"warmup_steps": 50, "constraint_reference": "target"}, recipe, snapshot, own, 5)
+        model.learn(300, callback=None if measured is None else [Measure(measured, 100, 2)])
+        return list(model.policy.state_dict().values())
+
+    for one, other in zip(finetuned(None), finetuned(make_vec_env("Pendulum-v1", seed=2)), strict=True):
+        assert th.equal(one, other)
+
+
+def test_measured_episodes_start_alike_for_all_methods(study: Protocol) -> None:
+    class Stop:
+        """A policy that lets the pendulum fall: the same starts give the same returns."""
+
+        def predict(self, observation, *_, **__):
+            return np.zeros((len(observation), 1), dtype=np.float32), None
+
+    first, second = (Measure(make_vec_env("Pendulum-v1", seed=7), 100, 3) for _ in range(2))
+    for measure in (first, second):
+        for timestep in (0, 100):
+            measure.measure(Stop(), timestep)
+    assert first.returns == second.returns
+    assert first.returns[0] != first.returns[1]
+
+
+def test_hyperparameters_become_arguments_as_in_rl_zoo3() -> None:
+    space = make_vec_env("Pendulum-v1").action_space
+    arguments = constructor_arguments({"noise_type": "normal", "noise_std": 0.3, "train_freq": [1, "episode"]}, space)
+    assert arguments["train_freq"] == (1, "episode")
+    assert arguments["action_noise"]._sigma.tolist() == [pytest.approx(0.3)]
+    schedule = constructor_arguments({"learning_rate": "lin_0.5"}, space)["learning_rate"]
+    assert (schedule(1.0), schedule(0.5)) == (0.5, 0.25)
+
+
+def test_results_survive_files_and_json_to_the_bit(results: dict[str, CellResult], tmp_path: Path) -> None:
+    for name, result in results.items():
+        write_result(tmp_path / name, result)
+        for copy in (read_result(tmp_path / name), CellResult.from_json(result.to_json())):
+            assert copy is not None
+            for field in ("timesteps", "returns", "lengths", "training_timesteps", "training_returns"):
+                one, other = getattr(result, field), getattr(copy, field)
+                assert one.dtype == other.dtype
+                np.testing.assert_array_equal(one, other)
+            assert copy.manifest == result.manifest
+            assert json.dumps(copy.events) == json.dumps(result.events)
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_same_result_gives_the_same_files(results: dict[str, CellResult], tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        write_result(tmp_path / name, results["td3c-guard"])
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == ["collapse_events.jsonl", "evaluations.npz", "manifest.json", "training.npz"]
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "evaluations.npz", "training.npz", "collapse_events.jsonl"])
+def test_half_a_folder_is_no_result_and_is_made_whole_again(
+    study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult], lost: str
+) -> None:
+    cell = cells["td3c-guard"]
+    folder = run_folder(study.folder, cell.dataset, cell.method.name, cell.seed, study.cell_key(cell))
+    write_result(folder, results["td3c-guard"])
+    file = folder / lost
+    file.write_bytes(file.read_bytes()[:-30]) if lost.endswith("npz") else file.unlink()
+    assert read_result(folder) is None
+    assert find_result(study, cell) is None
+    restored = find_result(study, cell, results["td3c-guard"].to_json())
+    assert restored is not None and read_result(folder) is not None
+    np.testing.assert_array_equal(restored.returns, results["td3c-guard"].returns)
+    shutil.rmtree(folder)
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing(
+    results: dict[str, CellResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_result(tmp_path / "cell", results["td3"])
+
+    def full(self: Path, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_result(tmp_path / "cell", results["td3c"])
+    assert [path.name for path in tmp_path.iterdir()] == ["cell"]
+    kept = read_result(tmp_path / "cell")
+    assert kept is not None and kept.manifest["name"] == results["td3"].manifest["name"]
+
+
+def test_results_are_sorted_into_runs_failed_and_missing(
+    study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult]
+) -> None:
+    key = {name: study.cell_key(cell) for name, cell in cells.items()}
+    found = load_results(study, {key["td3"]: results["td3"].to_json()}, {key["td3c"]: "Traceback ...", key["td3"]: "old"})
+    assert [run.cell.method.name for run in found.runs] == ["td3"]
+    assert [cell.method.name for cell in found.failed] == ["td3c"]
+    assert {cell.method.name for cell in found.missing} == cells.keys() - {"td3", "td3c"}
+    # The run folder is there now
+    assert [run.cell.method.name for run in load_results(study).runs] == ["td3"]
+    shutil.rmtree(study.folder / "runs")
+
+
+def test_environments_are_closed_whatever_happens(
+    study: Protocol, cells: dict[str, Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[VecEnv] = []
+    closed: list[VecEnv] = []
+
+    def make(*args, **kwargs):
+        env = make_vec_env(*args, **kwargs)
+        close = env.close
+        env.close = lambda: (closed.append(env), close())
+        made.append(env)
+        return env
+
+    monkeypatch.setattr(cell_module, "make_vec_env", make)
+
+    def stop(timestep: int, returns: list[float]) -> None:
+        if timestep == 400:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        run_cell(study, cells["td3c"], pretrained_folder=study.folder / "pretrained", on_evaluation=stop)
+    assert len(made) == 3 and closed == made
