@@ -1,16 +1,14 @@
 """The ``sb3-offline-ft`` command. Heavy modules are imported by the commands that need them."""
 
 import shlex
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from sb3_offline_ft.common.reporting import reporting
+from sb3_offline_ft.study.commands import study
 
 app = typer.Typer(
     name="sb3-offline-ft",
@@ -22,6 +20,7 @@ guard = typer.Typer(help="What the collapse guard of a run did.", no_args_is_hel
 app.add_typer(guard, name="guard")
 dataset = typer.Typer(help="Make datasets, look into them and report on them.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
+app.add_typer(study, name="study")
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,30 +84,6 @@ def show(
         raise typer.Exit(1) from None
 
 
-@contextmanager
-def _reporting(command: str) -> Iterator[None]:
-    """Report errors in one line with exit code 1, warnings as notes, and Ctrl-C or SIGTERM with exit code 130."""
-
-    def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        typer.echo(f"Note: {message}", err=True)
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = note
-            yield
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        typer.echo(f"sb3-offline-ft {command}: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo(f"sb3-offline-ft {command}: interrupted, nothing was written", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
-
-
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Read .pkl replay buffers: that runs code which the file holds.")
 ]
@@ -123,7 +98,7 @@ def dataset_show(
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Show what is in a dataset."""
-    with _reporting("dataset show"):
+    with reporting("dataset show"):
         from sb3_offline_ft.datasets.show import show_dataset
 
         show_dataset(
@@ -140,7 +115,7 @@ def dataset_report(
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Write one HTML page on a dataset: returns, coverage, and how diverse it is."""
-    with _reporting("dataset report"):
+    with reporting("dataset report"):
         from rich.console import Console
 
         from sb3_offline_ft.datasets.report import write_report
@@ -191,7 +166,7 @@ def dataset_convert(
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Write logs as a Minari dataset, which `-params dataset:...` then names."""
-    with _reporting("dataset convert"):
+    with reporting("dataset convert"):
         from rich.console import Console
 
         from sb3_offline_ft.datasets.column_map import ColumnMap
@@ -252,7 +227,7 @@ def dataset_collect(
     overwrite: Overwrite = False,
 ) -> None:
     """Record an agent of rl-zoo3 or SB3, or random actions, as a Minari dataset. Ctrl-C keeps the complete episodes."""
-    with _reporting("dataset collect"):
+    with reporting("dataset collect"):
         from rich.console import Console
 
         import sb3_offline_ft.zoo

@@ -1,18 +1,23 @@
 """Optuna's storages, opened with clear errors."""
 
+import os
 import time
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.engine import make_url
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 JOURNAL_SUFFIX = ".log"
 ATTEMPTS = 5
 PAUSE_SECONDS = 0.2
+CONNECT_SECONDS = 15
 MADE_BY_ANOTHER = ("already exists", "database is locked")
 """What databases say to the second of two processes that make the tables at once, if rows do not collide."""
 
@@ -25,12 +30,27 @@ def with_absolute_path(storage: str) -> str:
     return str(Path(storage).absolute()) if storage.endswith(JOURNAL_SUFFIX) else storage
 
 
-def open_storage(storage: str, create: bool) -> BaseStorage:
+def without_password(storage: str) -> str:
+    """
+    :param storage: A journal file ending in ``.log``, or the URL of a database
+    :return: The same, as it may be shown
+    """
+    if storage.endswith(JOURNAL_SUFFIX):
+        return storage
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except ArgumentError:
+        return storage
+
+
+def open_storage(storage: str, create: bool, heartbeat: tuple[int, int] | None = None) -> BaseStorage:
     """
     Open a storage as rl_zoo3 does.
 
     :param storage: A journal file ending in ``.log``, or the URL of a database
     :param create: Whether a file that does not exist is made
+    :param heartbeat: For a database: seconds between the signs of life of those who run trials, and seconds without one after
+        which they count as dead
     :return: The storage
     :raises OSError: It cannot be opened
     :raises ImportError: The database's driver is not installed
@@ -47,9 +67,10 @@ def open_storage(storage: str, create: bool) -> BaseStorage:
         ) from None
     if url.get_backend_name() == "sqlite" and not create and not Path(url.database or "").exists():
         raise FileNotFoundError(f"There is no storage {url.database!r}: give that of the study with `--storage`.")
+    url = _with_driver(url)
     shown = url.render_as_string(hide_password=True)
     try:
-        return _open_database(storage)
+        return _open_database(url, heartbeat)
     except ImportError as error:
         raise ImportError(
             f"The storage {shown} needs a driver that is not installed ({_first_line(error.__cause__ or error)}): install it "
@@ -62,15 +83,71 @@ def open_storage(storage: str, create: bool) -> BaseStorage:
         ) from None
 
 
-def _open_database(url: str) -> BaseStorage:
-    for attempt in range(1, ATTEMPTS):
+def _with_driver(url: URL) -> URL:
+    """What servers' manuals call ``postgres://`` or ``postgresql://``, with the driver that is installed."""
+    if url.drivername in ("postgres", "postgresql"):
+        driver = "psycopg2" if find_spec("psycopg") is None and find_spec("psycopg2") is not None else "psycopg"
+        return url.set(drivername=f"postgresql+{driver}")
+    return url
+
+
+def _open_database(url: URL, heartbeat: tuple[int, int] | None) -> BaseStorage:
+    settings: dict[str, Any] = {"engine_kwargs": {"pool_pre_ping": True}}
+    if url.get_driver_name() in ("psycopg", "psycopg2", "pymysql", "mysqldb"):
+        settings["engine_kwargs"]["connect_args"] = {"connect_timeout": CONNECT_SECONDS}
+    if heartbeat is not None:
+        settings["heartbeat_interval"], settings["grace_period"] = heartbeat
+    address = url.render_as_string(hide_password=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        for attempt in range(1, ATTEMPTS):
+            try:
+                return RDBStorage(address, **settings)
+            except SQLAlchemyError as error:
+                if not isinstance(error, IntegrityError) and not any(text in str(error) for text in MADE_BY_ANOTHER):
+                    raise
+                time.sleep(PAUSE_SECONDS * attempt)
+        return RDBStorage(address, **settings)
+
+
+class _JournalLock(JournalFileSymlinkLock):
+    """
+    The lock of those who write a journal. A process that was killed while it wrote, or whose disk was full, leaves part of a
+    line, after which Optuna could not read what others write: who gets the lock next removes it.
+
+    :param path: The journal
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = path
+
+    def acquire(self) -> bool:
+        """
+        :return: True, when the lock is there
+        """
+        super().acquire()
         try:
-            return RDBStorage(url)
-        except SQLAlchemyError as error:
-            if not isinstance(error, IntegrityError) and not any(text in str(error) for text in MADE_BY_ANOTHER):
-                raise
-            time.sleep(PAUSE_SECONDS * attempt)
-    return RDBStorage(url)
+            with open(self._path, "rb+") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - 1, 0))
+                if end and file.read(1) != b"\n":
+                    file.truncate(_end_of_last_line(file, end))
+        except BaseException:
+            self.release()
+            raise
+        return True
+
+
+def _end_of_last_line(file: BinaryIO, end: int, step: int = 65536) -> int:
+    while end > 0:
+        begin = max(end - step, 0)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0
 
 
 def _open_journal(path: Path, create: bool) -> BaseStorage:
@@ -80,7 +157,7 @@ def _open_journal(path: Path, create: bool) -> BaseStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):
             pass
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(str(path))))
     except OSError as error:
         raise OSError(
             f"The journal {str(path)!r} cannot be written: {error.strerror or error}. Choose another file with `--storage`."

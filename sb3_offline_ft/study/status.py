@@ -1,0 +1,104 @@
+"""How far a study is."""
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sb3_offline_ft.study.liveness import STORAGE_FAULTS
+from sb3_offline_ft.study.progress import counts_text
+from sb3_offline_ft.study.protocol import Protocol
+from sb3_offline_ft.study.queue import JOURNAL, CellState, CellStatus, StudyQueue, fault_text
+from sb3_offline_ft.study.reading import NO_DATA
+
+STYLES = {CellState.DONE: "green", CellState.RUNNING: "cyan", CellState.WAITING: "", CellState.FAILED: "red"}
+
+
+def show_status(folder: Path, storage: str | None = None, errors: bool = False, console: Console | None = None) -> None:
+    """
+    Print how far a study is.
+
+    :param folder: Its folder
+    :param storage: Its storage, None for the journal in its folder
+    :param errors: Show the tracebacks of failed cells whole
+    :param console: Where to print
+    :raises OSError: The storage cannot be opened
+    :raises ValueError: The protocol is wrong
+    """
+    console = console or Console()
+    protocol = Protocol.load(folder)
+    statuses = read_statuses(protocol, storage)
+    console.print(Text(f"{protocol.name}: {counts_text(Counter(each.state for each in statuses))}", style="bold"))
+    console.print(_grid(statuses))
+    running = [each for each in statuses if each.state is CellState.RUNNING]
+    if running:
+        console.print(_running_table(running, protocol.interactions))
+    failed = [each for each in statuses if each.state is CellState.FAILED]
+    for each in failed:
+        lines = (each.error or "").rstrip().splitlines()
+        console.print(Text(f"{each.cell.name} failed: {lines[-1] if lines else 'no error was recorded'}", style="red"))
+        if errors:
+            console.print(Text("\n".join(lines)), soft_wrap=True)
+    if failed and not errors:
+        console.print(Text("`--errors` shows the whole tracebacks; `study run --retry-failed` tries failed cells again."))
+
+
+def read_statuses(protocol: Protocol, storage: str | None = None) -> list[CellStatus]:
+    """
+    :param protocol: A study's protocol
+    :param storage: Its storage, None for the journal in its folder
+    :return: What is known of each cell
+    :raises OSError: The storage cannot be read
+    """
+    if storage is None and not (protocol.folder / JOURNAL).exists():
+        return [CellStatus(cell, "", CellState.WAITING, None) for cell in protocol.cells()]
+    try:
+        with StudyQueue(protocol, storage, create=False) as queue:
+            queue.end_dead()
+            return queue.statuses()
+    except STORAGE_FAULTS as error:
+        raise OSError(f"The storage failed: {fault_text(error)}.") from None
+
+
+def _grid(statuses: list[CellStatus]) -> Table:
+    table = Table()
+    table.add_column("dataset", overflow="fold")
+    table.add_column("method", overflow="fold")
+    for state in CellState:
+        table.add_column(str(state), justify="right", style=STYLES[state])
+    counts: dict[tuple[str, str], Counter[CellState]] = {}
+    for each in statuses:
+        row = (each.cell.dataset or NO_DATA, each.cell.method.name)
+        counts.setdefault(row, Counter())[each.state] += 1
+    for (dataset, method), count in counts.items():
+        table.add_row(Text(dataset), Text(method), *(str(count[state] or "") for state in CellState))
+    return table
+
+
+def _running_table(running: list[CellStatus], interactions: int) -> Table:
+    table = Table(title="Running", title_justify="left")
+    for column in ("cell", "worker", "since"):
+        table.add_column(column, overflow="fold")
+    for column in ("interactions", "last return"):
+        table.add_column(column, justify="right")
+    for each in running:
+        timestep, value = each.last_evaluation or (None, None)
+        table.add_row(
+            Text(each.cell.name),
+            Text(each.worker or "?"),
+            "?" if each.started is None else _since(each.started),
+            "not yet" if timestep is None else f"{timestep:,} of {interactions:,}",
+            "" if value is None else f"{value:,.1f}",
+        )
+    return table
+
+
+def _since(moment: datetime) -> str:
+    seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    duration = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+    local, today = moment.astimezone(), datetime.now(UTC).astimezone().date()
+    return f"{local:%H:%M}, {duration}" if local.date() == today else f"{local:%Y-%m-%d %H:%M}, {duration}"
