@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
-from sb3_offline_ft.zoo.samplers import split_finetuning
+from sb3_offline_ft.zoo.samplers import split_finetuning, split_tuning
 
 # Modules that only our own runs need are imported where they are used: this one is loaded with rl_zoo3, whoever uses it.
 
@@ -27,6 +27,7 @@ _RUN_FOLDER = "_run_folder_created_by_sb3_offline_ft"
 _FINETUNING = "_finetuning_of_sb3_offline_ft"
 _PRETRAINING = "_pretraining_of_sb3_offline_ft"
 _SEED = "_study_seed_of_sb3_offline_ft"
+_DIP_PENALTY = "_dip_penalty_of_sb3_offline_ft"
 
 Method = Callable[..., Any]
 
@@ -128,6 +129,8 @@ def _with_finetuning_arguments(original: Method) -> Method:
     def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
         if not _is_ours(self):
             return original(self, hyperparams)
+        hyperparams, dip_penalty = split_tuning(hyperparams)
+        setattr(self, _DIP_PENALTY, dip_penalty)
         hyperparams, finetuning = split_finetuning(hyperparams)
         setattr(self, _FINETUNING, self._preprocess_schedules(finetuning))
         if self.optimize_hyperparameters and self.n_evaluations is None:
@@ -264,7 +267,8 @@ def _with_own_start(original: Method) -> Method:
             return float(original(self, trial))
         from sb3_offline_ft.zoo.tuning import run_trial
 
-        return run_trial(original, self, trial, getattr(self, _PRETRAINING), getattr(self, _SEED)(trial.study))
+        seed, dip_penalty = getattr(self, _SEED)(trial.study), getattr(self, _DIP_PENALTY)
+        return run_trial(original, self, trial, getattr(self, _PRETRAINING), seed, dip_penalty)
 
     return objective
 

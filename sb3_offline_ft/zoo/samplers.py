@@ -1,6 +1,7 @@
 """What ``-optimize`` tunes: hyperparameters of the finetuning, while the pretraining stays as it is."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from sb3_offline_ft.zoo.presets import ALGORITHMS
 
 FINETUNING_PREFIX = "finetuning_"
 """Before an argument's name: the value it has after the pretraining only."""
+TUNING_PREFIX = "tuning_"
+"""Before a setting of the tuning, which is none of the algorithm."""
+DIP_PENALTY = "dip_penalty"
 N_TIMESTEPS = "n_timesteps"
 FIXED = "fixed"
 """Names of a trial's user attributes that say how long it is and what the user has fixed."""
@@ -22,7 +26,7 @@ DECAY = 100.0
 """What a geometric schedule divides its value by, over the run."""
 
 Hyperparams = dict[str, Any]
-Suggest = Callable[[optuna.Trial, str, int], Any]
+Suggest = Callable[[optuna.trial.BaseTrial, str, int], Any]
 
 
 @dataclass(frozen=True)
@@ -108,14 +112,23 @@ class SearchSpace:
         :param additional_args: What else rl_zoo3 passes to samplers
         :return: Arguments of the constructor for the finetuning
         """
+        return constructor_arguments(self.convert(self.draw(trial)), n_actions)
+
+    def draw(self, trial: optuna.trial.BaseTrial, names: Collection[str] | None = None) -> Hyperparams:
+        """
+        Draw a trial's parameters.
+
+        :param trial: The trial, as for :meth:`sample`
+        :param names: Names of the parameters to draw, None for all
+        :return: The parameters by name
+        """
         n_timesteps = int(trial.user_attrs.get(N_TIMESTEPS, DEFAULT_TIMESTEPS))
         fixed = trial.user_attrs.get(FIXED, ())
-        sampled = {
+        return {
             name: tuned.suggest(trial, name, n_timesteps)
             for name, tuned in self.tuned.items()
-            if tuned.hyperparam not in fixed
+            if tuned.hyperparam not in fixed and (names is None or name in names)
         }
-        return constructor_arguments(self.convert(sampled), n_actions)
 
     def convert(self, sampled_params: Mapping[str, Any]) -> Hyperparams:
         """
@@ -172,6 +185,24 @@ def split_finetuning(hyperparams: Mapping[str, Any]) -> tuple[Hyperparams, Hyper
         if name.startswith(FINETUNING_PREFIX)
     }
     return whole_run, finetuning
+
+
+def split_tuning(hyperparams: Mapping[str, Any]) -> tuple[Hyperparams, float]:
+    """
+    Take out what says how ``-optimize`` values trials.
+
+    :param hyperparams: Hyperparameters of a configuration, perhaps with ``tuning_dip_penalty``
+    :return: The others, and the weight of a trial's dip in its value, 0 if it is not given
+    :raises ValueError: There is no such setting, or it is no finite number of at least 0
+    """
+    known = TUNING_PREFIX + DIP_PENALTY
+    others = {name: value for name, value in hyperparams.items() if not name.startswith(TUNING_PREFIX)}
+    for name in hyperparams.keys() - others.keys() - {known}:
+        raise ValueError(f"`{name}` is no known setting of the tuning: there is `{known}`.")
+    penalty = hyperparams.get(known, 0.0)
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
+        raise ValueError(f"`{known}` must be a finite number of at least 0, found {penalty!r}.")
+    return others, float(penalty)
 
 
 SEARCH_SPACES = {

@@ -24,13 +24,16 @@ from sb3_offline_ft.zoo.pretrained_cache import PretrainedCache, start_from
 from sb3_offline_ft.zoo.pretraining import Pretraining
 from sb3_offline_ft.zoo.recipe import Recipe
 from sb3_offline_ft.zoo.samplers import (
+    DIP_PENALTY,
     FINETUNING_PREFIX,
     FIXED,
     N_TIMESTEPS,
     NOISE,
+    TUNING_PREFIX,
     Hyperparams,
     SearchSpace,
     split_finetuning,
+    split_tuning,
 )
 
 SEED = "seed"
@@ -116,12 +119,14 @@ class ObservedTrial:
     :param trial: The trial
     :param frozen_steps: The last evaluation of the pretrained policy
     :param random_return: Mean return of a random policy, if known
+    :param dip_penalty: Weight of the dip in the trial's value
     """
 
-    def __init__(self, trial: optuna.Trial, frozen_steps: int, random_return: float | None) -> None:
+    def __init__(self, trial: optuna.Trial, frozen_steps: int, random_return: float | None, dip_penalty: float = 0.0) -> None:
         self._trial = trial
         self._frozen_steps = frozen_steps
         self._random_return = random_return
+        self._dip_penalty = dip_penalty
         self._initial: list[float] = []
         self._lowest: float | None = None
 
@@ -134,17 +139,30 @@ class ObservedTrial:
         :param step: Its number
         """
         value = float(value)
-        if step > 0:
-            self._trial.report(value, step)
         if step <= self._frozen_steps:
             self._initial.append(value)
         else:
             self._lowest = value if self._lowest is None else min(self._lowest, value)
+        if step > 0:
+            self._trial.report(self.penalized(value), step)
         self._tell()
+
+    @property
+    def _initial_return(self) -> float | None:
+        return sum(self._initial) / len(self._initial) if self._initial else None
+
+    def penalized(self, value: float) -> float:
+        """
+        :param value: Mean return of an evaluation
+        :return: The trial's value if it was the last one: the dip so far, times its weight, is taken off
+        """
+        initial = self._initial_return
+        dip = 0.0 if initial is None or self._lowest is None else max(0.0, initial - self._lowest)
+        return value - self._dip_penalty * dip
 
     def _tell(self) -> None:
         tell = self._trial.set_user_attr
-        initial = sum(self._initial) / len(self._initial) if self._initial else None
+        initial = self._initial_return
         if initial is not None:
             tell("initial_return", initial)
         if self._lowest is not None:
@@ -191,7 +209,9 @@ class TrialStart(BaseCallback):
         return True
 
 
-def run_trial(objective: Objective, manager: Any, trial: optuna.Trial, pretraining: Pretraining, seed: int) -> float:
+def run_trial(
+    objective: Objective, manager: Any, trial: optuna.Trial, pretraining: Pretraining, seed: int, dip_penalty: float = 0.0
+) -> float:
     """
     Run rl_zoo3's objective on a learner that is pretrained.
 
@@ -200,7 +220,9 @@ def run_trial(objective: Objective, manager: Any, trial: optuna.Trial, pretraini
     :param trial: The trial
     :param pretraining: The manager's pretraining
     :param seed: The study's seed
-    :return: Mean return of the last evaluation
+    :param dip_penalty: Weight of the dip below the pretrained policy's return in the trial's value
+    :return: Mean return of the last evaluation; less the dip, times its weight
+    :raises ValueError: There is no pretrained policy to dip below
     """
     eval_freq = max(int(manager.n_timesteps / manager.n_evaluations) // manager.n_envs, 1) * manager.n_envs
     trial_seed = derive_seed(derive_seed(seed, TRIALS_STREAM), trial.number)
@@ -214,6 +236,11 @@ def run_trial(objective: Objective, manager: Any, trial: optuna.Trial, pretraini
     pretrained = None if recipe is None else (pretraining.pretrained(recipe, env, keep=True), recipe)
     if recipe is not None:
         trial.set_user_attr("pretrained", recipe.digest)
+    elif dip_penalty > 0:
+        raise ValueError(
+            f"`{TUNING_PREFIX}{DIP_PENALTY}` is {dip_penalty:g}, and without `dataset` and `offline_steps` there is no "
+            "pretrained policy whose return a trial could dip below: leave it out."
+        )
 
     run = copy.copy(manager)
     run.seed = trial_seed
@@ -228,11 +255,12 @@ def run_trial(objective: Objective, manager: Any, trial: optuna.Trial, pretraini
     if pretrained is not None:
         frozen_steps = pretraining.argument("warmup_steps", run._hyperparams | sampled) // eval_freq
     scores = None if dataset is None else dataset.reference_scores
-    return objective(run, ObservedTrial(trial, frozen_steps, None if scores is None else scores.random))
+    observed = ObservedTrial(trial, frozen_steps, None if scores is None else scores.random, dip_penalty)
+    return observed.penalized(objective(run, observed))
 
 
 def _fixed(manager: Any) -> list[str]:
-    given = {name.removeprefix(FINETUNING_PREFIX) for name in manager.custom_hyperparams or {}}
+    given = {name.removeprefix(FINETUNING_PREFIX) for name in split_tuning(manager.custom_hyperparams or {})[0]}
     return sorted(given | {"noise_std"} if given & {"noise_type", "action_noise"} else given)
 
 

@@ -1,0 +1,119 @@
+"""What was tuned, as a configuration of rl_zoo3."""
+
+import inspect
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.study.learners import algorithm_class
+from sb3_offline_ft.study.methods import NOISE, SHARED_WITH_PRETRAINING, Method, known_hyperparams
+from sb3_offline_ft.study.tuning_plan import TuningPlan
+from sb3_offline_ft.zoo.presets import preset_path
+from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
+from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
+
+SAME_PRETRAINING = ({"td3bc", "td3c"},)
+"""Algorithms with the same objective offline."""
+GUARD = "sb3_offline_ft.CollapseGuard"
+
+
+def zoo_entry(plan: TuningPlan, method: Method) -> dict[str, Any]:
+    """
+    Write a method as rl_zoo3 has it: what acts in the pretraining keeps the value that it was tuned with, and is given once
+    more with the prefix ``finetuning_`` where the finetuning differs.
+
+    :param plan: The tuning
+    :param method: The method
+    :return: The hyperparameters
+    """
+    known = known_hyperparams(method.algorithm)
+    parameters = inspect.signature(algorithm_class(plan.study.pretraining.algorithm).__init__).parameters
+    offline = {
+        name: value
+        for name, value in method.pretraining_hyperparams.items()
+        if name in known and name not in ONLINE_ONLY | NOISE
+    }
+    entry: dict[str, Any] = {
+        "policy": "MlpPolicy",
+        "n_timesteps": plan.study.interactions,
+        "dataset": plan.study.datasets[plan.dataset],
+        **offline,
+    }
+    for name, value in method.hyperparams.items():
+        if name in SHARED_WITH_PRETRAINING:
+            continue
+        if name in ONLINE_ONLY | NOISE:
+            entry[name] = value
+            continue
+        default = parameters[name].default if name in parameters else value
+        if value != offline.get(name, default):
+            entry[FINETUNING_PREFIX + name] = value
+        else:
+            entry[name] = value
+    callback = _callback(plan, method)
+    return entry | ({} if callback is None else {"callback": callback})
+
+
+def _callback(plan: TuningPlan, method: Method) -> Any:
+    if method.guard is not None:
+        return [{GUARD: dict(method.guard)}]
+    presets = yaml.safe_load(Path(preset_path(method.algorithm)).read_text(encoding="utf-8"))
+    return presets.get(_env_id(plan), presets["default"]).get("callback")
+
+
+def _env_id(plan: TuningPlan) -> str:
+    return plan.study.env.rpartition(":")[2]
+
+
+def pretrains_alike(one: str, other: str) -> bool:
+    """
+    :param one: Name of an algorithm
+    :param other: Name of another one
+    :return: Whether both do the same offline
+    """
+    return one == other or any({one, other} <= group for group in SAME_PRETRAINING)
+
+
+def zoo_command(plan: TuningPlan, file: Path) -> str:
+    """
+    :param plan: The tuning
+    :param file: The configuration
+    :return: How to train with it
+    """
+    module, _, env = plan.study.env.rpartition(":")
+    evaluation = plan.study.learner_evaluation
+    words = ["python", "-m", "rl_zoo3.train", "--algo", plan.method.algorithm, "--env", env, "-conf", str(file)]
+    words += ["--eval-freq", str(evaluation.every), "--eval-episodes", str(evaluation.episodes)]
+    return shlex.join([*words, *(["--gym-packages", module] if module else [])])
+
+
+def write_entry(plan: TuningPlan, method: Method, file: Path, facts: Mapping[str, str]) -> str:
+    """
+    Write a configuration file of rl_zoo3.
+
+    :param plan: The tuning
+    :param method: The method
+    :param file: The file, ending in ``.yml`` or ``.yaml``
+    :param facts: What else to say in it, as comments
+    :return: What is in the file
+    """
+    pretraining = plan.study.pretraining.algorithm
+    lines = [f"Tuned with `sb3-offline-ft study tune` for {plan.study.env} on {plan.study.specs[plan.dataset]}"]
+    lines += [f"{name}: {text}" for name, text in facts.items()]
+    if method.guard is None and _callback(plan, method) is not None:
+        lines.append("The callbacks are the preset's, and were not there in the trials.")
+    if not pretrains_alike(method.algorithm, pretraining):
+        lines.append(
+            f"The trials started from policies pretrained by {pretraining}; rl_zoo3 pretrains by {method.algorithm}, so the "
+            "result may be another one."
+        )
+    lines.append(zoo_command(plan, file))
+    comment = "".join(f"# {line}\n" for line in lines)
+    text = comment + yaml.safe_dump({_env_id(plan): zoo_entry(plan, method)}, sort_keys=False, allow_unicode=True)
+    with atomic_write(file) as stream:
+        stream.write(text.encode("utf-8"))
+    return text

@@ -1,0 +1,150 @@
+"""A process that runs trials of a tuning, one after the other."""
+
+import contextlib
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+
+import numpy as np
+from optuna import TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial
+
+from sb3_offline_ft.study.cell import run_cell
+from sb3_offline_ft.study.liveness import STORAGE_FAULTS
+from sb3_offline_ft.study.protocol import Protocol
+from sb3_offline_ft.study.queue import Claim, trying_again
+from sb3_offline_ft.study.tuning_objective import Score, final_score
+from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
+from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET
+from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue, quiet_optuna
+from sb3_offline_ft.study.worker import TAKEN_OVER, Evaluated, Finished, Interrupts, Took, Worker, last_line, work
+from sb3_offline_ft.zoo.pretrained_cache import default_folder
+
+
+class TuningWorker(Worker):
+    """
+    Runs trials of a tuning in this process.
+
+    :param settings: What to do
+    :param connection: To the parent, which is sent messages
+    :param interrupts: How it is interrupted
+    """
+
+    queue: TuningQueue
+
+    def __init__(self, settings: TuningSettings, connection: Connection, interrupts: Interrupts) -> None:
+        quiet_optuna()
+        self.settings = settings
+        self.connection = connection
+        self.interrupts = interrupts
+        self.plan = TuningPlan(settings, Protocol.load(settings.folder))
+        self.protocol = self.plan.protocol
+        self.queue = TuningQueue(self.plan, settings.storage, create=False)
+        self.keys = list(self.queue.cells)
+        self.pretrained_folder = default_folder(self.protocol.folder)
+        self._reported = 0.0
+
+    def _run(self, claim: Claim) -> None:
+        self.send(Took(claim.cell.name, claim.number))
+        try:
+            value = _TrialRun(self, claim).value()
+        except UpdateFinishedTrialError:
+            claim.let_go()
+            self.send(Finished(note=TAKEN_OVER))
+            return
+        except TrialPruned as error:
+            with self.interrupts.deferred():
+                mine = self.queue.give_up(claim)
+            self.send(Finished(note=f"given up {error}" if mine else TAKEN_OVER))
+            return
+        except Exception as error:
+            self._refuse_full_disk(error)
+            with self.interrupts.deferred():
+                claim.fail("".join(traceback.format_exception(error)))
+            self.send(Finished(error=last_line(error)))
+            if claim.key == self.keys[0]:
+                raise ValueError(f"The preset failed, without which nothing can be compared: {last_line(error)}") from None
+            return
+        with self.interrupts.deferred():
+            mine = self.queue.finish(claim, value)
+        self.send(Finished(note=f"value {value:+.3f}" if mine else TAKEN_OVER))
+
+
+class _TrialRun:
+    """The runs of a trial, seed by seed."""
+
+    def __init__(self, worker: TuningWorker, claim: Claim) -> None:
+        self.worker, self.plan, self.claim = worker, worker.plan, claim
+        self.trial: Trial = trying_again(lambda: worker.queue.trial(claim))
+        self.scores: list[Score] = []
+        self.deepest = -math.inf
+        self.timesteps: list[int] = []
+        self.means: list[float] = []
+
+    def value(self) -> float:
+        """
+        :return: The mean of the seeds' values
+        :raises TrialPruned: It was given up
+        :raises UpdateFinishedTrialError: It was taken from this process
+        """
+        plan, worker = self.plan, self.worker
+        is_preset = PRESET in self.trial.user_attrs
+        names = plan.preset_parameters() if is_preset else None
+        parameters = trying_again(lambda: plan.space.draw(self.trial, names))
+        method = plan.tuned(None if is_preset else parameters)
+        self.frozen_until = plan.frozen_until(method.hyperparams)
+        for seed in plan.seeds:
+            self.timesteps, self.means = [], []
+            result = run_cell(
+                plan.protocol,
+                plan.cell(method, seed),
+                pretrained_folder=worker.pretrained_folder,
+                on_step=self._progress_of(seed),
+                on_evaluation=self._evaluated,
+                device=worker.settings.device,
+            )
+            self.scores.append(final_score(plan.objective, result))
+            told = [{"seed": each, **score.to_dict()} for each, score in zip(plan.seeds, self.scores, strict=False)]
+            with worker.interrupts.deferred():
+                trying_again(lambda told=told: self.trial.set_user_attr(SCORES, told))  # type: ignore[misc]
+        return float(np.mean([score.value for score in self.scores]))
+
+    def _progress_of(self, seed: int) -> Callable[[str, int, int], None]:
+        return lambda phase, done, total: self.worker._step(f"{phase}, seed {seed}", done, total)
+
+    def _evaluated(self, timestep: int, returns: Sequence[float]) -> None:
+        mean = float(np.mean(returns))
+        self.timesteps.append(timestep)
+        self.means.append(mean)
+        self.worker.send(Evaluated(timestep, mean))
+        score = self.plan.objective.score(self.timesteps, self.means, self.frozen_until)
+        if score is not None:
+            with self.worker.interrupts.deferred():
+                self._report(timestep, score)
+
+    def _report(self, timestep: int, score: Score) -> None:
+        """Report what the trial's value would be if it ended here, and give it up if that is not promising."""
+        n_ended = len(self.scores)
+        self.deepest = max(self.deepest, score.dip_depth)
+        value = (sum(each.value for each in self.scores) + score.value) / (n_ended + 1)
+        step = n_ended * self.plan.n_evaluations + timestep // self.plan.study.evaluation.every
+        # A database that cannot be reached just now is not told
+        with contextlib.suppress(*STORAGE_FAULTS):
+            self.trial.set_user_attr(DEEPEST_DIP, self.deepest)
+            self.trial.report(value, step)
+            if self.trial.should_prune():
+                where = f"at {timestep:,} interactions with seed {self.plan.seeds[n_ended]}, deepest dip {self.deepest:.2f}"
+                self.trial.set_user_attr(GIVEN_UP, where)
+                raise TrialPruned(where)
+
+
+def tune_work(settings: TuningSettings, connection: Connection) -> None:
+    """
+    Run trials until none waits, or the parent sends something.
+
+    :param settings: What to do
+    :param connection: To the parent, which is sent messages
+    """
+    work(settings, connection, TuningWorker)
