@@ -97,6 +97,16 @@ def test_training_episodes_and_steps_of_the_learners_own_evaluations_are_told(re
     assert not results["td3c"].manifest["guarded"] and not results["td3c"].events
 
 
+def test_running_a_cell_changes_nothing_about_it(
+    study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult]
+) -> None:
+    fresh = {cell.method.name: cell for cell in Protocol.load(study.folder).cells()}
+    for name, result in results.items():
+        # SB3's SAC writes into the `policy_kwargs` that it is given
+        assert cells[name].method.hyperparams == fresh[name].method.hyperparams
+        assert result.manifest["key"] == study.cell_key(fresh[name]) == study.cell_key(cells[name]), name
+
+
 def test_the_same_cell_gives_the_same_bits(study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult]) -> None:
     for name in ("td3c-guard", "scratch"):
         again = run_cell(study, cells[name], pretrained_folder=study.folder / "pretrained")

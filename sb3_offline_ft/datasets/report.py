@@ -1,8 +1,6 @@
 """A dataset report: one HTML page that needs nothing else."""
 
-import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.pages import Picture, render_page
 from sb3_offline_ft.datasets.convert import progress_bar
 from sb3_offline_ft.datasets.diversity import Coverage, Diversity, measure_diversity
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
@@ -24,20 +23,6 @@ FEW_EPISODES = 20
 SPARSE = 0.9
 
 _PICTURES = 6
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture on the page.
-
-    :param svg: The ``<svg>`` element.
-    :param title: What it shows.
-    :param caption: How to read it.
-    """
-
-    svg: str
-    title: str
-    caption: str
 
 
 def write_report(
@@ -58,8 +43,6 @@ def write_report(
     :raises OSError: as :func:`load_dataset`, or if the file cannot be written.
     :raises ValueError: as :func:`load_dataset`.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     console = console or Console(quiet=True)
     with progress_bar(console) as progress:
         task = progress.add_task("", total=6 * len(specs) + _PICTURES)
@@ -79,11 +62,9 @@ def write_report(
             # The columns of one dataset at a time are kept in memory
             pictures = pictures or _pictures(dataset, diversity, seed, step)
         facts, diversity = columns[0]
-    environment = Environment(
-        loader=PackageLoader("sb3_offline_ft.datasets", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("report.html.jinja").render(
+    page = render_page(
+        "sb3_offline_ft.datasets",
+        "report.html.jinja",
         facts=facts,
         rows=summary_rows(facts),
         paragraphs=in_words(facts, diversity),
@@ -92,10 +73,9 @@ def write_report(
         comparison=comparison(columns) if len(columns) > 1 else None,
         number=number_text,
         seed=seed,
-        version=_version(),
     )
     with atomic_write(output) as file:
-        file.write(page.encode("utf-8"))
+        file.write(page)
 
 
 def in_words(facts: DatasetFacts, diversity: Diversity) -> list[tuple[str, list[str]]]:
@@ -340,10 +320,3 @@ def _root_rpsv(diversity: Diversity) -> float:
 
 def _entropy(value: float) -> str:
     return f"{value:.2f} nats" if np.isfinite(value) else "minus infinity: states repeat exactly"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("sb3-offline-ft")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"

@@ -1,18 +1,15 @@
 """The pictures of a dataset report: SVG that takes its text colour from the page around it."""
 
-import io
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sb3_offline_ft.common.pictures import INK, inline_svg
 from sb3_offline_ft.datasets.diversity import ActionNoise, sample_rows, scaled_actions, standardized, state_matrix
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 
@@ -21,24 +18,7 @@ BLUE, ORANGE, GREEN, VERMILLION = "#3B8FD0", "#E69F00", "#009E73", "#D55E00"
 
 MOST_ACTIONS = 12
 _PROJECTED_ROWS = 100_000
-_INK, _FAINT = "#123450", "#123451"
 _WIDTH, _HEIGHT = 4.6, 3.1
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
 
 
 def draw(name: str, paint: Callable[[Figure], None], height: float = _HEIGHT) -> str:
@@ -49,20 +29,7 @@ def draw(name: str, paint: Callable[[Figure], None], height: float = _HEIGHT) ->
     :param height: In inches.
     :return: An ``<svg>`` element, the same for the same content.
     """
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        paint(figure)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue().decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img"', text, count=1)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", text)
-    return text.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
+    return inline_svg(name, paint, (_WIDTH, height))
 
 
 def draw_returns(dataset: OfflineDataset, name: str) -> str:
@@ -128,7 +95,7 @@ def draw_order(dataset: OfflineDataset, name: str) -> str:
             axes.plot(middle, median, color=VERMILLION, linewidth=2, label=f"median of {window} episodes")
             axes.legend(loc="best")
         for part in dataset.sources[1:]:
-            axes.axvline(np.searchsorted(dataset.episode_starts, part.begin) - 0.5, color=_INK, linewidth=1, linestyle=":")
+            axes.axvline(np.searchsorted(dataset.episode_starts, part.begin) - 0.5, color=INK, linewidth=1, linestyle=":")
         axes.set(xlabel="episode, in the order of the data", ylabel="return")
 
     return draw(name, paint)

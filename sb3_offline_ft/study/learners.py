@@ -1,5 +1,6 @@
 """The learners of a study's cells: made from a method's settings, and started from a pretrained one."""
 
+import copy
 import io
 import warnings
 from collections.abc import Mapping
@@ -49,7 +50,8 @@ def constructor_arguments(hyperparams: Mapping[str, Any], action_space: spaces.S
     :param action_space: Space of the actions
     :return: The arguments
     """
-    arguments = dict(ExperimentManager._preprocess_schedules(dict(hyperparams)))
+    # Learners write into mappings that they are given
+    arguments: dict[str, Any] = ExperimentManager._preprocess_schedules(copy.deepcopy(dict(hyperparams)))
     noise_type, noise_std = arguments.pop("noise_type", None), arguments.pop("noise_std", 0.0)
     if noise_type is not None:
         arguments["action_noise"] = _action_noise(noise_type, noise_std, action_space)

@@ -1,0 +1,628 @@
+"""A study's results in numbers: what the tables, the pictures and the sentences of its report are made of."""
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sb3_offline_ft.common.policies import OfflinePolicy
+from sb3_offline_ft.datasets.reference_scores import reference_scores_for
+from sb3_offline_ft.evaluation import statistics
+from sb3_offline_ft.evaluation.comparisons import compare_paired, compare_paired_rates, holm
+from sb3_offline_ft.evaluation.finetuning_metrics import DipNoiseFloor, FinetuningMetrics, dip_noise_floor, finetuning_metrics
+from sb3_offline_ft.evaluation.statistics import Band, Estimate
+from sb3_offline_ft.study.learners import algorithm_class
+from sb3_offline_ft.study.methods import Method, factor_path
+from sb3_offline_ft.study.results import Run, StudyResults
+
+SIGNIFICANT = 0.05
+COLLAPSED = "collapsed"
+AS_LISTED = "as listed"
+RELATIVE_METRICS = ("dip_depth", "dip_area", "time_below_band", "recovery_time")
+MOST_TOGETHER = 8
+"""Pictures show so many methods at most; of more, those that are no variants."""
+PROFILE_POINTS = 101
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """
+    What normalised scores are measured between.
+
+    :param random: Return of a random policy: 0
+    :param top: Return of an expert, or of the pretrained policies: 100
+    :param words: Where the two are from
+    """
+
+    random: float
+    top: float
+    words: str
+
+    def normalized(self, value: float) -> float:
+        """
+        :param value: A return
+        :return: ``100 * (value - random) / (top - random)``
+        """
+        return 100.0 * (value - self.random) / (self.top - self.random)
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """
+    A run in numbers.
+
+    :param run: The run
+    :param metrics: Its metrics
+    :param noise: The dips that its pretrained policy would show by chance, None if that cannot be said
+    """
+
+    run: Run
+    metrics: FinetuningMetrics
+    noise: DipNoiseFloor | None
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.run.cell.seed
+
+    @property
+    def method(self) -> Method:
+        """Its method."""
+        return self.run.cell.method
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is known of it."""
+        return self.run.result.manifest
+
+    @property
+    def means(self) -> Array:
+        """Mean return of each evaluation, shape ``(evaluations,)``."""
+        return np.asarray(self.run.result.returns.mean(axis=1), np.float64)
+
+    @property
+    def learner_evaluation_steps(self) -> int:
+        """Environment steps of evaluations that the learner learned from."""
+        return int(self.manifest.get("learner_evaluation_steps", 0))
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the finetuning, in seconds."""
+        seconds = (self.manifest.get("seconds") or {}).get("finetuning")
+        return None if seconds is None else float(seconds)
+
+    def value(self, name: str) -> float | None:
+        """
+        :param name: Name of a metric, ``"seconds"`` or ``"learner_evaluation_steps"``
+        :return: It, None if it is not defined for this run: dips are measured by what the pretrained policy has over a random
+            one, so that one which is no better has none
+        """
+        if name in RELATIVE_METRICS and self.metrics.collapsed is None:
+            return None
+        value = getattr(self.metrics if hasattr(self.metrics, name) else self, name)
+        return None if value is None else float(value)
+
+    def events(self, kind: str) -> int:
+        """
+        :param kind: A kind of the guard's events
+        :return: How many there are
+        """
+        return sum(event.get("event") == kind for event in self.run.result.events)
+
+
+@dataclass(frozen=True)
+class Group:
+    """
+    The runs of a method on a dataset.
+
+    :param method: The method
+    :param runs: Its runs, by seed
+    """
+
+    method: Method
+    runs: tuple[RunNumbers, ...]
+
+    @property
+    def label(self) -> str:
+        """The method's name for people."""
+        return self.method.label
+
+    @property
+    def n_evaluations(self) -> int:
+        """Evaluations that all runs have: a guard may have ended some early."""
+        return min(one.means.size for one in self.runs)
+
+    @cached_property
+    def curve(self) -> Band:
+        """Mean over the runs at each evaluation that all have."""
+        timesteps = self.runs[0].run.result.timesteps[: self.n_evaluations]
+        return statistics.curve_band(timesteps, [[one.means[: self.n_evaluations] for one in self.runs]], "mean")
+
+    def values(self, name: str) -> list[float]:
+        """
+        :param name: As for :meth:`RunNumbers.value`
+        :return: It, of the runs for which it is defined
+        """
+        return [value for one in self.runs if (value := one.value(name)) is not None]
+
+    def estimate(self, name: str) -> Estimate | None:
+        """
+        :param name: As for :meth:`RunNumbers.value`
+        :return: Its mean over the runs, None if it is not defined for any of them
+        """
+        values = self.values(name)
+        return statistics.aggregate([values], "mean") if values else None
+
+    @property
+    def outcomes(self) -> list[bool]:
+        """Whether runs collapsed, of those for which that is defined."""
+        return [one.metrics.collapsed for one in self.runs if one.metrics.collapsed is not None]
+
+    @cached_property
+    def collapse_rate(self) -> Estimate | None:
+        """Share of the runs that collapsed, None if that is not defined for them."""
+        return statistics.rate(sum(self.outcomes), len(self.outcomes)) if self.outcomes else None
+
+    @property
+    def deeper_than_noise(self) -> tuple[int, int]:
+        """Runs whose dip is deeper than those of 95 % of unchanged policies, and runs for which that can be said."""
+        pairs = [(one.value("dip_depth"), one.noise.quantile) for one in self.runs if one.noise is not None]
+        known = [depth > quantile for depth, quantile in pairs if depth is not None]
+        return sum(known), len(known)
+
+    @property
+    def above_initial(self) -> tuple[int, int]:
+        """Runs that ended above their pretrained policy, and runs that had one."""
+        known = [one.metrics for one in self.runs if one.metrics.initial_return is not None]
+        return sum(one.last_return > (one.initial_return or 0.0) for one in known), len(known)
+
+
+@dataclass(frozen=True)
+class DatasetNumbers:
+    """
+    The results on a dataset. Methods without data are shown with every dataset.
+
+    :param label: Label of the dataset, None if the study has none
+    :param groups: The methods that have runs, in the protocol's order
+    :param scale: What scores are normalised with, None if that is not known
+    :param data_return: Mean return of the data's episodes
+    """
+
+    label: str | None
+    groups: tuple[Group, ...]
+    scale: Scale | None
+    data_return: float | None
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return self.label or "no data"
+
+    @property
+    def slug(self) -> str:
+        """Its name for files and ids."""
+        return slug(self.title)
+
+    @property
+    def pretrained_runs(self) -> list[RunNumbers]:
+        """Runs that started from a pretrained policy."""
+        return [one for group in self.groups for one in group.runs if one.metrics.initial_return is not None]
+
+    @cached_property
+    def initial_return(self) -> float | None:
+        """Mean level of the pretrained policies: the mean over seeds of what most evaluations say of each."""
+        best: dict[str, tuple[int, float]] = {}
+        for one in self.pretrained_runs:
+            assert one.metrics.initial_return is not None
+            n, name = _frozen_returns(one.run).size, f"{one.seed} {_weights(one.run)}"
+            if one.method.variant == {} and n > best.get(name, (0, 0.0))[0]:
+                best[name] = (n, one.metrics.initial_return)
+        return float(np.mean([level for _, level in best.values()])) if best else None
+
+    @property
+    def warmup_steps(self) -> int:
+        """Interactions in which all learning policies are frozen."""
+        known = [one.run.result.frozen_until for one in self.pretrained_runs if not one.method.frozen]
+        return min(known, default=0)
+
+    @property
+    def noise_floor(self) -> float | None:
+        """The dip depth that 95 % of the runs of an unchanged policy do not exceed, for the noisiest seed."""
+        known = [one.noise.quantile for one in self.pretrained_runs if one.noise and one.metrics.collapsed is not None]
+        return max(known, default=None)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """
+    Normalised scores of a method over all datasets and seeds.
+
+    :param method: The method
+    :param iqm: Their interquartile mean
+    :param median: Their median
+    :param mean: Mean of the datasets' means
+    """
+
+    method: Method
+    iqm: Estimate
+    median: Estimate
+    mean: Estimate
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """
+    The reference method against another one.
+
+    :param method: The other method
+    :param probability: Probability that a run of the reference method ends higher than one of the other
+    """
+
+    method: Method
+    probability: Estimate
+
+
+@dataclass(frozen=True)
+class Profile:
+    """
+    The performance profile of a method.
+
+    :param method: The method
+    :param band: Share of its runs above a score
+    :param median_score: Median of its scores
+    """
+
+    method: Method
+    band: Band
+    median_score: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    A method against the reference method, in pairs of runs with the same dataset and seed.
+
+    :param method: The method
+    :param metric: What is compared: a metric, or ``"collapsed"``
+    :param n: Pairs
+    :param difference: Mean of the method's value minus the reference's, None for collapses
+    :param only_method: Pairs in which only the method collapsed
+    :param only_reference: Pairs in which only the reference collapsed
+    :param p: Two-sided p-value
+    :param smallest_p: The least that so many pairs can give
+    :param p_corrected: The p-value, corrected for all methods that are compared by this metric
+    """
+
+    method: Method
+    metric: str
+    n: int
+    difference: Estimate | None
+    only_method: int
+    only_reference: int
+    p: float
+    smallest_p: float
+    p_corrected: float
+
+
+def slug(text: str) -> str:
+    """
+    :param text: Any text
+    :return: It in letters, digits, ``_`` and ``-``, for names of files and ids
+    """
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "x"
+
+
+class StudyNumbers:
+    """
+    The results of a study in numbers.
+
+    :param results: The results
+    :param data_returns: Mean return of the data's episodes by label, where known
+    :ivar runs: The finished runs
+    :ivar datasets: The datasets that have runs
+    :ivar unusable: Runs that cannot be measured by name, and why: their returns are not finite
+    """
+
+    COMPARED = ("last_return", "mean_return", "dip_depth")
+
+    def __init__(self, results: StudyResults, data_returns: dict[str, float]) -> None:
+        self.results, self.protocol = results, results.protocol
+        noise = _NoiseFloors(results.runs, self.protocol.random_return)
+        runs = []
+        self.unusable: dict[str, str] = {}
+        for run in results.runs:
+            try:
+                runs.append(RunNumbers(run, _measure(run, self.protocol.random_return), noise.of(run)))
+            except ValueError as error:
+                self.unusable[run.cell.name] = str(error)
+        self.runs = tuple(runs)
+        labels: list[str | None] = list(self.protocol.datasets) or [None]
+        self.datasets = tuple(
+            one for label in labels if (one := self._on_dataset(label, data_returns.get(label or ""))).groups
+        )
+
+    @property
+    def n_cells(self) -> int:
+        """All runs that the study asks for."""
+        return len(self.results.runs) + len(self.results.missing) + len(self.results.failed)
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods that have runs, in the protocol's order."""
+        present = {one.method.name for one in self.runs}
+        return [method for method in self.protocol.methods if method.name in present]
+
+    @property
+    def reference(self) -> Method | None:
+        """The method that others are compared with, if it has runs."""
+        return next((method for method in self.methods if method.name == self.protocol.reference_method), None)
+
+    @property
+    def fewest_seeds(self) -> int:
+        """Fewest runs of any method on any dataset."""
+        return min(len(group.runs) for one in self.datasets for group in one.groups)
+
+    def shown(self, one: DatasetNumbers) -> list[Group]:
+        """
+        :param one: A dataset
+        :return: The methods that pictures and sentences are about: all, or of many those that are no variants
+        """
+        plain = [group for group in one.groups if not group.method.variant]
+        return plain if len(one.groups) > MOST_TOGETHER and plain else list(one.groups)
+
+    @property
+    def shown_methods(self) -> list[Method]:
+        """The methods that pictures over all datasets are about."""
+        plain = [method for method in self.methods if not method.variant]
+        return plain if len(self.methods) > MOST_TOGETHER and plain else self.methods
+
+    def score(self, one: RunNumbers) -> float | None:
+        """
+        :param one: A run
+        :return: Its normalised mean of the last evaluations, averaged over the datasets' scales if it has no data
+        """
+        scales = [
+            dataset.scale for dataset in self.datasets if one.run.cell.dataset in (None, dataset.label)
+        ]  # fmt: skip
+        if not scales or any(scale is None for scale in scales):
+            return None
+        return float(np.mean([scale.normalized(one.metrics.last_return) for scale in scales if scale is not None]))
+
+    def _on_dataset(self, label: str | None, data_return: float | None) -> DatasetNumbers:
+        groups = []
+        for method in self.protocol.methods:
+            runs = [one for one in self.runs if one.method.name == method.name and one.run.cell.dataset in (None, label)]
+            if runs:
+                groups.append(Group(method, tuple(sorted(runs, key=lambda one: one.seed))))
+        if data_return is None:
+            known = (one.manifest.get("dataset") for group in groups for one in group.runs)
+            data_return = next((facts["mean_return"] for facts in known if facts and "mean_return" in facts), None)
+        bare = DatasetNumbers(label, tuple(groups), None, data_return)
+        return DatasetNumbers(label, bare.groups, self._scale(bare), data_return)
+
+    def _scale(self, one: DatasetNumbers) -> Scale | None:
+        random = self.protocol.random_return
+        if random is None:
+            return None
+        given = ", as the protocol says" if self.protocol.given_random_return is not None else ""
+        zero = f"0 is a random policy ({random:,.5g}{given}), "
+        scores = reference_scores_for(self.protocol.env.rpartition(":")[2])
+        if scores is not None:
+            return Scale(random, scores.expert, f"{zero}100 an expert ({scores.expert:,.5g}). Known scores: {scores.source}.")
+        pair = self.protocol.data_facts(one.label)["reference_scores"] if one.label is not None else None
+        if pair is not None:
+            return Scale(random, float(pair[1]), f"{zero}100 an expert ({pair[1]:,.5g}), as the dataset says.")
+        top = one.initial_return
+        if top is None or top == random:
+            return None
+        words = f"{zero}100 the mean level of the pretrained policies ({top:,.5g}), as no score of an expert is known."
+        return Scale(random, top, words)
+
+    @property
+    def scale_words(self) -> str:
+        """Where normalised scores are from."""
+        words = {one.scale.words: one.title for one in self.datasets if one.scale is not None}
+        if len(words) <= 1:
+            return next(iter(words), "")
+        return " ".join(f"On {title}: {text}" for text, title in words.items())
+
+    def _scores(self, method: Method) -> list[list[float]]:
+        """Scores by dataset; those of methods without data are one stratum."""
+        strata: dict[str | None, list[float]] = {}
+        for one in self.runs:
+            score = self.score(one)
+            if one.method.name == method.name and score is not None:
+                strata.setdefault(one.run.cell.dataset, []).append(score)
+        return list(strata.values())
+
+    @cached_property
+    def aggregates(self) -> list[Aggregate]:
+        """Scores of the methods that have runs on all datasets."""
+        rows = []
+        for method in self._complete(self.shown_methods):
+            scores = self._scores(method)
+            if scores:
+                iqm, median = statistics.aggregate(scores, "iqm"), statistics.aggregate(scores, "median")
+                rows.append(Aggregate(method, iqm, median, statistics.aggregate(scores, "mean")))
+        return rows
+
+    def _complete(self, methods: Iterable[Method]) -> list[Method]:
+        """Those that have runs on all datasets: means over different datasets cannot be compared."""
+        return [
+            method for method in methods
+            if all(any(group.method.name == method.name for group in one.groups) for one in self.datasets)
+        ]  # fmt: skip
+
+    @cached_property
+    def profiles(self) -> list[Profile]:
+        """Profiles of the same methods, at the same scores."""
+        scores = {row.method: self._scores(row.method) for row in self.aggregates}
+        everything = [score for strata in scores.values() for stratum in strata for score in stratum]
+        if not everything:
+            return []
+        low, high = min(everything), max(everything)
+        room = 0.04 * (high - low) or 1.0
+        points = np.linspace(low - room, high + room, PROFILE_POINTS)
+        return [
+            Profile(method, statistics.performance_profile(strata, points), float(np.median(np.concatenate(strata))))
+            for method, strata in scores.items()
+        ]
+
+    @cached_property
+    def improvements(self) -> list[Improvement]:
+        """The reference method against each other one, on the datasets that both have."""
+        reference = self.reference
+        rows = []
+        for method in self.shown_methods if reference is not None else []:
+            pairs = [] if method == reference or reference is None else self._groups_of_both(reference, method)
+            if pairs:
+                x = [first.values("last_return") for first, _ in pairs]
+                y = [second.values("last_return") for _, second in pairs]
+                rows.append(Improvement(method, statistics.probability_of_improvement(x, y)))
+        return rows
+
+    def _groups_of_both(self, one: Method, other: Method) -> list[tuple[Group, Group]]:
+        pairs = []
+        for dataset in self.datasets:
+            groups = {group.method.name: group for group in dataset.groups}
+            if one.name in groups and other.name in groups:
+                pairs.append((groups[one.name], groups[other.name]))
+        return pairs
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Paired tests against the reference method; each metric's p-values are corrected for its number of methods."""
+        reference = self.reference
+        others = [] if reference is None else [method for method in self.methods if method != reference]
+        made: list[Comparison] = []
+        for metric in (*self.COMPARED, COLLAPSED):
+            rows = [row for method in others if reference and (row := self._compare(method, reference, metric)) is not None]
+            corrected = holm([row.p for row in rows])
+            made += [replace(row, p_corrected=float(p)) for row, p in zip(rows, corrected, strict=True)]
+        order = {method.name: position for position, method in enumerate(self.methods)}
+        return sorted(made, key=lambda row: order[row.method.name])
+
+    def _compare(self, method: Method, reference: Method, metric: str) -> Comparison | None:
+        strata = self._pairs(method, reference, metric)
+        if not strata or sum(map(len, strata)) < 2:
+            return None
+        x, y = ([[float(pair[side]) for pair in stratum] for stratum in strata] for side in (0, 1))
+        if metric == COLLAPSED:
+            outcomes = [(bool(one), bool(other)) for stratum in strata for one, other in stratum]
+            test = compare_paired_rates([one for one, _ in outcomes], [other for _, other in outcomes])
+            only = (sum(one and not other for one, other in outcomes), sum(other and not one for one, other in outcomes))
+            return Comparison(method, metric, len(outcomes), None, *only, test.p_value, 2.0 ** (1 - len(outcomes)), 1.0)
+        paired = compare_paired(x, y)
+        return Comparison(
+            method, metric, paired.n_pairs, paired.difference, 0, 0, paired.p_value, paired.smallest_p_value, 1.0
+        )  # fmt: skip
+
+    def _pairs(self, method: Method, reference: Method, metric: str) -> list[list[tuple[float, float]]]:
+        """
+        By dataset, the values of runs with the same seed. A run without data has one pair, with the mean of the other method's
+        runs of its seed on all datasets: more pairs with the same run would not be independent.
+        """
+        strata: dict[str | None, list[tuple[float, float]]] = {}
+        sides = [self._values(one, metric) for one in (method, reference)]
+        if method.pretrained == reference.pretrained:
+            for key in sides[0]:
+                if key in sides[1]:
+                    strata.setdefault(key[0], []).append((sides[0][key], sides[1][key]))
+            return list(strata.values())
+        pairs = []
+        for seed in self.protocol.seeds:
+            values = [[value for key, value in side.items() if key[1] == seed] for side in sides]
+            if all(values):
+                pairs.append((float(np.mean(values[0])), float(np.mean(values[1]))))
+        return [pairs] if pairs else []
+
+    def _values(self, method: Method, metric: str) -> dict[tuple[str | None, int], float]:
+        least = 0.0 if metric == "dip_depth" else -np.inf  # a policy that was never below its start did not dip
+        return {
+            (one.run.cell.dataset, one.seed): max(value, least)
+            for one in self.runs
+            if one.method.name == method.name and (value := one.value(metric)) is not None
+        }
+
+    def factor_levels(self, factor: str, one: DatasetNumbers) -> dict[str, list[tuple[str, Group]]]:
+        """
+        :param factor: A factor
+        :param one: A dataset
+        :return: By listed method, the values of the factor alone, in the protocol's order, with their runs; the method as it
+            is listed comes first
+        """
+        levels: dict[str, list[tuple[str, Group]]] = {}
+        for group in one.groups:
+            if set(group.method.variant) == {factor}:
+                levels.setdefault(group.method.base, []).append((str(group.method.variant[factor]), group))
+        for group in one.groups:
+            if not group.method.variant and group.method.name in levels:
+                levels[group.method.name].insert(0, (_listed_value(group.method, factor), group))
+        return levels
+
+
+def _listed_value(method: Method, factor: str) -> str:
+    """The value of a factor that a method has as it is listed: its own, else the default of the constructor."""
+    first, *rest = factor_path(factor)
+    owners = {"policy_kwargs": OfflinePolicy}
+    defaults = inspect.signature(algorithm_class(method.algorithm).__init__).parameters
+    value = method.hyperparams.get(first, defaults[first].default if first in defaults else None)
+    for key in rest:
+        inner = value or {}
+        within = inspect.signature(owners[first].__init__).parameters if first in owners else {}
+        value = inner.get(key, within[key].default if key in within else None)
+    return AS_LISTED if value is None or isinstance(value, dict) else f"{value} ({AS_LISTED})"
+
+
+class _NoiseFloors:
+    """Dips by chance: each run's from the most evaluations of the pretrained policy that it started from."""
+
+    def __init__(self, runs: Iterable[Run], random_return: float | None) -> None:
+        self._random_return = random_return
+        self._pools: dict[str, Array] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], DipNoiseFloor | None] = {}
+        for run in runs:
+            weights, returns = _weights(run), _frozen_returns(run)
+            if (
+                weights is not None
+                and np.isfinite(returns).all()
+                and returns.size > self._pools.get(weights, np.empty(0)).size
+            ):
+                self._pools[weights] = returns
+
+    def of(self, run: Run) -> DipNoiseFloor | None:
+        weights, returns = _weights(run), run.result.returns
+        if weights not in self._pools or weights is None:
+            return None
+        initial = _frozen_returns(run)
+        measured = returns.size - initial.size or returns.size
+        counts = (measured // returns.shape[1], returns.shape[1], initial.size)
+        key = (weights, counts)
+        if key not in self._known:
+            self._known[key] = dip_noise_floor(
+                self._pools[weights], counts[0], counts[1], self._random_return, initial_episodes=counts[2]
+            )
+        return self._known[key]
+
+
+def _weights(run: Run) -> str | None:
+    facts = run.result.manifest.get("pretrained")
+    return None if facts is None else str(facts["weights_sha256"])
+
+
+def _frozen_returns(run: Run) -> Array:
+    result = run.result
+    return np.asarray(result.returns[result.timesteps <= result.frozen_until], np.float64).ravel()
+
+
+def _measure(run: Run, random_return: float | None) -> FinetuningMetrics:
+    result = run.result
+    training = result.training_timesteps, result.training_returns
+    return finetuning_metrics(result.timesteps, result.returns, result.frozen_until, random_return, *training)

@@ -1,0 +1,242 @@
+"""Where a study's results are from: data, versions, machines, pretrained weights, and how to get them again."""
+
+import json
+import shlex
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sb3_offline_ft.datasets import load_dataset
+from sb3_offline_ft.study.analysis import StudyNumbers
+from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
+from sb3_offline_ft.study.results import Run
+from sb3_offline_ft.study.run_folder import RUNS, read_result
+from sb3_offline_ft.study.tables import TextTable
+from sb3_offline_ft.study.words import NONE, counted, listed, number
+
+MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """
+    What is known of a dataset.
+
+    :param transitions: Number of transitions
+    :param episodes: Number of episodes
+    :param returns: Returns of the episodes in words
+    :param mean_return: Their mean
+    :param fingerprint: Its fingerprint
+    :param remark: What is to be said of it
+    """
+
+    transitions: int
+    episodes: int
+    returns: str
+    mean_return: float
+    fingerprint: str
+    remark: str
+
+
+def remember_data_of_runs(protocol: Protocol) -> None:
+    """
+    Take facts about data that is not here from finished runs, so that they are found.
+
+    :param protocol: The protocol, of a study without a storage
+    :raises OSError: Data is not here, and no run has it
+    :raises ValueError: Data cannot be read, and no run has it
+    """
+    for label in protocol.datasets:
+        try:
+            protocol.data_facts(label)
+        except (OSError, ValueError):
+            folders = sorted((protocol.folder / RUNS / label).glob("*/*"))
+            results = [result for folder in folders if (result := read_result(folder)) is not None]
+            recorded = Counter(json.dumps(result.manifest["cell"]["dataset"], sort_keys=True) for result in results)
+            if not recorded:
+                raise
+            facts = json.loads(max(recorded, key=lambda text: (recorded[text], text)))
+            protocol.remember_data({label: {"reference_scores": None, **facts, "spec": protocol.specs[label]}})
+
+
+def data_facts(protocol: Protocol, runs: Iterable[Run]) -> dict[str, DataFacts]:
+    """
+    :param protocol: The study's protocol
+    :param runs: Its finished runs
+    :return: What is known of its datasets by label: from the data if it is here, else from the runs
+    """
+    recorded: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if run.cell.dataset is not None:
+            recorded.setdefault(run.cell.dataset, run.result.manifest["dataset"])
+    facts = {}
+    for label, spec in protocol.datasets.items():
+        known = recorded.get(label)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                dataset = load_dataset(spec, download=False)
+        except (OSError, ValueError, ImportError):
+            if known is not None:
+                facts[label] = DataFacts(
+                    known["transitions"], known["episodes"], f"mean {number(known['mean_return'])}", known["mean_return"],
+                    known["fingerprint"], "not readable here: as the runs recorded it",
+                )  # fmt: skip
+            continue
+        returns = dataset.episode_returns
+        mean, lowest, highest = (number(float(value)) for value in (returns.mean(), returns.min(), returns.max()))
+        words = f"mean {mean}, from {lowest} to {highest}"
+        same = known is None or known["fingerprint"] == dataset.fingerprint
+        remark = "as the runs had it" if known is not None else ""
+        facts[label] = DataFacts(
+            len(dataset), dataset.n_episodes, words, float(np.mean(returns)), dataset.fingerprint,
+            remark if same else "NOT what the runs had: it was changed since",
+        )  # fmt: skip
+    return facts
+
+
+def data_card(numbers: StudyNumbers, facts: dict[str, DataFacts]) -> TextTable:
+    """
+    :param numbers: The study's results
+    :param facts: What is known of the datasets
+    :return: A row for each dataset
+    """
+    scales = {one.label: one.scale for one in numbers.datasets}
+    rows = []
+    for label, spec in numbers.protocol.specs.items():
+        one, scale = facts.get(label), scales.get(label)
+        if one is None:
+            rows.append([label, spec, NONE, NONE, NONE, NONE, "not readable here, and no run has finished"])
+            continue
+        score = NONE if scale is None else number(scale.normalized(one.mean_return), 1)
+        counts = f"{one.transitions:,} in {counted(one.episodes, 'episode')}"
+        rows.append([label, spec, counts, one.returns, score, one.fingerprint[:16], one.remark])
+    columns = ["dataset", "spec", "transitions", "returns", "normalised mean", "fingerprint", "state"]
+    return TextTable("data", columns, rows, "", numbers.scale_words)
+
+
+def machines_table(runs: Iterable[Run]) -> TextTable:
+    """
+    :param runs: Finished runs
+    :return: Versions and machines, with the number of runs where they differ
+    """
+    counts: dict[str, Counter[str]] = {}
+    n = 0
+    for run in runs:
+        n += 1
+        for name, value in _machine(run).items():
+            counts.setdefault(name, Counter())[value] += 1
+    rows = []
+    for name, values in counts.items():
+        texts = [value if times == n else f"{value} ({counted(times, 'run')})" for value, times in sorted(values.items())]
+        rows.append([name, "; ".join(texts)])
+    return TextTable("machines", ["", "of the runs"], rows)
+
+
+def _machine(run: Run) -> dict[str, str]:
+    manifest = run.result.manifest
+    machine = {str(name): str(version) for name, version in (manifest.get("versions") or {}).items()}
+    return machine | {name: str(manifest[name]) for name in ("python", "cpu", "platform", "device") if name in manifest}
+
+
+def provenance(runs: Iterable[Run]) -> list[str]:
+    """
+    :param runs: Finished runs
+    :return: What can be said of versions, machines, times and pretrained weights
+    """
+    runs = list(runs)
+    machines = [_machine(run) for run in runs]
+    packages = sorted({name for machine in machines for name in machine} - {"cpu", "platform"})
+    different = [name for name in packages if len({machine.get(name) for machine in machines}) > 1]
+    if different:
+        texts = [f"Not all runs had the same versions: {listed(different)} differ, see below."]
+    else:
+        texts = [f"All {counted(len(runs), 'run')} had the same versions of Python and of all packages."]
+    processors = {machine.get("cpu") for machine in machines}
+    texts.append(
+        "All runs were made on the same kind of processor." if len(processors) == 1 else
+        f"Runs were made on {len(processors)} kinds of processors: their rounding differs, and with it long runs."
+    )  # fmt: skip
+    texts += _weights_in_words(runs)
+    started = sorted(str(run.result.manifest["started"]) for run in runs if run.result.manifest.get("started"))
+    seconds = [sum(float(value) for value in (run.result.manifest.get("seconds") or {}).values()) for run in runs]
+    if started:
+        hours = sum(seconds) / 3600
+        time = f"{number(hours, 1)} hours" if hours >= 1 else f"{number(sum(seconds) / 60, 1)} minutes"
+        texts.append(f"The first run was begun at {started[0]}, the last at {started[-1]} (UTC); together they took {time}.")
+    return texts
+
+
+def _weights_in_words(runs: list[Run]) -> list[str]:
+    """Methods are compared fairly only if those with the same pretraining, data and seed began with the same weights."""
+    starts: dict[tuple[str | None, int, str], dict[str, list[str]]] = {}
+    for run in runs:
+        facts = run.result.manifest.get("pretrained")
+        if facts is not None:
+            start = starts.setdefault((run.cell.dataset, run.cell.seed, str(facts["recipe"])), {})
+            start.setdefault(str(facts["weights_sha256"]), []).append(run.cell.method.name)
+    if not starts:
+        return []
+    shared = {key: weights for key, weights in starts.items() if sum(map(len, weights.values())) > 1}
+    different = [key for key, weights in shared.items() if len(weights) > 1]
+    case = "in which several methods share dataset, seed and pretraining"
+    if different:
+        named = [f"{dataset}, seed {seed}" for dataset, seed, _ in different[:MOST_NAMED]]
+        more = f" and {len(different) - MOST_NAMED} more" if len(different) > MOST_NAMED else ""
+        texts = [
+            f"In {len(different)} of {len(shared)} cases {case}, they did NOT start from the same weights: {'; '.join(named)}"
+            f"{more}. They were pretrained more than once, on machines or with versions that round differently."
+        ]
+    elif shared:
+        texts = [f"In all {len(shared)} cases {case}, they started from exactly the same weights (SHA-256 of the parameters)."]
+    else:
+        texts = ["No two runs share a pretraining."]
+    recipes = Counter((dataset, seed) for dataset, seed, _ in starts)
+    if max(recipes.values()) > 1:
+        texts.append("Some variants need a pretraining of their own, as their networks or its settings differ.")
+    return texts
+
+
+def commands(numbers: StudyNumbers) -> str:
+    """
+    :param numbers: The study's results
+    :return: What to type to get the results again
+    """
+    machines = [_machine(run) for run in numbers.results.runs]
+    name = shlex.quote(numbers.protocol.folder.name or "study")
+    lines = []
+    versions = {
+        package: {machine.get(package) for machine in machines}
+        for package in machines[0] if package not in ("python", "cpu", "platform", "device")
+    }  # fmt: skip
+    if all(len(found) == 1 for found in versions.values()):
+        fixed = {package: str(found.pop()).partition("+")[0] for package, found in versions.items()}
+        own = fixed.pop("sb3-offline-ft", None)
+        if own is not None:
+            lines.append(f"# with sb3-offline-ft {own} installed, and the versions of the runs:")
+        pinned = " ".join(shlex.quote(f"{package}=={version}") for package, version in fixed.items())
+        lines.append(f"python -m pip install {pinned}")
+    lines.append(f"mkdir -p {name}    # then save the protocol as {name}/{STUDY_FILE}")
+    lines.append(f"sb3-offline-ft study run {name} --workers 2")
+    lines.append(f"sb3-offline-ft study report {name}")
+    return "\n".join(lines)
+
+
+def missing_table(numbers: StudyNumbers) -> TextTable:
+    """
+    :param numbers: The study's results
+    :return: The runs that are not in the report, and why
+    """
+    rows = [[cell.name, f"failed: {_last_line(error)}"] for cell, error in numbers.results.failed.items()]
+    rows += [[name, f"not measurable: {' '.join(error.split())}"] for name, error in numbers.unusable.items()]
+    rows += [[cell.name, "not finished"] for cell in numbers.results.missing]
+    return TextTable("missing", ["run", "why"], rows)
+
+
+def _last_line(error: str) -> str:
+    lines = error.strip().splitlines()
+    return lines[-1] if lines else "no error was recorded"
