@@ -14,10 +14,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 import sb3_offline_ft.zoo  # noqa: F401  # so that the tables are complete before an example changes them
+from sb3_offline_ft.study import Protocol
+from sb3_offline_ft.study.strict_yaml import load_yaml
 from tests.conftest import RunPython
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -78,7 +81,7 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".datasets", ".buffers", ".collapse", ".evaluation", ".common.update", ".testing", ".zoo"]
+    "module", ["", ".datasets", ".buffers", ".collapse", ".evaluation", ".study", ".common.update", ".testing", ".zoo"]
 )
 def test_public_names_are_described_and_listed(module: str) -> None:
     pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts]
@@ -90,6 +93,16 @@ def test_public_names_are_described_and_listed(module: str) -> None:
     names = {name for name in public.__all__ if hasattr(getattr(public, name), "__qualname__")}
     assert sorted(names - described) == []
     assert sorted(names - listed) == []
+
+
+def test_study_files_that_are_shown_are_valid(tmp_path: Path) -> None:
+    text = (DOCS / "study.md").read_text(encoding="utf-8")
+    whole, *parts = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    study = load_yaml(whole, tmp_path / "study.yml")
+    for part in ({}, *(load_yaml(part, tmp_path / "study.yml") for part in parts)):
+        protocol = Protocol.parse(yaml.safe_dump(study | part, sort_keys=False), tmp_path / "study.yml")
+        assert len(protocol.cells()) >= 25
+        protocol.check(label for label, spec in protocol.datasets.items() if "logs/" not in spec)
 
 
 def test_commands_of_the_quickstart(run_python: RunPython, tmp_path: Path) -> None:

@@ -63,11 +63,14 @@ def test_zoo_commands_in_their_order(run_python: RunPython, tmp_path: Path) -> N
         elif command[:3] == ["sb3-offline-ft", "guard", "show"]:
             process = run_python("-m", "sb3_offline_ft", *command[1:])
             assert "CollapseGuard" in process.stdout or "alarm" in process.stdout
+        elif command[:2] == ["sb3-offline-ft", "study"] and command[2] in ("init", "status"):
+            process = run_python("-m", "sb3_offline_ft", *command[1:])
+            assert ("30 runs" if command[2] == "init" else "30 waiting") in process.stdout
         else:
             continue
         assert process.returncode == 0, process.stderr
         ran += 1
-    assert ran == 12
+    assert ran == 14
     assert (tmp_path / "work" / "report.html").stat().st_size > 10_000
     assert (tmp_path / "work" / "logs" / "td3c" / "Hopper-v5_1" / "run.png").exists()
 
