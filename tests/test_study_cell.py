@@ -1,8 +1,14 @@
 """Running one cell of a study: what is measured, what is shared, what is kept."""
 
+import importlib.metadata
 import json
+import multiprocessing
+import os
+import platform
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +17,13 @@ import yaml
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
+import sb3_offline_ft
 from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.study import cell as cell_module
 from sb3_offline_ft.study.cell import FINETUNING, PRETRAINING, Measure, run_cell
 from sb3_offline_ft.study.learners import constructor_arguments, pretrained_learner
 from sb3_offline_ft.study.protocol import Cell, Protocol
-from sb3_offline_ft.study.results import find_result, load_results
+from sb3_offline_ft.study.results import find_result, keep_result, load_results
 from sb3_offline_ft.study.run_folder import CellResult, read_result, run_folder, write_result
 from sb3_offline_ft.zoo.pretrained_cache import new_learner, pretrain
 from sb3_offline_ft.zoo.recipe import Recipe
@@ -44,9 +51,9 @@ STUDY = {
 }
 
 
-def write_study(folder: Path) -> Protocol:
+def write_study(folder: Path, **changes: Any) -> Protocol:
     folder.mkdir(parents=True)
-    (folder / "study.yml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    (folder / "study.yml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
     return Protocol.load(folder)
 
 
@@ -112,6 +119,63 @@ def test_the_same_cell_gives_the_same_bits(study: Protocol, cells: dict[str, Cel
         again = run_cell(study, cells[name], pretrained_folder=study.folder / "pretrained")
         for field in ("timesteps", "returns", "lengths", "training_timesteps", "training_returns"):
             np.testing.assert_array_equal(getattr(again, field), getattr(results[name], field), err_msg=f"{name} {field}")
+
+
+def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
+    study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult]
+) -> None:
+    for name, result in results.items():
+        manifest = result.manifest
+        assert manifest["versions"]["sb3-offline-ft"] == sb3_offline_ft.__version__, name
+        assert (manifest["device"], manifest["threads"]) == ("cpu", th.get_num_threads())
+        assert manifest["platform"] == f"{platform.system()} {platform.machine()}"
+        assert json.loads(json.dumps(manifest)) == manifest
+        hyperparams = manifest["hyperparams"]
+        if name == "offline":
+            assert hyperparams is None
+        else:
+            assert manifest["algorithm"] == cells[name].method.algorithm
+            written = {key: value for key, value in cells[name].method.hyperparams.items() if key != "policy_kwargs"}
+            assert written.items() <= hyperparams.items(), name
+            assert hyperparams["policy_kwargs"]["net_arch"] == [16, 16]
+            # Defaults of constructors, of the policy's too
+            assert hyperparams["n_steps"] == 1 and hyperparams["policy_kwargs"]["n_critics"] == 2, name
+    assert results["td3c"].manifest["hyperparams"]["epsilon"] == 0.01
+    assert results["sac"].manifest["hyperparams"]["ent_coef"] == "auto"
+    pretraining = results["td3c"].manifest["pretraining"]
+    assert pretraining == results["offline"].manifest["pretraining"] and results["scratch"].manifest["pretraining"] is None
+    assert pretraining["algorithm"] == "td3bc"
+    assert (pretraining["hyperparams"]["offline_steps"], pretraining["hyperparams"]["alpha"]) == (40, 2.5)
+    assert "warmup_steps" not in pretraining["hyperparams"]
+
+
+def test_a_version_is_recorded_where_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    monkeypatch.delitem(vars(sb3_offline_ft), "__version__", raising=False)
+    assert cell_module._machine()["versions"]["sb3-offline-ft"] == "0+not.installed"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"algorithm": "ppo", "hyperparams": {"n_steps": 128, "n_epochs": 1}},
+        {"algorithm": "ppo", "hyperparams": {"n_steps": 1024}},
+        {"algorithm": "sac", "hyperparams": {"train_freq": [1, "episode"], "gradient_steps": 1, **NETS}},
+        {"algorithm": "sac", "hyperparams": {"train_freq": 7, "gradient_steps": 1, **NETS}},
+    ],
+)
+def test_runs_end_at_their_last_interaction_whatever_the_algorithm(tmp_path: Path, entry: dict[str, Any]) -> None:
+    changes = {"datasets": {}, "hyperparams": {}, "interactions": 450, "evaluation": {"every": 150, "episodes": 1}}
+    protocol = write_study(tmp_path / "study", **changes, methods={"it": entry | {"start": "scratch"}})
+    steps: list[int] = []
+    (cell,) = protocol.cells()
+    result = run_cell(protocol, cell, pretrained_folder=tmp_path, on_step=lambda phase, done, total: steps.append(done))
+    assert result.timesteps.tolist() == [0, 150, 300, 450]
+    assert result.training_timesteps.tolist() == [200, 400]
+    assert max(steps) <= 450
 
 
 def test_progress_is_told(study: Protocol, cells: dict[str, Cell], tmp_path: Path) -> None:
@@ -240,6 +304,65 @@ def test_a_result_that_cannot_be_written_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["cell"]
     kept = read_result(tmp_path / "cell")
     assert kept is not None and kept.manifest["name"] == results["td3"].manifest["name"]
+
+
+def _write_at_once(folder: Path, result: CellResult, times: int, barrier: Any, errors: Any) -> None:
+    for index in range(times):
+        barrier.wait()
+        try:
+            write_result(folder / f"seed{index}-0123abcd", result)
+        except OSError as error:
+            errors.append(repr(error))
+
+
+def test_processes_that_write_the_same_folder_at_once_all_succeed(results: dict[str, CellResult], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    result, times = results["offline"], 100
+    with context.Manager() as manager:
+        errors, barrier = manager.list(), context.Barrier(3)
+        writers = [context.Process(target=_write_at_once, args=(tmp_path, result, times, barrier, errors)) for _ in range(3)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert list(errors) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"seed{index}-0123abcd" for index in range(times))
+    assert all(read_result(folder) is not None for folder in tmp_path.iterdir())
+
+
+def test_what_killed_writers_left_is_removed_when_it_is_old(results: dict[str, CellResult], tmp_path: Path) -> None:
+    names = [".seed1-0123abcd.x3_k9qwe", ".seed1-0123abcd.old.x3_k9qwe", ".seed2-0123abcd.fresh123", ".other", ".seedling"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+        if "fresh" not in name:
+            os.utime(tmp_path / name, (1e9, 1e9))
+    write_result(tmp_path / "seed0-89abcdef", results["td3"])
+    assert {path.name for path in tmp_path.iterdir()} == {"seed0-89abcdef", *names[2:]}
+
+
+@pytest.mark.parametrize("manifest", ["[]", "3", '"key guarded"', "{}", '{"key": "a"}', '{"guarded": false}', "null"])
+def test_a_manifest_without_what_it_must_have_is_no_result(
+    results: dict[str, CellResult], tmp_path: Path, manifest: str
+) -> None:
+    write_result(tmp_path / "cell", results["td3"])
+    (tmp_path / "cell" / "manifest.json").write_text(manifest)
+    assert read_result(tmp_path / "cell") is None
+
+
+def test_a_result_is_found_under_the_names_of_before(
+    results: dict[str, CellResult], cells: dict[str, Cell], tmp_path: Path
+) -> None:
+    before = write_study(tmp_path / "study")
+    keep_result(before, cells["td3c"], results["td3c"])
+    methods = {"tight": STUDY["methods"]["td3c"] | {"label": "Tight"}}
+    (before.file).write_text(yaml.safe_dump(STUDY | {"datasets": {"all": "bundled:pendulum-medium"}, "methods": methods}))
+    after = Protocol.load(before.folder)
+    (run,) = load_results(after).runs
+    assert (run.result.manifest["name"], run.result.manifest["label"]) == ("all/tight/seed0", "Tight")
+    np.testing.assert_array_equal(run.result.returns, results["td3c"].returns)
+    folders = [path.parent.relative_to(after.folder / "runs") for path in (after.folder / "runs").rglob("manifest.json")]
+    assert {str(folder.parent) for folder in folders} == {"all/tight", "medium/td3c"}
 
 
 def test_results_are_sorted_into_runs_failed_and_missing(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
@@ -30,7 +30,7 @@ from sb3_offline_ft.study.queue import (
 )
 from sb3_offline_ft.study.run_folder import CellResult
 from sb3_offline_ft.study.status import show_status
-from sb3_offline_ft.zoo.storage import open_storage, without_password
+from sb3_offline_ft.zoo.storage import describe_trial, open_storage, without_password
 from tests.study_runs import STUDY, write_study
 
 MakeQueue = Callable[..., StudyQueue]
@@ -137,7 +137,11 @@ def test_results_are_exact_however_long_they_are(make_queue: MakeQueue, tmp_path
     claim = queue.claim(list(queue.cells))
     assert claim is not None
     written = a_result(queue, claim.key, episodes=20_000)
+    written.manifest["quotes"] = [""] * 20_000
     assert claim.finish(written)
+    # MySQL cuts off what is longer
+    attributes = queue.study.get_trials()[0].user_attrs
+    assert all(len(json.dumps(value)) < 65_535 for value in attributes.values())
     # A machine that shares the storage only
     elsewhere = make_queue(write_study(tmp_path / "elsewhere"))
     elsewhere.restore_run_folders()
@@ -342,6 +346,36 @@ def test_storages_that_cannot_be_reached_are_named_without_the_password(tmp_path
     assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
 
 
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "postgresql://127.0.0.1:1/db?user=me&password=sesame",
+        "postgresql+psycopg://me@127.0.0.1:1/db?sslpassword=sesame&sslcert=none",
+        "mysql+pymysql://127.0.0.1:1/db?passwd=sesame",
+        "postgresql//me:sesame@host/db",
+        "postgresql://me:sesame@host:port/db",
+        "me:sesame@host/db",
+        "host=here password=sesame",
+        "sqlite:///none.db?auth_token=sesame",
+    ],
+)
+def test_passwords_are_shown_to_nobody(storage: str) -> None:
+    assert "sesame" not in without_password(storage)
+    with pytest.raises((OSError, ValueError, ImportError)) as caught:
+        open_storage(storage, create=False)
+    assert "sesame" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not isinstance(caught.value, ValueError) or "`--storage` is" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Query string argument")
+def test_looking_up_a_trial_shows_no_password(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}?password=sesame"
+    open_storage(storage, create=True)
+    with pytest.raises(ValueError, match=r"There is no study 'mine' in sqlite:///.*password=hidden: it has none") as caught:
+        describe_trial(storage, "mine", None)
+    assert "sesame" not in str(caught.value)
+
+
 def test_a_database_that_fails_for_a_moment_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "RETRY_SECONDS", (0.1,) * 50)
     queue = StudyQueue(Protocol.load(write_study(tmp_path / "study")), f"sqlite:///{tmp_path / 'shared.db'}")
@@ -362,6 +396,50 @@ def test_a_database_that_fails_for_a_moment_is_tried_again(tmp_path: Path, monke
     assert states(queue)[0] == "done"
     queue.close()
     database.close()
+
+
+def test_an_answer_that_was_lost_loses_no_result(make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "RETRY_SECONDS", (0.0,))
+    queue = make_queue()
+    queue.enqueue()
+    claim = queue.claim(list(queue.cells))
+    assert claim is not None
+    store = queue.storage.set_trial_state_values
+
+    def lose_answer(*arguments: Any) -> bool:
+        store(*arguments)
+        monkeypatch.undo()
+        raise StorageInternalError("The connection was lost.")
+
+    monkeypatch.setattr(queue.storage, "set_trial_state_values", lose_answer)
+    assert claim.finish(a_result(queue, claim.key))
+    assert states(queue)[0] == "done"
+
+
+def test_status_without_a_storage_counts_what_is_in_run_folders(tmp_path: Path) -> None:
+    def shown() -> str:
+        console = Console(width=160, record=True)
+        show_status(folder, None, console=console)
+        return console.export_text()
+
+    folder = write_study(tmp_path / "study")
+    queue = StudyQueue(Protocol.load(folder))
+    queue.enqueue()
+    for _ in range(2):
+        claim = queue.claim(list(queue.cells))
+        assert claim is not None and claim.finish(a_result(queue, claim.key))
+    assert "tiny: 2 done, 4 waiting" in shown()
+    (folder / "study.log").unlink()
+    assert "tiny: 2 done, 4 waiting" in shown()
+    # A method's name may be changed
+    write_study(folder, methods={f"{name}-2": entry for name, entry in STUDY["methods"].items()})
+    assert "tiny: 2 done, 4 waiting" in shown()
+    # Data that is not here has no results, and that of others is found
+    write_study(folder, datasets={"medium": "bundled:pendulum-medium", "lost": "lost.npz"})
+    assert "tiny: 2 done, 8 waiting" in shown()
+    # A storage that does not know them will
+    StudyQueue(Protocol.load(write_study(folder))).enqueue()
+    assert "tiny: 2 done, 4 waiting" in shown()
 
 
 def test_status_shows_all_states_and_errors(make_queue: MakeQueue, storage: str, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from sb3_offline_ft.cli import app
 from sb3_offline_ft.study.protocol import Protocol
 from sb3_offline_ft.study.queue import ERROR, WORKER, CellState, StudyQueue
-from sb3_offline_ft.study.run import run_study
+from sb3_offline_ft.study.results import load_results
+from sb3_offline_ft.study.run import StudyRun, run_study
 from sb3_offline_ft.study.run_folder import CellResult
 from sb3_offline_ft.study.worker import Evaluated, Interrupts, Worker, WorkerSettings, _Lines
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM
 from tests.study_runs import (
+    STUDY,
     assert_each_done_once,
     assert_same,
     at_the_gate,
@@ -131,6 +133,32 @@ def test_ctrl_c_lets_cells_wait_and_keeps_what_is_done(gate: Path, watched: Path
     # What was chosen with --only was enqueued again, and nothing else
     assert [trial.state for trial in queue.study.get_trials()] == [TrialState.FAIL, TrialState.WAITING]
     assert queue.enqueue() == 2
+
+
+def test_a_study_that_is_edited_during_a_run_is_run_as_it_was(watched: Path) -> None:
+    class Counting(StudyRun):
+        started = 0
+
+        def _start_worker(self) -> None:
+            self.started += 1
+            assert self.started == 1, "workers that find nothing to do are started for ever"
+            super()._start_worker()
+
+    methods = {"offline": STUDY["methods"]["offline"]}
+    folder = write_study(watched / "study", methods=methods, seeds=1)
+    began = Protocol.load(folder)
+    run = Counting(WorkerSettings(folder), 1, console())
+    assert not run.file_has_changed()
+    # Before a worker begins
+    write_study(folder, methods=methods, seeds=2, interactions=100)
+    assert run.run() == {CellState.DONE: 1}
+    assert run.file_has_changed()
+    run.queue.close()
+    assert [run.cell.name for run in load_results(began).runs] == ["medium/offline/seed0"]
+    shown = console()
+    assert run_study(folder, only="*/seed0", console=shown) == {CellState.DONE: 1}
+    assert "has changed" not in shown.file.getvalue()
+    assert [run.result.timesteps.tolist() for run in load_results(Protocol.load(folder)).runs] == [[0, 100]]
 
 
 def test_a_full_disk_stops_the_run_and_its_cells_wait(watched: Path) -> None:

@@ -51,6 +51,7 @@ STUDY: dict[str, Any] = {
 }
 
 
+UNIFORM = {"replay_buffer_kwargs": {"offline_sampling": "uniform"}}
 PINNED = """
 env: Pendulum-v1
 datasets: {medium: bundled:pendulum-medium}
@@ -370,6 +371,19 @@ def test_a_factor_acts_where_its_hyperparameter_does() -> None:
     assert {each.base for each in protocol.methods if "epsilon" in each.variant} == {"td3c", "td3c-guard"}
 
 
+def test_a_default_within_a_mapping_makes_no_variant() -> None:
+    factors = {"replay_buffer_kwargs.offline_sampling": ["uniform", "balanced"]}
+    protocol = parse(edited(factors=factors))
+    assert [each.name for each in protocol.methods if each.base == "td3"] == [
+        "td3",
+        "td3+replay_buffer_kwargs.offline_sampling=balanced",
+    ]
+    # It changes no keys
+    listed = parse(edited(methods__td3={"algorithm": "td3", "hyperparams": UNIFORM}))
+    assert method(listed, "td3").hyperparams["replay_buffer_kwargs"] == UNIFORM["replay_buffer_kwargs"]
+    assert keys(listed)["medium/td3/seed0"] != keys(parse(edited()))["medium/td3/seed0"]
+
+
 # Which runs are the same
 
 
@@ -517,7 +531,27 @@ def test_paths_beside_the_file_are_found_part_by_part(tmp_path: Path, monkeypatc
     assert [round(part.weight or 0, 3) for part in protocol.dataset("both").sources] == [0.125, 0.375, 0.5]
     assert protocol.dataset("narrowed").episode_returns.min() >= -700
     file = init_study(tmp_path / "made", env="Pendulum-v1", datasets={"a": "study/one.npz?episodes=3"}, interactions=6000)
-    assert Protocol.load(file).datasets == {"a": f"{folder}/one.npz?episodes=3"}
+    moved = shutil.move(tmp_path, tmp_path.with_name("moved"))
+    protocol = Protocol.load(Path(moved) / "made" / file.name)
+    # Both were moved, and nobody is where they were
+    assert protocol.specs == {"a": "../study/one.npz?episodes=3"} and protocol.dataset("a").n_episodes == 3
+
+
+def test_init_keeps_absolute_paths_and_finds_relative_ones_through_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_dataset(PENDULUM)
+    columns = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    np.savez(tmp_path / "data.npz", **{column: getattr(data, column) for column in columns})
+    monkeypatch.chdir(tmp_path)
+    file = init_study(
+        "link", env="Pendulum-v1", datasets={"a": "data.npz", "b": f"{tmp_path}/data.npz", "c": PENDULUM}, interactions=6000
+    )
+    protocol = Protocol.load(file)
+    assert protocol.specs == {"a": "../../data.npz", "b": f"{tmp_path}/data.npz", "c": PENDULUM}
+    assert len(protocol.dataset("a")) == len(data)
 
 
 # What is refused
@@ -589,6 +623,31 @@ def test_paths_beside_the_file_are_found_part_by_part(tmp_path: Path, monkeypatc
             "of SAC. Did you mean 'ent_coef'",
         ),
         ({"methods__x": {"algorithm": "td3"}}, "`methods.x` is the same as methods.td3"),
+        (
+            {"hyperparams__replay_buffer_kwargs": {}, "methods__x": {"algorithm": "td3", "hyperparams": UNIFORM}},
+            "`methods.x` is the same as methods.td3",
+        ),
+        ({"methods__td3__label": "td3c"}, "`methods.td3c.label` makes 'td3c', as methods.td3 does: give each a label"),
+        (
+            {
+                "methods__x": {"algorithm": "td3", "label": "td3, tau 0.1", "hyperparams": {"gamma": 0.9}},
+                "factors": {"tau": [0.1]},
+            },
+            "`methods.x.label` makes 'td3, tau 0.1', as methods.td3 does",
+        ),
+        (
+            {"methods__" + "x" * 151: {"algorithm": "td3", "hyperparams": {"tau": 0.1}}},
+            "has 151 characters.* choose a shorter",
+        ),
+        (
+            {"factors": {"policy_kwargs.net_arch": [[16] * 40]}},
+            r"`factors` makes the name td3c-guard\+policy_.*\.\.\., which has 153 characters.*at most 150, make a method",
+        ),
+        (
+            {"factors": {"train_freq": [[2, "step"], "2, step"]}},
+            r"`factors` has the values \[\[2, 'step'\]\] and \['2, step'\], which both make td3bc\+train_freq=2_step: leave",
+        ),
+        ({"datasets": {"a" * 81: PENDULUM}}, "must have at most 80 characters, as folders are called so, found 81"),
         ({"methods__a+b": {"algorithm": "td3"}}, r"`methods.a\+b` must be a name of letters"),
         ({"factors": {"offline_fractoin": [0]}}, "`factors.offline_fractoin` is an argument of no method.*'offline_fraction'"),
         ({"factors": {"offline_fraction": 0.5}}, "`factors.offline_fraction` must be a list of values, found 0.5"),

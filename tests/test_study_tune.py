@@ -1,9 +1,11 @@
 """Tuning of the finetuning: objective, pruning on dips, shared pretraining, retries, files, and rl_zoo3's -optimize."""
 
+import io
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,17 +20,22 @@ import yaml
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from scipy import stats
 from stable_baselines3.common.env_util import make_vec_env
 from typer.testing import CliRunner
 
 from sb3_offline_ft import TD3C, LearnerSnapshot
 from sb3_offline_ft.cli import app
+from sb3_offline_ft.datasets import load_dataset
+from sb3_offline_ft.evaluation.comparisons import compare_paired
 from sb3_offline_ft.study.cell import run_cell
 from sb3_offline_ft.study.learners import pretraining_recipe
 from sb3_offline_ft.study.protocol import Cell, Protocol
-from sb3_offline_ft.study.queue import KEY
+from sb3_offline_ft.study.queue import KEY, CellState
+from sb3_offline_ft.study.report import write_report
+from sb3_offline_ft.study.status import read_statuses
 from sb3_offline_ft.study.tune import Tuned, confirm_best, confirmation_text, tune
-from sb3_offline_ft.study.tuning_entry import write_entry, zoo_entry
+from sb3_offline_ft.study.tuning_entry import spec_seen_from, write_entry, zoo_entry
 from sb3_offline_ft.study.tuning_objective import Objective, number_of_last
 from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
 from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET, DipPruner, LatestMedianPruner, make_pruner
@@ -36,7 +43,7 @@ from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue
 from sb3_offline_ft.study.tuning_report import parameter_importance
 from sb3_offline_ft.zoo.pretrained_cache import pretrain
 from sb3_offline_ft.zoo.samplers import SEARCH_SPACES, split_finetuning, split_tuning
-from tests.conftest import RunPython
+from tests.conftest import REPOSITORY, RunPython
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM
 from tests.study_runs import environment, wait_until, write_study
 from tests.test_zoo_optimize import optimize
@@ -53,6 +60,7 @@ SHORT: dict[str, Any] = {
     },
 }
 QUIET = Console(quiet=True)
+BUNDLED = REPOSITORY / "sb3_offline_ft" / "datasets" / "bundled" / "pendulum-medium"
 
 
 def settings_for(folder: Path, **changes: Any) -> TuningSettings:
@@ -70,9 +78,11 @@ def study(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """A tuning of three trials, the first of which is the preset."""
-    folder = write_study(tmp_path_factory.mktemp("tuned"), **SHORT)
-    return tune(settings_for(folder), console=QUIET)
+    """A tuning of three trials, the first of which is the preset, on data beside the study's folder."""
+    folder = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(BUNDLED, folder / "data" / "medium")
+    study = write_study(folder / "study", **SHORT | {"datasets": {"medium": "../data/medium?episodes=20"}})
+    return tune(settings_for(study), console=QUIET)
 
 
 # The objective
@@ -188,11 +198,17 @@ def test_only_trials_that_can_be_compared_are_in_one_tuning(study: Path) -> None
 def test_methods_and_seeds_are_chosen_from_the_study(study: Path) -> None:
     assert plan_for(study).method.name == "td3c"
     assert plan_for(study, method="td3c-guard").method.guard is not None
-    more = plan_for(study, n_seeds=4)
-    # The study has two seeds; fresh ones are those that neither has
-    assert more.seeds == (0, 1, 2, 3)
-    assert more.fresh_seeds(2) == [4, 5]
-    assert plan_for(study).fresh_seeds(2) == [2, 3]
+    # The study has the seeds 0 and 1, whose runs shall judge what was tuned
+    apart = plan_for(study)
+    assert apart.seeds == (1000, 1001) and apart.fresh_seeds(2) == [1002, 1003]
+    together = plan_for(study, n_seeds=3, same_seeds=True)
+    assert together.seeds == (0, 1, 1000) and together.fresh_seeds(2) == [1001, 1002]
+    assert plan_for(study, n_seeds=2, same_seeds=True).seeds == (0, 1)
+    # A study that gets more seeds judges by those, too, and the tuning goes on where it was
+    write_study(study, **SHORT | {"seeds": 50})
+    assert plan_for(study).name == apart.name
+    write_study(study, **SHORT | {"seeds": [1001, 2**32 - 1]})
+    assert plan_for(study).seeds == (1000, 1002) and plan_for(study).fresh_seeds(1) == [1003]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +257,7 @@ def test_trials_are_runs_of_the_study_with_the_presets_first(tuned: Tuned) -> No
     assert [PRESET in trial.user_attrs for trial in trials] == [True, False, False]
     assert trials[0].params == plan.preset_parameters()
     folder = plan.study.folder / "pretrained"
-    # One pretraining for each seed, which the study's own runs have too
+    # One pretraining for each seed
     before = sorted(folder.glob("*.pt"))
     assert len(before) == 2
     for trial, method in ((trials[0], plan.method), (trials[2], plan.tuned(trials[2].params))):
@@ -260,7 +276,7 @@ def test_trials_are_runs_of_the_study_with_the_presets_first(tuned: Tuned) -> No
 
 
 def test_a_tuning_goes_on_where_it_was(tuned: Tuned, tmp_path: Path) -> None:
-    study = Path(shutil.copytree(tuned.result.plan.study.folder, tmp_path / "study"))
+    study = Path(shutil.copytree(tuned.result.plan.study.folder.parent, tmp_path / "copy")) / "study"
     options = ["--n-trials", "3", "--pruner", "none", "--prune-dip", "inf", "--startup-trials", "2"]
     told = CliRunner().invoke(app, ["study", "tune", str(study), *options])
     assert told.exit_code == 0, told.output
@@ -357,8 +373,11 @@ def test_the_trial_of_a_killed_worker_is_run_again(tmp_path: Path, monkeypatch: 
                 queue = TuningQueue(plan_for(study, n_trials=1), create=False)
             except FileNotFoundError:
                 return False
-        running = [] if queue is None else queue.study.get_trials(states=(TrialState.RUNNING,))
-        return any(trial.params for trial in running)
+        if queue is None:
+            return False
+        running = queue.study.get_trials(states=(TrialState.RUNNING,))
+        # Who is killed while it writes keeps the journal's lock for half a minute
+        return any(trial.params.keys() == queue.plan.preset_parameters().keys() for trial in running)
 
     try:
         wait_until(is_running, process)
@@ -399,9 +418,66 @@ def test_the_files_say_what_came_out(tuned: Tuned) -> None:
     page = (folder / "tuning.html").read_text()
     assert tuned.result.verdict in page and "cannot be computed from 3 completed trials: it needs 10" in page
     assert "<script" not in page and "src=" not in page
-    rows = (folder / "trials.csv").read_text().splitlines()
-    assert len(rows) == 4 and "params_epsilon" in rows[0]
+    columns, *rows = (folder / "trials.csv").read_text().splitlines()
+    params = [f"params_{name}" for name in sorted(SEARCH_SPACES["td3c"].tuned)]
+    facts = ["number", "trial", "state", "value", *params, "scores", "deepest_dip", "datetime_start", "duration"]
+    assert columns.split(",") == facts and len(rows) == 3
     assert (folder / "history.png").read_bytes().startswith(b"\x89PNG")
+
+
+def assert_nothing_of_this_machine(folder: Path, secrets: list[str]) -> None:
+    texts = [path for path in folder.rglob("*") if path.suffix in (".yml", ".html", ".csv", ".svg", ".md")]
+    assert len(texts) >= 2
+    for path in texts:
+        assert not [secret for secret in secrets if secret in path.read_text(encoding="utf-8")], path
+
+
+def test_the_files_say_nothing_of_the_machine(tuned: Tuned, study: Path) -> None:
+    plan = tuned.result.plan
+    secrets = [str(plan.study.folder), str(plan.study.folder.parent), f"{socket.gethostname()}:"]
+    assert_nothing_of_this_machine(tuned.files[0].parent, secrets)
+    # Nor where it was when a trial failed
+    queue = TuningQueue(plan_for(study, n_trials=2))
+    queue.enqueue()
+    preset, other = queue.claim(list(queue.cells)), queue.claim(list(queue.cells))
+    assert preset is not None and other is not None
+    queue.trial(preset).set_user_attr(SCORES, tuned.result.trials[0].user_attrs[SCORES])
+    queue.finish(preset, 0.0)
+    other.fail(f'Traceback:\n  File "{study}/env.py", line 3\nRuntimeError: It fell\n')
+    done = tune(settings_for(study, n_trials=2), console=QUIET)
+    assert "trial 1: failed: RuntimeError: It fell" in (done.files[0].parent / "tuning.html").read_text()
+    assert_nothing_of_this_machine(done.files[0].parent, [str(study), "Traceback", f"{socket.gethostname()}:"])
+
+
+def test_paths_lead_from_other_folders_to_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, data, here = tmp_path / "disk" / "study", tmp_path / "disk" / "data", tmp_path / "here"
+    shutil.copytree(BUNDLED, data / "medium")
+    shutil.copytree(BUNDLED, here / "own")
+    shutil.copytree(BUNDLED, real / "inside")
+    specs = {
+        "beside": "../data/medium?episodes=20",
+        "inside": "inside?episodes=30",
+        "mixed": "0.5*../data/medium?episodes=10 + 0.5*bundled:pendulum-medium",
+        "here": "./own?episodes=5",
+        "absolute": f"{data / 'medium'}?episodes=7",
+        "bundled": "bundled:pendulum-medium",
+    }
+    write_study(real, **SHORT | {"datasets": specs})
+    # As on clusters, where homes link to a larger disk: the system looks for `..` there
+    study = tmp_path / "home"
+    study.symlink_to(real, target_is_directory=True)
+    monkeypatch.chdir(here)
+    protocol = Protocol.load(study)
+    folder = study / "tuning" / "x"
+    folder.mkdir(parents=True)
+    moved = {label: spec_seen_from(protocol, label, folder) for label in specs}
+    prints = {label: protocol.dataset(label).fingerprint for label in specs}
+    assert {label for label in specs if moved[label] == specs[label]} == {"absolute", "bundled"}
+    assert [label for label in specs if str(tmp_path) in moved[label]] == ["absolute"]
+    # What begins with a point is not taken for the name of a dataset of Minari's
+    assert spec_seen_from(protocol, "inside", study) == "./inside?episodes=30"
+    monkeypatch.chdir(folder)
+    assert {label: load_dataset(spec).fingerprint for label, spec in moved.items()} == prints
 
 
 def with_best(tuned: Tuned, number: int) -> Any:
@@ -410,7 +486,7 @@ def with_best(tuned: Tuned, number: int) -> Any:
 
 def test_the_configuration_pretrains_as_the_trials_were_and_finetunes_as_the_best(tuned: Tuned) -> None:
     result, plan = with_best(tuned, 1), tuned.result.plan
-    entry = zoo_entry(plan, result.method)
+    entry = zoo_entry(plan, result.method, plan.study.folder)
     changes = {name: new for name, (_, new) in result.changes.items()}
     whole_run, finetuning = split_finetuning(entry)
     assert finetuning == {"learning_rate": changes.pop("learning_rate")}
@@ -420,7 +496,7 @@ def test_the_configuration_pretrains_as_the_trials_were_and_finetunes_as_the_bes
     # What TD3C would learn from the data by this configuration is what TD3BC learned for the trials
     env = make_vec_env("Pendulum-v1")
     arguments = {name: value for name, value in whole_run.items() if name not in ("n_timesteps", "dataset", "callback")}
-    recipe = pretraining_recipe("td3c", arguments, plan.study.dataset("medium"), env, 0, "cpu")
+    recipe = pretraining_recipe("td3c", arguments, plan.study.dataset("medium"), env, plan.seeds[0], "cpu")
     state = pretrain(recipe, env).policy_state
     env.close()
     expected = [LearnerSnapshot.load(path).policy_state for path in (plan.study.folder / "pretrained").glob("*.pt")]
@@ -440,13 +516,14 @@ def test_a_pretraining_that_rl_zoo3_cannot_repeat_is_said(tmp_path: Path) -> Non
 
 def test_the_zoo_command_takes_the_configuration(run_python: RunPython, tmp_path: Path, tuned: Tuned) -> None:
     result = with_best(tuned, 2)
-    file = tmp_path / "best.yml"
-    text = write_entry(result.plan, result.method, file, {})
+    folder = tmp_path / "elsewhere"
+    text = write_entry(result.plan, result.method, folder / "best.yml", {})
+    assert "# In this file's folder, from which `dataset` leads to the data:\n# python " in text
     command = next(line for line in text.splitlines() if line.startswith("# python ")).removeprefix("# python ").split()
-    assert command[:6] == ["-m", "rl_zoo3.train", "--algo", "td3c", "--env", "Pendulum-v1"]
-    trained = run_python(*command, "--seed", "0", "-f", "logs")
+    assert command[:8] == ["-m", "rl_zoo3.train", "--algo", "td3c", "--env", "Pendulum-v1", "-conf", "best.yml"]
+    trained = run_python(*command, "--seed", "0", "-f", "logs", cwd=folder)
     assert trained.returncode == 0, trained.stderr
-    model = TD3C.load(tmp_path / "work" / "logs" / "td3c" / "Pendulum-v1_1" / "Pendulum-v1.zip")
+    model = TD3C.load(folder / "logs" / "td3c" / "Pendulum-v1_1" / "Pendulum-v1.zip")
     assert (model.offline_steps_done, model.num_timesteps) == (50, 300)
     changes = {name: new for name, (_, new) in result.changes.items()}
     assert model.epsilon == changes["epsilon"]
@@ -473,7 +550,8 @@ def test_the_best_is_confirmed_with_fresh_seeds(tuned: Tuned) -> None:
     comparison = confirm_best(result, settings, 2, 1, QUIET)
     assert comparison.n_pairs == 2 and comparison.smallest_p_value == 0.5
     protocol = Protocol.load(next(tuned.files[0].parent.glob("confirmation-*")))
-    assert protocol.seeds == (2, 3)
+    assert protocol.seeds == (1002, 1003)
+    assert protocol.dataset("medium").fingerprint == result.plan.study.dataset("medium").fingerprint
     preset, best = protocol.methods
     assert dict(preset.hyperparams) == dict(result.plan.method.hyperparams)
     assert dict(best.hyperparams) == dict(result.method.hyperparams)
@@ -488,7 +566,41 @@ def test_the_best_is_confirmed_with_fresh_seeds(tuned: Tuned) -> None:
             values.append(score.value)
         differences.append(values[0] - values[1])
     assert comparison.difference.value == pytest.approx(np.mean(differences))
-    assert "With 2 fresh seeds, best less preset is " in confirmation_text(comparison)
+    # It is a study as any other
+    assert [each.state for each in read_statuses(protocol)] == 4 * [CellState.DONE]
+    assert [path.name for path in write_report(protocol.folder, formats=["html"])] == ["report.html"]
+    assert_nothing_of_this_machine(protocol.folder, [str(result.plan.study.folder.parent)])
+
+
+def confirmed(differences: Any) -> str:
+    return confirmation_text(compare_paired([differences], [np.zeros(len(differences))], n_resamples=100))
+
+
+def test_equal_hyperparameters_are_seldom_called_different() -> None:
+    # Of 400 repetitions at most a twentieth may be wrong in the long run: more than the limit are in one of 10,000 tests
+    limit = stats.binom.isf(1e-4, 400, 0.05)
+    rng = np.random.default_rng(0)
+    for n_seeds, most in ((2, 0), (5, 0), (6, limit), (8, limit)):
+        texts = [confirmed(rng.normal(size=n_seeds) - rng.normal(size=n_seeds)) for _ in range(400)]
+        assert sum(text.endswith((": better.", ": worse.")) for text in texts) <= most
+
+
+def test_differences_are_shown_by_six_seeds_and_by_no_fewer() -> None:
+    gains = np.array([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    assert confirmed(gains).startswith("With 6 fresh seeds, best less preset is +0.450")
+    assert confirmed(gains).endswith("sign-flip test p = 0.0312): better.")
+    assert confirmed(-gains).endswith(": worse.")
+    # One seed of six that says otherwise, and nothing is shown, whatever an interval says
+    assert confirmed([-0.1, *gains[1:]]).endswith("p = 0.0625): not shown to be different.")
+    few = confirmed(gains[:5])
+    assert "no difference can be shown with fewer than 6 seeds: p is at least 0.0625 with so few" in few
+
+
+def test_too_few_fresh_seeds_are_said_before_the_work(study: Path) -> None:
+    console = Console(file=io.StringIO(), width=300)
+    with pytest.raises(ValueError, match="No trial was completed"):
+        tune(settings_for(study), confirm=5, timeout=1e-9, console=console)
+    assert "`--confirm 5`: no difference can be shown with fewer than 6 seeds" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # -optimize

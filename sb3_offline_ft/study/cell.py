@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 
+import sb3_offline_ft
 from sb3_offline_ft.collapse import CollapseGuard, LearnerSnapshot
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.study.learners import new_learner_from_scratch, pretrained_learner, pretraining_recipe
+from sb3_offline_ft.study.methods import complete_hyperparams
 from sb3_offline_ft.study.run_folder import CellResult
 from sb3_offline_ft.zoo.pretrained_cache import PretrainedCache
 from sb3_offline_ft.zoo.recipe import Recipe
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 MEASURED_STREAM, LEARNER_STREAM, TRAINING_STREAM = 10, 11, 12
 REPORT_STEPS = 200
-PACKAGES = ("sb3-offline-ft", "stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", "minari", "numpy")
+PACKAGES = ("stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", "minari", "numpy")
 
 OnStep = Callable[[str, int, int], None]
 OnEvaluation = Callable[[int, Sequence[float]], None]
@@ -40,18 +45,22 @@ class Measure(BaseCallback):
     """
     Evaluates the policy now and then, without being noticed by the learner.
 
-    The episodes' starts depend on the seed and the number of the evaluation only, so that those of two learners with the
-    same seed are the same.
+    The episodes of two learners with the same seed start alike, evaluation by evaluation, in environments that draw random
+    numbers when an episode begins and at no other time, as MuJoCo's do. Where steps are random too, an episode's start depends
+    on how many steps there were before it.
 
     :param env: Environment for nothing else, seeded
     :param every: Interactions between two evaluations; the first one is before the first interaction
     :param episodes: Episodes in an evaluation
     :param on_evaluation: Is told each of them
+    :param until: Interactions after which nothing is evaluated, None for no limit
     """
 
-    def __init__(self, env: VecEnv, every: int, episodes: int, on_evaluation: OnEvaluation | None = None) -> None:
+    def __init__(
+        self, env: VecEnv, every: int, episodes: int, on_evaluation: OnEvaluation | None = None, until: int | None = None
+    ) -> None:
         super().__init__()
-        self.env, self.every, self.episodes = env, every, episodes
+        self.env, self.every, self.episodes, self.until = env, every, episodes, until
         self._on_evaluation = on_evaluation
         self.timesteps: list[int] = []
         self.returns: list[list[float]] = []
@@ -76,7 +85,8 @@ class Measure(BaseCallback):
         self.measure(self.model, 0)
 
     def _on_step(self) -> bool:
-        due = (self.num_timesteps // self.every) * self.every
+        now = self.num_timesteps if self.until is None else min(self.num_timesteps, self.until)
+        due = (now // self.every) * self.every
         if due > self.timesteps[-1]:
             self.measure(self.model, due)
         return True
@@ -91,6 +101,22 @@ class _ProgressReport(BaseCallback):
         if self.num_timesteps % REPORT_STEPS == 0:
             self._report(FINETUNING, self.num_timesteps, self._total)
         return True
+
+
+class _LastInteraction(BaseCallback):
+    """Ends the run of an algorithm that would go on to the end of a rollout or an episode."""
+
+    def __init__(self, interactions: int) -> None:
+        super().__init__()
+        self._interactions = interactions
+
+    def _on_training_start(self) -> None:
+        # Who looks at the budget after each step ends by itself, with the updates of the last one
+        frequency = self.model.train_freq if isinstance(self.model, OffPolicyAlgorithm) else None
+        self._ends_by_itself = isinstance(frequency, TrainFreq) and frequency == TrainFreq(1, TrainFrequencyUnit.STEP)
+
+    def _on_step(self) -> bool:
+        return self._ends_by_itself or self.num_timesteps < self._interactions
 
 
 class _Run:
@@ -114,7 +140,9 @@ class _Run:
         self.envs: list[VecEnv] = []
         self.env = self._make_env(TRAINING_STREAM)
         plan = protocol.evaluation
-        self.measure = Measure(self._make_env(MEASURED_STREAM), plan.every, plan.episodes, on_evaluation)
+        self.measure = Measure(
+            self._make_env(MEASURED_STREAM), plan.every, plan.episodes, on_evaluation, protocol.interactions
+        )
         self.guard: CollapseGuard | None = None
         self.learner_evaluation: EvalCallback | None = None
         self.recipe: Recipe | None = None
@@ -142,7 +170,12 @@ class _Run:
         return pretrained_learner(method.algorithm, method.hyperparams, self.recipe, snapshot, self.env, seed)
 
     def _callbacks(self) -> list[BaseCallback]:
-        callbacks: list[BaseCallback] = [self.measure, _ProgressReport(self.on_step, self.protocol.interactions)]
+        interactions = self.protocol.interactions
+        callbacks: list[BaseCallback] = [
+            self.measure,
+            _ProgressReport(self.on_step, interactions),
+            _LastInteraction(interactions),
+        ]
         if self.method.learns_from_evaluations:
             plan = self.protocol.learner_evaluation
             self.learner_evaluation = EvalCallback(
@@ -166,7 +199,9 @@ class _Run:
     def training_episodes(self) -> tuple[np.ndarray, np.ndarray]:
         lengths = self.env.env_method("get_episode_lengths")[0]
         returns = self.env.env_method("get_episode_rewards")[0]
-        return np.cumsum(lengths, dtype=np.int64), np.asarray(returns, dtype=np.float64)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        within = ends <= self.protocol.interactions
+        return ends[within], np.asarray(returns, dtype=np.float64)[within]
 
     def frozen_until(self, model: BaseAlgorithm) -> int:
         if not self.method.pretrained:
@@ -216,6 +251,7 @@ def run_cell(
             "pretrained": None
             if run.recipe is None
             else {"recipe": run.recipe.digest, "weights_sha256": run.pretrained_weights},
+            **_settings(protocol, cell, model),
             "learner_evaluation_steps": 0 if evaluation is None else _steps_in(evaluation.eval_env),
             "guarded": guard is not None and bool(guard.events),
             "alarms": 0 if guard is None else guard.alarms,
@@ -227,6 +263,8 @@ def run_cell(
                 "finetuning": round(time.monotonic() - prepared, 1),
             },
             "started": started.isoformat(timespec="seconds"),
+            "device": str(model.device),
+            "threads": th.get_num_threads(),
             **_machine(),
         }
     finally:
@@ -269,8 +307,24 @@ def _dataset_facts(protocol: "Protocol", cell: "Cell") -> dict[str, Any] | None:
     }
 
 
+def _settings(protocol: "Protocol", cell: "Cell", model: BaseAlgorithm) -> dict[str, Any]:
+    """All hyperparameters, defaults included, so that they are known when other versions have other defaults."""
+    method = cell.method
+    pretraining = protocol.pretraining.algorithm
+    return {
+        "algorithm": method.algorithm,
+        "hyperparams": None if method.frozen else complete_hyperparams(method.algorithm, method.hyperparams, model.policy),
+        "pretraining": {
+            "algorithm": pretraining,
+            "hyperparams": complete_hyperparams(pretraining, method.pretraining_hyperparams, model.policy, offline=True),
+        }
+        if method.pretrained
+        else None,
+    }
+
+
 def _machine() -> dict[str, Any]:
-    versions = {}
+    versions = {"sb3-offline-ft": sb3_offline_ft.__version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
@@ -279,7 +333,7 @@ def _machine() -> dict[str, Any]:
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
     }
 

@@ -126,6 +126,9 @@ def study_tune(
     dataset: Annotated[str | None, typer.Option(help="Label of the dataset; the study's first if omitted.")] = None,
     n_trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = 30,
     seeds: Annotated[int, typer.Option(help="Seeds that each trial is averaged over, at least 2.")] = 2,
+    same_seeds: Annotated[
+        bool, typer.Option("--same-seeds", help="Tune on the study's own first seeds, on which the tuned then looks too good.")
+    ] = False,
     dip_penalty: Annotated[float, typer.Option(help="Weight of the dip in a trial's value.")] = 1.0,
     prune_dip: Annotated[
         float, typer.Option(help="Depth of a dip beyond which a trial is given up at once; inf for never.")
@@ -145,7 +148,9 @@ def study_tune(
     threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
     device: Annotated[str, typer.Option(help="Torch device of the learners.")] = "cpu",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try trials again that have failed.")] = False,
-    confirm: Annotated[int, typer.Option(help="Fresh seeds with which the best and the preset are run again.")] = 0,
+    confirm: Annotated[
+        int, typer.Option(help="Fresh seeds with which the best and the preset are run again; fewer than 6 can show nothing.")
+    ] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The configuration for rl_zoo3, a .yml file.")] = None,
 ) -> None:
     """Tune the finetuning: return at the end less the dip, on the study's data. Ctrl-C keeps what is done."""
@@ -158,7 +163,7 @@ def study_tune(
 
         settings = TuningSettings(
             folder.absolute(), storage, threads, device, algo=algo, method=method, dataset=dataset, n_trials=n_trials,
-            n_seeds=seeds, dip_penalty=dip_penalty, prune_dip=prune_dip, sampler=sampler, pruner=pruner,
+            n_seeds=seeds, same_seeds=same_seeds, dip_penalty=dip_penalty, prune_dip=prune_dip, sampler=sampler, pruner=pruner,
             startup_trials=startup_trials, fixed=tuple(fix or ()),
         )  # fmt: skip
         done = tune(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.policies import OfflinePolicy
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.study.learners import algorithm_class
@@ -72,6 +73,23 @@ def method_facts(method: Method, pretraining_algorithm: str) -> dict[str, Any]:
         if method.pretrained
         else None,
     }
+
+
+def is_same(facts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """
+    :param facts: :func:`method_facts` of a method
+    :param others: Those of another one
+    :return: Whether they learn alike, be it that defaults of the replay buffer are written out
+    """
+    return _shortest(facts) == _shortest(others)
+
+
+def _shortest(facts: Mapping[str, Any]) -> dict[str, Any]:
+    short = {name: _shortest(value) if isinstance(value, Mapping) else value for name, value in facts.items()}
+    if "replay_buffer_kwargs" in short:
+        kwargs = _without_defaults(OfflineToOnlineReplayBuffer, short.pop("replay_buffer_kwargs") or {})
+        short |= {"replay_buffer_kwargs": kwargs} if kwargs else {}
+    return short
 
 
 def data_facts(dataset: OfflineDataset) -> dict[str, Any]:

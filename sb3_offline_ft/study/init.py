@@ -1,5 +1,6 @@
 """Writes the file of a new study."""
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.study.methods import is_ours, known_algorithms, preset
 from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
-from sb3_offline_ft.study.reading import LABEL, default_every, resolve_paths
+from sb3_offline_ft.study.reading import LABEL, default_every, place_paths, resolve_paths
 from sb3_offline_ft.study.strict_yaml import load_yaml, suggestion
 from sb3_offline_ft.zoo.presets import ALGORITHMS
 
@@ -119,24 +120,32 @@ def init_study(
     used = {entry.get("algorithm", PRETRAINING) for entry in chosen.values()} | {PRETRAINING}
     algorithms = [each for each in ALGORITHMS if each in used]
     labelled = datasets if isinstance(datasets, Mapping) else _labelled(datasets, env)
-    specs = {label: resolve_paths(spec, Path.cwd()) for label, spec in labelled.items()}
-    text = _TEMPLATE.format(
-        folder=shlex.quote(str(folder)),
-        name=_scalar(folder.absolute().name if name is None else name),
-        env=_scalar(env),
-        datasets=_listed(specs),
-        pretraining=PRETRAINING,
-        seeds=_scalar(seeds if isinstance(seeds, int) else list(seeds)),
-        interactions=_scalar(interactions),
-        every=default_every(interactions) if isinstance(interactions, int) else 1000,
-        hyperparams=_scalar(_shorter_warmup(algorithms, env, interactions)),
-        methods=_listed(chosen),
-        presets=_presets(algorithms, env),
-        reference=f"\nreference_method: {REFERENCE}  # the others are compared with it\n" if REFERENCE in chosen else "",
-    )
-    Protocol.parse(text, file).check()
+    here = {label: resolve_paths(spec, Path.cwd()) for label, spec in labelled.items()}
+    # What is given relative to the working folder is written relative to the study's, so that both can be moved together
+    beside = {
+        label: place_paths(spec, Path.cwd(), lambda base: _seen_from(file.parent, base)) for label, spec in labelled.items()
+    }
+
+    def text(specs: Mapping[str, str]) -> str:
+        return _TEMPLATE.format(
+            folder=shlex.quote(str(folder)),
+            name=_scalar(folder.absolute().name if name is None else name),
+            env=_scalar(env),
+            datasets=_listed(specs),
+            pretraining=PRETRAINING,
+            seeds=_scalar(seeds if isinstance(seeds, int) else list(seeds)),
+            interactions=_scalar(interactions),
+            every=default_every(interactions) if isinstance(interactions, int) else 1000,
+            hyperparams=_scalar(_shorter_warmup(algorithms, env, interactions)),
+            methods=_listed(chosen),
+            presets=_presets(algorithms, env),
+            reference=f"\nreference_method: {REFERENCE}  # the others are compared with it\n" if REFERENCE in chosen else "",
+        )
+
+    # The folder from which the relative paths lead is not made before all is well
+    Protocol.parse(text(here), file).check()
     with atomic_write(file) as stream:
-        stream.write(text.encode())
+        stream.write(text(beside).encode())
     return file
 
 
@@ -186,6 +195,15 @@ def _label(spec: str, env: str) -> str:
         base = re.sub(r"(-v\d+|\.(npz|hdf5|h5|pkl))$", "", base).removeprefix(f"{body}-")
         words.append("-".join([base, *(re.sub("=", "", option) for option in options.split("&") if option)]))
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words)).strip("-._") or "data"
+
+
+def _seen_from(folder: Path, base: str) -> str:
+    path = Path.cwd() / base
+    try:
+        return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
+    except ValueError:
+        # Another drive
+        return str(path)
 
 
 def _shorter_warmup(algorithms: Sequence[str], env: str, interactions: int) -> dict[str, int]:

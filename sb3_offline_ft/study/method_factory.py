@@ -13,7 +13,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.rebrac.rebrac import POLICY_DEFAULTS
-from sb3_offline_ft.study.identity import method_facts
+from sb3_offline_ft.study.identity import is_same, method_facts
 from sb3_offline_ft.study.learners import PLAIN_TD3, algorithm_class
 from sb3_offline_ft.study.methods import (
     ENSEMBLE_SIZE,
@@ -50,6 +50,8 @@ _GUARD_PATHS = ("path", "save_snapshots", "verbose")
 METHOD_KEYS = ("label", "algorithm", "start", "frozen", "guard", "hyperparams")
 STARTS = ("pretrained", "scratch")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MOST_OF_NAME = 150
+"""Characters in the name of a method: files are called so, with what else their names have, and may have 255."""
 
 
 class MethodFactory:
@@ -184,14 +186,40 @@ class MethodFactory:
                 used |= variant.keys()
                 new = self._method(method.name, entry, variant)
                 # A factor's value may be what the method has anyway
-                if self._facts(new) not in facts:
+                if not any(is_same(self._facts(new), others) for others in facts):
                     facts.append(self._facts(new))
                     self._check_warmup(new, "factors")
                     made.append(new)
         for factor in factors:
             if factor not in used:
                 self._unused_factor(factor, listed)
+        self._check_names(made)
         return tuple(made)
+
+    def _check_names(self, made: list[Method]) -> None:
+        names: dict[str, Method] = {}
+        labels: dict[str, Method] = {}
+        for method in made:
+            if method.name in names:
+                values = [list(each.variant.values()) for each in (names[method.name], method)]
+                self.reader.fail(
+                    "factors", f"has the values {values[0]} and {values[1]}, which both make {method.name}: leave one."
+                )
+            if len(method.name) > MOST_OF_NAME:
+                key = "factors" if method.variant else f"methods.{method.base}"
+                remedy = "make a method of its own of it in `methods`" if method.variant else "choose a shorter one"
+                self.reader.fail(
+                    key,
+                    f"makes the name {method.name[:40]}..., which has {len(method.name)} characters, and folders are called "
+                    f"so: at most {MOST_OF_NAME}, {remedy}.",
+                )
+            if method.label in labels:
+                self.reader.fail(
+                    f"methods.{method.base}.label",
+                    f"makes {method.label!r}, as methods.{labels[method.label].base} does: "
+                    "give each a label of its own, by which people tell them apart.",
+                )
+            names[method.name] = labels[method.label] = method
 
     def _facts(self, method: Method) -> dict[str, Any]:
         return method_facts(method, self.pretraining_algorithm)
@@ -199,7 +227,7 @@ class MethodFactory:
     def _check_different(self, listed: list[Method]) -> None:
         for index, method in enumerate(listed):
             for other in listed[:index]:
-                if self._facts(method) == self._facts(other):
+                if is_same(self._facts(method), self._facts(other)):
                     self.reader.fail(
                         f"methods.{method.name}", f"is the same as methods.{other.name}: leave one, or change it."
                     )

@@ -1,7 +1,7 @@
 """What a study compares: its file, its methods, its cells."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +42,15 @@ KEYS = (
     "presets",
 )
 NEEDED = ("env", "seeds", "interactions", "methods")
+
+
+def study_file(path: str | Path) -> Path:
+    """
+    :param path: A study's file, or the folder that has it as ``study.yml``
+    :return: The file, which need not exist
+    """
+    file = Path(path).expanduser().absolute()
+    return file if file.is_file() else file / STUDY_FILE
 
 
 @dataclass(frozen=True)
@@ -114,8 +123,8 @@ class Protocol:
     text: str
     given_random_return: float | None
     specs: dict[str, str]
-    _loaded: dict[str, OfflineDataset] = field(default_factory=dict, repr=False)
-    _data_facts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _loaded: dict[str, OfflineDataset] = field(default_factory=dict, repr=False, init=False)
+    _data_facts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_loaded": {}}
@@ -130,8 +139,7 @@ class Protocol:
         :raises FileNotFoundError: There is no such file
         :raises ValueError: Something in it is wrong; the message names the key, what was expected and what was found
         """
-        file = Path(path).expanduser().absolute()
-        file = file if file.is_file() else file / STUDY_FILE
+        file = study_file(path)
         if not file.is_file():
             raise FileNotFoundError(
                 f"There is no study in {str(file.parent)!r}, as it has no {STUDY_FILE}: write one with "
@@ -207,6 +215,16 @@ class Protocol:
             given_random_return=random_return,
             specs=specs,
         )
+
+    def changed(self, **changes: Any) -> Self:
+        """
+        :param changes: Other values of parameters
+        :return: A copy with these, which shares the data and what is known of it
+        """
+        copy = replace(self, **changes)
+        for name in ("_loaded", "_data_facts"):
+            object.__setattr__(copy, name, getattr(self, name))
+        return copy
 
     def cells(self) -> list[Cell]:
         """

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -23,8 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sb3_offline_ft.study.identity import data_facts
 from sb3_offline_ft.study.liveness import HEARTBEAT, STORAGE_FAULTS, FileLocks, Heartbeats, Liveness, Release
 from sb3_offline_ft.study.protocol import Cell, Protocol
-from sb3_offline_ft.study.results import StudyResults, load_results
-from sb3_offline_ft.study.run_folder import CellResult, read_result, run_folder, write_result
+from sb3_offline_ft.study.results import StudyResults, find_result, keep_result, load_results, local_result
+from sb3_offline_ft.study.run_folder import CellResult
 from sb3_offline_ft.zoo.storage import JOURNAL_SUFFIX, open_storage, with_absolute_path, without_password
 
 JOURNAL = "study.log"
@@ -32,8 +32,12 @@ CELL, KEY, WORKER, STARTED = "cell", "key", "worker", "started"
 RESULT, ERROR = "result", "error"
 INTERRUPTED, SUPERSEDED = "interrupted", "superseded"
 DATA = "data"
-MOST_CHARACTERS = 60_000
-"""In one attribute: MySQL keeps 65,535 bytes."""
+MOST_CHARACTERS = 30_000
+"""In one attribute of ASCII: MySQL keeps 65,535 bytes, and JSON may write a character with two."""
+MOST_OF_ERROR = 10_000
+"""Of a traceback, in which JSON may write a character with six bytes."""
+ENDED_WITH_RESULT = (TrialState.COMPLETE, TrialState.PRUNED)
+"""States that only who runs a trial gives it."""
 MOST_LOSSES = 5
 """Times that a cell's worker may die before the cell counts as failed."""
 RETRY_SECONDS = (1, 2, 5, 10, 20, 30, 60, 60)
@@ -218,7 +222,7 @@ class Claim:
         :param error: The traceback
         :return: As :meth:`finish`
         """
-        return self._end(lambda: self._queue.end(self.number, ERROR, error[-MOST_CHARACTERS:]))
+        return self._end(lambda: self._queue.end(self.number, ERROR, error[-MOST_OF_ERROR:]))
 
     def give_back(self) -> None:
         """Let the cell wait again, if it has not ended."""
@@ -234,13 +238,15 @@ class Claim:
         self._release()
 
     def _end(self, action: Callable[[], None]) -> bool:
+        mine = True
         try:
             trying_again(action)
         except UpdateFinishedTrialError:
-            self.let_go()
-            return False
+            # Unless it was taken from this process, the storage has done it before, and its answer was lost
+            trial = trying_again(lambda: self._queue.storage.get_trial(self._queue.trial_id(self.number)))
+            mine = trial.state in ENDED_WITH_RESULT
         self.let_go()
-        return True
+        return mine
 
 
 class StudyQueue:
@@ -532,23 +538,14 @@ class StudyQueue:
         :raises OSError: It cannot be written
         """
         for cell in self.cells[key]:
-            if self._read(cell, key) is None:
-                names = {"name": cell.name, "label": cell.method.label}
-                write_result(self._folder(cell, key), replace(result, manifest=result.manifest | names))
+            keep_result(self.protocol, cell, result)
 
     def local_result(self, key: str) -> CellResult | None:
         """
         :param key: Key of cells
         :return: Their result, if a run folder here has it
         """
-        return next((result for cell in self.cells[key] if (result := self._read(cell, key)) is not None), None)
-
-    def _folder(self, cell: Cell, key: str) -> Path:
-        return run_folder(self.protocol.folder, cell.dataset, cell.method.name, cell.seed, key)
-
-    def _read(self, cell: Cell, key: str) -> CellResult | None:
-        result = read_result(self._folder(cell, key))
-        return result if result is not None and result.manifest["key"] == key else None
+        return local_result(self.protocol, self.cells[key][0])
 
     def restore_run_folders(self) -> None:
         """
@@ -557,8 +554,8 @@ class StudyQueue:
         :raises OSError: One cannot be written
         """
         for status in self.statuses():
-            if status.state is CellState.DONE and status.trial and self._read(status.cell, status.key) is None:
-                self.write_run_folders(status.key, CellResult.from_json(stored_result(status.trial)))
+            if status.state is CellState.DONE and status.trial:
+                find_result(self.protocol, status.cell, stored_result(status.trial))
 
 
 def _losses(trials: list[FrozenTrial]) -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
 
 NO_DATA = "no-data"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MOST_OF_LABEL = 80
 _ACCEPTED = "See `sb3_offline_ft.load_dataset` for what a spec can be."
 _MOST_SEED = 2**32 - 1
 
@@ -103,6 +105,8 @@ def read_datasets(reader: Reader, value: Any, folder: Path) -> tuple[dict[str, s
         key = f"datasets.{label}"
         if not LABEL.fullmatch(label) or label == NO_DATA:
             reader.fail(key, f"must be a label of letters, digits, '.', '_' and '-', and not {NO_DATA!r}.")
+        if len(label) > MOST_OF_LABEL:
+            reader.fail(key, f"must have at most {MOST_OF_LABEL} characters, as folders are called so, found {len(label)}.")
         if spec is None:
             reader.fail(key, "has no dataset.")
         try:
@@ -136,14 +140,28 @@ def resolve_paths(spec: Any, folder: Path) -> str:
     :raises ValueError: It is malformed
     :raises TypeError: It is of another type
     """
+    return place_paths(spec, folder, lambda base: str(folder / base))
+
+
+def place_paths(spec: Any, folder: Path, place: Callable[[str], str]) -> str:
+    """
+    Write relative paths otherwise that lead somewhere from a folder.
+
+    :param spec: A dataset spec
+    :param folder: The folder
+    :param place: Says how to write such a path
+    :return: The spec, in which all else is as before
+    :raises ValueError: It is malformed
+    :raises TypeError: It is of another type
+    """
     if isinstance(spec, str) and _is_in(spec, folder):
-        return str(folder / spec.strip())
+        return place(spec.strip())
     parts = parse_spec(spec, {}, False, _ACCEPTED)
     bases = [str(part.base) for part in parts]
     if not any(_is_in(base, folder) for base in bases):
         return spec.strip() if isinstance(spec, str) else as_text(spec)
     texts = [
-        part.text(str(folder / base) if _is_in(base, folder) else base, part.trust_pickle)
+        part.text(place(base) if _is_in(base, folder) else base, part.trust_pickle)
         for base, part in zip(bases, parts, strict=True)
     ]
     joined = join_specs(texts, [part.weight for part in parts])

@@ -1,10 +1,11 @@
 """The results of a study, from its run folders and its storage."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sb3_offline_ft.study.run_folder import CellResult, read_result, run_folder, write_result
+from sb3_offline_ft.study.run_folder import KEY_DIGITS, RUNS, CellResult, read_result, run_folder, write_result
 
 if TYPE_CHECKING:
     from sb3_offline_ft.study.protocol import Cell, Protocol
@@ -71,19 +72,59 @@ def load_results(
 
 def find_result(protocol: "Protocol", cell: "Cell", stored: str | None = None) -> CellResult | None:
     """
+    Read a cell's result, and write its run folder if that is missing or half written.
+
     :param protocol: The protocol
     :param cell: A cell
-    :param stored: Its result in the storage as JSON, if it is there; a run folder that lacks it gets it
+    :param stored: Its result in the storage as JSON, if it is there
     :return: Its result, None if there is none
     :raises OSError: The run folder cannot be written
     """
+    result = local_result(protocol, cell)
+    if result is None and stored is not None:
+        result = CellResult.from_json(stored)
+    return None if result is None else keep_result(protocol, cell, result)
+
+
+def local_result(protocol: "Protocol", cell: "Cell") -> CellResult | None:
+    """
+    :param protocol: The protocol
+    :param cell: A cell
+    :return: Its result from its run folder, or from one with the same key that has the name that the method or the dataset had
+        before; None if there is none
+    """
     key = protocol.cell_key(cell)
-    folder = run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, key)
-    result = read_result(folder)
-    if result is not None and result.manifest["key"] == key:
+    own = _folder(protocol, cell, key)
+    result = _read(own, key)
+    if result is not None:
         return result
-    if stored is None:
-        return None
-    result = CellResult.from_json(stored)
+    others = sorted((protocol.folder / RUNS).glob(f"*/*/seed{cell.seed}-{key[:KEY_DIGITS]}"))
+    return next((result for folder in others if folder != own and (result := _read(folder, key)) is not None), None)
+
+
+def keep_result(protocol: "Protocol", cell: "Cell", result: CellResult) -> CellResult:
+    """
+    Write a result into a cell's run folder, unless it is there.
+
+    :param protocol: The protocol
+    :param cell: The cell
+    :param result: The result of it, or of another one with the same key
+    :return: The result as it is there, with the cell's name
+    :raises OSError: It cannot be written
+    """
+    folder = _folder(protocol, cell, protocol.cell_key(cell))
+    there = _read(folder, protocol.cell_key(cell))
+    if there is not None:
+        return there
+    result = replace(result, manifest=result.manifest | {"name": cell.name, "label": cell.method.label})
     write_result(folder, result)
     return result
+
+
+def _folder(protocol: "Protocol", cell: "Cell", key: str) -> Path:
+    return run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, key)
+
+
+def _read(folder: Path, key: str) -> CellResult | None:
+    result = read_result(folder)
+    return result if result is not None and result.manifest["key"] == key else None

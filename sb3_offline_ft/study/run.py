@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sb3_offline_ft.study.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.progress import RunDisplay, counts_text
-from sb3_offline_ft.study.protocol import Protocol
+from sb3_offline_ft.study.protocol import Protocol, study_file
 from sb3_offline_ft.study.queue import CellState, CellStatus, StudyQueue, fault_text
 from sb3_offline_ft.study.worker import DISK_FULL, Finished, Stopped, Took, WorkerSettings, chosen_keys, work
 
@@ -47,14 +47,17 @@ class StudyRun:
 
     _work: Callable[[Any, Connection], None] = staticmethod(work)
     """What a worker's process does."""
+    _unit = "cell"
+    """What workers run, in words."""
 
     def __init__(self, settings: WorkerSettings, workers: int, console: Console) -> None:
         self.settings = settings
         self.workers = workers
         self.queue = self._open_queue()
         self.protocol = self.queue.protocol
+        self.settings = replace(settings, text=self.protocol.text)
         self.keys = chosen_keys(self.queue, settings.only)
-        self.display = RunDisplay(console)
+        self.display = RunDisplay(console, f"{self._unit}s")
         self.problem: str | None = None
         self._context = multiprocessing.get_context("spawn")
         self._alive: dict[int, _Process] = {}
@@ -65,8 +68,9 @@ class StudyRun:
 
     def _open_queue(self) -> StudyQueue:
         # If the study begins now, this loads the data, which this process does not need any more after that
-        StudyQueue(Protocol.load(self.settings.folder), self.settings.storage).close()
-        return StudyQueue(Protocol.load(self.settings.folder), self.settings.storage, create=False)
+        self.settings = replace(self.settings, text=Protocol.load(self.settings.folder).text)
+        StudyQueue(self.settings.protocol(), self.settings.storage).close()
+        return StudyQueue(self.settings.protocol(), self.settings.storage, create=False)
 
     def run(self, retry_failed: bool = False) -> Counter[CellState]:
         """
@@ -92,6 +96,15 @@ class StudyRun:
             raise OSError(self.problem)
         self.queue.restore_run_folders()
         return self.counts()
+
+    def file_has_changed(self) -> bool:
+        """
+        :return: Whether the study's file is another one than when the run began
+        """
+        try:
+            return study_file(self.settings.folder).read_text(encoding="utf-8") != self.protocol.text
+        except (OSError, UnicodeDecodeError):
+            return True
 
     def counts(self) -> Counter[CellState]:
         """
@@ -195,11 +208,11 @@ class StudyRun:
             with contextlib.suppress(*STORAGE_FAULTS):
                 self.queue.lost(worker.trial)
         if code:
-            cell = "" if worker.trial is None else "; its cell waits again"
+            cell = "" if worker.trial is None else f"; its {self._unit} waits again"
             self.display.say(f"Worker {worker.number} died ({_ending(code)}){cell}.", "yellow")
             self._early_deaths += not worker.began
             if self._early_deaths >= MOST_EARLY_DEATHS:
-                self._no_more(f"{MOST_EARLY_DEATHS} workers died before they took a cell ({_ending(code)}).")
+                self._no_more(f"{MOST_EARLY_DEATHS} workers died before they took a {self._unit} ({_ending(code)}).")
 
     def _stop(self) -> None:
         """End all workers that are still there; their cells wait again."""
@@ -269,6 +282,8 @@ def run_study(
             raise OSError(f"There is no room on the disk for {folder} ({error}): make room and run the study again.") from None
         raise
     run.display.say(f"{run.protocol.name}: {counts_text(counts)}")
+    if run.file_has_changed():
+        run.display.say(f"{run.protocol.file} has changed since this run began: run it again for what is new.", "yellow")
     return counts
 
 

@@ -1,10 +1,14 @@
 """What a cell of a study leaves behind: one folder, written whole or not at all."""
 
+import contextlib
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +24,13 @@ from sb3_offline_ft.evaluation.run_summary import EVALUATIONS
 MANIFEST = "manifest.json"
 TRAINING = "training.npz"
 RUNS = "runs"
+NEEDED = ("key", "guarded")
+"""What a manifest must say."""
+KEY_DIGITS = 8
+"""Of a cell's key, in the name of its folder."""
+ATTEMPTS = 20
+STALE_SECONDS = 3600
+_TEMPORARY = re.compile(rf"\.seed\d+-[0-9a-f]{{{KEY_DIGITS}}}\.(old\.)?[A-Za-z0-9_]{{8}}")
 
 _ARRAYS = {
     "timesteps": np.int64,
@@ -83,18 +94,19 @@ def run_folder(study: Path, dataset: str | None, method: str, seed: int, key: st
     :param key: Key of the cell
     :return: Where the cell's result is, or would be
     """
-    return study / RUNS / (dataset or "no-data") / method / f"seed{seed}-{key[:8]}"
+    return study / RUNS / (dataset or "no-data") / method / f"seed{seed}-{key[:KEY_DIGITS]}"
 
 
 def write_result(folder: Path, result: CellResult) -> None:
     """
-    Write a result; what is there is replaced.
+    Write a result; what is there is replaced. If others write the same folder at once, one of them is there at last, whole.
 
     :param folder: The cell's folder
     :param result: The result
     :raises OSError: It cannot be written; the folder is as it was
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder.parent)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         evaluations = {"timesteps": result.timesteps, "results": result.returns, "ep_lengths": result.lengths}
@@ -123,11 +135,38 @@ def _npz(arrays: dict[str, npt.NDArray[Any]]) -> bytes:
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-        os.replace(folder, old / folder.name)
+    for attempt in range(ATTEMPTS):
+        _move_away(folder)
+        try:
+            os.replace(temporary, folder)
+            return
+        except OSError as error:
+            # Another process was faster
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == ATTEMPTS - 1:
+                raise
+            if read_result(folder) is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+                return
+
+
+def _move_away(folder: Path) -> None:
+    if not folder.exists():
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    try:
+        # Another process may have moved it
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, old / folder.name)
+    finally:
         shutil.rmtree(old, ignore_errors=True)
-    os.replace(temporary, folder)
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove what processes left that were killed while they wrote."""
+    for path in parent.glob(".*"):
+        with contextlib.suppress(OSError):
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _arrays(path: Path, *names: str) -> dict[str, npt.NDArray[Any]]:
@@ -145,6 +184,8 @@ def read_result(folder: Path) -> CellResult | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or any(name not in manifest for name in NEEDED):
+            return None
         evaluations = _arrays(folder / EVALUATIONS, "timesteps", "results", "ep_lengths")
         training = _arrays(folder / TRAINING, "timesteps", "returns")
         events = read_events(folder / EVENTS_FILE) if manifest["guarded"] else []

@@ -1,6 +1,8 @@
 """How far a study is."""
 
+import contextlib
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from sb3_offline_ft.study.progress import counts_text
 from sb3_offline_ft.study.protocol import Protocol
 from sb3_offline_ft.study.queue import JOURNAL, CellState, CellStatus, StudyQueue, fault_text
 from sb3_offline_ft.study.reading import NO_DATA
+from sb3_offline_ft.study.results import local_result
+from sb3_offline_ft.study.run_folder import RUNS
 
 STYLES = {CellState.DONE: "green", CellState.RUNNING: "cyan", CellState.WAITING: "", CellState.FAILED: "red"}
 
@@ -54,13 +58,37 @@ def read_statuses(protocol: Protocol, storage: str | None = None) -> list[CellSt
     :raises OSError: The storage cannot be read
     """
     if storage is None and not (protocol.folder / JOURNAL).exists():
-        return [CellStatus(cell, "", CellState.WAITING, None) for cell in protocol.cells()]
+        return _without_storage(protocol)
     try:
         with StudyQueue(protocol, storage, create=False) as queue:
             queue.end_dead()
-            return queue.statuses()
+            return [_with_run_folder(protocol, each) for each in queue.statuses()]
     except STORAGE_FAULTS as error:
         raise OSError(f"The storage failed: {fault_text(error)}.") from None
+
+
+def _without_storage(protocol: Protocol) -> list[CellStatus]:
+    waiting = [CellStatus(cell, "", CellState.WAITING, None) for cell in protocol.cells()]
+    if not (protocol.folder / RUNS).exists():
+        return waiting
+    from sb3_offline_ft.study.provenance import remember_data_of_runs
+
+    # Data that is not here, and no run has had, has no results
+    with contextlib.suppress(OSError, ValueError):
+        remember_data_of_runs(protocol)
+    statuses = []
+    for status in waiting:
+        try:
+            statuses.append(_with_run_folder(protocol, status))
+        except (OSError, ValueError):
+            statuses.append(status)
+    return statuses
+
+
+def _with_run_folder(protocol: Protocol, status: CellStatus) -> CellStatus:
+    """Who runs a cell that has a result here takes that."""
+    is_done = status.state is CellState.WAITING and local_result(protocol, status.cell) is not None
+    return replace(status, state=CellState.DONE) if is_done else status
 
 
 def _grid(statuses: list[CellStatus]) -> Table:

@@ -12,15 +12,16 @@ from rich.text import Text
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.evaluation.comparisons import PairedComparison, compare_paired
+from sb3_offline_ft.study.analysis import SIGNIFICANT
 from sb3_offline_ft.study.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.methods import NOISE, SHARED_WITH_PRETRAINING
-from sb3_offline_ft.study.progress import RunDisplay
 from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
 from sb3_offline_ft.study.queue import CellState, fault_text, study_results
 from sb3_offline_ft.study.run import StudyRun, run_study
 from sb3_offline_ft.study.strict_yaml import load_yaml
+from sb3_offline_ft.study.tuning_entry import spec_seen_from
 from sb3_offline_ft.study.tuning_objective import final_score
-from sb3_offline_ft.study.tuning_plan import FEWEST_SEEDS, TuningPlan, TuningSettings
+from sb3_offline_ft.study.tuning_plan import FEWEST_SEEDS, FEWEST_TO_SHOW, TuningPlan, TuningSettings
 from sb3_offline_ft.study.tuning_queue import TuningQueue, quiet_optuna
 from sb3_offline_ft.study.tuning_report import TuningResult, read_result, show_result, write_result
 from sb3_offline_ft.study.tuning_worker import tune_work
@@ -31,6 +32,7 @@ TUNING = "tuning"
 CONFIRMATION = "confirmation"
 CONFIGURATION = "hyperparams.yml"
 PRESET_METHOD, TUNED_METHOD = "preset", "tuned"
+TOO_FEW = f"no difference can be shown with fewer than {FEWEST_TO_SHOW} seeds"
 
 
 class TuningRun(StudyRun):
@@ -44,12 +46,12 @@ class TuningRun(StudyRun):
     """
 
     _work = staticmethod(tune_work)
+    _unit = "trial"
     queue: TuningQueue
     settings: TuningSettings
 
     def __init__(self, settings: TuningSettings, workers: int, console: Console, timeout: float | None = None) -> None:
         super().__init__(settings, workers, console)
-        self.display = RunDisplay(console, "trials")
         self._end = None if timeout is None else time.monotonic() + timeout
         self._is_over = False
 
@@ -119,6 +121,8 @@ def tune(
         raise ValueError(f"`--timeout` must be above 0 seconds, found {timeout:g}.")
     quiet_optuna()
     console = console or Console(stderr=True)
+    if 0 < confirm < FEWEST_TO_SHOW:
+        console.print(Text(f"`--confirm {confirm}`: {TOO_FEW}.", style="yellow"))
     try:
         run = TuningRun(settings, workers, console, timeout)
         with run.queue as queue:
@@ -174,7 +178,7 @@ def confirm_best(
     plan = result.plan
     folder = _folder(plan) / f"{CONFIRMATION}-{result.best.number}"
     with atomic_write(folder / STUDY_FILE) as file:
-        file.write(confirmation_study(result, plan.fresh_seeds(n_seeds)).encode("utf-8"))
+        file.write(confirmation_study(result, plan.fresh_seeds(n_seeds), folder).encode("utf-8"))
     console.print(Text(f"The best and the preset with {n_seeds} fresh seeds: {folder}"))
     counts = run_study(
         folder, workers=workers, storage=settings.storage, threads=settings.threads, device=settings.device, console=console
@@ -191,22 +195,28 @@ def confirm_best(
 
 def confirmation_text(comparison: PairedComparison) -> str:
     """
+    Say what fresh seeds showed. The test alone judges: bootstrap intervals of few pairs are too narrow for that.
+
     :param comparison: The best less the preset
     :return: It in words
     """
-    difference = comparison.difference
-    judged = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not shown to be different"
+    difference, p_value = comparison.difference, comparison.p_value
+    judged = "not shown to be different"
+    if comparison.smallest_p_value >= SIGNIFICANT:
+        judged = f"{TOO_FEW}: p is at least {comparison.smallest_p_value:.3g} with so few"
+    elif p_value < SIGNIFICANT:
+        judged = "better" if difference.value > 0 else "worse"
     return (
-        f"With {comparison.n_pairs} fresh seeds, best less preset is {difference.value:+.3f} (95 % interval "
-        f"{difference.low:+.3f} to {difference.high:+.3f}; p = {comparison.p_value:.3g}, and no less than "
-        f"{comparison.smallest_p_value:.3g} is possible with so many): {judged}."
+        f"With {comparison.n_pairs} fresh seeds, best less preset is {difference.value:+.3f} (95 % bootstrap interval "
+        f"{difference.low:+.3f} to {difference.high:+.3f}; sign-flip test p = {p_value:.3g}): {judged}."
     )
 
 
-def confirmation_study(result: TuningResult, seeds: list[int]) -> str:
+def confirmation_study(result: TuningResult, seeds: list[int], folder: Path) -> str:
     """
     :param result: The result of a tuning
     :param seeds: Fresh seeds
+    :param folder: Where the study shall be
     :return: The file of a study of the best and the preset
     """
     plan = result.plan
@@ -222,7 +232,7 @@ def confirmation_study(result: TuningResult, seeds: list[int]) -> str:
     }
     study = {name: value for name, value in given.items() if name not in ("factors", "factors_combined")} | {
         "name": f"{plan.name}/{CONFIRMATION}-{result.best.number}",
-        "datasets": {plan.dataset: plan.study.datasets[plan.dataset]},
+        "datasets": {plan.dataset: spec_seen_from(plan.study, plan.dataset, folder)},
         "pretraining": {"algorithm": plan.study.pretraining.algorithm, "hyperparams": offline},
         "seeds": seeds,
         "methods": methods,

@@ -1,6 +1,7 @@
 """What was tuned, as a configuration of rl_zoo3."""
 
 import inspect
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 import yaml
 
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.study.methods import NOISE, SHARED_WITH_PRETRAINING, Method, known_hyperparams
+from sb3_offline_ft.study.protocol import Protocol
 from sb3_offline_ft.study.tuning_plan import TuningPlan
 from sb3_offline_ft.zoo.presets import preset_path
 from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
@@ -21,13 +24,46 @@ SAME_PRETRAINING = ({"td3bc", "td3c"},)
 GUARD = "sb3_offline_ft.CollapseGuard"
 
 
-def zoo_entry(plan: TuningPlan, method: Method) -> dict[str, Any]:
+def spec_seen_from(study: Protocol, label: str, folder: Path) -> str:
+    """
+    Write the spec of a study's dataset for a file in another folder, with no path of this machine that the study has not.
+
+    :param study: A study
+    :param label: Label of the dataset
+    :param folder: The other folder
+    :return: The spec as it is in the study's file, but that relative paths lead from that folder to the same data
+    """
+    written = study.specs[label]
+
+    def seen(base: str) -> str:
+        path = Path(base)
+        if path.is_relative_to(study.folder) and base not in written:
+            start, path = study.folder, path.relative_to(study.folder)
+        elif not path.is_absolute() and (base.startswith(".") or path.is_file()):
+            start = Path.cwd()
+        else:
+            return base
+        try:
+            # Where a folder is a link, the system looks for `..` in what it links to
+            way = Path(os.path.relpath(os.path.realpath(start), os.path.realpath(folder)))
+        except ValueError:
+            # Another drive on Windows
+            return str(start / path)
+        return f"{way.as_posix()}/{path.as_posix()}"
+
+    parts = parse_spec(study.datasets[label], {}, False, "")
+    texts = [part.text(seen(str(part.base)), part.trust_pickle) for part in parts]
+    return join_specs(texts, [part.weight for part in parts]) or texts[0]
+
+
+def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     """
     Write a method as rl_zoo3 has it: what acts in the pretraining keeps the value that it was tuned with, and is given once
     more with the prefix ``finetuning_`` where the finetuning differs.
 
     :param plan: The tuning
     :param method: The method
+    :param folder: Where rl_zoo3 shall be run
     :return: The hyperparameters
     """
     known = known_hyperparams(method.algorithm)
@@ -40,7 +76,7 @@ def zoo_entry(plan: TuningPlan, method: Method) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "policy": "MlpPolicy",
         "n_timesteps": plan.study.interactions,
-        "dataset": plan.study.datasets[plan.dataset],
+        "dataset": spec_seen_from(plan.study, plan.dataset, folder),
         **offline,
     }
     for name, value in method.hyperparams.items():
@@ -82,11 +118,11 @@ def zoo_command(plan: TuningPlan, file: Path) -> str:
     """
     :param plan: The tuning
     :param file: The configuration
-    :return: How to train with it
+    :return: How to train with it, in its folder
     """
     module, _, env = plan.study.env.rpartition(":")
     evaluation = plan.study.learner_evaluation
-    words = ["python", "-m", "rl_zoo3.train", "--algo", plan.method.algorithm, "--env", env, "-conf", str(file)]
+    words = ["python", "-m", "rl_zoo3.train", "--algo", plan.method.algorithm, "--env", env, "-conf", file.name]
     words += ["--eval-freq", str(evaluation.every), "--eval-episodes", str(evaluation.episodes)]
     return shlex.join([*words, *(["--gym-packages", module] if module else [])])
 
@@ -111,9 +147,12 @@ def write_entry(plan: TuningPlan, method: Method, file: Path, facts: Mapping[str
             f"The trials started from policies pretrained by {pretraining}; rl_zoo3 pretrains by {method.algorithm}, so the "
             "result may be another one."
         )
+    entry = zoo_entry(plan, method, file.absolute().parent)
+    is_moved = entry["dataset"] != plan.study.specs[plan.dataset]
+    lines.append(f"In this file's folder{', from which `dataset` leads to the data' if is_moved else ''}:")
     lines.append(zoo_command(plan, file))
     comment = "".join(f"# {line}\n" for line in lines)
-    text = comment + yaml.safe_dump({_env_id(plan): zoo_entry(plan, method)}, sort_keys=False, allow_unicode=True)
+    text = comment + yaml.safe_dump({_env_id(plan): entry}, sort_keys=False, allow_unicode=True)
     with atomic_write(file) as stream:
         stream.write(text.encode("utf-8"))
     return text

@@ -5,9 +5,10 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count, islice
 from typing import Any
 
 import optuna
@@ -34,6 +35,10 @@ from sb3_offline_ft.zoo.tuning import StudySeed, TrialSeededSampler
 
 SAMPLERS = ("tpe", "random")
 FEWEST_SEEDS = 2
+FEWEST_TO_SHOW = 6
+"""Seeds without which no p-value of the sign-flip test is below 0.05: with 6 the smallest is 2 / 2^6 = 0.031."""
+FIRST_FRESH_SEED = 1000
+"""Far from a study's seeds, so that it may get more of them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class TuningSettings(WorkerSettings):
     :param method: Name of the study's method to tune; None for the first without a guard that has the algorithm
     :param dataset: Label of the dataset, None for the study's first
     :param n_trials: Trials in all, those of earlier calls included
-    :param n_seeds: Seeds that each trial is averaged over, the first ones of the study
+    :param n_seeds: Seeds that each trial is averaged over
+    :param same_seeds: Whether these are the study's first ones instead of seeds that it does not have
     :param dip_penalty: Weight of the dip in a trial's value
     :param prune_dip: Depth of a dip beyond which a trial is given up at once
     :param sampler: ``"tpe"`` or ``"random"``
@@ -59,6 +65,7 @@ class TuningSettings(WorkerSettings):
     dataset: str | None = None
     n_trials: int = 30
     n_seeds: int = FEWEST_SEEDS
+    same_seeds: bool = False
     dip_penalty: float = 1.0
     prune_dip: float = 0.5
     sampler: str = "tpe"
@@ -109,8 +116,8 @@ class TuningPlan:
         self.space: SearchSpace = SEARCH_SPACES[self.method.algorithm]
         self._check_fixed()
         self.seeds = self._seeds()
-        self.protocol = replace(
-            protocol, methods=(self.method,), seeds=self.seeds, datasets={self.dataset: protocol.datasets[self.dataset]}
+        self.protocol = protocol.changed(
+            methods=(self.method,), seeds=self.seeds, datasets={self.dataset: protocol.datasets[self.dataset]}
         )
         self.n_evaluations = protocol.interactions // protocol.evaluation.every
 
@@ -154,17 +161,16 @@ class TuningPlan:
             raise ValueError("All hyperparameters are fixed with `--fix`: leave one to tune.")
 
     def _seeds(self) -> tuple[int, ...]:
-        """The study's first seeds, whose pretrained policies it shares; more than it has go on after its highest."""
-        more = range(max(self.study.seeds) + 1, max(self.study.seeds) + 1 + self.settings.n_seeds)
-        return (*self.study.seeds, *more)[: self.settings.n_seeds]
+        """Fresh ones: what was tuned on seeds looks better on them than on others."""
+        known, n = self.study.seeds if self.settings.same_seeds else (), self.settings.n_seeds
+        return (*known, *_fresh(n, self.study.seeds))[:n]
 
     def fresh_seeds(self, n: int) -> list[int]:
         """
         :param n: Their number
         :return: Seeds that neither the study nor this tuning has
         """
-        first = max(*self.study.seeds, *self.seeds) + 1
-        return list(range(first, first + n))
+        return _fresh(n, (*self.study.seeds, *self.seeds))
 
     @cached_property
     def name(self) -> str:
@@ -273,6 +279,10 @@ class TuningPlan:
         """
         settings = self.settings
         return make_pruner(settings.pruner, settings.prune_dip, settings.startup_trials, self.n_evaluations, len(self.seeds))
+
+
+def _fresh(n: int, taken: Sequence[int]) -> list[int]:
+    return list(islice((seed for seed in count(FIRST_FRESH_SEED) if seed not in taken), n))
 
 
 def _parameter(name: str, space: SearchSpace, value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The trials of a tuning, taken by workers as the cells of a study are."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -50,7 +50,7 @@ class TuningQueue(StudyQueue):
     def __init__(self, plan: TuningPlan, storage: str | None = None, create: bool = True) -> None:
         self.plan = plan
         storage = str(plan.study.folder / JOURNAL) if storage is None else storage
-        super().__init__(replace(plan.protocol, name=plan.name), storage, create)
+        super().__init__(plan.protocol.changed(name=plan.name), storage, create)
         slots = [TrialSlot(plan.dataset, plan.method, plan.seeds[0], number) for number in range(plan.settings.n_trials)]
         self.cells = {f"slot-{slot.number}": [slot] for slot in slots}
         # All trials have the same pretraining: nobody shall wait for it with another one

@@ -25,9 +25,9 @@ from sb3_offline_ft.study.methods import Method
 from sb3_offline_ft.study.queue import CELL
 from sb3_offline_ft.study.tuning_entry import write_entry, zoo_command
 from sb3_offline_ft.study.tuning_objective import Score
-from sb3_offline_ft.study.tuning_plan import TuningPlan
-from sb3_offline_ft.study.tuning_pruner import PRESET
-from sb3_offline_ft.study.tuning_queue import SCORES, TuningQueue, best_trial, preset_trial, trial_note
+from sb3_offline_ft.study.tuning_plan import FEWEST_TO_SHOW, TuningPlan
+from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET
+from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue, best_trial, preset_trial, trial_note
 
 FEWEST_FOR_IMPORTANCE = 10
 BEST_SHOWN = 5
@@ -134,7 +134,7 @@ class TuningResult:
         n = sum(trial.state == TrialState.COMPLETE for trial in self.trials)
         return (
             f"The best of {n} trials with {len(self.plan.seeds)} seeds each is partly the luckiest: expect less of it with "
-            "other seeds. `--confirm 5` runs it and the preset with 5 fresh seeds."
+            f"other seeds. `--confirm {FEWEST_TO_SHOW}` runs it and the preset with {FEWEST_TO_SHOW} fresh seeds."
         )
 
     def shown(self) -> list[FrozenTrial]:
@@ -257,6 +257,7 @@ def write_result(
         pictures=pictures,
         others=[(_name(trial), trial_note(trial)) for trial in result.trials if trial.state != TrialState.COMPLETE],
         entry=entry,
+        configuration=configuration.name,
         command=zoo_command(plan, configuration),
     )
     write("tuning.html", page)
@@ -269,9 +270,14 @@ def _csv(result: TuningResult, queue: TuningQueue) -> str:
         attrs=("number", "state", "value", "params", "user_attrs", "datetime_start", "duration")
     )
     frame = frame[frame["number"].isin([trial.number for trial in result.trials])].copy()
-    scores = f"user_attrs_{SCORES}"
-    if scores in frame:
-        frame[scores] = frame[scores].map(lambda told: json.dumps(told) if isinstance(told, list) else "")
+    # Others say where it ran, or what the space must know
+    attributes = {f"user_attrs_{name}": name for name in (SCORES, DEEPEST_DIP, GIVEN_UP)}
+    frame = frame.rename(columns={f"user_attrs_{CELL}": "trial"} | attributes)
+    parameters = [name for name in frame if name.startswith("params_")]
+    columns = ["number", "trial", "state", "value", *parameters, *attributes.values(), "datetime_start", "duration"]
+    frame = frame[[name for name in columns if name in frame]]
+    if SCORES in frame:
+        frame[SCORES] = frame[SCORES].map(lambda told: json.dumps(told) if isinstance(told, list) else "")
     return str(frame.to_csv(index=False))
 
 

@@ -2,24 +2,21 @@
 
 import contextlib
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 import numpy as np
 from optuna import TrialPruned
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from sb3_offline_ft.study.cell import run_cell
 from sb3_offline_ft.study.liveness import STORAGE_FAULTS
-from sb3_offline_ft.study.protocol import Protocol
 from sb3_offline_ft.study.queue import Claim, trying_again
 from sb3_offline_ft.study.tuning_objective import Score, final_score
 from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
 from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET
 from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue, quiet_optuna
-from sb3_offline_ft.study.worker import TAKEN_OVER, Evaluated, Finished, Interrupts, Took, Worker, last_line, work
+from sb3_offline_ft.study.worker import TAKEN_OVER, Evaluated, Finished, Interrupts, Worker, last_line, work
 from sb3_offline_ft.zoo.pretrained_cache import default_folder
 
 
@@ -32,6 +29,7 @@ class TuningWorker(Worker):
     :param interrupts: How it is interrupted
     """
 
+    _unit = "trial"
     queue: TuningQueue
 
     def __init__(self, settings: TuningSettings, connection: Connection, interrupts: Interrupts) -> None:
@@ -39,37 +37,24 @@ class TuningWorker(Worker):
         self.settings = settings
         self.connection = connection
         self.interrupts = interrupts
-        self.plan = TuningPlan(settings, Protocol.load(settings.folder))
+        self.plan = TuningPlan(settings, settings.protocol())
         self.protocol = self.plan.protocol
         self.queue = TuningQueue(self.plan, settings.storage, create=False)
         self.keys = list(self.queue.cells)
         self.pretrained_folder = default_folder(self.protocol.folder)
         self._reported = 0.0
 
-    def _run(self, claim: Claim) -> None:
-        self.send(Took(claim.cell.name, claim.number))
+    def _compute(self, claim: Claim) -> Callable[[], Finished]:
         try:
             value = _TrialRun(self, claim).value()
-        except UpdateFinishedTrialError:
-            claim.let_go()
-            self.send(Finished(note=TAKEN_OVER))
-            return
         except TrialPruned as error:
-            with self.interrupts.deferred():
-                mine = self.queue.give_up(claim)
-            self.send(Finished(note=f"given up {error}" if mine else TAKEN_OVER))
-            return
-        except Exception as error:
-            self._refuse_full_disk(error)
-            with self.interrupts.deferred():
-                claim.fail("".join(traceback.format_exception(error)))
-            self.send(Finished(error=last_line(error)))
-            if claim.key == self.keys[0]:
-                raise ValueError(f"The preset failed, without which nothing can be compared: {last_line(error)}") from None
-            return
-        with self.interrupts.deferred():
-            mine = self.queue.finish(claim, value)
-        self.send(Finished(note=f"value {value:+.3f}" if mine else TAKEN_OVER))
+            where = str(error)
+            return lambda: Finished(note=f"given up {where}" if self.queue.give_up(claim) else TAKEN_OVER)
+        return lambda: Finished(note=f"value {value:+.3f}" if self.queue.finish(claim, value) else TAKEN_OVER)
+
+    def _failed(self, claim: Claim, error: Exception) -> None:
+        if claim.key == self.keys[0]:
+            raise ValueError(f"The preset failed, without which nothing can be compared: {last_line(error)}") from None
 
 
 class _TrialRun:

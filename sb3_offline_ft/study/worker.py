@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,7 +21,7 @@ import torch as th
 from optuna.exceptions import UpdateFinishedTrialError
 
 from sb3_offline_ft.study.cell import run_cell
-from sb3_offline_ft.study.protocol import Protocol
+from sb3_offline_ft.study.protocol import Protocol, study_file
 from sb3_offline_ft.study.queue import Claim, StudyQueue, trying_again
 from sb3_offline_ft.zoo.pretrained_cache import default_folder
 
@@ -41,6 +41,7 @@ class WorkerSettings:
     :param threads: Threads of its computations
     :param device: Where it computes
     :param only: Glob of the cells that it may take
+    :param text: The study's file as it was when the run began, None for as it is
     """
 
     folder: Path
@@ -48,6 +49,15 @@ class WorkerSettings:
     threads: int = 1
     device: str = "cpu"
     only: str = "*"
+    text: str | None = None
+
+    def protocol(self) -> Protocol:
+        """
+        :return: The study's protocol, the same throughout a run although its file may be edited meanwhile
+        :raises FileNotFoundError: There is no such study
+        :raises ValueError: Its file is wrong
+        """
+        return Protocol.load(self.folder) if self.text is None else Protocol.parse(self.text, study_file(self.folder))
 
 
 @dataclass(frozen=True)
@@ -224,11 +234,14 @@ class Worker:
     :param interrupts: How it is interrupted
     """
 
+    _unit = "cell"
+    """What it runs, in words."""
+
     def __init__(self, settings: WorkerSettings, connection: Connection, interrupts: Interrupts) -> None:
         self.settings = settings
         self.connection = connection
         self.interrupts = interrupts
-        self.protocol = Protocol.load(settings.folder)
+        self.protocol = settings.protocol()
         self.queue = StudyQueue(self.protocol, settings.storage, create=False)
         self.keys = chosen_keys(self.queue, settings.only)
         self.pretrained_folder = default_folder(self.protocol.folder)
@@ -269,15 +282,7 @@ class Worker:
     def _run(self, claim: Claim) -> None:
         self.send(Took(claim.cell.name, claim.number))
         try:
-            # There is one if the process that ran the cell could not tell the storage
-            result = self.queue.local_result(claim.key) or run_cell(
-                self.protocol,
-                claim.cell,
-                pretrained_folder=self.pretrained_folder,
-                on_step=self._step,
-                on_evaluation=lambda timestep, returns: self._evaluation(claim, timestep, returns),
-                device=self.settings.device,
-            )
+            end = self._compute(claim)
         except UpdateFinishedTrialError:
             claim.let_go()
             self.send(Finished(note=TAKEN_OVER))
@@ -287,16 +292,40 @@ class Worker:
             with self.interrupts.deferred():
                 claim.fail("".join(traceback.format_exception(error)))
             self.send(Finished(error=last_line(error)))
+            self._failed(claim, error)
             return
         with self.interrupts.deferred():
-            mine = claim.finish(result)
-        self.send(Finished(float(result.returns[-1].mean()), note=None if mine else TAKEN_OVER))
+            finished = end()
+        self.send(finished)
+
+    def _compute(self, claim: Claim) -> Callable[[], Finished]:
+        """
+        :param claim: A cell
+        :return: What stores its result, and says how it ended
+        """
+        # There is one if the process that ran the cell could not tell the storage
+        result = self.queue.local_result(claim.key) or run_cell(
+            self.protocol,
+            claim.cell,
+            pretrained_folder=self.pretrained_folder,
+            on_step=self._step,
+            on_evaluation=lambda timestep, returns: self._evaluation(claim, timestep, returns),
+            device=self.settings.device,
+        )
+
+        def end() -> Finished:
+            return Finished(float(result.returns[-1].mean()), note=None if claim.finish(result) else TAKEN_OVER)
+
+        return end
+
+    def _failed(self, claim: Claim, error: Exception) -> None:
+        """Go on after an error that has been recorded."""
 
     def _refuse_full_disk(self, error: Exception) -> None:
         if is_disk_full(error):
             raise OSError(
                 f"There is no room on the disk for {self.protocol.folder} or {self.pretrained_folder} ({last_line(error)}): "
-                "make room and run the study again, the cell waits."
+                f"make room and run the study again, the {self._unit} waits."
             ) from None
 
     def send(self, message: Message) -> None:

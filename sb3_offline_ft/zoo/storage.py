@@ -1,6 +1,7 @@
 """Optuna's storages, opened with clear errors."""
 
 import os
+import re
 import time
 import warnings
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 JOURNAL_SUFFIX = ".log"
+SECRETS = ("pass", "pwd", "secret", "token")
+"""Parts of names in the query of a URL whose values are shown to nobody."""
 ATTEMPTS = 5
 PAUSE_SECONDS = 0.2
 CONNECT_SECONDS = 15
@@ -38,9 +41,22 @@ def without_password(storage: str) -> str:
     if storage.endswith(JOURNAL_SUFFIX):
         return storage
     try:
-        return make_url(storage).render_as_string(hide_password=True)
-    except ArgumentError:
+        return _shown(make_url(storage))
+    except (ArgumentError, ValueError):
+        return _shown_in_part(storage)
+
+
+def _shown(url: URL) -> str:
+    secret = {name: "hidden" for name in url.query if any(word in name.lower() for word in SECRETS)}
+    return url.update_query_dict(secret).render_as_string(hide_password=True)
+
+
+def _shown_in_part(storage: str) -> str:
+    """What cannot be read as a URL: where a password would be in it is not known."""
+    if "@" not in storage and "=" not in storage:
         return storage
+    scheme = re.match(r"[A-Za-z0-9+]+:?//", storage)
+    return f"{scheme[0] if scheme else ''}..."
 
 
 def open_storage(storage: str, create: bool, heartbeat: tuple[int, int] | None = None) -> BaseStorage:
@@ -60,15 +76,16 @@ def open_storage(storage: str, create: bool, heartbeat: tuple[int, int] | None =
         return _open_journal(Path(storage), create)
     try:
         url = make_url(storage)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ValueError(
-            f"`--storage` is {storage!r}: expected a journal file ending in {JOURNAL_SUFFIX}, or the URL of a database such "
-            "as 'sqlite:///study.db' or 'postgresql+psycopg://user:password@host/database'."
+            f"`--storage` is {_shown_in_part(storage)!r}, which cannot be read: expected a journal file ending in "
+            f"{JOURNAL_SUFFIX}, or the URL of a database such as 'sqlite:///study.db' or "
+            "'postgresql+psycopg://user:password@host/database', where a port is a number."
         ) from None
     if url.get_backend_name() == "sqlite" and not create and not Path(url.database or "").exists():
         raise FileNotFoundError(f"There is no storage {url.database!r}: give that of the study with `--storage`.")
     url = _with_driver(url)
-    shown = url.render_as_string(hide_password=True)
+    shown = _shown(url)
     try:
         return _open_database(url, heartbeat)
     except ImportError as error:
@@ -182,7 +199,9 @@ def describe_trial(storage: str, study_name: str, number: int | None) -> str:
     names = optuna.get_all_study_names(opened)
     if study_name not in names:
         known = ", ".join(map(repr, names)) or "none"
-        raise ValueError(f"There is no study {study_name!r} in {storage}: it has {known}. Choose one with `--study-name`.")
+        raise ValueError(
+            f"There is no study {study_name!r} in {without_password(storage)}: it has {known}. Choose one with `--study-name`."
+        )
     study = optuna.load_study(study_name=study_name, storage=opened)
     trials = study.get_trials(deepcopy=False)
     if number is not None and not 0 <= number < len(trials):
