@@ -48,6 +48,8 @@ def test_metrics_of_a_known_curve():
     assert metrics.final_return == pytest.approx(130)
     assert metrics.last_return == metrics.mean_return == pytest.approx(np.mean(CURVE))
     assert metrics.best_return == pytest.approx(150)
+    assert metrics.best_sustained_return == pytest.approx((120 + 150 + 130) / 3)
+    assert run([50, 70]).best_sustained_return == pytest.approx(60)
     assert metrics.max_drawdown == pytest.approx(80)
     assert metrics.training_return is None
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -27,6 +28,7 @@ from sb3_offline_ft.study.looks import USUAL, looks_of
 from sb3_offline_ft.study.protocol import Cell, Protocol
 from sb3_offline_ft.study.queue import StudyQueue
 from sb3_offline_ft.study.report import study_results, write_report
+from sb3_offline_ft.study.results import Run, StudyResults
 from sb3_offline_ft.study.run_folder import run_folder, write_result
 from sb3_offline_ft.study.tables import CSV_METRICS
 from sb3_offline_ft.study.verdict import verdict
@@ -73,15 +75,50 @@ class TestVerdict:
         interval = stats.binomtest(5, 5).proportion_ci(0.95, method="exact")
         assert f"{100 * interval.low:.0f}-{100 * interval.high:.0f} %" == "48-100 %"
         expected = (
-            "On medium, plain TD3 collapsed in 5 of 5 seeds (95 % CI 48-100 %); TD3BC kept in 0 of 5 (0-52 %); "
-            "TD3C in 0 of 5 (0-52 %); TD3C with guard in 0 of 5 (0-52 %)."
+            "On medium, plain TD3 collapsed in 5 of 5 seeds (95 % CI 48-100 %); offline policy as it is in 0 of 5 (0-52 %); "
+            "TD3BC kept in 0 of 5 (0-52 %); TD3C in 0 of 5 (0-52 %); TD3C with guard in 0 of 5 (0-52 %)."
         )
         assert words(numbers, "In short").startswith(expected)
         assert expected.replace("-", "\N{EN DASH}") in Page(page).text
 
-    def test_overlapping_intervals_are_not_called_differences(self, numbers: StudyNumbers) -> None:
+    def test_intervals_are_described_and_are_no_test(self, numbers: StudyNumbers) -> None:
         short = words(numbers, "In short")
-        assert "TD3C with guard in 0 of 5 (0-52 %). All of these intervals overlap: no difference is certain." in short
+        assert "TD3C with guard in 0 of 5 (0-52 %). All of these intervals overlap; that is no test." in short
+        # Levels are at least 120 apart, except those of the frozen policy and of TD3BC
+        assert "No two of these intervals overlap; that is no test." in words(numbers, "On ")
+        assert "Whether methods differ is for the paired tests below to say, not for intervals." in short
+
+    def test_pairs_tell_apart_what_overlapping_intervals_hide(self, tmp_path: Path) -> None:
+        def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
+            return J0 + 300.0 * cell.seed + np.where((share > 0) & (cell.method.base == "td3c"), 100, 0)
+
+        protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3", "td3c") | {"seeds": 8})
+        write_runs(protocol, curve=curve)
+        text = words(protocol)
+        # Four numbers are compared
+        p = 4 * 2 / 2**8
+        assert re.search(rf"Mean of the last 10 evaluations: lower for plain TD3 \(-[\d.]+, p = {p:.3f}\)", text)
+        assert text.count("These intervals overlap; that is no test.") == 2
+        assert "certain" not in text.replace("uncertain", "")
+
+    def test_methods_that_do_not_differ_are_seldom_said_to_differ(self, tmp_path: Path) -> None:
+        """Holm's correction allows 5 % of the studies; that 8 or more of 40 err has then a probability below 0.001."""
+        changes = ONE_DATASET | methods("td3bc", "td3", "td3c") | {"seeds": 10, "interactions": 8_000}
+        protocol = write_study(tmp_path / "study", changes | {"evaluation": {"every": 1_000, "episodes": 2}})
+        runs = [Run(cell, protocol.cell_key(cell), result_of(protocol, cell)) for cell in protocol.cells()]
+        claims, n_studies = 0, 40
+        for study_number in range(n_studies):
+            rng = np.random.default_rng(study_number)
+            means = J0 + rng.normal(0, 200, (len(runs), 1)) + rng.normal(0, 300, (len(runs), 1)) * np.linspace(0, 1, 9)
+            episodes = means[..., None] + rng.normal(0, 150, (len(runs), 9, 2))
+            made = [
+                Run(run.cell, run.key, replace(run.result, returns=np.where(run.result.timesteps[:, None] > WARMUP, one, J0)))
+                for run, one in zip(runs, episodes, strict=True)
+            ]
+            found = words(StudyNumbers(StudyResults(protocol, tuple(made), (), {}), {}), "Compared")
+            claims += re.search(r"(higher|lower|deeper|less deep|more often|less often) for", found) is not None
+        assert stats.binom.sf(7, n_studies, 0.05) < 0.001
+        assert claims <= 7
 
     def test_numbers_are_those_of_the_runs(self, numbers: StudyNumbers) -> None:
         ends = re.findall(r"(TD3C with guard|plain TD3|TD3C|TD3BC kept) ([\d,]+) \((?:95 % interval )?([\d,]+) to ([\d,]+)\)",
@@ -108,12 +145,37 @@ class TestVerdict:
         protocol = write_study(tmp_path / "study", {"interactions": 12_000} | methods("td3", "td3c"))
         write_runs(protocol)
         short = words(protocol, "In short")
-        assert short.count("These intervals overlap: no difference is certain.") == 2
+        assert short.count("These intervals overlap; that is no test.") == 2
         expected = (
             "Taking all datasets together, plain TD3 collapsed in 10 of 10 runs (95 % CI 69-100 %); TD3C in 0 of 10 (0-31 %). "
-            "These intervals do not overlap."
+            "These intervals do not overlap; that is no test."
         )
         assert expected in short
+
+    def test_collapses_by_chance_are_said(self, numbers: StudyNumbers, tmp_path: Path) -> None:
+        assert "count as collapsed" not in words(numbers)
+        protocol = write_study(tmp_path / "study", ONE_DATASET | methods("offline", "td3c"))
+        for cell in protocol.cells():
+            rng, result = np.random.default_rng([cell.seed, len(cell.method.name)]), result_of(protocol, cell)
+            # Three of four episodes fail: an evaluation of ten in which all do has a probability of 0.06
+            result.returns = np.where(rng.random(result.returns.shape) < 0.25, 300.0, 20.0) + rng.normal(0, 1, (31, 10))
+            write_result(
+                run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell)), result
+            )
+        text = words(protocol, "In short")
+        assert re.search(r"offline policy as it is (collapsed )?in \d of 5", text)
+        (share,) = re.findall(r"an unchanged policy would count as collapsed in (\d+)(?: to \d+)? % of runs", text)
+        assert int(share) == pytest.approx(100 * (1 - (1 - 0.75**10) ** 28), abs=20)
+        write_report(protocol.folder, formats=("csv",))
+        rows = list(csv.DictReader(io.StringIO((protocol.folder / "results.csv").read_text(encoding="utf-8"))))
+        assert all(0.1 < float(row["collapse_noise_probability"]) < 1 for row in rows)
+
+    def test_steps_of_own_evaluations_are_said_beside_the_interactions(self, numbers: StudyNumbers) -> None:
+        expected = (
+            "Beside the 30,000 interactions, TD3C used on average 252,000 and TD3C with guard 252,000 environment steps for "
+            "their own evaluations."
+        )
+        assert expected in words(numbers, "In short")
 
     def test_dips_are_compared_with_the_noise_of_an_unchanged_policy(self, numbers: StudyNumbers) -> None:
         depth = (J0 + 40 - COLLAPSED_TO) / (J0 + 40 - J_RANDOM)
@@ -126,19 +188,37 @@ class TestVerdict:
 
     def test_methods_are_compared_in_pairs(self, numbers: StudyNumbers) -> None:
         text = words(numbers, "Compared with TD3C")
-        # Five pairs give no p-value below 2 / 2^5, and Holm's correction makes the smallest of five as large as five times it
+        # Five pairs give no p-value below 2 / 2^5, and Holm's correction makes the smallest of 15 as large as 15 times it:
+        # ends of five methods, means of four (not from scratch), dips and collapses of three (nor of the frozen policy)
         assert "higher" not in text and "lower" not in text
-        assert re.search(rf"no difference shown for .*plain TD3 \(-(69|70)\d, p = {5 * 2 / 2**5:.2f}\)", text)
+        assert re.search(rf"no difference shown for .*plain TD3 \(-(69|70)\d, p = {15 * 2 / 2**5:.2f}\)", text)
         assert "With 5 pairs of runs, a paired test cannot give a p-value below 0.062" in words(numbers, "What remains")
 
+    def test_what_is_not_alike_is_not_compared(self, numbers: StudyNumbers) -> None:
+        compared = {name: {row.metric for row in numbers.comparisons if row.method.name == name} for name in METHODS}
+        assert compared["scratch"] == {"last_return"}
+        assert compared["offline"] == {"last_return", "mean_return"}
+        assert compared["td3"] == {"last_return", "mean_return", "dip_depth", "collapsed"} and not compared["td3c"]
+
+    def test_too_many_comparisons_for_any_difference_are_said(self, tmp_path: Path) -> None:
+        changes = ONE_DATASET | methods("td3bc", "td3", "td3c") | {"interactions": 12_000, "seeds": 6}
+        protocol = write_study(tmp_path / "study", changes)
+        write_runs(protocol)
+        # A single test could: 2 / 2^6 is below 0.05
+        expected = (
+            f"cannot give a p-value below 0.031, and Holm's correction for 8 tests makes {8 * 2 / 2**6:.2g} of it: no "
+            "difference, however large, can be called significant."
+        )
+        assert expected in words(protocol, "What remains")
+
     def test_differences_are_called_so_if_pairs_are_enough(self, tmp_path: Path) -> None:
-        protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3bc", "td3", "td3c") | {"seeds": 8})
+        protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3bc", "td3", "td3c") | {"seeds": 10})
         write_runs(protocol)
         text = words(protocol, "Compared with TD3C")
-        p = 2 * 2 / 2**8  # twice, for two methods
+        p = 8 * 2 / 2**10  # two methods are compared by four numbers
         assert re.search(rf"Mean of the last 10 evaluations: lower for TD3BC kept \(-1,1\d\d, p = {p:.3f}\); plain TD3", text)
         assert re.search(rf"Dips: deeper for plain TD3 \(\+0\.9\d, p = {p:.3f}\)", text)
-        assert f"Collapses: more often for plain TD3 (8 : 0 pairs, p = {p:.3f})" in text
+        assert f"Collapses: more often for plain TD3 (10 : 0 pairs, p = {p:.3f})" in text
         assert "cannot give a p-value" not in words(protocol, "What remains")
 
     def test_equal_methods_are_not_told_apart(self, tmp_path: Path) -> None:
@@ -193,12 +273,31 @@ class TestVerdict:
         def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
             return np.where(share > 0.6, 500, np.where(share > 0.4, 3000, J0))
 
+        protocol = write_study(tmp_path / "study", ONE_DATASET | methods("offline", "td3c") | {"seeds": 2})
+        frozen = [cell for cell in protocol.cells() if cell.method.frozen]
+        write_runs(protocol, frozen)
+        write_runs(protocol, [cell for cell in protocol.cells() if not cell.method.frozen], curve=curve)
+        held = (500 - J_RANDOM) / (3000 - J_RANDOM)
+        ((still, found),) = re.findall(
+            r"means over the seeds: offline policy as it is (\d+) %; TD3C (\d+) %\.", words(protocol)
+        )
+        # The best three of six noisy evaluations in a row are above their mean
+        assert int(found) == pytest.approx(100 * held, abs=1.5)
+        assert 95 <= int(still) < 100
+        assert "A policy that does not change (offline policy as it is) has less than 100 % too" in words(protocol)
+        assert re.search(r"offline policy as it is in \d of 2; .*does in about half of the seeds, by noise", words(protocol))
+
+    def test_runs_that_were_never_better_than_a_random_policy_are_not_left_out(self, tmp_path: Path) -> None:
+        def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
+            return np.where(share > 0, J_RANDOM - 10 if cell.seed else J_RANDOM + 200, J0)
+
         protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3c") | {"seeds": 2})
         write_runs(protocol, curve=curve)
-        held = (500 - J_RANDOM) / (3000 - J_RANDOM)
-        (found,) = re.findall(r"from the random policy's level: TD3C (\d+) %\.", words(protocol))
-        # The best of six noisy evaluations is above their mean
-        assert int(found) == pytest.approx(100 * held, abs=1.5)
+        # Ends are 200 above and 10 below, and so are the best
+        (found,) = re.findall(r"means over the seeds: TD3C (\d+) %\.", words(protocol))
+        assert 85 < int(found) <= 100
+        write_runs(protocol, curve=lambda cell, share: np.where(share > 0, J_RANDOM - 10, J0))
+        assert "means over the seeds: TD3C never above a random policy." in words(protocol)
 
 
 def _study_without_scores(folder: Path, **changes: Any) -> Protocol:
@@ -233,6 +332,55 @@ class TestScores:
         assert scale.top == pytest.approx(1120, rel=0.01) and scale.normalized(scale.top) == 100
         assert "100 the mean level of the pretrained policies (1,1" in numbers.scale_words
         assert scale.normalized(100.0) == 0
+
+    def test_a_scale_must_have_its_top_above_a_random_policy(self, tmp_path: Path) -> None:
+        protocol = _study_without_scores(tmp_path, random_return=1_500.0)
+        write_runs(protocol)
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        assert numbers.datasets[0].scale is None and not numbers.aggregates and not numbers.profiles
+        assert {numbers.score(one) for one in numbers.runs} == {None}
+        expected = "There are no normalised scores on own: 100 would not be above 0 (0 is a random policy (1,500"
+        assert expected in words(numbers, "What remains") and "normalised ends" not in words(numbers)
+        write_report(protocol.folder, formats=("html",))
+        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        assert "There are no normalised scores. On own, 100 would not be above 0" in text
+
+    def test_the_environments_scores_are_checked_too(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3c") | {"random_return": 5_000.0})
+        write_runs(protocol)
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        assert numbers.datasets[0].scale is None and "100 an expert (3,857.8)" in numbers.datasets[0].why_no_scale
+
+    def test_scores_are_of_what_all_methods_have(self, tmp_path: Path) -> None:
+        def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
+            return np.where(share <= 0, J0, 500.0 if cell.dataset == "medium" else 2500.0)
+
+        protocol = write_study(tmp_path / "study", {"interactions": 12_000} | methods("td3bc", "td3c"))
+        missing = {("td3bc", "medium", seed) for seed in range(1, 5)}
+        done = [cell for cell in protocol.cells() if (cell.method.name, cell.dataset, cell.seed) not in missing]
+        write_runs(protocol, done, curve=curve)
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        one, other = numbers.aggregates
+        assert one.iqm.n == other.iqm.n == 6
+        # Both are at the same levels: with all of TD3C's ten runs it would seem lower by 14
+        assert one.iqm.value == pytest.approx(other.iqm.value, abs=0.5)
+        assert one.mean.value == pytest.approx(other.mean.value, abs=0.5)
+        short = words(numbers, "In short")
+        assert "They are over the 6 of 10 pairs of dataset and seed that all of these methods have." in short
+        assert "Taking all datasets together, TD3BC kept collapsed in 0 of 6 runs" in short
+
+    def test_methods_without_data_are_compared_where_all_datasets_are(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", {"interactions": 12_000} | methods("scratch", "td3c"))
+        done = [cell for cell in protocol.cells() if cell.dataset != "best" or cell.seed < 3]
+        write_runs(protocol, done)
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        (row,) = numbers.comparisons
+        assert row.n == 3
+        scratch, td3c = numbers.aggregates
+        assert (scratch.iqm.n, td3c.iqm.n) == (5, 8)
+        # Three seeds on two datasets, and three runs from scratch, which are the same on both
+        (improvement,) = numbers.improvements
+        assert improvement.probability.n == 2 * 3 + 3
 
 
 class TestPage:
@@ -300,6 +448,20 @@ class TestPage:
         parsed = Page((protocol.folder / "report.html").read_text(encoding="utf-8"))
         assert label in parsed.text and "Study: <script>" in parsed.text
 
+    def test_dollars_are_no_formulas(self, tmp_path: Path) -> None:
+        entries = {"td3bc": METHODS["td3bc"] | {"label": "$5 vs $6"}, "td3c": METHODS["td3c"] | {"label": r"TD3C $\nosuch$"}}
+        protocol = write_study(tmp_path / "study", SMALL | {"methods": entries, "reference_method": "td3c"})
+        write_runs(protocol)
+        assert len(write_report(protocol.folder)) > 4
+        pictures = "".join(SVG.findall((protocol.folder / "report.html").read_text(encoding="utf-8")))
+        assert ">$5 vs $6<" in pictures and r">TD3C $\nosuch$<" in pictures
+
+    def test_chances_are_said_as_measured(self, page: str) -> None:
+        text = Page(page).text
+        assert "in about 84 % of the cases with 5 seeds and in 89 % with 10" in text
+        assert "44 % were deeper with 30 episodes of the frozen policy, and 15 % with 300" in text
+        assert re.search(r"of 20 learning runs about 1\.0 would be deeper by chance", " ".join(text.split()))
+
     def test_the_guard_of_each_run_is_shown(self, page: str) -> None:
         (table,) = re.findall(r'<section id="guard">.*?</section>', page, re.DOTALL)
         rows = re.findall(r"<th scope=\"row\">(.*?)</th>((?:<td>.*?</td>)+)", table)
@@ -308,6 +470,16 @@ class TestPage:
 
 
 class TestFiles:
+    def test_datasets_with_like_names_have_pictures_of_their_own(self, tmp_path: Path) -> None:
+        data = {f"{name}": f"bundled:hopper-medium?episodes={n}" for name, n in (("v1.0", 20), ("v1-0", 21), ("V1-0", 22))}
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3c") | {"datasets": data, "seeds": 2})
+        write_runs(protocol)
+        names = [path.name.lower() for path in write_report(protocol.folder)]
+        assert len(names) == len(set(names))
+        assert {"curves-v1-0.png", "curves-v1-0-2.png", "curves-v1-0-3.png"} <= set(names)
+        parsed = Page((protocol.folder / "report.html").read_text(encoding="utf-8"))
+        assert len(parsed.ids) == len(set(parsed.ids)) and {"data-v1-0", "data-v1-0-2", "data-V1-0-3"} <= set(parsed.ids)
+
     def test_results_have_a_row_for_each_run_with_all_metrics(self, study: Protocol) -> None:
         rows = list(csv.DictReader(io.StringIO((study.folder / "results.csv").read_text(encoding="utf-8"))))
         runs = study_results(study.folder).runs
@@ -426,6 +598,18 @@ class TestUnfinished:
         assert result.exit_code == 0, result.output
         assert len((protocol.folder / "results.csv").read_text().splitlines()) == 2
 
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+    def test_the_storage_is_closed(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3") | {"seeds": 1})
+        storage = f"sqlite:///{tmp_path / 'study.db'}"
+        with StudyQueue(protocol, storage) as queue:
+            queue.enqueue()
+            claim = queue.claim(list(queue.cells))
+            assert claim is not None and claim.finish(result_of(protocol, claim.cell))
+        assert len(study_results(protocol.folder, storage).runs) == 1
+        links = (file.resolve().name for file in Path("/proc/self/fd").iterdir())
+        assert "study.db" not in set(links)
+
     def test_runs_that_cannot_be_measured_are_left_out_and_said(self, tmp_path: Path) -> None:
         def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
             return np.where((cell.seed == 1) & (share > 0.5), np.nan, level(cell, share))
@@ -505,6 +689,29 @@ class TestProvenance:
         assert "60 in 3 episodes mean 20.0" in text and "not readable here: as the runs recorded it" in text
         assert "6 runs had the same versions" in text
 
+    def test_what_only_the_data_said_of_a_random_policy_is_kept_by_the_runs(self, tmp_path: Path) -> None:
+        protocol = _study_without_scores(tmp_path)
+        write_runs(protocol, random_return=100.0)
+        (tmp_path / "data.npz").unlink()
+        results = study_results(protocol.folder)
+        assert results.protocol.random_return is None
+        numbers = StudyNumbers(results, {})
+        assert numbers.random_return == 100 and all(len(group.outcomes) == 3 for group in numbers.datasets[0].groups)
+        assert "0 is a random policy (100, as the runs recorded it)" in numbers.scale_words
+        assert "plain TD3 collapsed in 3 of 3 seeds" in words(numbers)
+
+    @pytest.mark.parametrize(("n_unknown", "which"), [(6, ""), (3, " of 3 of 6 runs")])
+    def test_a_version_that_was_not_recorded_is_said(self, n_unknown: int, which: str, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3", "td3c"))
+        cells = protocol.cells()
+        write_runs(protocol, cells[n_unknown:])
+        write_runs(protocol, cells[:n_unknown], versions={"torch": "2.9.0+cpu", "numpy": "2.3.0"})
+        write_report(protocol.folder, formats=("html",))
+        text = " ".join(Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text.split())
+        assert f"The version of sb3-offline-ft{which} was not recorded: whether all runs had the same cannot be said." in text
+        assert "had the same versions of Python" not in text
+        assert ("sb3-offline-ft not recorded" if n_unknown == 6 else "0.1.0 (3 runs); not recorded (3 runs)") in text
+
     def test_data_that_no_run_knows_is_an_error(self, tmp_path: Path) -> None:
         protocol = _study_without_scores(tmp_path)
         (tmp_path / "data.npz").unlink()
@@ -545,6 +752,36 @@ class TestFactors:
         assert "The pictures leave out" in parsed.text and "Some variants need a pretraining of their own" in parsed.text
         rows = list(csv.DictReader(io.StringIO((factored.protocol.folder / "results.csv").read_text(encoding="utf-8"))))
         assert {row["factor_offline_fraction"] for row in rows} == {"", "0.0", "0.25", "lin_0.5_0.0"}
+
+    def test_combined_factors_are_averaged_over_each_other(self, tmp_path: Path) -> None:
+        changes = SMALL | methods("td3") | {"hyperparams": {"offline_fraction": 0.5}, "factors_combined": True}
+        factors = {"offline_fraction": [0.5, 0.0], "ensemble_size": [2, 5, 10]}
+
+        def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
+            values = {"offline_fraction": 0.5, "ensemble_size": 2} | dict(cell.method.variant)
+            end = 1500 + 400 * (values["offline_fraction"] == 0) + 10 * values["ensemble_size"]
+            return np.where(share > 0, end, J0)
+
+        protocol = write_study(tmp_path / "study", changes | {"factors": factors})
+        assert len(protocol.methods) == 6
+        unfinished = protocol.cells()[-1]
+        write_runs(protocol, protocol.cells()[:-1], curve=curve)
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        levels = numbers.factor_levels("offline_fraction", numbers.datasets[0])["td3"]
+        assert [value for value, _ in levels] == ["0.5", "0.0"]
+        sizes = np.mean([20, 50, 100])
+        for (_, group), end in zip(levels, (1500, 1900), strict=True):
+            # Three sizes; the last seed lacks one
+            assert len(group.runs) == 6 and unfinished.seed not in {one.seed for one in group.runs}
+            estimate = group.estimate("last_return")
+            assert estimate is not None and estimate.n == 2 and estimate.value == pytest.approx(end + sizes, rel=0.01)
+        sizes_of = numbers.factor_levels("ensemble_size", numbers.datasets[0])["td3"]
+        assert [(value, len(group.runs)) for value, group in sizes_of] == [("2", 4), ("5", 4), ("10", 4)]
+        write_report(protocol.folder, formats=("html",))
+        parsed = Page((protocol.folder / "report.html").read_text(encoding="utf-8"))
+        assert {"factor-offline_fraction", "factor-ensemble_size"} <= set(parsed.ids)
+        assert "each value is averaged over all values of the others" in parsed.text
+        assert not re.search(r"\bnan\b", parsed.text)
 
 
 class TestLooks:
@@ -655,10 +892,21 @@ class TestARealStudy:
         assert answer.exit_code == 0, answer.output
         assert "Report:" in answer.output and "14 figures in" in answer.output
         text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
-        assert "they started from exactly the same weights" in text and "All 12 runs had the same versions" in text
+        assert "they started from exactly the same weights" in text
+        versions = [run.result.manifest["versions"] for run in study_results(protocol.folder).runs]
+        recorded = all("sb3-offline-ft" in one for one in versions)
+        assert ("All 12 runs had the same versions" if recorded else "sb3-offline-ft was not recorded") in text
         assert "as the runs had it" in text and "0 is a random policy (-1,309)" in text
         rows = list(csv.DictReader(io.StringIO((protocol.folder / "results.csv").read_text(encoding="utf-8"))))
         own = {row["method"]: int(row["learner_evaluation_steps"]) for row in rows}
         # An evaluation of Pendulum-v1 has 200 steps
         assert own["td3c"] > 0 and own["td3c"] % 200 == 0 and own["td3"] == 0
-        assert WARMUP > 0 and all(float(row["lowest_return"]) < 0 for row in rows)
+        for row, cell in zip(rows, protocol.cells(), strict=True):
+            folder = run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, row["key"])
+            with np.load(folder / "evaluations.npz") as file:
+                means = dict(zip(file["timesteps"].tolist(), file["results"].mean(axis=1).tolist(), strict=True))
+            assert list(means) == [0, 200, 400]
+            # Pretrained and not frozen: only after the warm-up of 100 steps
+            counted = list(means.values())[1 if cell.method.pretrained and not cell.method.frozen else 0 :]
+            assert float(row["lowest_return"]) == pytest.approx(min(counted))
+            assert float(row["last_return"]) == pytest.approx(np.mean(counted))

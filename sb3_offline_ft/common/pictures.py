@@ -29,6 +29,8 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 10,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
+    # Labels with dollar signs are names, not formulas
+    "text.parse_math": False,
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from sb3_offline_ft.common.pictures import INK, inline_svg
 from sb3_offline_ft.datasets.diversity import ActionNoise, sample_rows, scaled_actions, standardized, state_matrix
@@ -131,7 +131,7 @@ def draw_states(dataset: OfflineDataset, name: str, seed: int = 0) -> str | None
             linewidths=0.1,
             rasterized=True,
         )
-        bar = figure.colorbar(cells, ax=axes, label="transitions")
+        bar = figure.colorbar(cells, ax=axes, label="transitions", format=LogFormatter())
         bar.outline.set_visible(False)
         axes.set(
             xlabel=f"1st component ({shares[0]:.0%} of the variance)", ylabel=f"2nd component ({shares[1]:.0%})"

@@ -164,6 +164,7 @@ def probability_of_improvement(
     x: Scores,
     y: Scores,
     *,
+    shared: Literal["x", "y"] | None = None,
     confidence: float = 0.95,
     n_resamples: int = N_RESAMPLES_BAND,
     seed: int = 0,
@@ -176,25 +177,35 @@ def probability_of_improvement(
 
     :param x: Of each dataset the runs of method X, shape ``(runs,)``
     :param y: The same of method Y, datasets in the same order (or with the same names)
+    :param shared: The method whose runs are the same on all datasets, as of one that uses no data: they are resampled once for
+        all datasets, since each run is only one run
     :param confidence: Level of the stratified-bootstrap percentile interval
     :param n_resamples: Resamples of the bootstrap
     :param seed: Same seed, same interval
     :return: The estimate; without an interval if all resamples agree, as when all runs of X are better than all of Y
-    :raises ValueError: Datasets differ, there are no scores, or one is not finite
+    :raises ValueError: Datasets differ, there are no scores, one is not finite, or shared runs differ between datasets
     """
     x_samples, y_samples = matching_scores(x, y)
     n_datasets = len(x_samples)
+    first_samples, second_samples = (
+        _once(samples, name) if shared == name else samples for samples, name in ((x_samples, "x"), (y_samples, "y"))
+    )
+    n_first = len(first_samples)
 
     def statistic(*samples: Array, axis: int = -1) -> Array:
         shares = []
-        for one, other in zip(samples[:n_datasets], samples[n_datasets:], strict=True):
+        repeated = (list(part) * (n_datasets // len(part)) for part in (samples[:n_first], samples[n_first:]))
+        for one, other in zip(*repeated, strict=True):
             first, second = one[..., :, None], other[..., None, :]
             shares.append(np.mean((first > second) + 0.5 * (first == second), axis=(-2, -1)))
         return np.asarray(np.mean(shares, axis=0))
 
-    name = f"Mann-Whitney U / (n m) of {sum(map(len, x_samples))} and {_runs(y_samples)}"
+    name = f"Mann-Whitney U / (n m) of {_runs(first_samples)} and {_runs(second_samples)}"
+    if shared is not None:
+        name += f", the runs of {shared} resampled once for all datasets"
     longest = max(map(len, x_samples))
-    return _bootstrap([*x_samples, *y_samples], statistic, name, confidence, n_resamples, seed, numbers_per_run=longest)
+    samples = [*first_samples, *second_samples]
+    return _bootstrap(samples, statistic, name, confidence, n_resamples, seed, numbers_per_run=longest)
 
 
 def performance_profile(
@@ -297,6 +308,12 @@ def _bootstrap(
         return Estimate(value, np.nan, np.nan, n, f"{name}, no interval: all resamples give the same value")
     low, high = result.confidence_interval
     return Estimate(value, float(low), float(high), n, f"{name}, {_bootstrap_name(confidence, n_resamples)}")
+
+
+def _once(samples: list[Array], name: str) -> list[Array]:
+    if any(not np.array_equal(sample, samples[0]) for sample in samples):
+        raise ValueError(f"Shared runs are the same on all datasets: those of `{name}` differ.")
+    return samples[:1]
 
 
 def _no_band(points: Array, value: Array, samples: list[Array], name: str) -> Band:

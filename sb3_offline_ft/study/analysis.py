@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from sb3_offline_ft.study.results import Run, StudyResults
 SIGNIFICANT = 0.05
 COLLAPSED = "collapsed"
 AS_LISTED = "as listed"
+NO_DATA_TITLE = "no data"
 RELATIVE_METRICS = ("dip_depth", "dip_area", "time_below_band", "recovery_time")
 MOST_TOGETHER = 8
 """Pictures show so many methods at most; of more, those that are no variants."""
@@ -161,6 +163,14 @@ class Group:
         return statistics.aggregate([values], "mean") if values else None
 
     @property
+    def collapse_probability(self) -> float | None:
+        """Share of the runs that would count as collapsed if their policies did not change; None if that cannot be said."""
+        floors = [one.noise for one in self.runs if one.metrics.collapsed is not None]
+        known = [floor.collapse_probability for floor in floors if floor is not None]
+        values = [value for value in known if value is not None]
+        return float(np.mean(values)) if values else None
+
+    @property
     def outcomes(self) -> list[bool]:
         """Whether runs collapsed, of those for which that is defined."""
         return [one.metrics.collapsed for one in self.runs if one.metrics.collapsed is not None]
@@ -185,6 +195,31 @@ class Group:
 
 
 @dataclass(frozen=True)
+class AveragedGroup(Group):
+    """Runs of several variants, averaged seed by seed: those of a seed are not independent, as they begin alike."""
+
+    def values(self, name: str) -> list[float]:
+        """
+        :param name: As for :meth:`RunNumbers.value`
+        :return: Its mean over the variants, of each seed for which it is defined
+        """
+        by_seed: dict[int, list[float]] = {}
+        for one in self.runs:
+            if (value := one.value(name)) is not None:
+                by_seed.setdefault(one.seed, []).append(value)
+        return [float(np.mean(values)) for values in by_seed.values()]
+
+    @cached_property
+    def collapse_rate(self) -> Estimate | None:
+        """Share of the variants that collapsed, averaged over the seeds."""
+        by_seed: dict[int, list[bool]] = {}
+        for one in self.runs:
+            if one.metrics.collapsed is not None:
+                by_seed.setdefault(one.seed, []).append(one.metrics.collapsed)
+        return statistics.aggregate([[float(np.mean(each)) for each in by_seed.values()]], "mean") if by_seed else None
+
+
+@dataclass(frozen=True)
 class DatasetNumbers:
     """
     The results on a dataset. Methods without data are shown with every dataset.
@@ -193,22 +228,21 @@ class DatasetNumbers:
     :param groups: The methods that have runs, in the protocol's order
     :param scale: What scores are normalised with, None if that is not known
     :param data_return: Mean return of the data's episodes
+    :param slug: Its name for files and ids
+    :param why_no_scale: Why scores cannot be normalised, if they cannot though the return of a random policy is known
     """
 
     label: str | None
     groups: tuple[Group, ...]
     scale: Scale | None
     data_return: float | None
+    slug: str
+    why_no_scale: str = ""
 
     @property
     def title(self) -> str:
         """Its name for people."""
-        return self.label or "no data"
-
-    @property
-    def slug(self) -> str:
-        """Its name for files and ids."""
-        return slug(self.title)
+        return self.label or NO_DATA_TITLE
 
     @property
     def pretrained_runs(self) -> list[RunNumbers]:
@@ -242,7 +276,7 @@ class DatasetNumbers:
 @dataclass(frozen=True)
 class Aggregate:
     """
-    Normalised scores of a method over all datasets and seeds.
+    Normalised scores of a method over the datasets and seeds that all methods have.
 
     :param method: The method
     :param iqm: Their interquartile mean
@@ -297,7 +331,8 @@ class Comparison:
     :param only_reference: Pairs in which only the reference collapsed
     :param p: Two-sided p-value
     :param smallest_p: The least that so many pairs can give
-    :param p_corrected: The p-value, corrected for all methods that are compared by this metric
+    :param p_corrected: The p-value, corrected for all comparisons of the study
+    :param smallest_p_corrected: The least that it could be with so many pairs and comparisons
     """
 
     method: Method
@@ -309,6 +344,7 @@ class Comparison:
     p: float
     smallest_p: float
     p_corrected: float
+    smallest_p_corrected: float
 
 
 def slug(text: str) -> str:
@@ -319,6 +355,23 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "x"
 
 
+def slugs(texts: Iterable[str]) -> dict[str, str]:
+    """
+    :param texts: Different texts
+    :return: Their slugs, which differ by more than the case of letters: some file systems do not tell it
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for text in texts:
+        name, number = slug(text), 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{slug(text)}-{number}"
+        taken.add(name.lower())
+        found[text] = name
+    return found
+
+
 class StudyNumbers:
     """
     The results of a study in numbers.
@@ -327,6 +380,7 @@ class StudyNumbers:
     :param data_returns: Mean return of the data's episodes by label, where known
     :ivar runs: The finished runs
     :ivar datasets: The datasets that have runs
+    :ivar random_return: Mean return of a random policy; if the protocol does not know it, as the runs recorded it
     :ivar unusable: Runs that cannot be measured by name, and why: their returns are not finite
     """
 
@@ -334,19 +388,20 @@ class StudyNumbers:
 
     def __init__(self, results: StudyResults, data_returns: dict[str, float]) -> None:
         self.results, self.protocol = results, results.protocol
-        noise = _NoiseFloors(results.runs, self.protocol.random_return)
+        self.random_return = _random_return(results)
+        noise = _NoiseFloors(results.runs, self.random_return)
         runs = []
         self.unusable: dict[str, str] = {}
         for run in results.runs:
             try:
-                runs.append(RunNumbers(run, _measure(run, self.protocol.random_return), noise.of(run)))
+                runs.append(RunNumbers(run, _measure(run, self.random_return), noise.of(run)))
             except ValueError as error:
                 self.unusable[run.cell.name] = str(error)
         self.runs = tuple(runs)
         labels: list[str | None] = list(self.protocol.datasets) or [None]
-        self.datasets = tuple(
-            one for label in labels if (one := self._on_dataset(label, data_returns.get(label or ""))).groups
-        )
+        names = slugs(label or NO_DATA_TITLE for label in labels)
+        on_all = (self._on_dataset(label, data_returns.get(label or ""), names[label or NO_DATA_TITLE]) for label in labels)
+        self.datasets = tuple(one for one in on_all if one.groups)
 
     @property
     def n_cells(self) -> int:
@@ -395,7 +450,7 @@ class StudyNumbers:
             return None
         return float(np.mean([scale.normalized(one.metrics.last_return) for scale in scales if scale is not None]))
 
-    def _on_dataset(self, label: str | None, data_return: float | None) -> DatasetNumbers:
+    def _on_dataset(self, label: str | None, data_return: float | None, slug: str) -> DatasetNumbers:
         groups = []
         for method in self.protocol.methods:
             runs = [one for one in self.runs if one.method.name == method.name and one.run.cell.dataset in (None, label)]
@@ -404,14 +459,21 @@ class StudyNumbers:
         if data_return is None:
             known = (one.manifest.get("dataset") for group in groups for one in group.runs)
             data_return = next((facts["mean_return"] for facts in known if facts and "mean_return" in facts), None)
-        bare = DatasetNumbers(label, tuple(groups), None, data_return)
-        return DatasetNumbers(label, bare.groups, self._scale(bare), data_return)
+        bare = DatasetNumbers(label, tuple(groups), None, data_return, slug)
+        scale = self._scale(bare)
+        if scale is None or scale.top > scale.random:
+            return replace(bare, scale=scale)
+        why = f"100 would not be above 0 ({scale.words.rstrip('.')})"
+        return replace(bare, why_no_scale=why)
 
     def _scale(self, one: DatasetNumbers) -> Scale | None:
-        random = self.protocol.random_return
+        """What the scale would be; of use only if its top is above a random policy."""
+        random = self.random_return
         if random is None:
             return None
         given = ", as the protocol says" if self.protocol.given_random_return is not None else ""
+        if self.protocol.random_return is None:
+            given = ", as the runs recorded it"
         zero = f"0 is a random policy ({random:,.5g}{given}), "
         scores = reference_scores_for(self.protocol.env.rpartition(":")[2])
         if scores is not None:
@@ -420,7 +482,7 @@ class StudyNumbers:
         if pair is not None:
             return Scale(random, float(pair[1]), f"{zero}100 an expert ({pair[1]:,.5g}), as the dataset says.")
         top = one.initial_return
-        if top is None or top == random:
+        if top is None:
             return None
         words = f"{zero}100 the mean level of the pretrained policies ({top:,.5g}), as no score of an expert is known."
         return Scale(random, top, words)
@@ -433,20 +495,40 @@ class StudyNumbers:
             return next(iter(words), "")
         return " ".join(f"On {title}: {text}" for text, title in words.items())
 
+    def common(self, methods: Sequence[Method]) -> list[tuple[str | None, int]]:
+        """
+        :param methods: Methods
+        :return: The datasets, with the seeds, of which all of them have runs: over others, aggregates compare other mixtures
+        """
+        have = {(one.method.name, one.run.cell.dataset, one.seed) for one in self.runs}
+        return [
+            (dataset.label, seed) for dataset in self.datasets for seed in self.protocol.seeds
+            if all({(method.name, dataset.label, seed), (method.name, None, seed)} & have for method in methods)
+        ]  # fmt: skip
+
+    @cached_property
+    def scored(self) -> list[tuple[str | None, int]]:
+        """The datasets with the seeds that normalised scores are aggregated over."""
+        return self.common(self._complete(self.shown_methods))
+
     def _scores(self, method: Method) -> list[list[float]]:
-        """Scores by dataset; those of methods without data are one stratum."""
+        """Scores by dataset; those of methods without data are one stratum, averaged over the datasets' scales."""
+        scales = {one.label: one.scale for one in self.datasets}
         strata: dict[str | None, list[float]] = {}
         for one in self.runs:
-            score = self.score(one)
-            if one.method.name == method.name and score is not None:
-                strata.setdefault(one.run.cell.dataset, []).append(score)
+            own = one.run.cell.dataset
+            labels = [label for label, seed in self.scored if seed == one.seed and own in (None, label)]
+            known = [scale for label in labels if (scale := scales[label]) is not None]
+            if one.method.name == method.name and labels and len(known) == len(labels):
+                score = float(np.mean([scale.normalized(one.metrics.last_return) for scale in known]))
+                strata.setdefault(own, []).append(score)
         return list(strata.values())
 
     @cached_property
     def aggregates(self) -> list[Aggregate]:
-        """Scores of the methods that have runs on all datasets."""
+        """Scores of the methods that have runs on all datasets, over what all of them have; none if a dataset has no scale."""
         rows = []
-        for method in self._complete(self.shown_methods):
+        for method in self._complete(self.shown_methods) if all(one.scale for one in self.datasets) else []:
             scores = self._scores(method)
             if scores:
                 iqm, median = statistics.aggregate(scores, "iqm"), statistics.aggregate(scores, "median")
@@ -477,39 +559,63 @@ class StudyNumbers:
 
     @cached_property
     def improvements(self) -> list[Improvement]:
-        """The reference method against each other one, on the datasets that both have."""
+        """The reference method against each other one, with the datasets and seeds that both have."""
         reference = self.reference
         rows = []
         for method in self.shown_methods if reference is not None else []:
-            pairs = [] if method == reference or reference is None else self._groups_of_both(reference, method)
-            if pairs:
-                x = [first.values("last_return") for first, _ in pairs]
-                y = [second.values("last_return") for _, second in pairs]
-                rows.append(Improvement(method, statistics.probability_of_improvement(x, y)))
+            if reference is None or method == reference:
+                continue
+            samples = self._samples_of_both(reference, method)
+            if samples:
+                x, y = zip(*samples, strict=True)
+                both = [one for one, other in (("x", reference), ("y", method)) if not other.pretrained]
+                shared: Any = both[0] if both and len(samples) > 1 else None
+                rows.append(Improvement(method, statistics.probability_of_improvement(x, y, shared=shared)))
         return rows
 
-    def _groups_of_both(self, one: Method, other: Method) -> list[tuple[Group, Group]]:
-        pairs = []
-        for dataset in self.datasets:
-            groups = {group.method.name: group for group in dataset.groups}
-            if one.name in groups and other.name in groups:
-                pairs.append((groups[one.name], groups[other.name]))
-        return pairs
+    def _samples_of_both(self, one: Method, other: Method) -> list[tuple[list[float], list[float]]]:
+        """
+        By dataset, the ends of both methods' runs. The runs of a method without data are the same on all datasets: then only
+        seeds count that all datasets have, and if both have none, only once.
+        """
+        cells = self.common([one, other])
+        labels = list(dict.fromkeys(label for label, _ in cells))
+        seeds = {label: [seed for other_label, seed in cells if other_label == label] for label in labels}
+        if not (one.pretrained and other.pretrained):
+            everywhere = [seed for seed in self.protocol.seeds if all(seed in seeds[label] for label in labels)]
+            labels = labels if one.pretrained or other.pretrained else labels[:1]
+            seeds = {label: everywhere for label in labels if everywhere}
+
+        def ends(method: Method, label: str | None) -> list[float]:
+            values = self._values(method, "last_return")
+            return [values[label if method.pretrained else None, seed] for seed in seeds[label]]
+
+        return [(ends(one, label), ends(other, label)) for label in seeds]
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Paired tests against the reference method; each metric's p-values are corrected for its number of methods."""
+        """
+        Paired tests against the reference method. The correction is for all of them, of all methods and metrics: a study of
+        methods that do not differ shows any difference with a probability of at most :data:`SIGNIFICANT`.
+        """
         reference = self.reference
         others = [] if reference is None else [method for method in self.methods if method != reference]
         made: list[Comparison] = []
         for metric in (*self.COMPARED, COLLAPSED):
-            rows = [row for method in others if reference and (row := self._compare(method, reference, metric)) is not None]
-            corrected = holm([row.p for row in rows])
-            made += [replace(row, p_corrected=float(p)) for row, p in zip(rows, corrected, strict=True)]
+            made += [row for method in others if reference and (row := self._compare(method, reference, metric)) is not None]
+        corrected, smallest = holm([row.p for row in made]), holm([row.smallest_p for row in made])
+        made = [
+            replace(row, p_corrected=float(p), smallest_p_corrected=float(least))
+            for row, p, least in zip(made, corrected, smallest, strict=True)
+        ]
         order = {method.name: position for position, method in enumerate(self.methods)}
         return sorted(made, key=lambda row: order[row.method.name])
 
     def _compare(self, method: Method, reference: Method, metric: str) -> Comparison | None:
+        if metric == "mean_return" and method.pretrained != reference.pretrained:
+            return None  # the first steps from scratch count, those of the warm-up do not
+        if metric in ("dip_depth", COLLAPSED) and (method.frozen or reference.frozen):
+            return None  # a policy that does not change has none: what seems so is noise
         strata = self._pairs(method, reference, metric)
         if not strata or sum(map(len, strata)) < 2:
             return None
@@ -518,16 +624,17 @@ class StudyNumbers:
             outcomes = [(bool(one), bool(other)) for stratum in strata for one, other in stratum]
             test = compare_paired_rates([one for one, _ in outcomes], [other for _, other in outcomes])
             only = (sum(one and not other for one, other in outcomes), sum(other and not one for one, other in outcomes))
-            return Comparison(method, metric, len(outcomes), None, *only, test.p_value, 2.0 ** (1 - len(outcomes)), 1.0)
+            return Comparison(method, metric, len(outcomes), None, *only, test.p_value, 2.0 ** (1 - len(outcomes)), 1.0, 1.0)
         paired = compare_paired(x, y)
         return Comparison(
-            method, metric, paired.n_pairs, paired.difference, 0, 0, paired.p_value, paired.smallest_p_value, 1.0
+            method, metric, paired.n_pairs, paired.difference, 0, 0, paired.p_value, paired.smallest_p_value, 1.0, 1.0
         )  # fmt: skip
 
     def _pairs(self, method: Method, reference: Method, metric: str) -> list[list[tuple[float, float]]]:
         """
         By dataset, the values of runs with the same seed. A run without data has one pair, with the mean of the other method's
-        runs of its seed on all datasets: more pairs with the same run would not be independent.
+        runs of its seed on all datasets: more pairs with the same run would not be independent. Seeds that lack a dataset on
+        which others have been run are left out.
         """
         strata: dict[str | None, list[tuple[float, float]]] = {}
         sides = [self._values(one, metric) for one in (method, reference)]
@@ -537,9 +644,10 @@ class StudyNumbers:
                     strata.setdefault(key[0], []).append((sides[0][key], sides[1][key]))
             return list(strata.values())
         pairs = []
+        n_datasets = [len({label for label, _ in side}) for side in sides]
         for seed in self.protocol.seeds:
             values = [[value for key, value in side.items() if key[1] == seed] for side in sides]
-            if all(values):
+            if values[0] and values[1] and [len(side) for side in values] == n_datasets:
                 pairs.append((float(np.mean(values[0])), float(np.mean(values[1]))))
         return [pairs] if pairs else []
 
@@ -556,19 +664,44 @@ class StudyNumbers:
         :param factor: A factor
         :param one: A dataset
         :return: By listed method, the values of the factor alone, in the protocol's order, with their runs; the method as it
-            is listed comes first
+            is listed comes first. If factors were combined, each value is averaged over the values of the others.
         """
-        levels: dict[str, list[tuple[str, Group]]] = {}
-        for group in one.groups:
-            if set(group.method.variant) == {factor}:
-                levels.setdefault(group.method.base, []).append((str(group.method.variant[factor]), group))
-        for group in one.groups:
-            if not group.method.variant and group.method.name in levels:
-                levels[group.method.name].insert(0, (_listed_value(group.method, factor), group))
+        levels = {}
+        for base in dict.fromkeys(group.method.base for group in one.groups if factor in group.method.variant):
+            groups = [group for group in one.groups if group.method.base == base]
+            are_combined = any(len(group.method.variant) > 1 for group in groups)
+            points = self._averaged_levels(factor, groups) if are_combined else _levels(factor, groups)
+            if points:
+                levels[base] = points
         return levels
 
+    def _averaged_levels(self, factor: str, groups: Sequence[Group]) -> list[tuple[str, Group]]:
+        """Only seeds of which all combinations have runs: others would be averaged over other values."""
+        base = groups[0].method.base
+        planned = [method for method in self.protocol.methods if method.base == base]
+        listed = next(method for method in planned if not method.variant)
+        names = list(dict.fromkeys(name for method in planned for name in method.variant))
+        own = {name: _own_value(listed, name) for name in names}
+        # The combination that the method has anyway makes no variant
+        is_in_grid = all(own[name] in self.protocol.factors[name] for name in names)
+        combination = {method.name: dict(method.variant) for method in planned if method.variant}
+        if is_in_grid and own not in combination.values():
+            combination[listed.name] = own
+        runs = {group.method.name: {one.seed: one for one in group.runs} for group in groups}
+        seeds = [seed for seed in self.protocol.seeds if all(seed in runs.get(name, {}) for name in combination)]
+        points: dict[str, list[RunNumbers]] = {str(value): [] for value in self.protocol.factors[factor]}
+        for name, values in combination.items():
+            points[str(values[factor])] += [runs[name][seed] for seed in seeds]
+        return [(value, AveragedGroup(listed, tuple(chosen))) for value, chosen in points.items() if chosen]
 
-def _listed_value(method: Method, factor: str) -> str:
+
+def _levels(factor: str, groups: Sequence[Group]) -> list[tuple[str, Group]]:
+    points = [(str(group.method.variant[factor]), group) for group in groups if set(group.method.variant) == {factor}]
+    listed = [(_listed_value(group.method, factor), group) for group in groups if not group.method.variant]
+    return [*listed, *points] if points else []
+
+
+def _own_value(method: Method, factor: str) -> Any:
     """The value of a factor that a method has as it is listed: its own, else the default of the constructor."""
     first, *rest = factor_path(factor)
     owners = {"policy_kwargs": OfflinePolicy}
@@ -578,7 +711,22 @@ def _listed_value(method: Method, factor: str) -> str:
         inner = value or {}
         within = inspect.signature(owners[first].__init__).parameters if first in owners else {}
         value = inner.get(key, within[key].default if key in within else None)
+    return value
+
+
+def _listed_value(method: Method, factor: str) -> str:
+    value = _own_value(method, factor)
     return AS_LISTED if value is None or isinstance(value, dict) else f"{value} ({AS_LISTED})"
+
+
+def _random_return(results: StudyResults) -> float | None:
+    """Data that says it need not be here: then the runs do."""
+    known = results.protocol.random_return
+    if known is not None:
+        return known
+    values = (run.result.manifest.get("random_return") for run in results.runs)
+    recorded = Counter(float(value) for value in values if value is not None)
+    return recorded.most_common(1)[0][0] if recorded else None
 
 
 class _NoiseFloors:

@@ -19,6 +19,8 @@ from sb3_offline_ft.study.tables import TextTable
 from sb3_offline_ft.study.words import NONE, counted, listed, number
 
 MOST_NAMED = 8
+OWN = "sb3-offline-ft"
+NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,11 @@ def machines_table(runs: Iterable[Run]) -> TextTable:
     :param runs: Finished runs
     :return: Versions and machines, with the number of runs where they differ
     """
+    machines = [_machine(run) for run in runs]
+    n = len(machines)
     counts: dict[str, Counter[str]] = {}
-    n = 0
-    for run in runs:
-        n += 1
-        for name, value in _machine(run).items():
-            counts.setdefault(name, Counter())[value] += 1
+    for name in dict.fromkeys([OWN, *(name for machine in machines for name in machine)]):
+        counts[name] = Counter(machine.get(name, NOT_RECORDED) for machine in machines)
     rows = []
     for name, values in counts.items():
         texts = [value if times == n else f"{value} ({counted(times, 'run')})" for value, times in sorted(values.items())]
@@ -152,7 +153,13 @@ def provenance(runs: Iterable[Run]) -> list[str]:
     machines = [_machine(run) for run in runs]
     packages = sorted({name for machine in machines for name in machine} - {"cpu", "platform"})
     different = [name for name in packages if len({machine.get(name) for machine in machines}) > 1]
-    if different:
+    unknown = sum(OWN not in machine for machine in machines)
+    if unknown:
+        different = [name for name in different if name != OWN]
+        which = "" if unknown == len(runs) else f" of {unknown} of {counted(len(runs), 'run')}"
+        rest = f"Differences are known of {listed(different)}, see below." if different else "No other one differs."
+        texts = [f"The version of {OWN}{which} was not recorded: whether all runs had the same cannot be said. {rest}"]
+    elif different:
         texts = [f"Not all runs had the same versions: {listed(different)} differ, see below."]
     else:
         texts = [f"All {counted(len(runs), 'run')} had the same versions of Python and of all packages."]
@@ -215,9 +222,11 @@ def commands(numbers: StudyNumbers) -> str:
     }  # fmt: skip
     if all(len(found) == 1 for found in versions.values()):
         fixed = {package: str(found.pop()).partition("+")[0] for package, found in versions.items()}
-        own = fixed.pop("sb3-offline-ft", None)
+        own = fixed.pop(OWN, None)
         if own is not None:
-            lines.append(f"# with sb3-offline-ft {own} installed, and the versions of the runs:")
+            lines.append(f"# with {OWN} {own} installed, and the versions of the runs:")
+        else:
+            lines.append(f"# with {OWN} installed (its version was not recorded), and the versions of the runs:")
         pinned = " ".join(shlex.quote(f"{package}=={version}") for package, version in fixed.items())
         lines.append(f"python -m pip install {pinned}")
     lines.append(f"mkdir -p {name}    # then save the protocol as {name}/{STUDY_FILE}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.pages import Picture, render_page
-from sb3_offline_ft.study.analysis import DatasetNumbers, StudyNumbers, slug
+from sb3_offline_ft.study.analysis import AveragedGroup, DatasetNumbers, StudyNumbers, slugs
 from sb3_offline_ft.study.definitions import SOURCES, definitions
 from sb3_offline_ft.study.looks import looks_of, page_colours
 from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from sb3_offline_ft.study.report_figures import Drawing
 
 FORMATS = ("html", "figures", "csv", "md")
+COMBINED = (
+    "Factors were combined: each value is averaged over all values of the others, seed by seed, with the seeds that have all. "
+    "Whether factors act together is not seen here; the tables of the datasets have all combinations. Intervals of collapse "
+    "rates are of the bootstrap over seeds."
+)
 PAGE, FIGURES, RESULTS, TABLES = "report.html", "figures", "results.csv", "tables.md"
 
 
@@ -85,9 +90,9 @@ def study_results(folder: str | Path, storage: str | None = None) -> StudyResult
         remember_data_of_runs(protocol)
         return load_results(protocol)
     try:
-        queue = StudyQueue(protocol, storage, create=False)
-        queue.restore_run_folders()
-        errors = {status.key: status.error for status in queue.statuses() if status.error is not None}
+        with StudyQueue(protocol, storage, create=False) as queue:
+            queue.restore_run_folders()
+            errors = {status.key: status.error for status in queue.statuses() if status.error is not None}
     except STORAGE_FAULTS as error:
         raise OSError(f"The storage failed: {fault_text(error)}.") from None
     return load_results(queue.protocol, errors=errors)
@@ -236,7 +241,18 @@ def _across_part(numbers: StudyNumbers) -> Part | None:
     text = ""
     if left_out and numbers.aggregates:
         text = f"Not among the scores, as they have no finished run on some dataset: {listed(left_out)}."
+    elif not numbers.aggregates:
+        text = _why_no_scores(numbers)
     return Part("across", title, text, present, tables)
+
+
+def _why_no_scores(numbers: StudyNumbers) -> str:
+    reasons = [f"On {one.title}, {one.why_no_scale}." for one in numbers.datasets if one.why_no_scale]
+    if not reasons and any(one.scale is None for one in numbers.datasets):
+        reasons = ["The return of a random policy, or one to compare with, is not known."]
+    if not reasons:
+        reasons = ["There is no dataset and seed that all methods have."]
+    return f"There are no normalised scores. {' '.join(reasons)}"
 
 
 def _factor_parts(numbers: StudyNumbers) -> list[Part]:
@@ -244,12 +260,15 @@ def _factor_parts(numbers: StudyNumbers) -> list[Part]:
 
     looks = looks_of(method.name for method in numbers.protocol.methods)
     parts = []
-    for factor in numbers.protocol.factors:
-        part = Part(f"factor-{slug(factor)}", f"Factor: {factor}")
+    names = slugs(numbers.protocol.factors)
+    for factor, name in names.items():
+        part = Part(f"factor-{name}", f"Factor: {factor}")
         for one in numbers.datasets:
             levels = numbers.factor_levels(factor, one)
+            if any(isinstance(group, AveragedGroup) for points in levels.values() for _, group in points):
+                part.text = COMBINED
             if levels:
-                part.drawings.append(figures.draw_factor(one, factor, levels, looks, f"factor-{slug(factor)}-{one.slug}"))
+                part.drawings.append(figures.draw_factor(one, factor, levels, looks, f"factor-{name}-{one.slug}"))
                 part.tables.append(factor_table(one, factor, levels))
         if part.tables:
             parts.append(part)

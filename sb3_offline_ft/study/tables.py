@@ -15,8 +15,10 @@ from sb3_offline_ft.study.words import NBSP, NONE, capital, counted, interval, l
 TEST_WORDS = (
     "Pairs are runs with the same data and seed, which start from the same pretrained policy; a run without data is paired "
     "with the mean of those of its seed. Sign-flip permutation tests of the mean difference, for collapses McNemar's exact "
-    "test; two-sided. Holm's correction is for the methods compared by the same number. For collapses the difference is the "
-    "pairs in which only the first : only the second collapsed."
+    "test; two-sided. Holm's correction is for all tests of this table. For collapses the difference is the pairs in which "
+    "only the first : only the second collapsed. A dip depth below 0 counts as 0 here, no dip, but not in the other tables. "
+    "Not tested: dips and collapses of a policy that does not change, which are noise, and a method from scratch by its mean "
+    "over time, which begins with its first step, while that of pretrained methods begins after the warm-up."
 )
 GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation")
 
@@ -108,7 +110,8 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
     ]
     dips = [
         [
-            group.label, _collapsed(group), *(_mean(group, column) for column in DIP_COLUMNS[:3]), _recovery(group),
+            group.label, _collapsed(group), _by_chance(group), *(_mean(group, column) for column in DIP_COLUMNS[:3]),
+            _recovery(group),
         ]
         for group in numbers.groups if group.method.pretrained
     ]  # fmt: skip
@@ -118,14 +121,17 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
     tables = [
         TextTable(
             f"returns-{numbers.slug}", ["method", seeds.title, *(column.title for column in RETURN_COLUMNS)], returns,
-            f"Returns on {numbers.title}", "Means over the seeds, with 95 % bootstrap intervals.",
+            f"Returns on {numbers.title}",
+            "Means over the seeds, with 95 % bootstrap intervals. Over time is after the warm-up; from scratch it is from the "
+            "first step.",
         ),
         TextTable(
             f"dips-{numbers.slug}",
-            ["method", "collapsed", *(column.title for column in DIP_COLUMNS[:3]), "recovered"], dips,
+            ["method", "collapsed", "by chance", *(column.title for column in DIP_COLUMNS[:3]), "recovered"], dips,
             f"Dips on {numbers.title}",
-            "Means over the seeds with 95 % bootstrap intervals; collapse rates with exact ones; of the seeds whose lowest "
-            "evaluation is below the band, those that recovered, with the median time from the lowest one in interactions.",
+            "Means over the seeds with 95 % bootstrap intervals; collapse rates with exact ones. By chance: how many runs of "
+            "unchanged policies would count as collapsed. A dip depth below 0: always above the pretrained policy. Recovered: "
+            "of the seeds whose lowest evaluation is below the band, with the median time from it in interactions.",
         ),
         TextTable(
             f"costs-{numbers.slug}", ["method", *(column.title for column in COST_COLUMNS)], costs,
@@ -192,7 +198,11 @@ def scores_table(numbers: StudyNumbers) -> TextTable:
         [row.method.label, *(ranged(estimate, 1) for estimate in (row.iqm, row.median, row.mean))]
         for row in numbers.aggregates
     ]
-    return TextTable("scores", ["method", "IQM", "median", "mean"], rows, "Normalised scores", numbers.scale_words)
+    n_all = len(numbers.datasets) * len(numbers.protocol.seeds)
+    over = f"Over {len(numbers.scored)} of {counted(n_all, 'pair')} of dataset and seed: those that all of these methods have."
+    return TextTable(
+        "scores", ["method", "IQM", "median", "mean"], rows, "Normalised scores", f"{over} {numbers.scale_words}".rstrip()
+    )
 
 
 def comparison_table(numbers: StudyNumbers) -> TextTable:
@@ -230,7 +240,7 @@ def factor_table(numbers: DatasetNumbers, factor: str, levels: dict[str, list[tu
     """
     rows = [
         [
-            group.label, value, str(len(group.runs)),
+            group.label, value, str(len({one.seed for one in group.runs})),
             _collapsed(group), *(ranged(group.estimate(name), 2 if name == "dip_depth" else None)
                                  for name in ("dip_depth", "last_return", "mean_return")),
         ]
@@ -242,8 +252,8 @@ def factor_table(numbers: DatasetNumbers, factor: str, levels: dict[str, list[tu
 
 CSV_METRICS = (
     "initial_return", "initial_standard_error", "band", "lowest_return", "lowest_at", "dip_depth", "dip_area",
-    "time_below_band", "recovered", "recovery_time", "collapsed", "final_return", "last_return", "best_return", "mean_return",
-    "max_drawdown", "training_return",
+    "time_below_band", "recovered", "recovery_time", "collapsed", "final_return", "last_return", "best_return",
+    "best_sustained_return", "mean_return", "max_drawdown", "training_return",
 )  # fmt: skip
 
 
@@ -258,7 +268,8 @@ def results_csv(numbers: StudyNumbers) -> bytes:
     writer.writerow(
         [
             "dataset", "method", "label", "seed", "key", *(f"factor_{name}" for name in factors), *CSV_METRICS,
-            "dip_noise_quantile", "normalized_last_return", "frozen_until", *(f"guard_{kind}s" for kind in GUARD_EVENTS),
+            "dip_noise_quantile", "collapse_noise_probability", "normalized_last_return", "frozen_until",
+            *(f"guard_{kind}s" for kind in GUARD_EVENTS),
             "learner_evaluation_steps", "preparation_seconds", "finetuning_seconds", "started",
         ]
     )  # fmt: skip
@@ -270,7 +281,9 @@ def results_csv(numbers: StudyNumbers) -> bytes:
                 cell.dataset or "", cell.method.name, cell.method.label, cell.seed, one.run.key,
                 *(_plain(cell.method.variant.get(name)) for name in factors),
                 *(_plain(getattr(one.metrics, name)) for name in CSV_METRICS),
-                _plain(None if noise is None else noise.quantile), _plain(numbers.score(one)), one.run.result.frozen_until,
+                _plain(None if noise is None else noise.quantile),
+                _plain(None if noise is None else noise.collapse_probability), _plain(numbers.score(one)),
+                one.run.result.frozen_until,
                 *(one.events(kind) for kind in GUARD_EVENTS), one.learner_evaluation_steps,
                 _plain(seconds.get("preparation")), _plain(seconds.get("finetuning")), manifest.get("started", ""),
             ]
@@ -303,6 +316,11 @@ def _mean(group: Group, column: Column, with_interval: bool = True) -> str:
 def _collapsed(group: Group) -> str:
     rate = group.collapse_rate
     return NONE if rate is None else f"{sum(group.outcomes)} of {len(group.outcomes)} ({percent(rate)})"
+
+
+def _by_chance(group: Group) -> str:
+    share = group.collapse_probability
+    return NONE if share is None else f"{number(100 * share, 1)}{NBSP}%"
 
 
 def _recovery(group: Group) -> str:

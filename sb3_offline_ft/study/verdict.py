@@ -1,21 +1,25 @@
-"""What a study's results say, in words, and what they leave open. Intervals that overlap are not called differences."""
+"""What a study's results say, in words, and what they leave open. Only the paired tests call anything a difference."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
 import numpy as np
 
-from sb3_offline_ft.evaluation.finetuning_metrics import LAST
+from sb3_offline_ft.evaluation.finetuning_metrics import CONSECUTIVE, LAST
 from sb3_offline_ft.evaluation.statistics import Estimate, rate
 from sb3_offline_ft.study.analysis import COLLAPSED, SIGNIFICANT, Comparison, DatasetNumbers, Group, StudyNumbers
+from sb3_offline_ft.study.methods import Method
 from sb3_offline_ft.study.words import LEVEL, NBSP, capital, counted, interval, listed, number, percent, probability
 
 FEW_SEEDS = 10
 """With fewer seeds the report says that they are few."""
 RARE = 0.1
-MOST_PAIRS = 5
-"""So many overlapping intervals are named."""
+NOISE_CONFIDENCE = 0.95
+"""That of the noise floor of dips."""
+TELLING = 0.01
+"""If an unchanged policy counts as collapsed with a higher probability, the report says so."""
 
 Sections = list[tuple[str, list[str]]]
 
@@ -36,18 +40,37 @@ def verdict(numbers: StudyNumbers) -> Sections:
 def _in_short(numbers: StudyNumbers) -> list[str]:
     texts = [text for one in numbers.datasets for text in _collapses(f"on {one.title}", _outcomes(numbers, one))]
     if len(numbers.datasets) > 1:
-        pooled: dict[str, list[bool]] = {}
-        for one in numbers.datasets:
-            for label, outcomes in _outcomes(numbers, one):
-                pooled.setdefault(label, []).extend(outcomes)
-        texts += _collapses("taking all datasets together", list(pooled.items()))
+        texts += _collapses("taking all datasets together", _pooled_outcomes(numbers))
     rows = sorted(numbers.aggregates, key=lambda row: -row.iqm.value)
     if len(rows) > 1:
         over = "over all datasets" if len(numbers.datasets) > 1 else f"on {numbers.datasets[0].title}"
         scores = [(row.method.label, row.iqm) for row in rows]
         text = f"{over}, the interquartile means of the normalised ends are: {_values(scores, 1)}. {_overlaps(scores)}"
-        texts.append(text.rstrip())
-    return texts
+        texts.append(f"{text.rstrip()} {_scored(numbers)}".rstrip())
+    if texts and numbers.comparisons:
+        texts.append("Whether methods differ is for the paired tests below to say, not for intervals.")
+    return texts + _own_evaluations(numbers)
+
+
+def _scored(numbers: StudyNumbers) -> str:
+    n, n_all = len(numbers.scored), len(numbers.datasets) * len(numbers.protocol.seeds)
+    if n == n_all:
+        return ""
+    return f"They are over the {n} of {counted(n_all, 'pair')} of dataset and seed that all of these methods have."
+
+
+def _own_evaluations(numbers: StudyNumbers) -> list[str]:
+    parts: list[str] = []
+    for method in numbers.shown_methods:
+        steps = [one.learner_evaluation_steps for one in numbers.runs if one.method.name == method.name]
+        if any(steps):
+            used = "used on average " if not parts else ""
+            parts.append(f"{method.label} {used}{number(float(np.mean(steps)), 0)}")
+    if not parts:
+        return []
+    whose = "its" if len(parts) == 1 else "their"
+    interactions = counted(numbers.protocol.interactions, "interaction")
+    return [f"beside the {interactions}, {listed(parts)} environment steps for {whose} own evaluations."]
 
 
 def _values(estimates: Sequence[tuple[str, Estimate]], digits: int | None = None) -> str:
@@ -64,59 +87,84 @@ def _values(estimates: Sequence[tuple[str, Estimate]], digits: int | None = None
     return "; ".join(parts)
 
 
-def _outcomes(numbers: StudyNumbers, one: DatasetNumbers) -> list[tuple[str, list[bool]]]:
-    return [(group.label, group.outcomes) for group in numbers.shown(one) if group.outcomes and not group.method.frozen]
+@dataclass(frozen=True)
+class _Outcomes:
+    """
+    Which runs collapsed.
+
+    :param method: Their method
+    :param collapsed: Whether each did
+    :param by_chance: The share of them that would count as collapsed if their policies did not change
+    """
+
+    method: Method
+    collapsed: list[bool]
+    by_chance: float | None
 
 
-def _collapses(where: str, outcomes: Sequence[tuple[str, list[bool]]]) -> list[str]:
-    rates = [(label, rate(sum(one), len(one)), one) for label, one in outcomes]
-    if not rates:
+def _outcomes(numbers: StudyNumbers, one: DatasetNumbers) -> list[_Outcomes]:
+    return [
+        _Outcomes(group.method, group.outcomes, group.collapse_probability) for group in numbers.shown(one) if group.outcomes
+    ]
+
+
+def _pooled_outcomes(numbers: StudyNumbers) -> list[_Outcomes]:
+    """By method, over the datasets and seeds that all methods have which can collapse."""
+    methods = [method for method in numbers.shown_methods if _has_outcomes(numbers, method.name)]
+    common = set(numbers.common(methods))
+    pooled = []
+    for method in methods:
+        runs = [one for one in numbers.runs if one.method.name == method.name and (one.run.cell.dataset, one.seed) in common]
+        if (group := Group(method, tuple(runs))).outcomes:
+            pooled.append(_Outcomes(method, group.outcomes, group.collapse_probability))
+    return pooled
+
+
+def _collapses(where: str, outcomes: Sequence[_Outcomes]) -> list[str]:
+    rates = [(one, rate(sum(one.collapsed), len(one.collapsed))) for one in outcomes]
+    if not any(not one.method.frozen for one in outcomes):
         return []
     rates.sort(key=lambda row: -row[1].value)
     parts = []
-    for index, (label, estimate, one) in enumerate(rates):
+    for index, (one, estimate) in enumerate(rates):
+        label, count, n = one.method.label, sum(one.collapsed), len(one.collapsed)
         if index == 0:
-            runs = ("seed" if len(one) == 1 else "seeds") if where.startswith("on ") else "runs"
-            parts.append(f"{label} collapsed in {sum(one)} of {len(one)} {runs} ({LEVEL} CI {percent(estimate)})")
+            runs = ("seed" if n == 1 else "seeds") if where.startswith("on ") else "runs"
+            parts.append(f"{label} collapsed in {count} of {n} {runs} ({LEVEL} CI {percent(estimate)})")
         else:
-            parts.append(f"{label} in {sum(one)} of {len(one)} ({percent(estimate)})")
+            parts.append(f"{label} in {count} of {n} ({percent(estimate)})")
     text = f"{where}, {'; '.join(parts)}."
     if len(rates) > 1 and rates[0][1].value > 0:
-        text += " " + _overlaps([(label, estimate) for label, estimate, _ in rates])
-    return [text]
+        text += " " + _overlaps([(one.method.label, estimate) for one, estimate in rates])
+    return [text + _collapses_by_chance(outcomes)]
+
+
+def _collapses_by_chance(outcomes: Sequence[_Outcomes]) -> str:
+    shares = [one.by_chance for one in outcomes if one.by_chance is not None]
+    if not shares or max(shares) <= TELLING:
+        return ""
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    share = high if low == high else f"{low} to {high}"
+    return (
+        f" By the noise of evaluations alone, an unchanged policy would count as collapsed in {share}{NBSP}% of runs: so many "
+        "say nothing of a method."
+    )
 
 
 def _overlaps(estimates: Sequence[tuple[str, Estimate]]) -> str:
     """
-    :param estimates: Names with their estimates, the highest first
-    :return: Which intervals overlap
+    :param estimates: Names with their estimates
+    :return: How many intervals overlap; no more, as intervals of single methods are no test of their difference
     """
-    known = [(name, one) for name, one in estimates if one.has_interval]
-    pairs = list(combinations(known, 2))
-    overlapping = [(a, b) for (a, one), (b, other) in pairs if one.low <= other.high and other.low <= one.high]
+    pairs = list(combinations([one for _, one in estimates if one.has_interval], 2))
     if not pairs:
         return ""
-    if len(overlapping) == len(pairs):
-        few = "These intervals overlap" if len(pairs) == 1 else "All of these intervals overlap"
-        return f"{few}: no difference is certain."
-    if not overlapping:
-        return "These intervals do not overlap." if len(pairs) == 1 else "No two of these intervals overlap."
-    if min(len(overlapping), len(pairs) - len(overlapping)) > MOST_PAIRS:
-        top = known[0][0]
-        with_top = [b for a, b in overlapping if a == top]
-        which = f"those of {listed(with_top)}" if with_top else "none"
-        return f"{len(overlapping)} of {len(pairs)} pairs of these intervals overlap; that of {top} with {which}."
-    if 2 * len(overlapping) <= len(pairs):
-        named = "; ".join(f"{a} and {b}" for a, b in overlapping)
-        return f"These intervals overlap, so that their difference is not certain: {named}. All others are apart."
-    by_higher: dict[str, list[str]] = {}
-    for (a, one), (b, other) in pairs:
-        if (a, b) not in overlapping:
-            higher, lower = (a, b) if one.low > other.high else (b, a)
-            by_higher.setdefault(higher, []).append(lower)
-    parts = [f"that of {higher} is above {'that' if len(lower) == 1 else 'those'} of {listed(lower)}"
-             for higher, lower in by_higher.items()]  # fmt: skip
-    return f"Only these intervals do not overlap: {'; '.join(parts)}. No other difference is certain."
+    n = sum(one.low <= other.high and other.low <= one.high for one, other in pairs)
+    if len(pairs) == 1:
+        return f"These intervals {'overlap' if n else 'do not overlap'}; that is no test."
+    if n in (0, len(pairs)):
+        return f"{'All' if n else 'No two'} of these intervals overlap; that is no test."
+    return f"{n} of {len(pairs)} pairs of these intervals overlap; that is no test."
 
 
 def _on_dataset(numbers: StudyNumbers, one: DatasetNumbers) -> list[str]:
@@ -125,20 +173,26 @@ def _on_dataset(numbers: StudyNumbers, one: DatasetNumbers) -> list[str]:
 
 
 def _dips(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
-    learning = [group for group in groups if group.values("dip_depth") and not group.method.frozen]
-    if not learning:
+    known = [group for group in groups if group.values("dip_depth")]
+    if all(group.method.frozen for group in known):
         return []
-    learning.sort(key=lambda group: -max(group.values("dip_depth")))
-    parts = []
-    for index, group in enumerate(learning):
+    known.sort(key=lambda group: -max(group.values("dip_depth")))
+    parts, n_learning = [], 0
+    for index, group in enumerate(known):
         deep, n = group.deeper_than_noise
+        n_learning += n if not group.method.frozen else 0
         words = f" {'seed' if n == 1 else 'seeds'} deeper than the noise of an unchanged policy" if index == 0 else ""
         noise = f" ({deep} of {n}{words})" if n else ""
         parts.append(f"{group.label} {number(max(*group.values('dip_depth'), 0.0), 2)}{noise}")
-    text = f"deepest dip of any seed, where 1 is down to a random policy: {'; '.join(parts)}."
+    text = f"deepest dip of any seed, where 1 is down to a random policy and 0 is none: {'; '.join(parts)}."
     if one.noise_floor is not None:
         floor = number(max(one.noise_floor, 0.0), 2)
-        text += f" {LEVEL} of the runs of an unchanged policy seem to dip by no more than {floor}, by noise alone."
+        expected = number((1 - NOISE_CONFIDENCE) * n_learning, 1)
+        text += (
+            f" {LEVEL} of the runs of an unchanged policy seem to dip by no more than {floor}, by noise alone: of "
+            f"{counted(n_learning, 'learning run')} about {expected} would be deeper by chance, and more if returns are "
+            "skewed towards low values."
+        )
     return [text]
 
 
@@ -154,27 +208,41 @@ def _ends(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
     text = f"mean of the last {LAST} evaluations: {_values(values)}. {_overlaps(values)}"
     if levels:
         text = f"{text.rstrip()} For comparison: {listed(levels)}."
-    gains = [(group.label, *group.above_initial) for group, _ in ends if not group.method.frozen]
-    above = [f"{label} in {count} of {n}" for label, count, n in gains if n]
-    return [
-        text.rstrip(),
-        *([f"seeds that ended above the pretrained policy they started from: {'; '.join(above)}."] if above else []),
-    ]
+    gains = [(group, *group.above_initial) for group, _ in ends]
+    above = [f"{group.label} in {count} of {n}" for group, count, n in gains if n]
+    texts = [text.rstrip()]
+    if any(n and not group.method.frozen for group, _, n in gains):
+        texts.append(
+            f"seeds that ended above the pretrained policy they started from: {'; '.join(above)}. {_unchanged(groups)} does "
+            "in about half of the seeds, by noise."
+        )
+    return texts
+
+
+def _unchanged(groups: Sequence[Group]) -> str:
+    frozen = [group.label for group in groups if group.method.frozen]
+    return f"A policy that does not change ({listed(frozen)})" if frozen else "A policy that does not change"
 
 
 def _kept(numbers: StudyNumbers, groups: Sequence[Group]) -> list[str]:
-    random = numbers.protocol.random_return
+    random = numbers.random_return
     if random is None:
         return []
     parts = []
     for group in groups:
         metrics = [one.metrics for one in group.runs]
-        shares = [
-            max(0.0, one.last_return - random) / (one.best_return - random) for one in metrics if one.best_return > random
-        ]
-        if shares and not group.method.frozen:
-            parts.append(f"{group.label} {100 * float(np.mean(shares)):.0f}{NBSP}%")
-    return [f"held at the end of the best evaluation, from the random policy's level: {'; '.join(parts)}."] if parts else []
+        best = float(np.mean([one.best_sustained_return for one in metrics])) - random
+        if best > 0:
+            held = max(0.0, float(np.mean([one.last_return for one in metrics])) - random) / best
+            parts.append(f"{group.label} {100 * held:.0f}{NBSP}%")
+        else:
+            parts.append(f"{group.label} never above a random policy")
+    if all(group.method.frozen for group in groups):
+        return []
+    return [
+        f"held at the end of the best {CONSECUTIVE} evaluations in a row, both from the random policy's level, means over the "
+        f"seeds: {'; '.join(parts)}. {_unchanged(groups)} has less than 100{NBSP}% too, since the best of many is partly luck."
+    ]
 
 
 _MEASURES: tuple[tuple[str, str, str, str, int | None], ...] = (
@@ -189,8 +257,7 @@ def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
     rows = [row for row in numbers.comparisons if row.method in shown]
     texts = []
     for metric, what, more, less, digits in _MEASURES:
-        learning = [row for row in rows if row.metric == metric and not (metric == "dip_depth" and row.method.frozen)]
-        text = _one_measure(learning, what, more, less, partial(_size, digits=digits))
+        text = _one_measure([row for row in rows if row.metric == metric], what, more, less, partial(_size, digits=digits))
         texts += [text] if text else []
     collapsed = [row for row in rows if row.metric == COLLAPSED and row.only_method + row.only_reference]
     text = _one_measure(
@@ -202,7 +269,9 @@ def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
         texts.insert(
             0,
             f"pairs are runs with the same data and seed. Numbers are mean differences to {reference}, p-values are after "
-            f"Holm's correction, and one below {SIGNIFICANT:g} is called a difference.",
+            f"Holm's correction for all {counted(len(numbers.comparisons), 'test')} of the study, and one below "
+            f"{SIGNIFICANT:g} is called a difference. So a study of methods that are all alike shows any with a probability "
+            f"of at most {100 * SIGNIFICANT:g}{NBSP}%.",
         )
     return texts
 
@@ -247,17 +316,23 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
         )
     shown = numbers.shown_methods
     tested = [row for row in numbers.comparisons if row.method in shown]
-    weak = [row for row in tested if row.smallest_p > SIGNIFICANT]
+    weak = [row for row in tested if row.smallest_p_corrected >= SIGNIFICANT]
     if weak:
         row = min(weak, key=lambda one: one.n)
         which = "" if len(weak) == len(tested) else f", as for {listed(dict.fromkeys(one.method.label for one in weak))}"
         texts.append(
-            f"With {counted(row.n, 'pair')} of runs{which}, a paired test cannot give a p-value below {row.smallest_p:.2g}: "
-            "no difference, however large, can be called significant."
+            f"With {counted(row.n, 'pair')} of runs{which}, a paired test cannot give a p-value below {row.smallest_p:.2g}, "
+            f"and Holm's correction for {counted(len(numbers.comparisons), 'test')} makes {row.smallest_p_corrected:.2g} of "
+            "it: no difference, however large, can be called significant. More seeds or fewer methods would help."
         )
     if numbers.reference is None and len(numbers.methods) > 1:
-        texts.append("The protocol names no reference_method, so methods are not compared in pairs.")
+        texts.append(
+            "The protocol names no reference_method, so methods are not compared in pairs and nothing is called a difference."
+        )
     texts += _undefined(numbers)
+    texts += [
+        f"There are no normalised scores on {one.title}: {one.why_no_scale}." for one in numbers.datasets if one.why_no_scale
+    ]
     missing, failed, unusable = len(numbers.results.missing), len(numbers.results.failed), len(numbers.unusable)
     if missing:
         texts.append(f"{_of_all(missing, numbers)} not finished: what is said may change.")
@@ -281,7 +356,7 @@ def _undefined(numbers: StudyNumbers) -> list[str]:
     unknown = [method.label for method in numbers.shown_methods if not _has_outcomes(numbers, method.name)]
     if not unknown:
         return []
-    if numbers.protocol.random_return is None:
+    if numbers.random_return is None:
         why = "the return of a random policy is not known; random_return in the protocol gives it"
     else:
         why = "there is no pretrained policy that they could fall from, or it is no better than a random one"

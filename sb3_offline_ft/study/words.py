@@ -57,6 +57,8 @@ def percent(rate: Estimate) -> str:
     :param rate: A share
     :return: Its interval in per cent
     """
+    if not rate.has_interval:
+        return "no interval"
     return f"{100 * rate.low:.0f}\N{EN DASH}{100 * rate.high:.0f}{NBSP}%"
 
 
