@@ -26,7 +26,7 @@ from sb3_offline_ft.study.queue import (
     SUPERSEDED,
     CellState,
     StudyQueue,
-    study_results,
+    results_in_storage,
 )
 from sb3_offline_ft.study.run_folder import CellResult
 from sb3_offline_ft.study.status import show_status
@@ -149,7 +149,7 @@ def test_results_are_exact_however_long_they_are(make_queue: MakeQueue, tmp_path
         read = each.local_result(claim.key)
         assert read is not None
         np.testing.assert_array_equal(read.training_returns, written.training_returns)
-    results = study_results(elsewhere.protocol, elsewhere.location)
+    results = results_in_storage(elsewhere.protocol, elsewhere.location)
     assert [run.key for run in results.runs] == [claim.key] and len(results.missing) == 5
 
 
@@ -162,7 +162,7 @@ def test_failed_cells_are_tried_again_only_if_asked_for(make_queue: MakeQueue) -
     assert claim.fail("Traceback (most recent call last):\nValueError: no")
     assert states(queue)[0] == "failed"
     assert queue.enqueue([key]) == 0 and queue.claim([key]) is None
-    (failed,) = study_results(queue.protocol, queue.location).failed.items()
+    (failed,) = results_in_storage(queue.protocol, queue.location).failed.items()
     assert failed[0].name == claim.cell.name and failed[1].endswith("ValueError: no")
     assert queue.enqueue([key], retry_failed=True) == 1
     assert states(queue)[0] == "waiting"
@@ -274,7 +274,7 @@ def test_cells_that_are_the_same_run_once(tmp_path: Path) -> None:
     assert claim is not None
     claim.finish(a_result(queue, claim.key))
     assert states(queue) == ["done", "done"]
-    runs = study_results(queue.protocol).runs
+    runs = results_in_storage(queue.protocol).runs
     assert [run.result.manifest["name"] for run in runs] == ["medium/td3/seed0", "the-same/td3/seed0"]
 
 

@@ -113,7 +113,7 @@ def stored_result(trial: FrozenTrial) -> str:
     return "".join(pieces)
 
 
-def study_results(protocol: Protocol, storage: str | None = None) -> StudyResults:
+def results_in_storage(protocol: Protocol, storage: str | None = None) -> StudyResults:
     """
     Read the results of a study's cells; run folders that are missing or half written are made from the storage.
 

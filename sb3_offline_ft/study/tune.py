@@ -16,7 +16,7 @@ from sb3_offline_ft.study.analysis import SIGNIFICANT
 from sb3_offline_ft.study.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.methods import NOISE, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
-from sb3_offline_ft.study.queue import CellState, fault_text, study_results
+from sb3_offline_ft.study.queue import CellState, fault_text, results_in_storage
 from sb3_offline_ft.study.run import StudyRun, run_study
 from sb3_offline_ft.study.strict_yaml import load_yaml
 from sb3_offline_ft.study.tuning_entry import spec_seen_from
@@ -186,7 +186,7 @@ def confirm_best(
     if set(counts) != {CellState.DONE}:
         raise OSError(f"Not all runs of {folder} were completed: see `sb3-offline-ft study status {folder} --errors`.")
     values: dict[str, list[float]] = {PRESET_METHOD: [], TUNED_METHOD: []}
-    for run in study_results(Protocol.load(folder), settings.storage).runs:
+    for run in results_in_storage(Protocol.load(folder), settings.storage).runs:
         values[run.cell.method.name].append(final_score(plan.objective, run.result).value)
     comparison = compare_paired([values[TUNED_METHOD]], [values[PRESET_METHOD]])
     console.print(Text(confirmation_text(comparison), style="bold"))
