@@ -54,6 +54,10 @@ benchmark: setup  ## results, tables and figures of all benchmarks: many hours, 
 	$(PY) benchmarks/detection/rescue.py
 	$(PY) benchmarks/detection/delay_recorded.py
 	$(PY) benchmarks/detection/cost.py
+	$(PY) benchmarks/studies/interval_coverage.py
+	for study in hopper-constraint hopper-replay hopper; do \
+		$(VENV)/bin/sb3-offline-ft study run benchmarks/studies/$$study --workers 2 && \
+		$(VENV)/bin/sb3-offline-ft study report benchmarks/studies/$$study || exit 1; done
 
 clean:  ## what the other targets made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
