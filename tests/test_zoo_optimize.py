@@ -556,7 +556,11 @@ def test_online_only_runs_are_tuned_too(tmp_path: Path, algo: str) -> None:
     ("settings", "error", "message"),
     [
         ({"hyperparams": {"dataset": "bundled:nothing"}}, FileNotFoundError, "No bundled dataset 'nothing'"),
-        ({"storage": "study"}, ValueError, r"`--storage` is 'study', which cannot be read: expected a journal file ending in .log, or the URL"),
+        (
+            {"storage": "study"},
+            ValueError,
+            r"`--storage` is 'study', which cannot be read: expected a journal file ending in .log, or the URL",
+        ),
         (
             {"storage": "sqlite:///no/such/folder/study.db"},
             OSError,
