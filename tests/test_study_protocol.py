@@ -442,7 +442,7 @@ OF_ALL = {
     "optimize_memory_usage": False, "n_steps": 1, "policy_delay": 2, "target_policy_noise": 0.2, "target_noise_clip": 0.5,
     "policy_kwargs": None, "offline_steps": 0, "offline_fraction": 0.5, "warmup_steps": 2000, "warmup_action_noise": False,
     "critic_warmup_steps": 0, "reset_optimizers": True, "normalize_observations": True, "kernel": "auto",
-    "update_precision": "float32", "guide_policy": None, "guide_steps": 0,
+    "update_precision": "float32", "guide_policy": None, "guide_steps": 0, "policy_averaging": 0.0,
 }  # fmt: skip
 OF_TD3BC = {
     "alpha": 2.5, "online_bc": 1.0, "adaptive_bc_target": 1.05, "adaptive_bc_gains": (7.5e-5, 2.5e-4),

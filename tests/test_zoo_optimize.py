@@ -235,6 +235,7 @@ ALTERNATIVES = {
     "reset_optimizers": False,
     "guide_policy": "pretrained",
     "guide_steps": 9,
+    "policy_averaging": 0.9,
     "online_bc": "lin_0.5",
     "adaptive_bc_target": 0.5,
     "adaptive_bc_gains": (0.1, 0.1),

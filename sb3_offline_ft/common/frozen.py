@@ -26,12 +26,21 @@ def weights_to_arrays(module: th.nn.Module, prefix: str) -> dict[str, np.ndarray
     :param prefix: What the names begin with
     :return: Its parameters and buffers by name
     """
-    return {prefix + name: value.cpu().numpy() for name, value in module.state_dict().items()}
+    return tensors_to_arrays(module.state_dict(), prefix)
+
+
+def tensors_to_arrays(tensors: Mapping[str, th.Tensor], prefix: str) -> dict[str, np.ndarray]:
+    """
+    :param tensors: Tensors by name
+    :param prefix: What the names begin with
+    :return: They as arrays
+    """
+    return {prefix + name: value.cpu().numpy() for name, value in tensors.items()}
 
 
 def weights_from_arrays(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, th.Tensor]:
     """
-    :param arrays: Arrays, among them what :func:`weights_to_arrays` returned
+    :param arrays: Arrays, among them what :func:`weights_to_arrays` or :func:`tensors_to_arrays` returned
     :param prefix: What the names of those begin with
     :return: What ``load_state_dict`` takes; empty if there are none
     """

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -29,10 +29,11 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.td3.policies import Actor, TD3Policy
 
 from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
+from sb3_offline_ft.common.averaging import LearnedWeights
 from sb3_offline_ft.common.callbacks import InitialEvaluation, as_list, find_callbacks
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import known_keywords, whole_number
-from sb3_offline_ft.common.frozen import frozen_actor, weights_from_arrays, weights_to_arrays
+from sb3_offline_ft.common.frozen import frozen_actor, tensors_to_arrays, weights_from_arrays, weights_to_arrays
 from sb3_offline_ft.common.guide import NOT_SAVED, PRETRAINED, GuideLike, check_guide, find_guide, guide_actions
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text
 from sb3_offline_ft.common.logger import OfflineLogger
@@ -53,6 +54,7 @@ ZIP_MAGIC = b"PK"
 N_STEP_KEYWORDS = ("n_steps", "gamma")
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 GUIDE_PREFIX = "guide_actor."
+LEARNED_PREFIX = "learned_actor."
 KERNELS = ("auto", "fast", "autograd")
 BATCHES_AT_ONCE = 64
 BYTES_AT_ONCE = 2**24
@@ -126,6 +128,9 @@ class OfflineTD3(TD3):
         zip file that a Stable-Baselines3 algorithm saved; an algorithm or a policy, which a saved model does not hold; or None
     :param guide_steps: Number of steps at the start of each episode of each environment that it acts: a number, or a schedule
         such as ``"lin_200_0"``, by which the learner takes over
+    :param policy_averaging: While finetuning, the policy is the exponential moving average of what gradient steps have made of
+        it, in which the past weighs this much at each step of the actor: 0.999 averages over the last 1,000 or so. The average
+        acts, is evaluated and saved; gradient steps go on from their own weights. 0 is for no averaging
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -191,6 +196,7 @@ class OfflineTD3(TD3):
         update_precision: str = "float32",
         guide_policy: GuideLike = None,
         guide_steps: ScheduleLike = 0,
+        policy_averaging: float = 0.0,
     ) -> None:
         try:
             super().__init__(
@@ -241,6 +247,7 @@ class OfflineTD3(TD3):
         self.update_precision = update_precision
         self.guide_policy = guide_policy
         self.guide_steps = guide_steps
+        self.policy_averaging = policy_averaging
 
         self.offline_steps_done = 0
         # Position in the life cycle; all of it is saved with the model
@@ -255,6 +262,7 @@ class OfflineTD3(TD3):
         self._online_timesteps: int | None = None
         self._eval_callbacks: list[EvalCallback] = []
         self._guide: BaseAlgorithm | BasePolicy | None = None
+        self._learned_weights: LearnedWeights | None = None
         self._episode_steps = np.zeros(0, dtype=int)
         self._best_mean_reward = -math.inf
         self._kernel: UpdateKernel = None  # type: ignore[assignment]  # chosen by the first `train`
@@ -348,6 +356,11 @@ class OfflineTD3(TD3):
         if self.kernel == "autograd" and self.update_precision != "float32":
             raise ValueError("`update_precision='bfloat16'` needs the fast kernel: leave out `kernel='autograd'`.")
         self.guide_policy, self._guide_steps_schedule = check_guide(self.guide_policy, self.guide_steps)
+        if not isinstance(self.policy_averaging, int | float) or not 0 <= self.policy_averaging < 1:
+            raise ValueError(
+                "`policy_averaging` must be at least 0 and less than 1, such as 0.999, or 0 for no averaging, found "
+                f"{self.policy_averaging!r}."
+            )
         self.n_steps = whole_number(self.n_steps, "n_steps", least=1)
         self._check_replay_buffer_kwargs()
         if self.dataset is None:
@@ -704,6 +717,7 @@ class OfflineTD3(TD3):
             self._begin_with_trained_weights(total_timesteps)
         if self.guide_policy == PRETRAINED:
             self._guide = frozen_actor(self.policy)
+        self._learned_weights = None
         self._best_mean_reward = max((callback.best_mean_reward for callback in self._eval_callbacks), default=-math.inf)
         self._on_finetuning_start(pretrained)
 
@@ -885,9 +899,18 @@ class OfflineTD3(TD3):
         self._update_critic(batch)
         if self._n_updates % self.policy_delay == 0:
             update_actor = self._pretraining or self._n_updates > self._critic_warmup_end
-            if update_actor:
-                self._update_actor(batch)
-            self._kernel.update_targets(self.tau, update_actor)
+            with self._averaging() if update_actor else nullcontext():
+                if update_actor:
+                    self._update_actor(batch)
+                self._kernel.update_targets(self.tau, update_actor)
+
+    def _averaging(self) -> AbstractContextManager[None]:
+        """For the duration of the block the actor has the weights that gradient steps change; then it is their average."""
+        if self.policy_averaging == 0 or self._pretraining or not self._finetuning:
+            return nullcontext()
+        if self._learned_weights is None:
+            self._learned_weights = LearnedWeights(self.actor)
+        return self._learned_weights.in_place(self.actor, self.policy_averaging)
 
     def _choose_kernel(self) -> UpdateKernel:
         """The kernel for the next updates: the one in use if it still serves."""
@@ -1013,8 +1036,8 @@ class OfflineTD3(TD3):
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_noise_generator", "_logged", "_eval_callbacks", "_pretraining", "_online_timesteps", "_kernel"]
-        guide = ["_guide", "_guide_steps_schedule"]
-        return [*super()._excluded_save_params(), *live, *guide]
+        others = ["_guide", "_guide_steps_schedule", "_learned_weights"]
+        return [*super()._excluded_save_params(), *live, *others]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:
         """
@@ -1033,6 +1056,8 @@ class OfflineTD3(TD3):
             state["offline_sampler"] = np.array(self.replay_buffer.get_sampler_state())
         if self.guide_policy == PRETRAINED and isinstance(self._guide, Actor):
             state |= weights_to_arrays(self._guide, GUIDE_PREFIX)
+        if self._learned_weights is not None:
+            state |= tensors_to_arrays(self._learned_weights.values, LEARNED_PREFIX)
         return state
 
     def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
@@ -1051,6 +1076,11 @@ class OfflineTD3(TD3):
             self._guide = frozen_actor(self.policy) if weights else None
             if self._guide is not None:
                 self._guide.load_state_dict(weights)
+        self._learned_weights = None
+        learned = weights_from_arrays(state, LEARNED_PREFIX)
+        if learned:
+            self._learned_weights = LearnedWeights(self.actor)
+            self._learned_weights.load(learned)
         if "best_mean_reward" in state:
             # What an EvalCallback has seen since then was another policy
             seen = [float(state["best_mean_reward"]), *(callback.best_mean_reward for callback in self._eval_callbacks)]
@@ -1163,6 +1193,7 @@ class OfflineTD3(TD3):
             load_path_or_dict = copy.deepcopy(load_path_or_dict)
         super().set_parameters(load_path_or_dict, exact_match, device)
         self._pretrained = True
+        self._learned_weights = None
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """

@@ -39,7 +39,7 @@ class ReBRAC(OfflineTD3):
     ``actor_value="min"``.
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``guide_steps`` are those of :class:`OfflineTD3`, where they are described.
+    ``policy_averaging`` are those of :class:`OfflineTD3`, where they are described.
 
     :param actor_bc_coef: Weight ``beta1`` of behavior cloning in the policy's objective
     :param critic_bc_coef: Weight ``beta2`` of the distance to the data's next actions in the critics' targets
@@ -88,6 +88,7 @@ class ReBRAC(OfflineTD3):
         update_precision: str = "float32",
         guide_policy: GuideLike = None,
         guide_steps: ScheduleLike = 0,
+        policy_averaging: float = 0.0,
         actor_bc_coef: float = 0.01,
         critic_bc_coef: float = 0.01,
         online_actor_bc: ScheduleLike = "lin_1.0_0.5",
@@ -131,6 +132,7 @@ class ReBRAC(OfflineTD3):
             update_precision=update_precision,
             guide_policy=guide_policy,
             guide_steps=guide_steps,
+            policy_averaging=policy_averaging,
         )
         self.actor_bc_coef = actor_bc_coef
         self.critic_bc_coef = critic_bc_coef

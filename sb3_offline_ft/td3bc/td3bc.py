@@ -44,7 +44,7 @@ class TD3BC(OfflineTD3):
     and ``online_bc`` while finetuning.
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``guide_steps`` are those of :class:`OfflineTD3`, where they are described.
+    ``policy_averaging`` are those of :class:`OfflineTD3`, where they are described.
 
     :param alpha: Weight of the value against behavior cloning. 0 is behavior cloning alone; ``float("inf")`` is TD3's own
         objective, to the bit
@@ -100,6 +100,7 @@ class TD3BC(OfflineTD3):
         update_precision: str = "float32",
         guide_policy: GuideLike = None,
         guide_steps: ScheduleLike = 0,
+        policy_averaging: float = 0.0,
         alpha: float = 2.5,
         online_bc: ScheduleLike = 1.0,
         adaptive_bc_target: float = 1.05,
@@ -144,6 +145,7 @@ class TD3BC(OfflineTD3):
             update_precision=update_precision,
             guide_policy=guide_policy,
             guide_steps=guide_steps,
+            policy_averaging=policy_averaging,
         )
         self.alpha = alpha
         self.online_bc = online_bc

@@ -38,6 +38,7 @@ ONLINE_ONLY = frozenset(
         "reset_optimizers",
         "guide_policy",
         "guide_steps",
+        "policy_averaging",
         "online_bc",
         "adaptive_bc_target",
         "adaptive_bc_gains",
