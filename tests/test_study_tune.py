@@ -164,7 +164,7 @@ def test_the_preset_is_found_in_the_search_space(study: Path) -> None:
     assert plan.tuned(None) is plan.method
 
 
-TD3C_DEFAULTS = {"critic_warmup_steps": 0, "gradient_steps": 1, "multiplier_learning_rate": 3e-4}
+TD3C_DEFAULTS = {"critic_warmup_steps": 0, "gradient_steps": 1, "multiplier_learning_rate": 1e-2}
 
 
 def test_values_that_the_search_space_does_not_have_are_left_to_the_sampler(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class TD3C(TD3BC):
         constraint_reference: str = "best",
         epsilon: ScheduleLike = 1e-2,
         initial_multiplier: float = 1.0,
-        multiplier_learning_rate: float = 3e-4,
+        multiplier_learning_rate: float = 1e-2,
         min_multiplier: float = 1e-3,
         max_multiplier: float = 1e3,
         critic_penalty: float = 0.0,

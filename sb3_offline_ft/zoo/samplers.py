@@ -79,7 +79,7 @@ _TD3C = {
     ),
     "epsilon": Tuned("epsilon", _log_float(1e-4, 0.1)),
     "epsilon_end_factor": Tuned("epsilon", _log_float(0.1, 10.0)),
-    "multiplier_learning_rate": Tuned("multiplier_learning_rate", _log_float(1e-4, 1e-2)),
+    "multiplier_learning_rate": Tuned("multiplier_learning_rate", _log_float(1e-3, 0.1)),
 }
 
 _REBRAC = {
