@@ -35,6 +35,7 @@ OPTIONS = {
     "n-step returns": (TD3C, {"n_steps": 3}),
     "penalty in the critics": (TD3C, {"constraint_reference": "pretrained", "critic_penalty": 1.0}),
     "averaged policy": (TD3C, {"constraint_reference": "pretrained", "policy_averaging": 0.9}),
+    "no trust region": (TD3C, {"constraint_reference": "pretrained", "trust_region": None}),
     "reference that follows": (TD3C, {"constraint_reference": "target"}),
     "subset of critics": (OfflineTD3, {"policy_kwargs": {"n_critics": 4, "target_critics": 2, "actor_value": "mean"}}),
 }

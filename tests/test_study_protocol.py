@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import pickle
 import shutil
 import sys
@@ -20,8 +19,8 @@ from hypothesis import strategies as st
 
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.datasets import load_dataset
-from sb3_offline_ft.study import Protocol, init_study
-from sb3_offline_ft.study.identity import FIRST_DEFAULTS, RESULTS_VERSION
+from sb3_offline_ft.study import Protocol, identity, init_study
+from sb3_offline_ft.study.identity import ALGORITHM_VERSIONS, RESULTS_VERSION
 from sb3_offline_ft.study.init import DEFAULT_METHODS, next_steps
 from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.study.method_factory import METHOD_KEYS
@@ -63,7 +62,7 @@ evaluation: {every: 500, episodes: 2}
 learner_evaluation: {every: 500, episodes: 2}
 presets:
   td3bc: {policy: MlpPolicy, offline_steps: 100, learning_rate: 1e-3, noise_type: normal, noise_std: 0.1}
-  td3c: {policy: MlpPolicy, offline_steps: 100, warmup_steps: 1000, epsilon: 0.02, multiplier_learning_rate: 3e-4}
+  td3c: {policy: MlpPolicy, offline_steps: 100, warmup_steps: 1000, epsilon: 0.02}
 methods:
   scratch: {algorithm: td3, start: scratch}
   offline: {frozen: true}
@@ -73,7 +72,7 @@ hyperparams: {warmup_steps: 1000}
 PINNED_KEYS = {
     "no-data/scratch/seed3": "3b9d3d8ad273911c",
     "medium/offline/seed3": "97b6e7f54e989b28",
-    "medium/td3c/seed3": "296e98c4699923fb",
+    "medium/td3c/seed3": "7a845ed2e47a1e60",
 }
 
 
@@ -451,34 +450,28 @@ OF_TD3BC = {
     "adaptive_bc_returns": None,
 }  # fmt: skip
 OF_TD3C = {
-    "alpha": 2.5, "constraint_reference": "best", "epsilon": 1e-2, "initial_multiplier": 1.0, "multiplier_learning_rate": 3e-4,
-    "min_multiplier": 1e-3, "max_multiplier": 1e3, "critic_penalty": 0.0,
+    "alpha": 2.5, "constraint_reference": "best", "epsilon": 1e-2, "initial_multiplier": 1.0, "multiplier_learning_rate": 1e-2,
+    "min_multiplier": 1e-3, "max_multiplier": 1e3, "trust_region": 2.0, "critic_penalty": 0.0,
 }  # fmt: skip
 OF_REBRAC = {"actor_bc_coef": 0.01, "critic_bc_coef": 0.01, "online_actor_bc": "lin_1.0_0.5", "online_critic_bc": 0.0}
 
 
 @pytest.mark.parametrize(("algorithm", "own"), [("td3", {}), ("td3bc", OF_TD3BC), ("td3c", OF_TD3C), ("rebrac", OF_REBRAC)])
 def test_defaults_are_those_of_this_version_of_results(algorithm: str, own: dict[str, Any]) -> None:
-    """Facts leave these out. Whoever changes a default puts it into ``FIRST_DEFAULTS``; new arguments need not be here."""
-    assert RESULTS_VERSION == 1
-    cls = algorithm_class(algorithm)
-    first = {name: value for base, names in FIRST_DEFAULTS.items() if issubclass(cls, base) for name, value in names.items()}
-    defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()} | first
+    """Facts leave defaults out. Whoever changes one raises a version; new arguments need not be here."""
+    assert (RESULTS_VERSION, ALGORITHM_VERSIONS) == (1, {TD3C: 2})
+    parameters = inspect.signature(algorithm_class(algorithm).__init__).parameters
     expected = OF_ALL | own
-    assert {name: defaults[name] for name in expected} == expected
+    assert {name: parameters[name].default for name in expected} == expected
 
 
-def test_a_changed_default_makes_other_runs_and_the_old_value_the_same_ones() -> None:
-    """Those from before the change were done with it."""
-    old, new = FIRST_DEFAULTS[TD3C]["multiplier_learning_rate"], 1e-2
-    assert inspect.signature(TD3C.__init__).parameters["multiplier_learning_rate"].default == new
-    now, with_new = parse(edited()), parse(edited(hyperparams={"multiplier_learning_rate": new}))
-    assert keys(now) == keys(with_new)
-    for cell in now.cells():
-        facts = json.dumps(now.described(cell))
-        assert ("multiplier_learning_rate" in facts) == (cell.method.algorithm == "td3c" and not cell.method.frozen)
-    with_old = parse(edited(hyperparams={"multiplier_learning_rate": old}))
-    assert all("multiplier_learning_rate" not in json.dumps(with_old.described(cell)) for cell in with_old.cells())
+def test_a_version_of_an_algorithm_changes_its_own_cells_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = parse(edited())
+    before = keys(protocol)
+    monkeypatch.setattr(identity, "ALGORITHM_VERSIONS", {TD3C: ALGORITHM_VERSIONS[TD3C] + 1})
+    after = keys(parse(edited()))
+    changed = {cell.name for cell in protocol.cells() if cell.method.algorithm == "td3c" and not cell.method.frozen}
+    assert changed and {name for name in before if before[name] != after[name]} == changed
 
 
 def test_keys_stay_what_they_are() -> None:

@@ -95,6 +95,66 @@ def test_without_the_constraint_the_same_push_leaves_the_reference():
     assert push(model, strength=50.0, updates=400)[-1][0] > 0.1
 
 
+def make_saturated(trust_region: float | None) -> TD3C:
+    """On one side the reference's actions are at their bound, on the other side the policy's, where gradients vanish."""
+    model = make(constraint_reference="pretrained", epsilon=1e-2, initial_multiplier=1e3, trust_region=trust_region)
+    start(model)
+    for actor, bias in ((model.reference_actor, 15.0), (model.actor, -15.0)):
+        with th.no_grad():
+            actor.mu[-2].bias.fill_(bias)
+    return model
+
+
+def test_gradients_do_not_bring_a_saturated_policy_back_and_the_trust_region_does():
+    assert push(make_saturated(None), 0.0, 100)[-1][0] == pytest.approx(4.0, rel=1e-3)
+    model = make_saturated(2.0)
+    assert push(model, 0.0, 100)[-1][0] < 2e-2
+    assert 0 < model._mean_distance <= 2e-2
+
+
+@pytest.mark.parametrize("reference", ["pretrained", "target"])
+def test_the_policy_stays_in_the_trust_region_whatever_the_multiplier_does(reference):
+    """The multiplier is fixed near 0 here, and a constant push drives the policy away."""
+    settings = {
+        "constraint_reference": reference,
+        "epsilon": 1e-3,
+        "initial_multiplier": 1e-3,
+        "multiplier_learning_rate": 0.0,
+        "learning_rate": 1e-4,
+        "tau": 1e-3,
+    }
+    free, kept = make(**settings, trust_region=None), make(**settings)
+    for model in (free, kept):
+        start(model)
+    assert push(free, 50.0, 300)[-1][0] > 0.05
+    trace = np.array(push(kept, 50.0, 300))[:, 0]
+    running, weight = 0.0, 0.1
+    for distance in trace:
+        running += weight * (distance - running)
+        # The learner sees the distance before the step: one step of slack
+        assert running <= 1.25 * 2e-3
+    assert trace[100:].mean() > 5e-4, "the policy does not move: nothing is tested"
+    moved = kept._logged["train/moved_back"]
+    assert 0 < sum(moved) < len(moved)
+
+
+def test_a_run_goes_on_in_its_trust_region(tmp_path):
+    model = make(constraint_reference="pretrained", epsilon=0.1)
+    start(model)
+    push(model, 50.0, 30)
+    model.save(tmp_path / "model")
+    loaded = TD3C.load(tmp_path / "model")
+    assert loaded._mean_distance == model._mean_distance > 0
+    snapshot = LearnerSnapshot.take(model)
+    before = model._mean_distance
+    push(model, 50.0, 3)
+    assert model._mean_distance != before
+    snapshot.restore(model)
+    assert model._mean_distance == before
+    model.set_reference_policy()
+    assert model._mean_distance == 0
+
+
 def test_multiplier_is_bounded():
     model = make(epsilon=0.0, multiplier_learning_rate=5.0, max_multiplier=7.0, min_multiplier=0.5)
     start(model)
@@ -114,7 +174,7 @@ def test_objective_and_dual_step_are_the_documented_ones():
     actions, reference = model.actor(batch.observations), model.reference_actor(batch.observations)
     q_values = model.critic.q1_forward(batch.observations, actions)
     distance = ((actions - reference) ** 2).mean()
-    expected = -q_values.mean() / q_values.abs().mean() + 2.0 * distance
+    expected = (-q_values.mean() / q_values.abs().mean() + 2.0 * distance) / 3.0
     loss = model._actor_loss(batch, actions, q_values).loss(actions, q_values)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert distance.item() > 0.01
@@ -346,6 +406,8 @@ def test_scheduled_epsilon(tmp_path):
         ({"initial_multiplier": 0.0}, "min_multiplier"),
         ({"initial_multiplier": 1e9}, "max_multiplier"),
         ({"multiplier_learning_rate": -1}, "multiplier_learning_rate"),
+        ({"trust_region": 0.5}, "`trust_region` must be at least 1, as it is in multiples of `epsilon`, or None .* found 0.5"),
+        ({"trust_region": float("inf")}, "`trust_region` must be at least 1"),
         ({"critic_penalty": -0.5}, "`critic_penalty` must be at least 0, found -0.5"),
         ({"critic_penalty": float("nan")}, "`critic_penalty` must be at least 0"),
         ({"critic_penalty": 1.0, "constraint_reference": "target"}, "`critic_penalty` has no use with"),

@@ -246,6 +246,7 @@ ALTERNATIVES = {
     "multiplier_learning_rate": 0.1,
     "min_multiplier": 0.1,
     "max_multiplier": 20.0,
+    "trust_region": None,
     "critic_penalty": 0.7,
     "online_actor_bc": 0.1,
     "online_critic_bc": 0.9,

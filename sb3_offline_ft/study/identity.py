@@ -17,8 +17,8 @@ from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
 RESULTS_VERSION = 1
 """Raised by a release whose runs give other results, as by another default: then finished cells are run again, else never."""
 
-FIRST_DEFAULTS: Mapping[type, Mapping[str, Any]] = {TD3C: {"multiplier_learning_rate": 3e-4}}
-"""What facts leave out where a later release has another default, so that runs from before it keep their keys."""
+ALGORITHM_VERSIONS: Mapping[type, int] = {TD3C: 2}
+"""The same for the online phase of single algorithms, 1 where nothing is said."""
 
 
 def canonical(value: Any) -> Any:
@@ -46,16 +46,18 @@ def _chosen(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_defaults(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    defaults = {name: canonical(parameter.default) for name, parameter in parameters.items()}
-    first = {
-        name: canonical(value)
-        for base, names in FIRST_DEFAULTS.items()
-        if issubclass(cls, base)
-        for name, value in names.items()
+    chosen = {name: canonical(value) for name, value in arguments.items()}
+    return {
+        name: value for name, value in chosen.items() if name not in parameters or value != canonical(parameters[name].default)
     }
-    chosen = {name: defaults[name] for name in first} | {name: canonical(value) for name, value in arguments.items()}
-    left_out = defaults | first
-    return {name: value for name, value in chosen.items() if name not in left_out or value != left_out[name]}
+
+
+def _algorithm_version(algorithm: str) -> dict[str, int]:
+    if not is_ours(algorithm):
+        return {}
+    cls = algorithm_class(algorithm)
+    version = max((version for base, version in ALGORITHM_VERSIONS.items() if issubclass(cls, base)), default=1)
+    return {"algorithm_version": version} if version > 1 else {}
 
 
 def _pretraining_facts(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def method_facts(method: Method, pretraining_algorithm: str) -> dict[str, Any]:
         "algorithm": method.algorithm if learns else None,
         "pretrained": method.pretrained,
         "frozen": method.frozen,
+        **(_algorithm_version(method.algorithm) if learns else {}),
         "hyperparams": _chosen(method.algorithm, method.hyperparams) if learns else None,
         "guard": canonical(method.guard),
         "pretraining": _pretraining_facts(pretraining_algorithm, method.pretraining_hyperparams)

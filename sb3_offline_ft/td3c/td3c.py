@@ -24,6 +24,8 @@ from sb3_offline_ft.td3bc.td3bc import TD3BC
 CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
 REFERENCE_PREFIX = "reference_actor."
 MULTIPLIER_STATE = ("step", "exp_avg", "exp_avg_sq")
+DISTANCE_WEIGHT = 0.1
+"""Weight of a batch in the running mean of distances: a few states far away make a batch's own an uncertain one."""
 
 
 class TD3C(TD3BC):
@@ -34,7 +36,8 @@ class TD3C(TD3BC):
     Practical Solutions", https://arxiv.org/abs/2303.17396; constants are ours. Online, the policy
     maximises ``Q1(s, pi(s)) / mean|Q1|`` subject to ``mean((pi(s) - pi_ref(s))**2) <= epsilon``, the mean being over batch
     and action dimensions and actions in [-1, 1]. A Lagrange multiplier, kept on log scale and bounded, takes one Adam step
-    on the violation with each step of the actor.
+    on the violation with each step of the actor. If that does not keep the policy near, its weights are moved back towards
+    the reference's (``trust_region``).
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
     ``policy_averaging`` are those of :class:`OfflineTD3`, where they are described.
@@ -49,6 +52,9 @@ class TD3C(TD3BC):
     :param multiplier_learning_rate: Learning rate of Adam for the logarithm of the multiplier
     :param min_multiplier: Smallest value of the multiplier
     :param max_multiplier: Largest value of the multiplier
+    :param trust_region: When the mean distance in the last ten or so batches exceeds this many times ``epsilon``, the weights
+        of the policy are moved back on the straight line to the reference's, so far that it would be ``epsilon`` if it shrank
+        with the square of the way; None for never
     :param critic_penalty: Weight of the distance to the reference in the critics' targets, from which
         ``critic_penalty * multiplier * scale * mean((a' - pi_ref(s'))**2)`` is taken off the value of the next observation,
         the mean being over action dimensions; ``scale`` is the mean absolute value when finetuning begins. With 1 critics and
@@ -105,6 +111,7 @@ class TD3C(TD3BC):
         multiplier_learning_rate: float = 1e-2,
         min_multiplier: float = 1e-3,
         max_multiplier: float = 1e3,
+        trust_region: float | None = 2.0,
         critic_penalty: float = 0.0,
     ) -> None:
         super().__init__(
@@ -154,9 +161,11 @@ class TD3C(TD3BC):
         self.multiplier_learning_rate = multiplier_learning_rate
         self.min_multiplier = min_multiplier
         self.max_multiplier = max_multiplier
+        self.trust_region = trust_region
         self.critic_penalty = critic_penalty
         self.reference_actor: Actor | None = None
         self._constrained = False
+        self._mean_distance = 0.0
         self._critic_penalty_scale: float | None = None
         if _init_setup_model:
             self._setup_model()
@@ -176,6 +185,11 @@ class TD3C(TD3BC):
             )
         if not 0 <= self.multiplier_learning_rate < math.inf:
             raise ValueError(f"`multiplier_learning_rate` must be at least 0, found {self.multiplier_learning_rate!r}.")
+        if self.trust_region is not None and not 1 <= self.trust_region < math.inf:
+            raise ValueError(
+                "`trust_region` must be at least 1, as it is in multiples of `epsilon`, or None for none, found "
+                f"{self.trust_region!r}."
+            )
         if not 0 <= self.critic_penalty < math.inf:
             raise ValueError(f"`critic_penalty` must be at least 0, found {self.critic_penalty!r}.")
         if self.critic_penalty > 0 and self.constraint_reference == "target":
@@ -206,6 +220,7 @@ class TD3C(TD3BC):
         """Make the current policy the reference of the constraint. Without effect for the reference ``"target"``."""
         if self.constraint_reference == "target":
             return
+        self._mean_distance = 0.0
         if self.reference_actor is None:
             self.reference_actor = frozen_actor(self.policy)
         else:
@@ -224,6 +239,7 @@ class TD3C(TD3BC):
         super()._on_finetuning_start(pretrained)
         self.reference_actor = None
         self._critic_penalty_scale = None
+        self._mean_distance = 0.0
         self._constrained = pretrained
         self._reset_multiplier()
         if not pretrained:
@@ -272,7 +288,7 @@ class TD3C(TD3BC):
         return penalty
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
-        self._violation: th.Tensor | None = None
+        self._distance: th.Tensor | None = None
         if self._pretraining:
             return super()._actor_loss(batch, actions, q_values)
         reference = self._reference
@@ -284,25 +300,47 @@ class TD3C(TD3BC):
         distance = F.mse_loss(actions.detach(), reference_actions)
         mean_abs_q = q_values.detach().abs().mean()
         multiplier = self.log_multiplier.detach().exp().to(distance.dtype)
-        self._violation = distance - epsilon
+        self._distance, self._bound = distance, epsilon
         self._log("train/mean_abs_q", mean_abs_q)
         self._log("train/policy_distance", distance)
-        self._log("train/constraint_violation", self._violation)
+        self._log("train/constraint_violation", distance - epsilon)
         self._log("train/epsilon", epsilon)
         self._log("train/multiplier", multiplier)
-        return ActorObjective(1 / mean_abs_q, (Attraction(multiplier, reference_actions),))
+        # Divided by the sum of the weights: Adam's steps would grow while the multiplier grows, and be tiny after it has
+        value_weight, distance_weight = 1 / (1 + multiplier), multiplier / (1 + multiplier)
+        return ActorObjective(value_weight / mean_abs_q, (Attraction(distance_weight, reference_actions),))
 
     def _after_actor_update(self) -> None:
-        if self._violation is None:
+        if self._distance is None:
             return
         # The dual's gradient with respect to log(multiplier), up to the factor multiplier, as SAC does for its temperature
-        self.log_multiplier.grad = -self._violation.to(self.log_multiplier.dtype)
+        self.log_multiplier.grad = -(self._distance - self._bound).to(self.log_multiplier.dtype)
         self.multiplier_optimizer.step()
         with th.no_grad():
             self.log_multiplier.clamp_(math.log(self.min_multiplier), math.log(self.max_multiplier))
+        self._keep_within_trust_region(float(self._distance))
+
+    @th.no_grad()
+    def _keep_within_trust_region(self, distance: float) -> None:
+        """
+        Move the weights back if they have left it: where its actions are saturated, gradients do not bring the policy back.
+
+        :param distance: Mean squared distance of the policy's actions to the reference's in this batch
+        """
+        reference = self._reference
+        if self.trust_region is None or reference is None:
+            return
+        self._mean_distance += DISTANCE_WEIGHT * (distance - self._mean_distance)
+        is_outside = self._mean_distance > self.trust_region * self._bound
+        self._log("train/moved_back", float(is_outside))
+        if is_outside:
+            share = math.sqrt(self._bound / self._mean_distance)
+            for parameter, center in zip(self.actor.parameters(), reference.parameters(), strict=True):
+                parameter.copy_(center + share * (parameter - center))
+            self._mean_distance = self._bound
 
     def _excluded_save_params(self) -> list[str]:
-        live = ["log_multiplier", "multiplier_optimizer", "reference_actor", "_violation", "_epsilon_schedule"]
+        live = ["log_multiplier", "multiplier_optimizer", "reference_actor", "_distance", "_bound", "_epsilon_schedule"]
         return [*super()._excluded_save_params(), *live]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:
@@ -310,6 +348,7 @@ class TD3C(TD3BC):
         state["log_multiplier"] = self.log_multiplier.detach().cpu().numpy()
         for name, value in self.multiplier_optimizer.state.get(self.log_multiplier, {}).items():
             state[f"multiplier_optimizer.{name}"] = value.cpu().numpy()
+        state["mean_distance"] = np.array(self._mean_distance)
         if self._critic_penalty_scale is not None:
             state["critic_penalty_scale"] = np.array(self._critic_penalty_scale)
         if self.reference_actor is not None:
@@ -337,6 +376,7 @@ class TD3C(TD3BC):
             self.multiplier_optimizer.state[self.log_multiplier] = {
                 name: value if name == "step" else value.to(self.device) for name, value in moments.items()
             }
+        self._mean_distance = float(state.get("mean_distance", 0.0))
         if "critic_penalty_scale" in state:
             # A state from before it was measured leaves it as it is
             self._critic_penalty_scale = float(state["critic_penalty_scale"])

@@ -49,6 +49,7 @@ ONLINE_ONLY = frozenset(
         "multiplier_learning_rate",
         "min_multiplier",
         "max_multiplier",
+        "trust_region",
         "critic_penalty",
         "online_actor_bc",
         "online_critic_bc",
