@@ -131,7 +131,7 @@ def test_the_policy_stays_in_the_trust_region_whatever_the_multiplier_does(refer
     running, weight = 0.0, 0.1
     for distance in trace:
         running += weight * (distance - running)
-        # The learner sees the distance before the step: one step of slack
+        # It is moved back before the next step: one step of slack
         assert running <= 1.25 * 2e-3
     assert trace[100:].mean() > 5e-4, "the policy does not move: nothing is tested"
     moved = kept._logged["train/moved_back"]

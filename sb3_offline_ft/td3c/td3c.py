@@ -287,6 +287,26 @@ class TD3C(TD3BC):
         self._log("train/critic_penalty", penalty.mean())
         return penalty
 
+    def _update_actor(self, batch: Batch) -> None:
+        # Before the step, after which a guard that holds the policy puts it back
+        self._return_to_trust_region()
+        super()._update_actor(batch)
+
+    @th.no_grad()
+    def _return_to_trust_region(self) -> None:
+        """Move the weights back if they are outside: where actions are saturated, gradients do not bring the policy back."""
+        reference = self._reference
+        if self.trust_region is None or reference is None:
+            return
+        epsilon = self._epsilon_schedule(self._current_progress_remaining)
+        is_outside = self._mean_distance > self.trust_region * epsilon
+        self._log("train/moved_back", float(is_outside))
+        if is_outside:
+            share = math.sqrt(epsilon / self._mean_distance)
+            for parameter, center in zip(self.actor.parameters(), reference.parameters(), strict=True):
+                parameter.copy_(center + share * (parameter - center))
+            self._mean_distance = epsilon
+
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         self._distance: th.Tensor | None = None
         if self._pretraining:
@@ -300,10 +320,10 @@ class TD3C(TD3BC):
         distance = F.mse_loss(actions.detach(), reference_actions)
         mean_abs_q = q_values.detach().abs().mean()
         multiplier = self.log_multiplier.detach().exp().to(distance.dtype)
-        self._distance, self._bound = distance, epsilon
+        self._distance, self._violation = distance, distance - epsilon
         self._log("train/mean_abs_q", mean_abs_q)
         self._log("train/policy_distance", distance)
-        self._log("train/constraint_violation", distance - epsilon)
+        self._log("train/constraint_violation", self._violation)
         self._log("train/epsilon", epsilon)
         self._log("train/multiplier", multiplier)
         # Divided by the sum of the weights: Adam's steps would grow while the multiplier grows, and be tiny after it has
@@ -314,33 +334,14 @@ class TD3C(TD3BC):
         if self._distance is None:
             return
         # The dual's gradient with respect to log(multiplier), up to the factor multiplier, as SAC does for its temperature
-        self.log_multiplier.grad = -(self._distance - self._bound).to(self.log_multiplier.dtype)
+        self.log_multiplier.grad = -self._violation.to(self.log_multiplier.dtype)
         self.multiplier_optimizer.step()
         with th.no_grad():
             self.log_multiplier.clamp_(math.log(self.min_multiplier), math.log(self.max_multiplier))
-        self._keep_within_trust_region(float(self._distance))
-
-    @th.no_grad()
-    def _keep_within_trust_region(self, distance: float) -> None:
-        """
-        Move the weights back if they have left it: where its actions are saturated, gradients do not bring the policy back.
-
-        :param distance: Mean squared distance of the policy's actions to the reference's in this batch
-        """
-        reference = self._reference
-        if self.trust_region is None or reference is None:
-            return
-        self._mean_distance += DISTANCE_WEIGHT * (distance - self._mean_distance)
-        is_outside = self._mean_distance > self.trust_region * self._bound
-        self._log("train/moved_back", float(is_outside))
-        if is_outside:
-            share = math.sqrt(self._bound / self._mean_distance)
-            for parameter, center in zip(self.actor.parameters(), reference.parameters(), strict=True):
-                parameter.copy_(center + share * (parameter - center))
-            self._mean_distance = self._bound
+        self._mean_distance += DISTANCE_WEIGHT * (float(self._distance) - self._mean_distance)
 
     def _excluded_save_params(self) -> list[str]:
-        live = ["log_multiplier", "multiplier_optimizer", "reference_actor", "_distance", "_bound", "_epsilon_schedule"]
+        live = ["log_multiplier", "multiplier_optimizer", "reference_actor", "_distance", "_violation", "_epsilon_schedule"]
         return [*super()._excluded_save_params(), *live]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:
