@@ -450,7 +450,7 @@ OF_TD3BC = {
     "adaptive_bc_returns": None,
 }  # fmt: skip
 OF_TD3C = {
-    "alpha": 2.5, "constraint_reference": "best", "epsilon": 1e-2, "initial_multiplier": 1.0, "multiplier_learning_rate": 1e-2,
+    "alpha": 2.5, "constraint_reference": "best", "epsilon": 1e-3, "initial_multiplier": 1.0, "multiplier_learning_rate": 1e-2,
     "min_multiplier": 1e-3, "max_multiplier": 1e3, "trust_region": 2.0, "critic_penalty": 0.0,
 }  # fmt: skip
 OF_REBRAC = {"actor_bc_coef": 0.01, "critic_bc_coef": 0.01, "online_actor_bc": "lin_1.0_0.5", "online_critic_bc": 0.0}

@@ -106,7 +106,7 @@ class TD3C(TD3BC):
         policy_averaging: float = 0.0,
         alpha: float = 2.5,
         constraint_reference: str = "best",
-        epsilon: ScheduleLike = 1e-2,
+        epsilon: ScheduleLike = 1e-3,
         initial_multiplier: float = 1.0,
         multiplier_learning_rate: float = 1e-2,
         min_multiplier: float = 1e-3,
