@@ -450,6 +450,7 @@ OF_TD3BC = {
     "adaptive_bc_returns": None,
 }  # fmt: skip
 OF_TD3C = {
+    "policy_averaging": 0.99,
     "alpha": 2.5, "constraint_reference": "best", "epsilon": 1e-3, "initial_multiplier": 1.0, "multiplier_learning_rate": 1e-2,
     "min_multiplier": 1e-3, "max_multiplier": 1e3, "trust_region": 2.0, "critic_penalty": 0.0,
 }  # fmt: skip

@@ -128,9 +128,9 @@ class OfflineTD3(TD3):
         zip file that a Stable-Baselines3 algorithm saved; an algorithm or a policy, which a saved model does not hold; or None
     :param guide_steps: Number of steps at the start of each episode of each environment that it acts: a number, or a schedule
         such as ``"lin_200_0"``, by which the learner takes over
-    :param policy_averaging: While finetuning, the policy is the exponential moving average of what gradient steps have made of
-        it, in which the past weighs this much at each step of the actor: 0.999 averages over the last 1,000 or so. The average
-        acts, is evaluated and saved; gradient steps go on from their own weights. 0 is for no averaging
+    :param policy_averaging: While a pretrained agent is finetuned, its policy is the exponential moving average of what
+        gradient steps have made of it, in which the past weighs this much at each step of the actor: 0.99 averages over the
+        last 100 or so. The average acts, is evaluated and saved; gradient steps go on from their own weights. 0 is for none
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -717,7 +717,7 @@ class OfflineTD3(TD3):
             self._begin_with_trained_weights(total_timesteps)
         if self.guide_policy == PRETRAINED:
             self._guide = frozen_actor(self.policy)
-        self._learned_weights = None
+        self._learned_weights = LearnedWeights(self.actor) if pretrained and self.policy_averaging > 0 else None
         self._best_mean_reward = max((callback.best_mean_reward for callback in self._eval_callbacks), default=-math.inf)
         self._on_finetuning_start(pretrained)
 
@@ -906,10 +906,8 @@ class OfflineTD3(TD3):
 
     def _averaging(self) -> AbstractContextManager[None]:
         """For the duration of the block the actor has the weights that gradient steps change; then it is their average."""
-        if self.policy_averaging == 0 or self._pretraining or not self._finetuning:
+        if self._learned_weights is None or self._pretraining:
             return nullcontext()
-        if self._learned_weights is None:
-            self._learned_weights = LearnedWeights(self.actor)
         return self._learned_weights.in_place(self.actor, self.policy_averaging)
 
     def _choose_kernel(self) -> UpdateKernel:
@@ -1193,7 +1191,8 @@ class OfflineTD3(TD3):
             load_path_or_dict = copy.deepcopy(load_path_or_dict)
         super().set_parameters(load_path_or_dict, exact_match, device)
         self._pretrained = True
-        self._learned_weights = None
+        if self._learned_weights is not None:
+            self._learned_weights = LearnedWeights(self.actor)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """

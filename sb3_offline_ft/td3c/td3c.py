@@ -40,7 +40,7 @@ class TD3C(TD3BC):
     the reference's (``trust_region``).
 
     The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``policy_averaging`` are those of :class:`OfflineTD3`, where they are described.
+    ``policy_averaging``, which is on here by default, are those of :class:`OfflineTD3`, where they are described.
 
     :param alpha: Weight of the value against behavior cloning in the offline phase, as in :class:`TD3BC`
     :param constraint_reference: ``"target"``: the target policy, which follows the policy (a limit on its speed);
@@ -103,7 +103,7 @@ class TD3C(TD3BC):
         update_precision: str = "float32",
         guide_policy: GuideLike = None,
         guide_steps: ScheduleLike = 0,
-        policy_averaging: float = 0.0,
+        policy_averaging: float = 0.99,
         alpha: float = 2.5,
         constraint_reference: str = "best",
         epsilon: ScheduleLike = 1e-3,
