@@ -95,6 +95,7 @@ def result_of(protocol: Protocol, cell: Cell, curve: Curve = level, **facts: Any
             "fingerprint": protocol.data_facts(cell.dataset)["fingerprint"],
             "transitions": len(protocol.dataset(cell.dataset)), "episodes": protocol.dataset(cell.dataset).n_episodes,
             "mean_return": float(np.mean(protocol.dataset(cell.dataset).episode_returns)),
+            "reference_scores": protocol.data_facts(cell.dataset)["reference_scores"],
         },
         "pretrained": {"recipe": start, "weights_sha256": start} if method.pretrained else None,
         "learner_evaluation_steps": 250_000 + 1_000 * cell.seed if method.learns_from_evaluations else 0,

@@ -689,6 +689,14 @@ class TestProvenance:
         assert "60 in 3 episodes mean 20.0" in text and "not readable here: as the runs recorded it" in text
         assert "6 runs had the same versions" in text
 
+    def test_what_only_the_data_said_of_an_expert_is_kept_by_the_runs(self, tmp_path: Path) -> None:
+        protocol = _study_without_scores(tmp_path)
+        protocol._data_facts["own"] = protocol.data_facts("own") | {"reference_scores": [100.0, 900.0]}
+        write_runs(protocol, random_return=100.0)
+        (tmp_path / "data.npz").unlink()
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        assert "100 an expert (900), as the dataset says" in numbers.scale_words
+
     def test_what_only_the_data_said_of_a_random_policy_is_kept_by_the_runs(self, tmp_path: Path) -> None:
         protocol = _study_without_scores(tmp_path)
         write_runs(protocol, random_return=100.0)

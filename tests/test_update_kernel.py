@@ -147,7 +147,8 @@ def test_online_the_kernels_agree_under_an_active_constraint(device: str) -> Non
         for kernel in ("fast", "autograd"):
             model = make(TD3C, seed=seed, device=device, kernel="autograd", batch_size=256, warmup_steps=0,
                          train_freq=64, gradient_steps=60, offline_fraction=0.75, constraint_reference="pretrained",
-                         epsilon=1e-7, multiplier_learning_rate=0.05, policy_kwargs={"net_arch": [256, 256]})  # fmt: skip
+                         epsilon=1e-7, multiplier_learning_rate=0.05, trust_region=None, policy_averaging=0.0,
+                         policy_kwargs={"net_arch": [256, 256]})  # fmt: skip
             model.pretrain(4)
             start = state_of(model).weights
             model.kernel = kernel
@@ -704,7 +705,8 @@ def test_a_slower_policy_is_as_slow_as_by_autograd(algorithm: type[TD3BC]) -> No
     def run(kernel: str, factor: float) -> TD3BC:
         model = make(algorithm, kernel=kernel, warmup_steps=0, offline_steps=5, batch_size=8)
         if algorithm is TD3C:
-            model.constraint_reference = "target"
+            # Nothing but the brake shall slow it
+            model.constraint_reference, model.trust_region, model.policy_averaging = "target", None, 0.0
         brake = PolicyBrake(model)
         model.learn(30, callback=AtStart(lambda _: brake.slow_down(factor)))
         brake.remove()
@@ -730,7 +732,8 @@ def test_a_confined_policy_stays_near(algorithm: type[TD3BC]) -> None:
     def run(confined: bool) -> tuple[TD3BC, PolicyBrake, dict[str, th.Tensor]]:
         model = make(algorithm, kernel="fast", warmup_steps=0, offline_steps=5, batch_size=8, learning_rate=1e-2)
         if algorithm is TD3C:
-            model.constraint_reference = "target"
+            # Nothing but the brake shall slow it
+            model.constraint_reference, model.trust_region, model.policy_averaging = "target", None, 0.0
         brake, center = PolicyBrake(model), {}
 
         def start(_: Any) -> None:

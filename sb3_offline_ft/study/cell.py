@@ -304,6 +304,7 @@ def _dataset_facts(protocol: "Protocol", cell: "Cell") -> dict[str, Any] | None:
         "transitions": len(dataset),
         "episodes": dataset.n_episodes,
         "mean_return": float(np.mean(dataset.episode_returns)),
+        "reference_scores": protocol.data_facts(cell.dataset)["reference_scores"],
     }
 
 

@@ -4,7 +4,7 @@ import json
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,16 @@ def remember_data_of_runs(protocol: Protocol) -> None:
         except (OSError, ValueError):
             folders = sorted((protocol.folder / RUNS / label).glob("*/*"))
             results = [result for folder in folders if (result := read_result(folder)) is not None]
-            recorded = Counter(json.dumps(result.manifest["cell"]["dataset"], sort_keys=True) for result in results)
+            recorded = Counter(json.dumps(_recorded_facts(result.manifest), sort_keys=True) for result in results)
             if not recorded:
                 raise
             facts = json.loads(max(recorded, key=lambda text: (recorded[text], text)))
-            protocol.remember_data({label: {"reference_scores": None, **facts, "spec": protocol.specs[label]}})
+            protocol.remember_data({label: {**facts, "spec": protocol.specs[label]}})
+
+
+def _recorded_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    # A cell's own facts have the scores only where its result depends on them
+    return {"reference_scores": manifest["dataset"].get("reference_scores"), **manifest["cell"]["dataset"]}
 
 
 def data_facts(protocol: Protocol, runs: Iterable[Run]) -> dict[str, DataFacts]:
