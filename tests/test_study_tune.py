@@ -159,12 +159,12 @@ def test_the_preset_is_found_in_the_search_space(study: Path) -> None:
     assert parameters.keys() == SEARCH_SPACES["td3c"].tuned.keys()
     hyperparams = plan.method.hyperparams
     changed = plan.changed(parameters)
-    assert changed.pop("epsilon") == "geo_0.01_0.01"
+    assert changed.pop("epsilon") == "geo_0.001_0.001"
     assert changed == {name: hyperparams.get(name, TD3C_DEFAULTS.get(name)) for name in changed}
     assert plan.tuned(None) is plan.method
 
 
-TD3C_DEFAULTS = {"critic_warmup_steps": 0, "gradient_steps": 1, "multiplier_learning_rate": 1e-2}
+TD3C_DEFAULTS = {"critic_warmup_steps": 0, "gradient_steps": 1, "multiplier_learning_rate": 1e-2, "policy_averaging": 0.99}
 
 
 def test_values_that_the_search_space_does_not_have_are_left_to_the_sampler(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ _COMMON = {
     ),
     "critic_warmup_steps": Tuned("critic_warmup_steps", lambda trial, name, n: trial.suggest_int(name, 0, n // 10)),
     "noise_std": Tuned("noise_std", lambda trial, name, _: trial.suggest_float(name, 0.0, 0.3)),
+    "policy_averaging": Tuned(
+        "policy_averaging", lambda trial, name, _: trial.suggest_categorical(name, (0.0, 0.9, 0.99, 0.999))
+    ),
     "gradient_steps": Tuned("gradient_steps", lambda trial, name, _: trial.suggest_categorical(name, (1, 2))),
 }
 
