@@ -13,6 +13,7 @@ import numpy as np
 from sb3_offline_ft.evaluation import FinetuningMetrics, finetuning_metrics
 from sb3_offline_ft.study import StudyResults, study_results
 from sb3_offline_ft.study.looks import looks_of
+from sb3_offline_ft.study.words import NONE, number
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,12 +44,9 @@ def metrics_of(results: StudyResults, dataset: str, method: str) -> list[Finetun
     ]
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}".replace("-", "−")
-
-
-def _depth(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}".replace("-", "−").replace("−0.00", "0.00")
+def _number(value: float | None, digits: int = 0) -> str:
+    # Lists are separated by commas
+    return number(value, digits).replace(",", "")
 
 
 def rows(results: StudyResults, dataset: str) -> Iterator[str]:
@@ -64,8 +62,8 @@ def rows(results: StudyResults, dataset: str) -> Iterator[str]:
         collapsed = [run.collapsed for run in runs]
         cells = [
             method.label,
-            "–" if None in collapsed else f"{sum(map(bool, collapsed))} of {len(runs)}",
-            ", ".join(_depth(run.dip_depth) for run in runs),
+            NONE if None in collapsed else f"{sum(map(bool, collapsed))} of {len(runs)}",
+            ", ".join(_number(run.dip_depth, 2) for run in runs),
             ", ".join(_number(run.last_return) for run in runs),
             _number(float(np.mean([run.last_return for run in runs]))),
         ]
