@@ -294,7 +294,7 @@ class TD3C(TD3BC):
 
     @th.no_grad()
     def _return_to_trust_region(self) -> None:
-        """Move the weights back if they are outside: where actions are saturated, gradients do not bring the policy back."""
+        """Move the weights back if they are outside: a large multiplier alone does not bring the policy back."""
         reference = self._reference
         if self.trust_region is None or reference is None:
             return
