@@ -66,6 +66,6 @@ def test_notebook_is_stored_with_the_outputs_of_one_run() -> None:
 def test_numbers_in_the_text_of_the_notebook_are_in_its_code_and_outputs() -> None:
     known = set(NUMBER.findall(texts(CODE_CELLS)))
     known |= {number.replace("_", "") for cell in CODE_CELLS for number in re.findall(r"\d[\d_.]*", cell.source)}
-    conclusion = NOTEBOOK.cells[-1].source
-    assert {"-1", "3135"} <= set(NUMBER.findall(conclusion))
-    assert [number for number in NUMBER.findall(conclusion) if number not in known] == []
+    stated = NUMBER.findall(NOTEBOOK.cells[-1].source)
+    assert len(set(stated)) >= 10, "the conclusion states what came out"
+    assert [number for number in stated if number not in known] == []
