@@ -38,7 +38,7 @@ from sb3_offline_ft.study.tune import Tuned, confirm_best, confirmation_text, tu
 from sb3_offline_ft.study.tuning_entry import spec_seen_from, write_entry, zoo_entry
 from sb3_offline_ft.study.tuning_objective import Objective, number_of_last
 from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
-from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET, DipPruner, LatestMedianPruner, make_pruner
+from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET, DipPruner, make_pruner
 from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue
 from sb3_offline_ft.study.tuning_report import parameter_importance
 from sb3_offline_ft.zoo.pretrained_cache import pretrain
@@ -138,16 +138,36 @@ def test_a_deep_dip_ends_a_trial_at_once_but_never_the_presets() -> None:
 def test_what_counts_for_the_median_is_where_a_trial_is_now() -> None:
     study = optuna.create_study(direction="maximize")
     for value in (0.0, 0.1, 0.2):
-        study.add_trial(finished({1: value, 2: value, 3: value}))
+        study.add_trial(finished({1: value, 2: value, 3: value, 4: value}))
+    pruner = make_pruner("median", 0.5, 3, n_evaluations=2, n_seeds=2)
     fallen = running({1: 0.5, 2: -0.4})
     assert not MedianPruner(n_startup_trials=3).prune(study, fallen)
-    assert LatestMedianPruner(n_startup_trials=3).prune(study, fallen)
-    assert not LatestMedianPruner(n_startup_trials=3).prune(study, running({1: 0.5, 2: 0.15}))
-    assert not LatestMedianPruner(n_startup_trials=3).prune(study, running({}))
-    made = make_pruner("median", 0.5, 3, n_evaluations=6, n_seeds=2)
-    # Two of six evaluations are too early to judge by
-    assert not made.prune(study, running({1: -0.4}))
-    assert made.prune(study, fallen)
+    assert pruner.prune(study, fallen)
+    assert not pruner.prune(study, running({1: 0.5, 2: 0.15}))
+    assert not pruner.prune(study, running({}))
+    # Only where a run of some seed has ended and another one follows
+    assert not pruner.prune(study, running({1: -0.4}))
+    assert not pruner.prune(study, running({1: 0.5, 2: 0.15, 3: -0.4}))
+    assert not pruner.prune(study, running({1: 0.5, 2: 0.15, 3: -0.4, 4: -0.4}))
+    assert not make_pruner("median", 0.5, 4, n_evaluations=2, n_seeds=2).prune(study, fallen)
+
+
+def test_the_median_ends_no_more_than_half_of_the_trials_that_are_as_good_as_the_others() -> None:
+    generator = np.random.default_rng(0)
+    pruner = make_pruner("median", math.inf, 10, n_evaluations=20, n_seeds=2)
+
+    def values() -> dict[int, float]:
+        return dict(enumerate(generator.normal(size=40).tolist(), start=1))
+
+    def given_up() -> bool:
+        study = optuna.create_study(direction="maximize")
+        study.add_trials([finished(values()) for _ in range(10)])
+        told = list(values().items())
+        return any(pruner.prune(study, running(dict(told[:n]))) for n in range(1, 41))
+
+    n_trials = 200
+    # One half in truth: more than 0.6 of 200 has a probability of 0.002
+    assert sum(given_up() for _ in range(n_trials)) <= 0.6 * n_trials
 
 
 # What is searched

@@ -41,16 +41,28 @@ class DipPruner(BasePruner):
 
 
 class LatestMedianPruner(MedianPruner):
-    """Optuna's median pruner, for which the latest value of the trial counts and not its best: before a dip it was good."""
+    """
+    Optuna's median pruner, which looks at the end of each seed's run but the last, and for which the latest value of the trial
+    counts and not its best: before a dip it was good. With a look at every evaluation, noise would end almost every trial that
+    is as good as the others.
+
+    :param n_startup_trials: Finished trials that it waits for
+    :param n_evaluations: Evaluations in a run
+    :param n_seeds: Runs in a trial
+    """
+
+    def __init__(self, n_startup_trials: int, n_evaluations: int, n_seeds: int) -> None:
+        super().__init__(n_startup_trials)
+        self.looks = range(n_evaluations, n_seeds * n_evaluations, n_evaluations)
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """
         :param study: The study
         :param trial: A trial
-        :return: Whether its latest value is below the median of what the finished trials had at that step
+        :return: Whether a run has just ended and its latest value is below the median of what the finished trials had then
         """
         step = trial.last_step
-        if step is None:
+        if step is None or step not in self.looks:
             return False
         latest = copy.copy(trial)
         latest.intermediate_values = {step: trial.intermediate_values[step]}
@@ -66,11 +78,11 @@ def make_pruner(name: str, deepest_dip: float, startup_trials: int, n_evaluation
     :param n_seeds: Runs in a trial
     :return: The pruner
     """
-    first = max(1, n_evaluations // 3)
     other: BasePruner
     if name == "median":
-        other = LatestMedianPruner(n_startup_trials=startup_trials, n_warmup_steps=first)
+        other = LatestMedianPruner(startup_trials, n_evaluations, n_seeds)
     elif name == "hyperband":
+        first = max(1, n_evaluations // 3)
         other = HyperbandPruner(min_resource=first, max_resource=max(first, n_evaluations * n_seeds))
     else:
         other = NopPruner()
