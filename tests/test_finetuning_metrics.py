@@ -96,6 +96,42 @@ def test_drawdown_counts_from_the_peak():
     assert run([110.0, 120.0, 130.0]).max_drawdown == 0
 
 
+def test_keeping_the_best_evaluated_policy():
+    # The pretrained policy has 100 in both halves; one policy is lucky in the first half, one is better in both
+    returns = [[90.0, 110.0], [110.0, 90.0], [130.0, 60.0], [120.0, 140.0], [100.0, 130.0]]
+    metrics = finetuning_metrics(1000 * np.arange(5), returns, 1000, J_RANDOM)
+    # Chosen by the first: 130 is kept, which gives 60, 60, 60. By the second: the pretrained one, then 140, which gives 120
+    assert metrics.selected_return == pytest.approx((60 + 120) / 2)
+    assert metrics.selected_dip_depth == pytest.approx((100 - (60 + 100) / 2) / 100)
+
+
+def test_the_pretrained_policy_is_kept_if_none_is_better():
+    metrics = run([50.0, 90.0, 10.0])
+    assert metrics.selected_return == pytest.approx(100) and metrics.selected_dip_depth == pytest.approx(0)
+    frozen = run([], frozen=FROZEN)
+    assert frozen.selected_return == pytest.approx(100) and frozen.selected_dip_depth == pytest.approx(0)
+
+
+def test_from_scratch_the_first_policy_is_kept_until_there_is_a_better_one():
+    metrics = run([5.0, 10.0, 3.0], frozen=[], frozen_until=-1)
+    assert metrics.selected_return == pytest.approx(10) and metrics.selected_dip_depth is None
+
+
+def test_a_single_episode_cannot_choose_and_measure():
+    metrics = finetuning_metrics([0, 1000], [[1.0, 2.0], [3.0]], 0, J_RANDOM)
+    assert metrics.selected_return is metrics.selected_dip_depth is None
+
+
+def test_choosing_does_not_flatter_what_is_chosen():
+    # A policy that never changes: the best of its evaluations is above its mean, what is kept is not
+    rng = np.random.default_rng(0)
+    runs = [finetuning_metrics(np.arange(30), rng.normal(100, 30, (30, 10)), 2, J_RANDOM) for _ in range(400)]
+    kept = np.array([metrics.selected_return for metrics in runs])
+    best = np.array([metrics.best_return for metrics in runs])
+    assert best.mean() > 110
+    assert stats.ttest_1samp(kept, 100).pvalue > 0.001
+
+
 def test_a_run_from_scratch_has_no_level_to_fall_from():
     metrics = run([5.0, 10.0, 3.0], frozen=[], frozen_until=-1)
     relative = (

@@ -208,6 +208,16 @@ def test_told_progress_does_not_change_the_pretraining(monkeypatch: pytest.Monke
         assert th.equal(one, other)
 
 
+def test_told_progress_leaves_no_folders_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_offline_ft.zoo.pretrained_cache.REPORT_STEPS", 7)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    env = make_vec_env("Pendulum-v1")
+    dataset = load_dataset("bundled:pendulum-medium")
+    recipe = Recipe(TD3BC, {"policy": "MlpPolicy", "offline_steps": 40, "batch_size": 16, **NETS}, dataset, env, 3, "cpu")
+    pretrain(recipe, env, on_progress=lambda done, total: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_measuring_is_not_noticed_by_the_learner(study: Protocol, cells: dict[str, Cell]) -> None:
     env = make_vec_env("Pendulum-v1", seed=1)
     recipe = Recipe(

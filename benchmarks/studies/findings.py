@@ -66,6 +66,7 @@ def rows(results: StudyResults, dataset: str) -> Iterator[str]:
             ", ".join(_number(run.dip_depth, 2) for run in runs),
             ", ".join(_number(run.last_return) for run in runs),
             _number(float(np.mean([run.last_return for run in runs]))),
+            _number(float(np.mean([run.selected_return for run in runs if run.selected_return is not None]))),
         ]
         yield "| " + " | ".join(cells) + " |"
 
@@ -76,7 +77,7 @@ def table(results: StudyResults, dataset: str) -> str:
     :param dataset: Label of the dataset, empty for methods without data
     :return: A Markdown table of every seed of every method
     """
-    head = ["method", "collapsed", "dip depth, per seed", "last ten, per seed", "mean"]
+    head = ["method", "collapsed", "dip depth, per seed", "last ten, per seed", "mean", "best kept"]
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows(results, dataset)])
 
 

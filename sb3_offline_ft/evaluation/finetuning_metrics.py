@@ -61,6 +61,11 @@ class FinetuningMetrics:
     :param max_drawdown: Largest loss from a peak of the curve (``J0`` included) to a later point, in units of the return
         (Chan et al. 2020, Measuring the Reliability of Reinforcement Learning Algorithms)
     :param training_return: Mean return of the training episodes, with exploration noise; None if there were none
+    :param selected_return: Return of the policy that one has at the end who keeps the best evaluated one so far, the
+        pretrained one included: half of the episodes of each evaluation choose, the other half measure what was chosen, and
+        this is the mean of both ways round. Choosing does not flatter it, as the best of many does. None if an evaluation has
+        a single episode
+    :param selected_dip_depth: Dip depth of the policies kept in this way
     """
 
     initial_return: float | None
@@ -81,6 +86,8 @@ class FinetuningMetrics:
     mean_return: float
     max_drawdown: float
     training_return: float | None
+    selected_return: float | None
+    selected_dip_depth: float | None
 
 
 def finetuning_metrics(
@@ -131,6 +138,7 @@ def finetuning_metrics(
         if initial > random_return:
             collapsed = bool(curve[lowest] <= collapse_threshold(initial, random_return))
     path = curve if initial is None else np.concatenate([[initial], curve])
+    selected = _selected_curve(episodes, is_frozen)
     return FinetuningMetrics(
         initial_return=initial,
         initial_standard_error=error,
@@ -150,6 +158,10 @@ def finetuning_metrics(
         mean_return=float(np.average(curve, weights=weights)),
         max_drawdown=float(np.max(np.maximum.accumulate(path) - path)),
         training_return=_training_return(training_timesteps, training_returns, -1 if is_frozen.all() else frozen_until),
+        selected_return=None if selected is None else float(selected[-1]),
+        selected_dip_depth=None
+        if selected is None or initial is None or scale is None
+        else float((initial - selected.min()) / scale),
     )
 
 
@@ -307,6 +319,34 @@ def _scale(initial: float | None, random_return: float | None) -> float | None:
 def _running_means(curve: Array, length: int) -> Array:
     length = min(length, curve.size)
     return np.convolve(curve, np.full(length, 1 / length), mode="valid")
+
+
+def _selected_curve(episodes: Sequence[Array], is_frozen: npt.NDArray[np.bool_]) -> Array | None:
+    """Return of the best evaluated policy so far, after each evaluation that is not of the frozen policy."""
+    if min(values.size for values in episodes) < 2:
+        return None
+    halves = [[values[: values.size // 2] for values in episodes], [values[values.size // 2 :] for values in episodes]]
+    curves = []
+    for choosing, measuring in (halves, halves[::-1]):
+        candidates = [
+            (float(choice.mean()), float(measure.mean()))
+            for choice, measure, frozen in zip(choosing, measuring, is_frozen, strict=True)
+            if not frozen
+        ]
+        if is_frozen.any():
+            # One policy, with all its evaluations
+            frozen = np.flatnonzero(is_frozen)
+            pooled = [float(np.concatenate([half[i] for i in frozen]).mean()) for half in (choosing, measuring)]
+            kept = (pooled[0], pooled[1])
+            candidates = candidates or [kept]
+        else:
+            kept = candidates[0]
+        curve = []
+        for candidate in candidates:
+            kept = max(kept, candidate, key=lambda one: one[0])
+            curve.append(kept[1])
+        curves.append(curve)
+    return np.asarray(np.mean(curves, axis=0), np.float64)
 
 
 def _time_weights(times: Steps, free_from: int) -> Array:

@@ -25,7 +25,7 @@ SIGNIFICANT = 0.05
 COLLAPSED = "collapsed"
 AS_LISTED = "as listed"
 NO_DATA_TITLE = "no data"
-RELATIVE_METRICS = ("dip_depth", "dip_area", "time_below_band", "recovery_time")
+RELATIVE_METRICS = ("dip_depth", "dip_area", "time_below_band", "recovery_time", "selected_dip_depth")
 MOST_TOGETHER = 8
 """Pictures show so many methods at most; of more, those that are no variants."""
 PROFILE_POINTS = 101

@@ -48,6 +48,9 @@ def definitions(numbers: StudyNumbers) -> list[str]:
         f"The end of a run is the mean of its last {LAST} evaluations. Over time is the mean of all evaluations after the "
         "warm-up, from scratch of all: what users of the learning policy would have got. Training is the mean return of the "
         "training episodes, with exploration noise.",
+        "Best kept is what one has at the end who keeps the best evaluated policy so far, the pretrained one included, rather "
+        "than the last: half of the episodes of each evaluation choose it, the other half measure it (the mean of both ways "
+        "round). It needs evaluations in which a fall does no harm.",
         "Intervals are 95 % bootstrap intervals over seeds, within datasets (percentiles). Of normally distributed runs they "
         "cover the true mean in about 84 % of the cases with 5 seeds and in 89 % with 10, less often if runs sometimes fail. "
         "Collapse rates have exact intervals. Whether intervals of two methods overlap is no test of their difference.",

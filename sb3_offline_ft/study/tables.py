@@ -86,6 +86,7 @@ RETURN_COLUMNS = (
     Column("last_return", f"last {LAST}"),
     Column("mean_return", "over time"),
     Column("training_return", "training"),
+    Column("selected_return", "best kept"),
 )
 DIP_COLUMNS = (
     Column("dip_depth", "dip depth", 2),
@@ -123,7 +124,8 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
             f"returns-{numbers.slug}", ["method", seeds.title, *(column.title for column in RETURN_COLUMNS)], returns,
             f"Returns on {numbers.title}",
             "Means over the seeds, with 95 % bootstrap intervals. Over time is after the warm-up; from scratch it is from the "
-            "first step.",
+            "first step. Best kept is the policy that is best by half of the episodes of each evaluation, measured by the "
+            "other half.",
         ),
         TextTable(
             f"dips-{numbers.slug}",
@@ -253,7 +255,7 @@ def factor_table(numbers: DatasetNumbers, factor: str, levels: dict[str, list[tu
 CSV_METRICS = (
     "initial_return", "initial_standard_error", "band", "lowest_return", "lowest_at", "dip_depth", "dip_area",
     "time_below_band", "recovered", "recovery_time", "collapsed", "final_return", "last_return", "best_return",
-    "best_sustained_return", "mean_return", "max_drawdown", "training_return",
+    "best_sustained_return", "mean_return", "max_drawdown", "training_return", "selected_return", "selected_dip_depth",
 )  # fmt: skip
 
 

@@ -169,7 +169,7 @@ def _overlaps(estimates: Sequence[tuple[str, Estimate]]) -> str:
 
 def _on_dataset(numbers: StudyNumbers, one: DatasetNumbers) -> list[str]:
     groups = numbers.shown(one)
-    return [*_dips(one, groups), *_ends(one, groups), *_kept(numbers, groups)]
+    return [*_dips(one, groups), *_ends(one, groups), *_kept(numbers, groups), *_selected(groups)]
 
 
 def _dips(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
@@ -242,6 +242,18 @@ def _kept(numbers: StudyNumbers, groups: Sequence[Group]) -> list[str]:
     return [
         f"held at the end of the best {CONSECUTIVE} evaluations in a row, both from the random policy's level, means over the "
         f"seeds: {'; '.join(parts)}. {_unchanged(groups)} has less than 100{NBSP}% too, since the best of many is partly luck."
+    ]
+
+
+def _selected(groups: Sequence[Group]) -> list[str]:
+    values = [(group, estimate) for group in groups if (estimate := group.estimate("selected_return")) is not None]
+    if all(group.method.frozen for group, _ in values):
+        return []
+    values.sort(key=lambda pair: -pair[1].value)
+    return [
+        "if the best evaluated policy is kept rather than the last one, chosen by half of the episodes of each evaluation and "
+        f"measured by the others: {_values([(group.label, estimate) for group, estimate in values])}. This needs evaluations "
+        "in which a fall does no harm."
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from filelock import FileLock, Timeout
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.collapse import LearnerSnapshot
@@ -65,6 +66,8 @@ def pretrain(recipe: Recipe, env: VecEnv, progress_bar: bool = False, on_progres
     if on_progress is None:
         model.pretrain(progress_bar=progress_bar)
     else:
+        # SB3 makes a folder for each logger, so for each of the many calls below
+        model.set_logger(Logger(folder=None, output_formats=[]))
         total = model.remaining_offline_steps
         while model.remaining_offline_steps > 0:
             model.pretrain(min(REPORT_STEPS, model.remaining_offline_steps))
