@@ -26,8 +26,8 @@ def findings() -> ModuleType:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_tables_of_what_we_found_are_those_of_the_runs(folder: Path, findings: ModuleType) -> None:
     results = study_results(folder)
-    if results.missing:
-        pytest.skip(f"{len(results.missing)} runs are missing")
+    if not results.runs:
+        pytest.skip("no runs yet, but perhaps a tuning")
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     for dataset in {run.cell.dataset or "" for run in results.runs}:
         rows = list(findings.rows(results, dataset))
