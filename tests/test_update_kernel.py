@@ -121,7 +121,7 @@ def is_fast(model: OfflineTD3) -> bool:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("layer_norm", "n_seeds"), [(True, 8), (False, 8)], ids=["LayerNorm", "plain"])
+@pytest.mark.parametrize(("layer_norm", "n_seeds"), [(True, 8), (False, 2)], ids=["LayerNorm", "plain"])
 def test_offline_the_kernels_agree(device: str, layer_norm: bool, n_seeds: int) -> None:
     """Standard networks and batches, 60 gradient steps of TD3BC: the median over seeds differs by no more than rounding."""
     distances = []
@@ -142,7 +142,7 @@ def test_online_the_kernels_agree_under_an_active_constraint(device: str) -> Non
     """TD3C from the same pretrained policy on the same transitions; its multiplier and what is logged agree too."""
     distances = []
     names = ["actor_loss", "critic_loss", "mean_abs_q", "policy_distance", "constraint_violation", "multiplier", "epsilon"]
-    for seed in range(4):
+    for seed in range(2):
         models = []
         for kernel in ("fast", "autograd"):
             model = make(TD3C, seed=seed, device=device, kernel="autograd", batch_size=256, warmup_steps=0,
@@ -163,8 +163,7 @@ def test_online_the_kernels_agree_under_an_active_constraint(device: str) -> Non
         for name in names:
             found, expected = (model.logger.name_to_value[f"train/{name}"] for model in models)
             assert found == pytest.approx(expected, rel=1e-3), name
-    # Depends on how the processor rounds: on an AMD EPYC half of the seeds differ by about 1e-4, the others by 2e-6
-    assert statistics.median(distances) <= 3 * TOLERANCE
+    assert statistics.median(distances) <= (2e-5 if device == "cpu" else TOLERANCE)
 
 
 class Random(gym.Env[np.ndarray, np.ndarray]):
