@@ -5,7 +5,7 @@ import functools
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from sb3_offline_ft.common.update import ActorObjective, Attraction
 from sb3_offline_ft.common.update.adam import FlatAdam
 from sb3_offline_ft.common.update.mlp import MlpPass, Scratch, layer_tensors
 from sb3_offline_ft.common.update.networks import FlatParameters, NotSupportedError, read_layers
-from sb3_offline_ft.common.update.products import NATIVE
+from sb3_offline_ft.common.update.products import NATIVE, choose_products
 from tests.conftest import draw_batch
 
 DATASET = "bundled:pendulum-medium"
@@ -117,15 +117,33 @@ def is_fast(model: OfflineTD3) -> bool:
     return model._kernel.name == "fast"
 
 
+@pytest.fixture
+def one_library() -> Iterator[None]:
+    """
+    Let autograd multiply by the library that the fast kernel chooses on this CPU.
+
+    Two libraries round differently. Of the 50 million inputs of ReLUs in 60 steps a few are then 0 for one kernel and 1e-8 for
+    the other. If it is a unit's only active row, Adam makes a step of full length of its tiny gradient.
+    """
+    if not choose_products("float32", th.device("cpu")).name.startswith("oneDNN"):
+        yield
+        return
+    matmul: Any = th.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    yield
+    matmul.fp32_precision = before
+
+
 # Agreement
 
 
+@pytest.mark.usefixtures("one_library")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("layer_norm", "n_seeds"), [(True, 8), (False, 2)], ids=["LayerNorm", "plain"])
-def test_offline_the_kernels_agree(device: str, layer_norm: bool, n_seeds: int) -> None:
+@pytest.mark.parametrize("layer_norm", [True, False], ids=["LayerNorm", "plain"])
+def test_offline_the_kernels_agree(device: str, layer_norm: bool) -> None:
     """Standard networks and batches, 60 gradient steps of TD3BC: the median over seeds differs by no more than rounding."""
     distances = []
-    for seed in range(n_seeds):
+    for seed in range(8):
         common = {"seed": seed, "device": device, "batch_size": 256, "learning_rate": 3e-4}
         common |= {"policy_kwargs": {"net_arch": [256, 256], "layer_norm": layer_norm}}
         fast, autograd = (make(kernel=kernel, **common) for kernel in ("fast", "autograd"))
@@ -137,12 +155,13 @@ def test_offline_the_kernels_agree(device: str, layer_norm: bool, n_seeds: int) 
     assert statistics.median(distances) <= (2e-5 if device == "cpu" else TOLERANCE)
 
 
+@pytest.mark.usefixtures("one_library")
 @pytest.mark.parametrize("device", DEVICES)
 def test_online_the_kernels_agree_under_an_active_constraint(device: str) -> None:
     """TD3C from the same pretrained policy on the same transitions; its multiplier and what is logged agree too."""
     distances = []
     names = ["actor_loss", "critic_loss", "mean_abs_q", "policy_distance", "constraint_violation", "multiplier", "epsilon"]
-    for seed in range(2):
+    for seed in range(8):
         models = []
         for kernel in ("fast", "autograd"):
             model = make(TD3C, seed=seed, device=device, kernel="autograd", batch_size=256, warmup_steps=0,

@@ -91,8 +91,11 @@ def relative_errors(chosen: Products) -> list[float]:
     return errors
 
 
-def test_the_default_is_float32() -> None:
-    assert max(relative_errors(NATIVE)) < 1e-6
+def test_float32_is_float32() -> None:
+    """By torch's default, and by what is chosen on this CPU."""
+    for chosen in (NATIVE, choose_products("float32", CPU)):
+        assert chosen.is_single_precision
+        assert max(relative_errors(chosen)) < 1e-6
 
 
 @pytest.mark.filterwarnings(NO_UNITS)
