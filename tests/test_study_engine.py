@@ -248,6 +248,25 @@ def test_workers_do_not_wait_for_the_same_pretraining_if_there_is_other_work(tmp
     assert fourth is not None and fourth.cell.name == "medium/td3/seed0"
 
 
+def test_nor_if_two_look_at_the_same_moment(make_queue: MakeQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker takes a cell just after this one has seen that it waits."""
+    write_study(tmp_path / "study", methods={name: STUDY["methods"][name] for name in ("offline", "td3")})
+    slow, quick = make_queue(), make_queue()
+    keys = list(slow.cells)
+    slow.enqueue()
+    hold = slow.liveness.hold
+
+    def outrun(number: int) -> Callable[[], None] | None:
+        monkeypatch.undo()
+        first = quick.claim(keys)
+        assert first is not None and first.number == number
+        return hold(number)
+
+    monkeypatch.setattr(slow.liveness, "hold", outrun)
+    claim = slow.claim(keys)
+    assert claim is not None and claim.cell.name == "medium/offline/seed1"
+
+
 def test_what_is_added_to_a_study_runs_and_what_was_changed_runs_anew(make_queue: MakeQueue, tmp_path: Path) -> None:
     queue = make_queue()
     queue.enqueue()

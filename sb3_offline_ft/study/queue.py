@@ -417,14 +417,19 @@ class StudyQueue:
         :return: The cell; None if none waits
         """
         by_key = self._trials()
-        busy = self._pretrained_now(by_key)
-        for key in sorted(keys, key=lambda key: self._pretraining[key] in busy):
-            trials = by_key.get(key, [])
-            state, first = self._state(trials)
+        waiting = {}
+        for key in keys:
+            state, first = self._state(by_key.get(key, []))
             if state is CellState.WAITING and first is not None and first.state == TrialState.WAITING:
-                claim = self._take(key, first.number)
-                if claim is not None:
-                    return claim
+                waiting[key] = first.number
+        busy = self._pretrained_now(by_key)
+        while waiting:
+            key = min(waiting, key=lambda key: self._pretraining[key] in busy)
+            claim = self._take(key, waiting.pop(key))
+            if claim is not None:
+                return claim
+            # Another worker has taken it since, and is perhaps about to pretrain
+            busy |= {self._pretraining[key]} - {None}
         return None
 
     def _end_doubles(self, trials: list[FrozenTrial], keep: int) -> None:
