@@ -139,11 +139,11 @@ def one_library() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_library")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layer_norm", [True, False], ids=["LayerNorm", "plain"])
-def test_offline_the_kernels_agree(device: str, layer_norm: bool) -> None:
+@pytest.mark.parametrize(("layer_norm", "n_seeds"), [(True, 8), (False, 2)], ids=["LayerNorm", "plain"])
+def test_offline_the_kernels_agree(device: str, layer_norm: bool, n_seeds: int) -> None:
     """Standard networks and batches, 60 gradient steps of TD3BC: the median over seeds differs by no more than rounding."""
     distances = []
-    for seed in range(8):
+    for seed in range(n_seeds):
         common = {"seed": seed, "device": device, "batch_size": 256, "learning_rate": 3e-4}
         common |= {"policy_kwargs": {"net_arch": [256, 256], "layer_norm": layer_norm}}
         fast, autograd = (make(kernel=kernel, **common) for kernel in ("fast", "autograd"))
@@ -161,7 +161,7 @@ def test_online_the_kernels_agree_under_an_active_constraint(device: str) -> Non
     """TD3C from the same pretrained policy on the same transitions; its multiplier and what is logged agree too."""
     distances = []
     names = ["actor_loss", "critic_loss", "mean_abs_q", "policy_distance", "constraint_violation", "multiplier", "epsilon"]
-    for seed in range(8):
+    for seed in range(2):
         models = []
         for kernel in ("fast", "autograd"):
             model = make(TD3C, seed=seed, device=device, kernel="autograd", batch_size=256, warmup_steps=0,
