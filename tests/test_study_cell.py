@@ -19,14 +19,15 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_offline_ft
 from sb3_offline_ft import TD3BC, load_dataset
+from sb3_offline_ft.common.live import as_json
+from sb3_offline_ft.pretrained.recipe import Recipe
+from sb3_offline_ft.pretrained.start import new_pretraining_learner, pretrain
 from sb3_offline_ft.study import cell as cell_module
 from sb3_offline_ft.study.cell import FINETUNING, PRETRAINING, Measure, run_cell
-from sb3_offline_ft.study.learners import constructor_arguments, pretrained_learner
+from sb3_offline_ft.study.learners import algorithm_class, constructor_arguments, pretrained_learner
 from sb3_offline_ft.study.protocol import Cell, Protocol
 from sb3_offline_ft.study.results import find_result, keep_result, load_results
 from sb3_offline_ft.study.run_folder import CellResult, read_result, run_folder, write_result
-from sb3_offline_ft.zoo.pretrained_cache import new_learner, pretrain
-from sb3_offline_ft.zoo.recipe import Recipe
 
 NETS = {"policy_kwargs": {"net_arch": [16, 16]}}
 STUDY = {
@@ -130,23 +131,24 @@ def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
         assert (manifest["device"], manifest["threads"]) == ("cpu", th.get_num_threads())
         assert manifest["platform"] == f"{platform.system()} {platform.machine()}"
         assert json.loads(json.dumps(manifest)) == manifest
-        hyperparams = manifest["hyperparams"]
-        if name == "offline":
-            assert hyperparams is None
-        else:
-            assert manifest["algorithm"] == cells[name].method.algorithm
-            written = {key: value for key, value in cells[name].method.hyperparams.items() if key != "policy_kwargs"}
-            assert written.items() <= hyperparams.items(), name
-            assert hyperparams["policy_kwargs"]["net_arch"] == [16, 16]
-            # Defaults of constructors, of the policy's too
-            assert hyperparams["n_steps"] == 1 and hyperparams["policy_kwargs"]["n_critics"] == 2, name
+        method, hyperparams = cells[name].method, manifest["hyperparams"]
+        assert manifest["algorithm"] == algorithm_class(method.algorithm).__name__
+        assert manifest["frozen"] == (name == "offline")
+        written = as_json(constructor_arguments(method.hyperparams, make_vec_env("Pendulum-v1").action_space))
+        if "train_freq" in written:
+            written["train_freq"] = [written["train_freq"], "step"]
+        # The policy that there is has a name of its own
+        del written["policy_kwargs"], written["policy"]
+        assert written == {key: hyperparams[key] for key in written}, name
+        assert hyperparams["policy_kwargs"]["net_arch"] == [16, 16]
+        # Defaults of constructors, of the policy's too
+        assert hyperparams["n_steps"] == 1 and hyperparams["policy_kwargs"]["n_critics"] == 2, name
     assert results["td3c"].manifest["hyperparams"]["epsilon"] == 0.001
     assert results["sac"].manifest["hyperparams"]["ent_coef"] == "auto"
-    pretraining = results["td3c"].manifest["pretraining"]
-    assert pretraining == results["offline"].manifest["pretraining"] and results["scratch"].manifest["pretraining"] is None
-    assert pretraining["algorithm"] == "td3bc"
+    pretraining = results["td3c"].manifest["pretrained"]
+    assert pretraining == results["offline"].manifest["pretrained"] and results["scratch"].manifest["pretrained"] is None
+    assert pretraining["algorithm"] == "TD3BC"
     assert (pretraining["hyperparams"]["offline_steps"], pretraining["hyperparams"]["alpha"]) == (40, 2.5)
-    assert "warmup_steps" not in pretraining["hyperparams"]
 
 
 def test_a_version_is_recorded_where_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,22 +196,22 @@ def test_progress_is_told(study: Protocol, cells: dict[str, Cell], tmp_path: Pat
 
 
 def test_told_progress_does_not_change_the_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_offline_ft.zoo.pretrained_cache.REPORT_STEPS", 7)
+    monkeypatch.setattr("sb3_offline_ft.pretrained.start.REPORT_STEPS", 7)
     env = make_vec_env("Pendulum-v1")
     dataset = load_dataset("bundled:pendulum-medium")
     recipe = Recipe(TD3BC, {"policy": "MlpPolicy", "offline_steps": 40, "batch_size": 16, **NETS}, dataset, env, 3, "cpu")
     told: list[int] = []
     whole, parts = pretrain(recipe, env), pretrain(recipe, env, on_progress=lambda done, total: told.append(done))
     assert told == [7, 14, 21, 28, 35, 40]
-    models = [new_learner(recipe, env), new_learner(recipe, env)]
-    for model, snapshot in zip(models, (whole, parts), strict=True):
-        snapshot.restore(model)
+    models = [new_pretraining_learner(recipe, env) for _ in range(2)]
+    for model, pretrained in zip(models, (whole, parts), strict=True):
+        pretrained.snapshot.restore(model)
     for one, other in zip(*(model.policy.state_dict().values() for model in models), strict=True):
         assert th.equal(one, other)
 
 
 def test_told_progress_leaves_no_folders_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_offline_ft.zoo.pretrained_cache.REPORT_STEPS", 7)
+    monkeypatch.setattr("sb3_offline_ft.pretrained.start.REPORT_STEPS", 7)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     env = make_vec_env("Pendulum-v1")
     dataset = load_dataset("bundled:pendulum-medium")
@@ -223,11 +225,11 @@ def test_measuring_is_not_noticed_by_the_learner(study: Protocol, cells: dict[st
     recipe = Recipe(
         TD3BC, {"policy": "MlpPolicy", "offline_steps": 20, "batch_size": 16, **NETS}, study.dataset("medium"), env, 0, "cpu"
     )
-    snapshot = pretrain(recipe, env)
+    pretrained = pretrain(recipe, env)
 
     def finetuned(measured: VecEnv | None) -> list[th.Tensor]:
         own = make_vec_env("Pendulum-v1", seed=1)
-        model = pretrained_learner("td3c", {"warmup_steps": 50, "constraint_reference": "target"}, recipe, snapshot, own, 5)
+        model = pretrained_learner("td3c", {"warmup_steps": 50, "constraint_reference": "target"}, pretrained, own, 5)
         model.learn(300, callback=None if measured is None else [Measure(measured, 100, 2)])
         return list(model.policy.state_dict().values())
 

@@ -28,6 +28,7 @@ from sb3_offline_ft import TD3C, LearnerSnapshot
 from sb3_offline_ft.cli import app
 from sb3_offline_ft.datasets import load_dataset
 from sb3_offline_ft.evaluation.comparisons import compare_paired
+from sb3_offline_ft.pretrained.start import pretrain
 from sb3_offline_ft.study.cell import run_cell
 from sb3_offline_ft.study.learners import pretraining_recipe
 from sb3_offline_ft.study.protocol import Cell, Protocol
@@ -41,7 +42,6 @@ from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
 from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET, DipPruner, make_pruner
 from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue
 from sb3_offline_ft.study.tuning_report import parameter_importance
-from sb3_offline_ft.zoo.pretrained_cache import pretrain
 from sb3_offline_ft.zoo.samplers import SEARCH_SPACES, split_finetuning, split_tuning
 from tests.conftest import REPOSITORY, RunPython
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM
@@ -517,7 +517,7 @@ def test_the_configuration_pretrains_as_the_trials_were_and_finetunes_as_the_bes
     env = make_vec_env("Pendulum-v1")
     arguments = {name: value for name, value in whole_run.items() if name not in ("n_timesteps", "dataset", "callback")}
     recipe = pretraining_recipe("td3c", arguments, plan.study.dataset("medium"), env, plan.seeds[0], "cpu")
-    state = pretrain(recipe, env).policy_state
+    state = pretrain(recipe, env).snapshot.policy_state
     env.close()
     expected = [LearnerSnapshot.load(path).policy_state for path in (plan.study.folder / "pretrained").glob("*.pt")]
     assert any(all(th.equal(state[name], each[name]) for name in state) for each in expected)

@@ -26,9 +26,10 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft import TD3C, LearnerSnapshot, OfflineDataset, OfflineTD3, load_dataset, register
+from sb3_offline_ft.pretrained.cache import PretrainedCache
+from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, Recipe
+from sb3_offline_ft.pretrained.start import pretrain
 from sb3_offline_ft.zoo.presets import ALGORITHMS
-from sb3_offline_ft.zoo.pretrained_cache import PretrainedCache, pretrain
-from sb3_offline_ft.zoo.recipe import ONLINE_ONLY, Recipe
 from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX, SEARCH_SPACES, constructor_arguments
 from sb3_offline_ft.zoo.storage import open_storage
 from tests.conftest import REPOSITORY, Installation, RunPython
@@ -257,14 +258,14 @@ def test_hyperparameters_that_act_online_only_change_no_pretrained_weight(env: V
     assert ALTERNATIVES.keys() == ONLINE_ONLY
     for algo in TUNED:
         recipe = make_recipe(env, algo)
-        expected = pretrain(recipe, env).policy_state
+        expected = pretrain(recipe, env).snapshot.policy_state
         own = {name: ALTERNATIVES[name] for name in signature(recipe.algorithm.__init__).parameters if name in ONLINE_ONLY}
         changed = make_recipe(env, algo, **own)
         assert changed.digest == recipe.digest
         # The recipe drops them; a learner has them
         given = {name: value for name, value in own.items() if name != "buffer_size"}
         changed.hyperparams |= given
-        assert_same(pretrain(changed, env).policy_state, expected)
+        assert_same(pretrain(changed, env).snapshot.policy_state, expected)
 
 
 @pytest.mark.parametrize(
@@ -299,17 +300,17 @@ def test_pretrained_learners_are_found_again_and_damaged_ones_made_anew(
     env: VecEnv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, folder = make_recipe(env), tmp_path / "pretrained"
-    made = PretrainedCache(folder).get(recipe, env)
+    made = PretrainedCache(folder).get(recipe, env).snapshot
     path = PretrainedCache(folder).path(recipe)
     assert json.loads(path.with_suffix(".json").read_text())["hyperparams"]["offline_steps"] == 4
     assert "Pretraining TD3C, 4 steps" in capsys.readouterr().out
-    assert_same(PretrainedCache(folder).get(recipe, env).policy_state, made.policy_state)
+    assert_same(PretrainedCache(folder).get(recipe, env).snapshot.policy_state, made.policy_state)
     assert capsys.readouterr().out == f"Pretrained learner: {path}\n"
 
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.warns(UserWarning, match=r"is damaged .* It is pretrained again"):
-        assert_same(PretrainedCache(folder).get(recipe, env).policy_state, made.policy_state)
+        assert_same(PretrainedCache(folder).get(recipe, env).snapshot.policy_state, made.policy_state)
     assert_same(LearnerSnapshot.load(path).policy_state, made.policy_state)
     assert not list(folder.glob(".*"))
 

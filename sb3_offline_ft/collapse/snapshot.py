@@ -104,6 +104,12 @@ class LearnerSnapshot:
         """The policy's parameters and statistics, for ``torch.func.functional_call``; not to be changed."""
         return MappingProxyType(self._content["modules"]["policy"])
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Networks' and optimizers' states, as SB3's ``set_parameters`` takes them; not to be changed."""
+        optimizers = {name: entry["state"] for name, entry in self._content["optimizers"].items()}
+        return {**self._content["modules"], **optimizers}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.algorithm}, num_timesteps={self.num_timesteps}, n_updates={self.n_updates})"
 

@@ -45,7 +45,11 @@ def number_pair(value: Any, name: str) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def _constructor_arguments(cls: type) -> set[str]:
+def constructor_arguments(cls: type) -> set[str]:
+    """
+    :param cls: A class
+    :return: Names of all arguments that its constructor takes, those that it passes on to its bases' included
+    """
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" not in vars(base):
@@ -68,7 +72,7 @@ def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: 
     :param excluded: Arguments of the constructor that are not allowed here
     :raises TypeError: One is not
     """
-    known = _constructor_arguments(cls) - {"self", *excluded}
+    known = constructor_arguments(cls) - {"self", *excluded}
     for name in keywords:
         if name in known:
             continue

@@ -21,19 +21,20 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_offline_ft
-from sb3_offline_ft.collapse import CollapseGuard, LearnerSnapshot
+from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.live import live_arguments, replay_facts
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.pretrained.cache import PretrainedCache
+from sb3_offline_ft.pretrained.recipe import code_digest
+from sb3_offline_ft.pretrained.start import Pretrained
 from sb3_offline_ft.study.learners import new_learner_from_scratch, pretrained_learner, pretraining_recipe
-from sb3_offline_ft.study.methods import complete_hyperparams
 from sb3_offline_ft.study.run_folder import CellResult
-from sb3_offline_ft.zoo.pretrained_cache import PretrainedCache
-from sb3_offline_ft.zoo.recipe import Recipe
 
 if TYPE_CHECKING:
     from sb3_offline_ft.study.protocol import Cell, Protocol
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
-MEASURED_STREAM, LEARNER_STREAM, TRAINING_STREAM = 10, 11, 12
+MEASURED_STREAM = 10
 REPORT_STEPS = 200
 PACKAGES = ("stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", "minari", "numpy")
 
@@ -138,18 +139,22 @@ class _Run:
             folder, verbose=False, on_progress=lambda done, total: self.on_step(PRETRAINING, done, total)
         )
         self.envs: list[VecEnv] = []
-        self.env = self._make_env(TRAINING_STREAM)
+        # The learner acts and is evaluated in the episodes that `rl_zoo3.train --seed` gives it; what is measured is in others
+        self.env = self._make_env(cell.seed)
         plan = protocol.evaluation
         self.measure = Measure(
-            self._make_env(MEASURED_STREAM), plan.every, plan.episodes, on_evaluation, protocol.interactions
+            self._make_env(derive_seed(cell.seed, MEASURED_STREAM)),
+            plan.every,
+            plan.episodes,
+            on_evaluation,
+            protocol.interactions,
         )
         self.guard: CollapseGuard | None = None
         self.learner_evaluation: EvalCallback | None = None
-        self.recipe: Recipe | None = None
-        self.pretrained_weights: str | None = None
+        self.pretrained: Pretrained | None = None
 
-    def _make_env(self, stream: int) -> VecEnv:
-        env = make_vec_env(self.protocol.env, n_envs=1, seed=derive_seed(self.cell.seed, stream))
+    def _make_env(self, seed: int) -> VecEnv:
+        env = make_vec_env(self.protocol.env, n_envs=1, seed=seed)
         self.envs.append(env)
         return env
 
@@ -164,10 +169,9 @@ class _Run:
         assert self.cell.dataset is not None
         dataset = self.protocol.dataset(self.cell.dataset)
         pretraining = self.protocol.pretraining.algorithm
-        self.recipe = pretraining_recipe(pretraining, method.pretraining_hyperparams, dataset, self.env, seed, self.device)
-        snapshot = self.cache.get(self.recipe, self.env)
-        self.pretrained_weights = _digest(snapshot)
-        return pretrained_learner(method.algorithm, method.hyperparams, self.recipe, snapshot, self.env, seed)
+        recipe = pretraining_recipe(pretraining, method.pretraining_hyperparams, dataset, self.env, seed, self.device)
+        self.pretrained = self.cache.get(recipe, self.env)
+        return pretrained_learner(method.algorithm, method.hyperparams, self.pretrained, self.env, seed)
 
     def _callbacks(self) -> list[BaseCallback]:
         interactions = self.protocol.interactions
@@ -179,7 +183,7 @@ class _Run:
         if self.method.learns_from_evaluations:
             plan = self.protocol.learner_evaluation
             self.learner_evaluation = EvalCallback(
-                self._make_env(LEARNER_STREAM), eval_freq=plan.every, n_eval_episodes=plan.episodes, verbose=0, warn=False
+                self._make_env(self.cell.seed), eval_freq=plan.every, n_eval_episodes=plan.episodes, verbose=0, warn=False
             )
             callbacks.append(self.learner_evaluation)
         if self.method.guard is not None:
@@ -236,7 +240,7 @@ def run_cell(
             # From scratch on purpose
             warnings.filterwarnings("ignore", ".* has neither a dataset nor pretrained weights")
             model = run.learner()
-            prepared = time.monotonic()
+            weights, arguments, prepared = _digest(model), live_arguments(model), time.monotonic()
             run.stay(model) if cell.method.frozen else run.learn(model)
         training_timesteps, training_returns = run.training_episodes()
         guard, evaluation = run.guard, run.learner_evaluation
@@ -248,15 +252,18 @@ def run_cell(
             "frozen_until": run.frozen_until(model),
             "random_return": protocol.random_return,
             "dataset": _dataset_facts(protocol, cell),
-            "pretrained": None
-            if run.recipe is None
-            else {"recipe": run.recipe.digest, "weights_sha256": run.pretrained_weights},
-            **_settings(protocol, cell, model),
+            "pretrained": _pretraining_facts(run.pretrained, weights),
+            "algorithm": type(model).__name__,
+            "hyperparams": arguments,
+            "changed_hyperparams": _changed(arguments, live_arguments(model)),
+            "frozen": cell.method.frozen,
+            "replay_buffer": replay_facts(model),
             "learner_evaluation_steps": 0 if evaluation is None else _steps_in(evaluation.eval_env),
-            "guarded": guard is not None and bool(guard.events),
+            "guarded": guard is not None,
             "alarms": 0 if guard is None else guard.alarms,
             "rollbacks": 0 if guard is None else guard.rollbacks,
             "promotions": 0 if guard is None else guard.promotions,
+            "interactions": model.num_timesteps,
             "updates": int(getattr(model, "_n_updates", 0)),
             "seconds": {
                 "preparation": round(prepared - clock, 1),
@@ -285,9 +292,10 @@ def _steps_in(env: VecEnv) -> int:
     return int(env.env_method("get_total_steps")[0])
 
 
-def _digest(snapshot: LearnerSnapshot) -> str:
+def _digest(model: BaseAlgorithm) -> str:
+    """Of the weights that the learner has now."""
     digest = hashlib.sha256()
-    for name, tensor in snapshot.policy_state.items():
+    for name, tensor in model.policy.state_dict().items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
     return digest.hexdigest()
@@ -308,20 +316,21 @@ def _dataset_facts(protocol: "Protocol", cell: "Cell") -> dict[str, Any] | None:
     }
 
 
-def _settings(protocol: "Protocol", cell: "Cell", model: BaseAlgorithm) -> dict[str, Any]:
-    """All hyperparameters, defaults included, so that they are known when other versions have other defaults."""
-    method = cell.method
-    pretraining = protocol.pretraining.algorithm
+def _pretraining_facts(pretrained: Pretrained | None, weights: str) -> dict[str, Any] | None:
+    if pretrained is None:
+        return None
+    recipe = pretrained.recipe
     return {
-        "algorithm": method.algorithm,
-        "hyperparams": None if method.frozen else complete_hyperparams(method.algorithm, method.hyperparams, model.policy),
-        "pretraining": {
-            "algorithm": pretraining,
-            "hyperparams": complete_hyperparams(pretraining, method.pretraining_hyperparams, model.policy, offline=True),
-        }
-        if method.pretrained
-        else None,
+        "recipe": recipe.digest,
+        "weights_sha256": weights,
+        "algorithm": recipe.algorithm.__name__,
+        "hyperparams": pretrained.arguments,
     }
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What the run itself made of its arguments, as remedies do."""
+    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def _machine() -> dict[str, Any]:
@@ -333,6 +342,7 @@ def _machine() -> dict[str, Any]:
             continue
     return {
         "versions": versions,
+        "code": code_digest(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),

@@ -1,8 +1,6 @@
 """The learners of a study's cells: made from a method's settings, and started from a pretrained one."""
 
 import copy
-import io
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +13,10 @@ from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, Ornst
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_offline_ft.zoo
-from sb3_offline_ft.collapse import LearnerSnapshot
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
-from sb3_offline_ft.zoo.pretrained_cache import new_learner, start_from
-from sb3_offline_ft.zoo.recipe import Recipe
+from sb3_offline_ft.pretrained.recipe import Recipe
+from sb3_offline_ft.pretrained.start import Pretrained, finetuning_learner
 
 PLAIN_TD3 = "td3"
 """In a study it is :class:`OfflineTD3`: SB3's TD3, which can start from pretrained weights and data."""
@@ -85,36 +82,19 @@ def pretraining_recipe(
 
 
 def pretrained_learner(
-    algorithm: str, hyperparams: Mapping[str, Any], recipe: Recipe, snapshot: LearnerSnapshot, env: VecEnv, seed: int
+    algorithm: str, hyperparams: Mapping[str, Any], pretrained: Pretrained, env: VecEnv, seed: int
 ) -> OfflineTD3:
     """
-    A learner that starts from a pretrained one, whatever its own algorithm, as ``load`` with another class does.
-
     :param algorithm: Name of the algorithm that finetunes
     :param hyperparams: Its hyperparameters
-    :param recipe: Recipe of the pretrained learner
-    :param snapshot: The pretrained learner
+    :param pretrained: The pretrained learner
     :param env: The environment to act in
     :param seed: Seed of the finetuning
-    :return: The learner
+    :return: A learner of that algorithm, constructed as any other, which starts from the pretrained one
     """
-    source = new_learner(recipe, env)
-    start_from(source, snapshot, recipe, generators=False)
-    file = io.BytesIO()
-    source.save(file)
-    file.seek(0)
-    arguments = constructor_arguments(hyperparams, env.action_space)
-    # They are those of the pretrained networks, which a study's methods share
-    for name in ("policy", "policy_kwargs", "offline_steps"):
-        arguments.pop(name, None)
     cls = algorithm_class(algorithm)
     assert issubclass(cls, OfflineTD3)
-    with warnings.catch_warnings():
-        # A method's algorithm need not be the one that pretrained
-        warnings.filterwarnings("ignore", "The file was not saved by")
-        model = cls.load(file, env=env, device=recipe.device, seed=seed, dataset=recipe.dataset, **arguments)
-    model.set_random_seed(seed)
-    return model
+    return finetuning_learner(cls, constructor_arguments(hyperparams, env.action_space), pretrained, env, seed)
 
 
 def new_learner_from_scratch(

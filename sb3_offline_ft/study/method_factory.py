@@ -12,6 +12,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.offline_td3 import OfflineTD3
+from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.rebrac.rebrac import POLICY_DEFAULTS
 from sb3_offline_ft.study.identity import is_same, method_facts
 from sb3_offline_ft.study.learners import PLAIN_TD3, algorithm_class
@@ -19,7 +20,6 @@ from sb3_offline_ft.study.methods import (
     ENSEMBLE_SIZE,
     NOISE,
     SET_BY_STUDY,
-    SHARED_WITH_PRETRAINING,
     Method,
     factor_path,
     is_ours,
@@ -30,7 +30,6 @@ from sb3_offline_ft.study.methods import (
 )
 from sb3_offline_ft.study.strict_yaml import Reader, suggestion
 from sb3_offline_ft.zoo.presets import ALGORITHMS
-from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
 from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
 
 NOISE_TYPES = ("normal", "ornstein-uhlenbeck")

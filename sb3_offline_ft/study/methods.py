@@ -8,24 +8,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 
 import sb3_offline_ft.zoo
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.zoo.presets import preset_path
-from sb3_offline_ft.zoo.pretraining import SAME_THROUGHOUT
-from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
 from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
 
 ENSEMBLE_SIZE = "ensemble_size"
 NOISE = frozenset({"noise_type", "noise_std"})
-SHARED_WITH_PRETRAINING = tuple(name for name in SAME_THROUGHOUT if name not in ("env", "dataset", "seed", "device"))
 SET_BY_STUDY = {
     "env": "`env` of the study",
     "dataset": "`datasets` of the study",
@@ -36,7 +31,6 @@ SET_BY_STUDY = {
     "device": "`study run --device`",
 }
 """Names that are no hyperparameters of a study, and what is in their place."""
-_NOT_NETWORKS = ("observation_space", "action_space", "lr_schedule")
 _NEVER = {*SET_BY_STUDY, "self", "args", "kwargs", "_init_setup_model", "verbose", "tensorboard_log", "stats_window_size"}
 
 
@@ -85,44 +79,6 @@ def known_hyperparams(algorithm: str) -> set[str]:
     cls = algorithm_class(algorithm)
     noise = NOISE if issubclass(cls, OffPolicyAlgorithm) else set()
     return set(inspect.signature(cls.__init__).parameters) - _NEVER | noise
-
-
-def complete_hyperparams(
-    algorithm: str, hyperparams: Mapping[str, Any], policy: BasePolicy, offline: bool = False
-) -> dict[str, Any]:
-    """
-    :param algorithm: Name of an algorithm
-    :param hyperparams: Its hyperparameters as far as they are written
-    :param policy: The policy that was made with them
-    :param offline: Only those that act before the first interaction
-    :return: All of them, what the constructors put in place of defaults included, in the form of JSON
-    """
-    parameters = inspect.signature(algorithm_class(algorithm).__init__).parameters
-    names = known_hyperparams(algorithm) - (ONLINE_ONLY | NOISE if offline else set())
-    defaults = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if name in names and parameter.default is not inspect.Parameter.empty
-    }
-    networks = {name: value for name, value in policy._get_constructor_parameters().items() if name not in _NOT_NETWORKS}
-    given = {name: value for name, value in hyperparams.items() if name in names}
-    return dict(as_json({"policy": "MlpPolicy"} | defaults | given | {"policy_kwargs": networks}))
-
-
-def as_json(value: Any) -> Any:
-    """
-    :param value: A hyperparameter
-    :return: The same in the form of JSON; classes and functions by their names
-    """
-    if isinstance(value, Mapping):
-        return {str(key): as_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [as_json(entry) for entry in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return getattr(value, "__name__", type(value).__name__)
 
 
 def known_algorithms() -> list[str]:

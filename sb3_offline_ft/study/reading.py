@@ -10,7 +10,8 @@ from typing import Any
 import gymnasium as gym
 
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
-from sb3_offline_ft.study.methods import SHARED_WITH_PRETRAINING, factor_path
+from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
+from sb3_offline_ft.study.methods import factor_path
 from sb3_offline_ft.study.strict_yaml import Reader
 from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
 

@@ -113,7 +113,7 @@ def write_result(folder: Path, result: CellResult) -> None:
         training = {"timesteps": result.training_timesteps, "returns": result.training_returns}
         (temporary / EVALUATIONS).write_bytes(_npz(evaluations))
         (temporary / TRAINING).write_bytes(_npz(training))
-        if result.events:
+        if result.manifest.get("guarded"):
             (temporary / EVENTS_FILE).write_bytes(encode_events(result.events))
         (temporary / MANIFEST).write_text(json.dumps(result.manifest, indent=1) + "\n")
         temporary.chmod(0o755)

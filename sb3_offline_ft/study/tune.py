@@ -12,9 +12,10 @@ from rich.text import Text
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.evaluation.comparisons import PairedComparison, compare_paired
+from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.analysis import SIGNIFICANT
 from sb3_offline_ft.study.liveness import STORAGE_FAULTS
-from sb3_offline_ft.study.methods import NOISE, SHARED_WITH_PRETRAINING
+from sb3_offline_ft.study.methods import NOISE
 from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
 from sb3_offline_ft.study.queue import CellState, fault_text, results_in_storage
 from sb3_offline_ft.study.run import StudyRun, run_study
@@ -26,7 +27,6 @@ from sb3_offline_ft.study.tuning_queue import TuningQueue, quiet_optuna
 from sb3_offline_ft.study.tuning_report import TuningResult, read_result, show_result, write_result
 from sb3_offline_ft.study.tuning_worker import tune_work
 from sb3_offline_ft.study.worker import DISK_FULL
-from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
 
 TUNING = "tuning"
 CONFIRMATION = "confirmation"

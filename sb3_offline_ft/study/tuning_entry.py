@@ -11,12 +11,12 @@ import yaml
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
+from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.learners import algorithm_class
-from sb3_offline_ft.study.methods import NOISE, SHARED_WITH_PRETRAINING, Method, known_hyperparams
+from sb3_offline_ft.study.methods import NOISE, Method, known_hyperparams
 from sb3_offline_ft.study.protocol import Protocol
 from sb3_offline_ft.study.tuning_plan import TuningPlan
 from sb3_offline_ft.zoo.presets import preset_path
-from sb3_offline_ft.zoo.recipe import ONLINE_ONLY
 from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
 
 SAME_PRETRAINING = ({"td3bc", "td3c"},)

@@ -9,6 +9,7 @@ import numpy as np
 from optuna import TrialPruned
 from optuna.trial import Trial
 
+from sb3_offline_ft.pretrained.cache import default_folder
 from sb3_offline_ft.study.cell import run_cell
 from sb3_offline_ft.study.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.queue import Claim, trying_again
@@ -17,7 +18,6 @@ from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
 from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET
 from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue, quiet_optuna
 from sb3_offline_ft.study.worker import TAKEN_OVER, Evaluated, Finished, Interrupts, Worker, last_line, work
-from sb3_offline_ft.zoo.pretrained_cache import default_folder
 
 
 class TuningWorker(Worker):

@@ -20,10 +20,10 @@ import numpy as np
 import torch as th
 from optuna.exceptions import UpdateFinishedTrialError
 
+from sb3_offline_ft.pretrained.cache import default_folder
 from sb3_offline_ft.study.cell import run_cell
 from sb3_offline_ft.study.protocol import Protocol, study_file
 from sb3_offline_ft.study.queue import Claim, StudyQueue, trying_again
-from sb3_offline_ft.zoo.pretrained_cache import default_folder
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 DISK_FULL_WORDS = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")

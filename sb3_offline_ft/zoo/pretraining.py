@@ -8,16 +8,13 @@ from typing import Any, cast
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.collapse import LearnerSnapshot
 from sb3_offline_ft.common.checks import known_keywords
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
-from sb3_offline_ft.zoo.pretrained_cache import PretrainedCache, default_folder, pretrain, start_from
-from sb3_offline_ft.zoo.recipe import Recipe
+from sb3_offline_ft.pretrained.cache import PretrainedCache, default_folder
+from sb3_offline_ft.pretrained.recipe import SAME_THROUGHOUT, Recipe
+from sb3_offline_ft.pretrained.start import Pretrained, pretrain, start_from
 from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
-
-SAME_THROUGHOUT = ("policy", "policy_kwargs", "env", "dataset", "offline_steps", "normalize_observations", "seed", "device")
-"""Arguments that cannot have another value in the finetuning than in the pretraining."""
 
 
 class Pretraining:
@@ -103,7 +100,7 @@ class Pretraining:
             return None
         return Recipe(self.algorithm, hyperparams, dataset, env, seed, self.manager.device)
 
-    def pretrained(self, recipe: Recipe, env: VecEnv, keep: bool) -> LearnerSnapshot:
+    def pretrained(self, recipe: Recipe, env: VecEnv, keep: bool) -> Pretrained:
         """
         :param recipe: The recipe
         :param env: An environment
@@ -125,7 +122,7 @@ class Pretraining:
         elif (of_study or self.finetuning) and env is not None:
             recipe = self.recipe(self.hyperparams, self.manager.seed, env)
             if recipe is not None:
-                start_from(model, self.pretrained(recipe, env, keep=of_study), recipe, generators=True)
+                start_from(model, self.pretrained(recipe, env, keep=of_study), generators=True)
 
     def _check_loaded(self, model: OfflineTD3) -> None:
         if self.finetuning and model.remaining_offline_steps > 0:

@@ -16,13 +16,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.collapse import CollapseGuard, LearnerSnapshot
+from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.offline_td3 import OfflineTD3
-from sb3_offline_ft.zoo.pretrained_cache import PretrainedCache, start_from
+from sb3_offline_ft.pretrained.cache import PretrainedCache
+from sb3_offline_ft.pretrained.start import Pretrained, start_from
 from sb3_offline_ft.zoo.pretraining import Pretraining
-from sb3_offline_ft.zoo.recipe import Recipe
 from sb3_offline_ft.zoo.samplers import (
     DIP_PENALTY,
     FINETUNING_PREFIX,
@@ -178,12 +178,12 @@ class TrialStart(BaseCallback):
     """
     Lets a trial's learner start as the pretrained one, with random numbers of its own.
 
-    :param pretrained: The pretrained learner and its recipe, None without a pretraining
+    :param pretrained: The pretrained learner, None without a pretraining
     :param seed: The trial's seed
     :param quiet: Whether the guard says nothing
     """
 
-    def __init__(self, pretrained: tuple[LearnerSnapshot, Recipe] | None, seed: int, quiet: bool) -> None:
+    def __init__(self, pretrained: Pretrained | None, seed: int, quiet: bool) -> None:
         super().__init__()
         self._pretrained = pretrained
         self._seed = seed
@@ -192,7 +192,7 @@ class TrialStart(BaseCallback):
     def _init_callback(self) -> None:
         assert isinstance(self.model, OfflineTD3)
         if self._pretrained is not None:
-            start_from(self.model, *self._pretrained, generators=False)
+            start_from(self.model, self._pretrained)
         self.model.set_random_seed(self._seed)
 
     def _on_training_start(self) -> None:
@@ -233,7 +233,7 @@ def run_trial(
     hyperparams = pretraining.hyperparams | sampled_for_whole_run
     dataset, env = pretraining.dataset(hyperparams), pretraining.env()
     recipe = pretraining.recipe(hyperparams, seed, env)
-    pretrained = None if recipe is None else (pretraining.pretrained(recipe, env, keep=True), recipe)
+    pretrained = None if recipe is None else pretraining.pretrained(recipe, env, keep=True)
     if recipe is not None:
         trial.set_user_attr("pretrained", recipe.digest)
     elif dip_penalty > 0:

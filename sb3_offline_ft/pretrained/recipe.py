@@ -4,8 +4,10 @@ import hashlib
 import inspect
 import json
 import marshal
+import sys
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -57,8 +59,35 @@ ONLINE_ONLY = frozenset(
 )
 """Hyperparameters that do not act before the first interaction; whatever is not named here is part of the recipe."""
 
+SAME_THROUGHOUT = ("policy", "policy_kwargs", "env", "dataset", "offline_steps", "normalize_observations", "seed", "device")
+"""Arguments that cannot have another value in the finetuning than in the pretraining."""
+SHARED_WITH_PRETRAINING = tuple(name for name in SAME_THROUGHOUT if name not in ("env", "dataset", "seed", "device"))
+"""Those among them that are hyperparameters."""
+
 _ELSEWHERE = frozenset({"self", "env", "dataset", "seed", "device", "_init_setup_model"})
 _PACKAGES = (sb3_offline_ft, stable_baselines3, th, np)
+_VERSIONED = ("builtins", "abc", "typing", "torch", "stable_baselines3")
+"""Packages whose code is told by their version."""
+
+
+@cache
+def code_digest(algorithm: type | None = None) -> str:
+    """
+    Tell states of the code apart that have the same version, as in a checkout.
+
+    :param algorithm: A class whose own modules count too, and those of its bases, wherever they are
+    :return: SHA-256 of the source files of this package and of the class
+    """
+    package = Path(sb3_offline_ft.__file__).parent
+    modules = {
+        base.__module__ for base in (algorithm.__mro__ if algorithm else ()) if not base.__module__.startswith(_VERSIONED)
+    }
+    files = {Path(path) for name in modules if (path := getattr(sys.modules.get(name), "__file__", None)) is not None}
+    digest = hashlib.sha256()
+    for path in sorted(files | set(package.rglob("*.py"))):
+        name = path.relative_to(package) if path.is_relative_to(package) else path.name
+        digest.update(f"{name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 class Recipe:
@@ -120,6 +149,7 @@ class Recipe:
             "device": self.device.type,
             **self._env_facts,
             "versions": {package.__name__: package.__version__ for package in _PACKAGES},
+            "code": code_digest(self.algorithm),
         }
 
     @cached_property

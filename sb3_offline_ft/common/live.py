@@ -1,0 +1,101 @@
+"""What a learner is, read off the learner itself: a run claims nothing that it did not have."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_offline_ft.common.checks import constructor_arguments
+
+ATTRIBUTES = {"stats_window_size": "_stats_window_size"}
+"""Attributes that are not called as the argument is."""
+_ELSEWHERE = frozenset({"self", "env", "policy", "policy_kwargs", "dataset", "_init_setup_model"})
+_NOT_NETWORKS = frozenset({"observation_space", "action_space", "lr_schedule"})
+
+
+def live_arguments(model: BaseAlgorithm) -> dict[str, Any]:
+    """
+    Read all arguments of a learner's constructor off the learner, as they are now.
+
+    :param model: The learner
+    :return: By name, in the form of JSON; ``policy_kwargs`` are those of the policy that there is. Environment and data are
+        not among them
+    :raises AttributeError: The learner does not keep one of its arguments
+    """
+    names = sorted(constructor_arguments(type(model)) - _ELSEWHERE)
+    networks = model.policy._get_constructor_parameters()
+    return {
+        "policy": type(model.policy).__name__,
+        "policy_kwargs": as_json({name: value for name, value in networks.items() if name not in _NOT_NETWORKS}),
+        **{name: as_json(getattr(model, ATTRIBUTES.get(name, name))) for name in names},
+    }
+
+
+def as_json(value: Any) -> Any:
+    """
+    :param value: An argument
+    :return: The same in the form of JSON; classes and functions by their names, other objects with their attributes
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_json(entry) for entry in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, th.device):
+        return str(value)
+    if hasattr(value, "__name__"):
+        return value.__name__
+    return {"class": type(value).__name__, **{name: as_json(entry) for name, entry in vars(value).items()}}
+
+
+def replay_facts(model: BaseAlgorithm) -> dict[str, Any] | None:
+    """
+    Read off a learner's replay buffer what it can hold, holds and gives. One batch is drawn, so call it after the last update.
+
+    :param model: The learner
+    :return: In the form of JSON, in transitions: ``capacity`` and ``rows`` of the online part, how many of these are distinct,
+        ``offline_rows`` beside them, and of one batch how many rows it has, and how many are distinct; None without a buffer
+        or before the first row
+    """
+    if not isinstance(model, OffPolicyAlgorithm) or (buffer := model.replay_buffer) is None:
+        return None
+    facts: dict[str, Any] = {
+        "class": type(buffer).__name__,
+        "capacity": buffer.buffer_size * buffer.n_envs,
+        "rows": buffer.size() * buffer.n_envs,
+        "distinct_rows": _distinct(*_stored(buffer)),
+        "offline_rows": int(getattr(buffer, "offline_size", 0)),
+    }
+    if facts["rows"] + facts["offline_rows"] > 0:
+        batch = buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
+        parts = [batch.observations, batch.actions, batch.next_observations, batch.rewards]
+        facts["batch"] = {"rows": len(batch.actions), "distinct_rows": _distinct(*_columns(parts))}
+    return facts
+
+
+def _stored(buffer: ReplayBuffer) -> list[np.ndarray]:
+    parts = [buffer.observations, buffer.actions, buffer.rewards]
+    return [column[: buffer.size()].reshape(buffer.size() * buffer.n_envs, *column.shape[2:]) for column in _columns(parts)]
+
+
+def _columns(parts: list[Any]) -> list[np.ndarray]:
+    flat = [column for part in parts for column in (part.values() if isinstance(part, Mapping) else [part])]
+    return [column.cpu().numpy() if isinstance(column, th.Tensor) else column for column in flat]
+
+
+def _distinct(*columns: np.ndarray) -> int:
+    """Number of different rows of columns side by side."""
+    if len(columns[0]) == 0:
+        return 0
+    rows = np.hstack([np.ascontiguousarray(column.reshape(len(column), -1)).view(np.uint8) for column in columns])
+    return len(np.unique(rows, axis=0))
