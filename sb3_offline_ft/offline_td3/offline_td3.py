@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import json
 import math
 import os
 import pathlib
@@ -1049,6 +1050,7 @@ class OfflineTD3(TD3):
             "noise_generator": self._noise_generator.get_state().numpy(),
             "has_trained_weights": np.array(self._has_trained_weights),
             "best_mean_reward": np.array(self._best_mean_reward),
+            "defaults": np.array(json.dumps(_own_defaults(type(self)), default=repr)),
         }
         if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             state["offline_sampler"] = np.array(self.replay_buffer.get_sampler_state())
@@ -1167,11 +1169,23 @@ class OfflineTD3(TD3):
         if model._offline_finished and model.dataset is not None and model.offline_steps > model.offline_steps_done:
             if model.verbose >= 1:
                 print("The loaded model counts as pretrained: no offline steps are left to do. For more, call `pretrain`.")
+        model._take_own_defaults(state, kwargs)
         model._set_extra_state(state)
         if kwargs.get("seed") is not None:
             # A new seed asks for new random streams, not for the saved ones
             model._seed_generators(kwargs["seed"])
         return model
+
+    def _take_own_defaults(self, state: Mapping[str, np.ndarray], given: Mapping[str, Any]) -> None:
+        """What another algorithm left at its default is here at ours, as for a learner that is constructed."""
+        saved, own = json.loads(str(state.get("defaults", "null"))), _own_defaults(type(self))
+        if saved is None:
+            return
+        common = inspect.signature(OfflineTD3.__init__).parameters
+        for name in sorted((saved.keys() | own.keys()) - given.keys()):
+            default = common[name].default
+            if hasattr(self, name) and getattr(self, name) == saved.get(name, default):
+                setattr(self, name, own.get(name, default))
 
     def set_parameters(
         self,
@@ -1229,6 +1243,12 @@ class OfflineTD3(TD3):
             buffer.copy_online(_unpickle_buffer(path), str(path))
         else:
             buffer.load_online(path)  # type: ignore[arg-type]  # a path or a binary stream in all but name
+
+
+def _own_defaults(cls: type[OfflineTD3]) -> dict[str, Any]:
+    """Defaults of arguments of :class:`OfflineTD3` that an algorithm changes."""
+    common, own = (inspect.signature(each.__init__).parameters for each in (OfflineTD3, cls))
+    return {name: own[name].default for name in common if name in own and own[name].default != common[name].default}
 
 
 def _refuse_keywords(replay_buffer_kwargs: Mapping[str, Any], *refused: str) -> None:
