@@ -53,6 +53,9 @@ def check_that_results_are_of_all_runs(folder: Path, rows: list[dict[str, str]],
         for name in ("initial_return", "lowest_return", "last_return"):
             value = getattr(metrics, name)
             assert (float(reported[key][name]) if value is not None else None) == pytest.approx(value)
+        if not run.manifest["frozen"]:
+            memory, interactions = run.manifest["replay_buffer"], run.manifest["interactions"]
+            assert memory["capacity"] >= memory["rows"] == interactions, f"{run.manifest['name']} forgot what it had done"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -87,19 +90,28 @@ def test_results_become_tables_and_a_picture(findings: ModuleType, tmp_path: Pat
     assert text == findings.filled(text, tmp_path / "docs" / "page.md", folders)
 
 
-def test_results_of_other_runs_are_noticed(findings: ModuleType, tmp_path: Path) -> None:
-    study = tmp_path / "made-up"
-    write_runs(write_study(study, {"seeds": 1}))
-    write_report(study, formats=["csv"])
-    with tarfile.open(study / "runs.tar.xz", "w:xz") as archive:
-        archive.add(study / "runs", "runs")
-    rows = findings.read(study)
-    check_that_results_are_of_all_runs(study, rows, tmp_path / "unpacked")
+def test_results_of_other_runs_and_runs_without_a_memory_are_noticed(findings: ModuleType, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "made-up", {"seeds": 1})
+    folder = study.folder
+
+    def rows_with_a_memory_of(capacity: int, rows: int) -> list[dict[str, str]]:
+        memory = {"capacity": capacity, "rows": rows}
+        write_runs(study, frozen=False, interactions=study.interactions, replay_buffer=memory)
+        write_report(folder, formats=["csv"])
+        with tarfile.open(folder / "runs.tar.xz", "w:xz") as archive:
+            archive.add(folder / "runs", "runs")
+        return list(findings.read(folder))
+
+    rows = rows_with_a_memory_of(1_000_000, study.interactions)
+    check_that_results_are_of_all_runs(folder, rows, tmp_path / "unpacked")
     with pytest.raises(AssertionError):
-        check_that_results_are_of_all_runs(study, rows[1:], tmp_path / "unpacked")
+        check_that_results_are_of_all_runs(folder, rows[1:], tmp_path / "unpacked")
     with pytest.raises(AssertionError):
         changed = [row | {"last_return": str(2 * float(row["last_return"]))} for row in rows]
-        check_that_results_are_of_all_runs(study, changed, tmp_path / "unpacked")
+        check_that_results_are_of_all_runs(folder, changed, tmp_path / "unpacked")
+    rows = rows_with_a_memory_of(1, 1)
+    with pytest.raises(AssertionError, match="forgot what it had done"):
+        check_that_results_are_of_all_runs(folder, rows, tmp_path / "unpacked again")
 
 
 def test_a_comment_that_names_no_study_is_an_error(findings: ModuleType, tmp_path: Path) -> None:
