@@ -127,8 +127,8 @@ def overview(folders: Mapping[str, Path]) -> str:
     if not body:
         return NOT_YET
     words = (
-        "Mean return of the last ten evaluations, and in brackets how many runs collapsed: fell in some evaluation by three "
-        "quarters of the way from the pretrained policy to a random one. Means over few seeds, which rank nothing."
+        "Mean return of the last ten evaluations, and in brackets how many runs collapsed: fell in some evaluation by at "
+        "least three quarters of the way from the pretrained policy to a random one. Means over few seeds, which rank nothing."
     )
     head = ["environment, data", "seeds", "pretrained policy", *(labels[name] for name in COMPARED)]
     return f"{words}\n\n{_table(head, body)}"
