@@ -1,17 +1,23 @@
 """
-The picture and the tables of "What we found", from the runs of the studies beside this file.
+Write what the studies beside this file say into README.md and docs/findings.md, and draw their curves.
 
-    python benchmarks/studies/findings.py    # writes hopper.png, prints the tables
+    python benchmarks/studies/findings.py
+
+Tables are made from each study's ``results.csv``, which `sb3-offline-ft study report` writes, and stand between the comments
+``<!-- results:<study> begin -->`` and ``<!-- results:<study> end -->``. ``curves.png`` is drawn where the study's runs are
+unpacked. Nothing between the comments is written by hand.
 """
 
-from collections.abc import Iterator
+import csv
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from sb3_offline_ft.evaluation import FinetuningMetrics, finetuning_metrics
-from sb3_offline_ft.study import StudyResults, study_results
+from sb3_offline_ft.study import Protocol, StudyResults, study_results
 from sb3_offline_ft.study.looks import looks_of
 from sb3_offline_ft.study.words import NONE, number
 
@@ -19,103 +25,194 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-SHOWN = ("td3", "td3bc", "td3c")
-TITLES = {
-    "medium": "medium data",
-    "medium-expert": "medium and expert data",
-    "medium-replay": "medium-replay data: diverse",
-}
+ROOT = HERE.parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
+OVERVIEW = "overview"
+"""Name of the comments between which all studies share one table."""
+COMPARED = ("td3", "td3bc", "td3c", "td3c-guard")
+DRAWN = ("td3", "td3bc", "td3c")
+RESULTS, CURVES = "results.csv", "curves.png"
+NOT_YET = "No results of this are in the repository yet, so nothing is claimed."
+BLOCK = re.compile(r"(<!-- results:([\w-]+) begin -->\n).*?(<!-- results:\2 end -->)", re.DOTALL)
+
+Row = Mapping[str, str]
 
 
-def metrics_of(results: StudyResults, dataset: str, method: str) -> list[FinetuningMetrics]:
+def studies(folder: Path = HERE) -> dict[str, Path]:
     """
-    :param results: A study's results
-    :param dataset: Label of the dataset, empty for methods without data
-    :param method: Name of the method
-    :return: Metrics of its finished runs, in the order of their seeds
+    :param folder: Where studies are
+    :return: Their folders by name
     """
-    runs = sorted(
-        (run for run in results.runs if (run.cell.dataset or "") == dataset and run.cell.method.name == method),
-        key=lambda run: run.cell.seed,
-    )
-    random_return = results.protocol.random_return
-    return [
-        finetuning_metrics(run.result.timesteps, run.result.returns, run.result.frozen_until, random_return) for run in runs
-    ]
+    return {file.parent.name: file.parent for file in sorted(folder.glob("*/study.yml"))}
 
 
-def _number(value: float | None, digits: int = 0) -> str:
-    # Lists are separated by commas
-    return number(value, digits).replace(",", "")
-
-
-def rows(results: StudyResults, dataset: str) -> Iterator[str]:
+def read(study: Path) -> list[Row]:
     """
-    :param results: A study's results
+    :param study: Folder of a study
+    :return: The rows of its ``results.csv``, none if there is no such file
+    """
+    file = study / RESULTS
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def of(rows: Iterable[Row], dataset: str, method: str) -> list[Row]:
+    """
+    :param rows: A study's runs
     :param dataset: Label of the dataset
-    :return: A row of a Markdown table for each method with runs on it
+    :param method: Name of the method
+    :return: Its runs on this dataset, in the order of their seeds
     """
-    for method in results.protocol.methods:
-        runs = metrics_of(results, dataset, method.name)
-        if not runs:
-            continue
-        collapsed = [run.collapsed for run in runs]
-        cells = [
-            method.label,
-            NONE if None in collapsed else f"{sum(map(bool, collapsed))} of {len(runs)}",
-            ", ".join(_number(run.dip_depth, 2) for run in runs),
-            ", ".join(_number(run.last_return) for run in runs),
-            _number(float(np.mean([run.last_return for run in runs]))),
-            _number(float(np.mean([run.selected_return for run in runs if run.selected_return is not None]))),
-        ]
-        yield "| " + " | ".join(cells) + " |"
+    found = (row for row in rows if row["dataset"] == dataset and row["method"] == method)
+    return sorted(found, key=lambda row: int(row["seed"]))
 
 
-def table(results: StudyResults, dataset: str) -> str:
+def _number(text: str, digits: int = 0) -> str:
+    # Lists are separated by commas
+    return number(float(text) if text else None, digits).replace(",", "")
+
+
+def _mean(runs: Sequence[Row], metric: str) -> str:
+    values = [float(run[metric]) for run in runs if run[metric]]
+    return _number(str(np.mean(values)) if values else "")
+
+
+def _collapsed(runs: Sequence[Row]) -> str:
+    known = [run["collapsed"] for run in runs if run["collapsed"]]
+    return f"{known.count('true')} of {len(known)}" if known else NONE
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def seeds_table(rows: Sequence[Row], protocol: Protocol, dataset: str) -> str:
     """
-    :param results: A study's results
-    :param dataset: Label of the dataset, empty for methods without data
+    :param rows: A study's runs
+    :param protocol: Its protocol
+    :param dataset: Label of the dataset
     :return: A Markdown table of every seed of every method
     """
     head = ["method", "collapsed", "dip depth, per seed", "last ten, per seed", "mean", "best kept"]
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows(results, dataset)])
+    body = []
+    for method in protocol.methods:
+        runs = of(rows, dataset, method.name)
+        if runs:
+            dips = ", ".join(_number(run["dip_depth"], 2) for run in runs)
+            ends = ", ".join(_number(run["last_return"]) for run in runs)
+            means = _mean(runs, "last_return"), _mean(runs, "selected_return")
+            body.append([method.label, _collapsed(runs), dips, ends, *means])
+    return _table(head, body)
 
 
-def paint(results: StudyResults) -> None:
+def overview(folders: Mapping[str, Path]) -> str:
     """
-    :param results: Results of the study in ``hopper``
+    :param folders: Studies by name
+    :return: One Markdown table of all studies with results, a row for each dataset; else why there is none
     """
-    protocol = results.protocol
-    labels = {method.name: method.label for method in protocol.methods}
-    looks = looks_of(SHOWN)
+    body, labels = [], dict.fromkeys(COMPARED, "")
+    for folder in folders.values():
+        rows, protocol = read(folder), Protocol.load(folder / "study.yml")
+        labels |= {method.name: method.label for method in protocol.methods if method.name in labels}
+        for dataset in protocol.datasets:
+            runs = {method: of(rows, dataset, method) for method in COMPARED}
+            any_runs = next((found for found in runs.values() if found), None)
+            if any_runs is not None:
+                cells = [f"{_mean(found, 'last_return')} ({_collapsed(found)})" if found else NONE for found in runs.values()]
+                start = _mean(any_runs, "initial_return")
+                body.append([f"{protocol.env}, {dataset}", str(len(any_runs)), start, *cells])
+    if not body:
+        return NOT_YET
+    words = (
+        "Mean return of the last ten evaluations, and in brackets how many runs collapsed: fell in some evaluation by at "
+        "least three quarters of the way from the pretrained policy to a random one. Means over few seeds, which rank nothing."
+    )
+    head = ["environment, data", "seeds", "pretrained policy", *(labels[name] for name in COMPARED)]
+    return f"{words}\n\n{_table(head, body)}"
+
+
+def single(folder: Path, page: Path) -> str:
+    """
+    :param folder: A study
+    :param page: The page that it is written into
+    :return: Its curves and a table of every seed for each dataset; else why there are none
+    """
+    rows, protocol = read(folder), Protocol.load(folder / "study.yml")
+    if not rows:
+        return NOT_YET
+    parts = []
+    if (folder / CURVES).exists():
+        parts.append(f"![Curves of {protocol.name}]({Path(os.path.relpath(folder / CURVES, page.parent)).as_posix()})")
+        parts.append("Thin lines are seeds, thick ones their means.")
+    for dataset in protocol.datasets:
+        runs = of(rows, dataset, COMPARED[0])
+        if runs:
+            seeds = ", ".join(run["seed"] for run in runs)
+            starts = ", ".join(_number(run["initial_return"]) for run in runs)
+            parts.append(f"**{dataset}**, seeds {seeds}, J0 {starts}:")
+            parts.append(seeds_table(rows, protocol, dataset))
+    return "\n\n".join(parts)
+
+
+def filled(text: str, page: Path, folders: Mapping[str, Path]) -> str:
+    """
+    :param text: A page
+    :param page: Where it is
+    :param folders: Studies by name
+    :return: The page with what the studies say now
+    :raises KeyError: A comment names no study
+    """
+
+    def replace(block: re.Match[str]) -> str:
+        content = overview(folders) if block[2] == OVERVIEW else single(folders[block[2]], page)
+        return f"{block[1]}\n{content}\n\n{block[3]}"
+
+    return BLOCK.sub(replace, text)
+
+
+def draw(results: StudyResults) -> None:
+    """
+    :param results: A study that has finished, whose curves are drawn
+    """
+    protocol, looks = results.protocol, looks_of(DRAWN)
+    methods = {method.name: method.label for method in protocol.methods if method.name in DRAWN}
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    figure, panels = plt.subplots(1, len(TITLES), figsize=(11, 3.9), sharex=True, sharey=True, layout="constrained")
-    for axes, (dataset, title) in zip(panels, TITLES.items(), strict=True):
-        for name in SHOWN:
-            runs = [run.result for run in results.runs if run.cell.dataset == dataset and run.cell.method.name == name]
-            thousands = runs[0].timesteps / 1000
-            curves = np.stack([run.returns.mean(axis=1) for run in runs])
-            look = looks[name]
-            axes.plot(thousands, curves.T, color=look.light, linewidth=0.7, alpha=0.45)
-            axes.plot(thousands, curves.mean(axis=0), color=look.light, linewidth=2.4, label=labels[name])
-        before = [run.initial_return for name in SHOWN for run in metrics_of(results, dataset, name)]
-        axes.axvspan(0, runs[0].frozen_until / 1000, color="0.93", label="warm-up, policy unchanged")
-        axes.axhline(np.mean(before), color="black", linestyle="--", linewidth=1.2, label="pretrained policy, mean")
-        axes.set(title=title, xlabel="interactions (thousands)", xlim=(0, protocol.interactions / 1000))
-    panels[0].set_ylabel("return, 10 episodes")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
-    figure.savefig(HERE / "hopper.png", dpi=130, metadata={"Software": None})
+    n = len(protocol.datasets)
+    figure, panels = plt.subplots(
+        1, n, figsize=(max(6.0, 3.7 * n), 3.9), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, dataset in zip(panels[0], protocol.datasets, strict=True):
+        of_dataset = [run for run in results.runs if run.cell.dataset == dataset]
+        for name, label in methods.items():
+            runs = [run.result for run in of_dataset if run.cell.method.name == name]
+            # A guard may end a run early
+            length = min(len(run.timesteps) for run in runs)
+            thousands = runs[0].timesteps[:length] / 1000
+            curves = np.stack([run.returns[:length].mean(axis=1) for run in runs])
+            axes.plot(thousands, curves.T, color=looks[name].light, linewidth=0.7, alpha=0.45)
+            axes.plot(thousands, curves.mean(axis=0), color=looks[name].light, linewidth=2.4, label=label)
+        warmup = min(run.result.frozen_until for run in of_dataset) / 1000
+        axes.axvspan(0, warmup, color="0.93", label="warm-up, policy unchanged")
+        axes.set(title=f"{protocol.env}, {dataset}", xlabel="interactions (thousands)", xlim=(0, protocol.interactions / 1000))
+    panels[0, 0].set_ylabel(f"return, {protocol.evaluation.episodes} episodes")
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * n), frameon=False)
+    figure.savefig(protocol.folder / CURVES, dpi=100, metadata={"Software": None})
+    plt.close(figure)
 
 
 def main() -> None:
-    for file in sorted(HERE.glob("*/study.yml")):
-        results = study_results(file.parent)
-        for dataset in ("", *results.protocol.datasets):
-            if any((run.cell.dataset or "") == dataset for run in results.runs):
-                print(f"\n{results.protocol.name}, {dataset or 'without data'}\n\n{table(results, dataset)}")
-        if file.parent.name == "hopper":
-            paint(results)
+    folders = studies()
+    for folder in folders.values():
+        results = study_results(folder)
+        if results.runs and not results.missing:
+            draw(results)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(filled(text, page, folders), encoding="utf-8")
 
 
 if __name__ == "__main__":
