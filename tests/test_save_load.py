@@ -69,6 +69,19 @@ def test_every_algorithm_loads_every_other(saved_by, loaded_by, tmp_path):
     assert_same_learner(loaded, back)
 
 
+@pytest.mark.parametrize(("saved", "given", "expected"), [(None, None, 0.99), (0.5, None, 0.5), (None, 0.0, 0.0)])
+def test_a_default_of_another_algorithm_is_not_taken_over(tmp_path, saved, given, expected):
+    """A loaded file of TD3BC is finetuned by TD3C as a TD3C that took over its weights: by TD3C's defaults."""
+    settings = {} if saved is None else {"policy_averaging": saved}
+    trained(TD3BC, **settings).save(tmp_path / "model")
+    kwargs = {} if given is None else {"policy_averaging": given}
+    loaded = load(TD3C, tmp_path / "model", TD3BC, **kwargs)
+    assert loaded.policy_averaging == expected
+    loaded.save(tmp_path / "again")
+    assert TD3C.load(tmp_path / "again").policy_averaging == expected
+    assert TD3BC.load(tmp_path / "again").policy_averaging == (0.0 if expected == 0.99 else expected)
+
+
 def test_td3c_takes_up_multiplier_and_reference(tmp_path):
     model = trained(TD3C, epsilon=1e-6, multiplier_learning_rate=0.1)
     model.save(tmp_path / "model")

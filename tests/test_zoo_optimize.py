@@ -1,8 +1,10 @@
 """Tuning of the finetuning through rl_zoo3's own command: shared pretraining, seeds, storages, replays, errors."""
 
+import importlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +27,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 
+import sb3_offline_ft
 from sb3_offline_ft import TD3C, LearnerSnapshot, OfflineDataset, OfflineTD3, load_dataset, register
 from sb3_offline_ft.pretrained.cache import PretrainedCache
-from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, Recipe
+from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, Recipe, code_digest
 from sb3_offline_ft.pretrained.start import pretrain
 from sb3_offline_ft.zoo.presets import ALGORITHMS
 from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX, SEARCH_SPACES, constructor_arguments
@@ -290,6 +293,38 @@ def test_whatever_acts_in_the_pretraining_is_part_of_the_recipe(env: VecEnv, cha
     recipe = make_recipe(env, **changed)
     assert recipe.digest != make_recipe(env).digest
     assert recipe.digest == make_recipe(env, **changed).digest
+
+
+def test_changed_code_of_the_same_version_is_another_recipe(
+    env: VecEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make_recipe(env).digest
+    assert make_recipe(env).digest == before
+    copied = Path(shutil.copytree(REPOSITORY / "sb3_offline_ft", tmp_path / "sb3_offline_ft"))
+    monkeypatch.setattr(sb3_offline_ft, "__file__", str(copied / "__init__.py"))
+    code_digest.cache_clear()
+    assert make_recipe(env).digest == before
+    with (copied / "td3bc" / "td3bc.py").open("a") as file:
+        file.write("CHANGED = 1\n")
+    code_digest.cache_clear()
+    changed = make_recipe(env).digest
+    code_digest.cache_clear()
+    assert changed != before
+
+
+def test_changed_code_of_an_algorithm_of_ones_own_is_another_recipe(
+    env: VecEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "from sb3_offline_ft import TD3BC\n\n\nclass Mine(TD3BC):\n    pass\n"
+    digests = []
+    for text in (source, source, source.replace("pass", "weight = 2")):
+        (tmp_path / "mine_for_this_test.py").write_text(text)
+        module = importlib.import_module("mine_for_this_test")
+        code_digest.cache_clear()
+        recipe = Recipe(module.Mine, {"policy": "MlpPolicy"}, load_dataset("bundled:pendulum-medium"), env, 1, "cpu")
+        digests.append(recipe.digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_recipe_names_what_a_default_is(env: VecEnv) -> None:

@@ -66,8 +66,8 @@ SHARED_WITH_PRETRAINING = tuple(name for name in SAME_THROUGHOUT if name not in 
 
 _ELSEWHERE = frozenset({"self", "env", "dataset", "seed", "device", "_init_setup_model"})
 _PACKAGES = (sb3_offline_ft, stable_baselines3, th, np)
-_VERSIONED = ("builtins", "abc", "typing", "torch", "stable_baselines3")
-"""Packages whose code is told by their version."""
+_TOLD_OTHERWISE = (sb3_offline_ft.__name__, "builtins", "abc", "typing", "torch", "stable_baselines3")
+"""Packages whose code is told by their version, or as a whole."""
 
 
 @cache
@@ -80,7 +80,7 @@ def code_digest(algorithm: type | None = None) -> str:
     """
     package = Path(sb3_offline_ft.__file__).parent
     modules = {
-        base.__module__ for base in (algorithm.__mro__ if algorithm else ()) if not base.__module__.startswith(_VERSIONED)
+        base.__module__ for base in (algorithm.__mro__ if algorithm else ()) if not base.__module__.startswith(_TOLD_OTHERWISE)
     }
     files = {Path(path) for name in modules if (path := getattr(sys.modules.get(name), "__file__", None)) is not None}
     digest = hashlib.sha256()
