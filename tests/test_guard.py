@@ -563,6 +563,7 @@ def test_a_tighter_constraint_and_more_offline_data() -> None:
     # 50 offline updates, none up to step 1800 after the rollback, then one at 1900 and one at 2000
     assert of(guard, "alarm")[0]["timestep"] == 1500
     assert model._n_updates == 52
+    assert model.first_warmup_end == 1200
 
 
 def test_remedies_that_do_not_fit_are_refused_if_asked_for_and_left_out_otherwise() -> None:
