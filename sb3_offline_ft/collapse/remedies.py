@@ -151,7 +151,7 @@ class PolicyBrake:
     def _learned_weights(self) -> LearnedWeights | None:
         """What the actor has during a step in place of the average that acts; None if it acts itself."""
         learned: LearnedWeights | None = getattr(self._model, "_learned_weights", None)
-        return learned if learned is not None and learned.are_in_place else None
+        return learned if learned is not None and learned.average else None
 
     @th.no_grad()
     def _move_inside(self, learned: Mapping[str, th.Tensor]) -> None:

@@ -21,7 +21,8 @@ class LearnedWeights:
 
     def __init__(self, actor: Actor) -> None:
         self.values = {name: parameter.detach().clone() for name, parameter in actor.named_parameters()}
-        self.are_in_place = False
+        self.average: dict[str, th.Tensor] = {}
+        """What acts, by name, for the duration of :meth:`in_place`; else empty, as the actor has it."""
         self._is_undone = False
         self._afterwards: Callable[[], None] | None = None
 
@@ -36,7 +37,7 @@ class LearnedWeights:
     def in_place(self, actor: Actor, decay: float) -> Iterator[None]:
         """
         For the duration of the block, in which one gradient step is done, the actor has these weights; then it has the new
-        average, or the old one after :meth:`undo_step`.
+        average, unless :meth:`undo_step` has been called.
 
         :param actor: The actor
         :param decay: Weight of the past in the average, in [0, 1)
@@ -46,26 +47,29 @@ class LearnedWeights:
         learned = list(self.values.values())
         averages = [parameter.clone() for parameter in parameters]
         _copy(learned, parameters)
-        self.are_in_place, self._is_undone, self._afterwards = True, False, None
+        self.average = dict(zip(self.values, averages, strict=True))
+        self._is_undone, self._afterwards = False, None
         try:
             yield
             if not self._is_undone:
                 _copy(parameters, learned)
                 get_ema_multi_avg_fn(decay)(averages, parameters, None)  # type: ignore[no-untyped-call]
         finally:
-            self.are_in_place = False
+            self.average = {}
             _copy(averages, parameters)
         if self._afterwards is not None:
             self._afterwards()
 
     def undo_step(self, actor: Actor) -> None:
         """
-        Within :meth:`in_place`, after the step: it shall change neither these weights nor the average.
+        Within :meth:`in_place`, after the step: these weights stay what they were, and the average is what the actor has now.
 
-        :param actor: The actor, which has these weights again until the end of the block
+        :param actor: The actor, which has these weights until the end of the block
         """
         self._is_undone = True
-        _copy(list(self.values.values()), [parameter.detach() for parameter in actor.parameters()])
+        parameters = [parameter.detach() for parameter in actor.parameters()]
+        _copy(parameters, list(self.average.values()))
+        _copy(list(self.values.values()), parameters)
 
     def call_afterwards(self, act: Callable[[], None]) -> None:
         """
