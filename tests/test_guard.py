@@ -657,6 +657,43 @@ def test_buffers_whose_rows_hang_together_are_refused() -> None:
 # Baseline, promotion, ratchet
 
 
+def test_a_promotion_makes_the_promoted_policy_the_reference_and_a_rollback_to_it_too(tmp_path: Path) -> None:
+    """What is promoted is the learner of some episodes ago, not what it has become since."""
+    settings: dict[str, Any] = {**CALM, "learning_rate": 1e-3, "constraint_reference": "pretrained", "epsilon": 1.0}
+    model: Any = make(TD3C, **settings, warmup_steps=0, policy_averaging=0.5)
+    model.set_parameters(make(TD3C, **settings).get_parameters())
+    policies: dict[int, list[th.Tensor]] = {}
+
+    class Keep(BaseCallback):
+        def _on_step(self) -> bool:
+            policies[self.num_timesteps] = [value.clone() for value in self.model.actor.state_dict().values()]  # type: ignore
+            return True
+
+    def reference() -> list[th.Tensor]:
+        return list(model.reference_actor.state_dict().values())
+
+    guard = CollapseGuard(baseline=BASELINE - 6, promotion_episodes=10, ratchet=False, remedies=[], update_reference=True,
+                          path=tmp_path, save_snapshots=True, verbose=0)  # fmt: skip
+    model.learn(500, callback=[guard, Keep()])
+    promotion = of(guard, "promotion")[-1]
+    assert same(reference(), policies[promotion["candidate_timestep"]])
+    assert not same(reference(), policies[promotion["timestep"]])
+    promoted = [value.clone() for value in reference()]
+    model.save(tmp_path / "model")
+
+    @th.no_grad()
+    def spoil(model: Any) -> None:
+        model.actor.mu[0].weight.fill_(math.nan)
+
+    model.learn(100, callback=[guard, At([510], spoil)], reset_num_timesteps=False)
+    assert guard.rollbacks == 1 and same(reference(), promoted)
+    model = TD3C.load(tmp_path / "model", env=model.get_env())
+    guard = CollapseGuard(baseline=BASELINE - 6, remedies=[], path=tmp_path, save_snapshots=True, verbose=0)
+    # The third time it is not the loaded learner that is restored, but the one that was promoted last
+    model.learn(100, callback=[guard, At([510, 520, 530], spoil)], reset_num_timesteps=False)
+    assert guard.rollbacks == 3 and same(reference(), promoted)
+
+
 def test_the_baseline_is_raised_when_the_policy_has_become_better() -> None:
     guard = CollapseGuard(baseline=BASELINE - 4, promotion_episodes=10, verbose=0)
     make_td3().learn(600, callback=guard)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS
 from sb3_offline_ft.td3bc.td3bc import TD3BC
 
 CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
+ACTOR = "actor."
 REFERENCE_PREFIX = "reference_actor."
 MULTIPLIER_STATE = ("step", "exp_avg", "exp_avg_sq")
 DISTANCE_WEIGHT = 0.1
@@ -224,15 +225,21 @@ class TD3C(TD3BC):
         """The Lagrange multiplier, now."""
         return math.exp(self.log_multiplier.item())
 
-    def set_reference_policy(self) -> None:
-        """Make the current policy the reference of the constraint. Without effect for the reference ``"target"``."""
+    def set_reference_policy(self, policy_state: Mapping[str, th.Tensor] | None = None) -> None:
+        """
+        Make a policy the reference of the constraint. Without effect for the reference ``"target"``.
+
+        :param policy_state: Its parameters and statistics by name, as in ``policy.state_dict()`` or in
+            ``LearnerSnapshot.policy_state``; by default those of the current policy
+        """
         if self.constraint_reference == "target":
             return
         self._mean_distance = self._no_distance
         if self.reference_actor is None:
             self.reference_actor = frozen_actor(self.policy)
-        else:
-            self.reference_actor.load_state_dict(self.actor.state_dict())
+        state = self.policy.state_dict() if policy_state is None else policy_state
+        actor = {name.removeprefix(ACTOR): value for name, value in state.items() if name.startswith(ACTOR)}
+        self.reference_actor.load_state_dict(actor)
 
     def scale_epsilon(self, factor: float) -> None:
         """
