@@ -1,4 +1,4 @@
-"""Registers td3bc and td3c with rl_zoo3 when rl_zoo3 is imported, so that ``python -m rl_zoo3.train --algo td3c`` works.
+"""Registers our algorithms with rl_zoo3 when rl_zoo3 is imported, so that ``python -m rl_zoo3.train --algo td3c`` works.
 
 The startup files ``sb3_offline_ft.pth`` and ``sb3_offline_ft.start`` (Python >= 3.15) call :func:`install` at every start
 of Python, so this module imports nothing that Python has not loaded already. ``SB3_OFFLINE_FT_NO_HOOK=1`` turns it off.
@@ -111,7 +111,7 @@ def _register() -> None:
         register()
     except Exception as error:
         print(
-            f"sb3_offline_ft: td3bc and td3c could not be registered with rl_zoo3 ({type(error).__name__}: {error}). "
+            f"sb3_offline_ft: its algorithms could not be registered with rl_zoo3 ({type(error).__name__}: {error}). "
             f"`python -m sb3_offline_ft.zoo.train --help` shows the whole error, `sb3-offline-ft doctor` what to do; "
             f"{DISABLE_VARIABLE}=1 turns the automatic registration off.",
             file=sys.stderr,

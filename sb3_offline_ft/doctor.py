@@ -116,7 +116,7 @@ def check_zoo() -> Iterator[Check]:
         listing = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("ALGOS ")][-1]
         missing = [name for name in ALGORITHMS if name not in listing]
         if not missing:
-            yield Check("rl_zoo3", "ok", f"knows {' and '.join(ALGORITHMS)}")
+            yield Check("rl_zoo3", "ok", f"knows {', '.join(ALGORITHMS)}")
         elif _sb3_offline_ft_startup.is_disabled():
             yield Check("rl_zoo3", "note", f"does not know {' and '.join(missing)}: the startup hook is turned off")
         else:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import sb3_offline_ft
 from sb3_offline_ft.cli import app
+from sb3_offline_ft.zoo.presets import ALGORITHMS
 from tests.conftest import REPOSITORY, Installation
 
 DOCTOR = ("-m", "sb3_offline_ft", "doctor")
@@ -20,7 +21,13 @@ def test_a_sound_installation(installation: Installation, tmp_path: Path) -> Non
     assert process.returncode == 0, process.stdout + process.stderr
     assert "Everything that is needed works." in process.stdout
     assert "problem" not in process.stdout
-    for found in ("active", "knows td3bc and td3c", "bundled:hopper-medium", "20,000 transitions", "Hopper-v5 works"):
+    for found in (
+        "active",
+        f"knows {', '.join(ALGORITHMS)}",
+        "bundled:hopper-medium",
+        "20,000 transitions",
+        "Hopper-v5 works",
+    ):
         assert found in process.stdout
     # Without the hub everything but downloading works.
     assert "http://127.0.0.1:9 cannot be reached" in process.stdout

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, CusumDetector, LearnerSnapshot, OfflineTD3
 from sb3_offline_ft.collapse.events import read_events
-from sb3_offline_ft.collapse.signals import SignalMonitor, greedy_actions, policy_distance
+from sb3_offline_ft.collapse.signals import SignalMonitor, draw_rows, greedy_actions, observations_at, policy_distance
 
 EPISODE_LENGTH = 10
 
@@ -335,6 +335,37 @@ def test_signals_tell_what_they_are_named_after() -> None:
     assert third["policy_shift"] > 0.5
 
 
+@pytest.mark.parametrize("steps", [15, 20, 33, 40])
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("memory", [False, True])
+def test_signals_are_measured_on_transitions_that_have_been(memory: bool, n_envs: int, steps: int) -> None:
+    """Also in a ring of 20 rows that has been written less than once, once, and more often."""
+    env = make_vec_env(Hold, n_envs=n_envs, seed=0)
+    model: Any = TD3("MlpPolicy", env, **small(), buffer_size=20 * n_envs, learning_starts=1000, optimize_memory_usage=memory,
+                     replay_buffer_kwargs={"handle_timeout_termination": not memory})  # fmt: skip
+    seen: dict[tuple[int, bytes], bytes] = {}
+
+    class Keep(BaseCallback):
+        def _on_step(self) -> bool:
+            before, after, ended = self.model._last_obs, self.locals["new_obs"], self.locals["dones"]  # type: ignore
+            for column in range(n_envs):
+                # With `optimize_memory_usage` SB3 replaces the last observation of an episode by the first of the next
+                seen[column, before[column].tobytes()] = b"" if ended[column] else after[column].tobytes()
+            return True
+
+    model.learn(steps * n_envs, callback=Keep())
+    rows, columns = draw_rows(model.replay_buffer, 2000, np.random.default_rng(0))
+    invalid = {model.replay_buffer.pos} if memory and steps >= 20 else set()
+    assert set(rows.tolist()) == set(range(min(steps, 20))) - invalid and set(columns.tolist()) == set(range(n_envs))
+    pairs = zip(observations_at(model, rows, columns), observations_at(model, rows, columns, following=True), strict=True)
+    n_checked = 0
+    for column, (before, after) in zip(columns.tolist(), pairs, strict=True):
+        following = seen[column, before.numpy().tobytes()]
+        n_checked += following != b""
+        assert following in (b"", after.numpy().tobytes())
+    assert n_checked > 1000
+
+
 @pytest.mark.parametrize("algorithm", [SAC, DQN, TQC, QRDQN, CrossQ, DDPG])
 def test_signals_exist_for_each_algorithm(algorithm: type[OffPolicyAlgorithm]) -> None:
     model = make(algorithm, n_envs=2)
@@ -413,6 +444,21 @@ def test_what_a_broken_environment_gives_is_kept_out_of_the_buffer() -> None:
         assert np.array_equal(buffer.observations[row], buffer.observations[row - 1])
     for array in (buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards):  # type: ignore[attr-defined]
         assert np.isfinite(array[: buffer.pos]).all()
+    assert all(bool(value.isfinite().all()) for value in parameters(model))
+
+
+def test_a_broken_observation_does_not_stay_where_the_next_ones_are_kept_in_one_array_with_the_others() -> None:
+    class Look(BaseCallback):
+        def _on_rollout_end(self) -> None:
+            assert np.isfinite(self.model.replay_buffer.observations).all()  # type: ignore[attr-defined]
+
+        def _on_step(self) -> bool:
+            return True
+
+    model = TD3("MlpPolicy", Broken(), **small(), learning_starts=0, learning_rate=1e-5, buffer_size=100, train_freq=1,
+                optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False})  # fmt: skip
+    with pytest.warns(UserWarning, match="non-finite observation or reward"):
+        model.learn(300, callback=[CollapseGuard(baseline=BASELINE - 6, verbose=0), Look()])
     assert all(bool(value.isfinite().all()) for value in parameters(model))
 
 
@@ -563,6 +609,7 @@ def test_a_tighter_constraint_and_more_offline_data() -> None:
     # 50 offline updates, none up to step 1800 after the rollback, then one at 1900 and one at 2000
     assert of(guard, "alarm")[0]["timestep"] == 1500
     assert model._n_updates == 52
+    assert model.first_warmup_end == 1200
 
 
 def test_remedies_that_do_not_fit_are_refused_if_asked_for_and_left_out_otherwise() -> None:
@@ -654,6 +701,43 @@ def test_buffers_whose_rows_hang_together_are_refused() -> None:
 
 
 # Baseline, promotion, ratchet
+
+
+def test_a_promotion_makes_the_promoted_policy_the_reference_and_a_rollback_to_it_too(tmp_path: Path) -> None:
+    """What is promoted is the learner of some episodes ago, not what it has become since."""
+    settings: dict[str, Any] = {**CALM, "learning_rate": 1e-3, "constraint_reference": "pretrained", "epsilon": 1.0}
+    model: Any = make(TD3C, **settings, warmup_steps=0, policy_averaging=0.5)
+    model.set_parameters(make(TD3C, **settings).get_parameters())
+    policies: dict[int, list[th.Tensor]] = {}
+
+    class Keep(BaseCallback):
+        def _on_step(self) -> bool:
+            policies[self.num_timesteps] = [value.clone() for value in self.model.actor.state_dict().values()]  # type: ignore
+            return True
+
+    def reference() -> list[th.Tensor]:
+        return list(model.reference_actor.state_dict().values())
+
+    guard = CollapseGuard(baseline=BASELINE - 6, promotion_episodes=10, ratchet=False, remedies=[], update_reference=True,
+                          path=tmp_path, save_snapshots=True, verbose=0)  # fmt: skip
+    model.learn(500, callback=[guard, Keep()])
+    promotion = of(guard, "promotion")[-1]
+    assert same(reference(), policies[promotion["candidate_timestep"]])
+    assert not same(reference(), policies[promotion["timestep"]])
+    promoted = [value.clone() for value in reference()]
+    model.save(tmp_path / "model")
+
+    @th.no_grad()
+    def spoil(model: Any) -> None:
+        model.actor.mu[0].weight.fill_(math.nan)
+
+    model.learn(100, callback=[guard, At([510], spoil)], reset_num_timesteps=False)
+    assert guard.rollbacks == 1 and same(reference(), promoted)
+    model = TD3C.load(tmp_path / "model", env=model.get_env())
+    guard = CollapseGuard(baseline=BASELINE - 6, remedies=[], path=tmp_path, save_snapshots=True, verbose=0)
+    # The third time it is not the loaded learner that is restored, but the one that was promoted last
+    model.learn(100, callback=[guard, At([510, 520, 530], spoil)], reset_num_timesteps=False)
+    assert guard.rollbacks == 3 and same(reference(), promoted)
 
 
 def test_the_baseline_is_raised_when_the_policy_has_become_better() -> None:

@@ -240,6 +240,49 @@ def test_loaded_agent_does_not_train_on_an_almost_empty_buffer(tmp_path, dataset
         assert record.updates[needed] == start + 1
 
 
+class WarmUpAgain(Record):
+    """Begins warm-ups of so many steps at these environment steps, as a guard's remedy does."""
+
+    def __init__(self, steps: dict[int, int]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps in self.steps:
+            self.model.begin_warmup(self.steps[self.num_timesteps])
+        return super()._on_step()
+
+
+def test_a_later_warm_up_is_not_taken_for_the_first(tmp_path):
+    noise = NormalActionNoise(np.zeros(1), 0.5 * np.ones(1))
+    model = make(offline_steps=10, warmup_steps=20, action_noise=noise)
+    record = WarmUpAgain({40: 20})
+    model.learn(50, callback=record)
+    assert model.first_warmup_end == 20
+    model.save(tmp_path / "model")
+    loaded = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
+    assert loaded.first_warmup_end == 20
+    for one in (model, loaded):
+        going_on = Record()
+        one.learn(20, callback=going_on, reset_num_timesteps=False)
+        assert one.first_warmup_end == 20
+        # The update of step 40 is held back already, that of step 61 is not
+        updates = [*record.updates, *going_on.updates]
+        assert updates[20:22] == [10, 11] and updates[39:61] == [29] * 22 and updates[61] == 30
+    again = Record()
+    model.warmup_steps = 5
+    model.learn(10, callback=again)
+    assert model.first_warmup_end == 5 and again.updates[6] == again.updates[0] + 1
+
+
+def test_a_warm_up_asked_for_within_the_first_prolongs_it():
+    model = make(offline_steps=10, warmup_steps=20)
+    record = WarmUpAgain({5: 3, 10: 20})
+    model.learn(40, callback=record)
+    assert model.first_warmup_end == 30
+    assert record.updates[30] == 10 and record.updates[31] == 11
+
+
 def test_critic_warm_up_updates_only_the_critics():
     model = make(offline_steps=20, critic_warmup_steps=10)
     record = Record()

@@ -13,6 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_offline_ft import TD3BC, TD3C, LearnerSnapshot, OfflineTD3
 from sb3_offline_ft.collapse.remedies import PolicyBrake
+from sb3_offline_ft.collapse.signals import greedy_actions, policy_distance
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
@@ -139,16 +140,62 @@ def test_a_rollback_restores_the_average_and_the_learned_weights() -> None:
     assert same(weights(model), expected[0]) and same(learned(model), expected[1])
 
 
-def test_a_held_policy_stays_and_learning_goes_on_from_it() -> None:
-    model = make().learn(50)
-    policy, brake = weights(model), PolicyBrake(model)
+@pytest.mark.parametrize("kernel", ["fast", "autograd"])
+@pytest.mark.parametrize("algorithm", [TD3BC, TD3C])
+def test_a_hold_leaves_the_average_and_the_learned_weights_as_they_are(algorithm: type[OfflineTD3], kernel: str) -> None:
+    settings = {"constraint_reference": "pretrained"} if algorithm is TD3C else {}
+    model = make(algorithm, kernel=kernel, **settings).learn(50)
+    snapshot = LearnerSnapshot.take(model)
+    policy, values = weights(model), learned(model)
+    assert not same(policy, values)
+    model.train(10, 8)
+    snapshot.restore(model)
+    brake = PolicyBrake(model)
     brake.hold(True)
+    target = [value.clone() for value in model.actor_target.parameters()]
+    critic = [value.clone() for value in model.critic.parameters()]
+    if algorithm is TD3C:
+        # As far outside as its own trust region may find the policy, which it would move back before each step
+        model.scale_epsilon(1e-9)
     model.train(10, 8)
-    assert same(weights(model), policy) and same(learned(model), policy)
+    assert same(weights(model), policy) and same(learned(model), values)
+    assert not all(map(th.equal, critic, model.critic.parameters()))
+    # The target policy goes on to what is learned
+    for old, new, value in zip(target, model.actor_target.parameters(), values.values(), strict=True):
+        th.testing.assert_close(new, value + (1 - model.tau) ** 5 * (old - value))
     brake.hold(False)
-    model.train(10, 8)
-    assert not same(weights(model), policy)
+    model.train(2, 8)
     brake.remove()
+    assert not same(learned(model), values)
+    for name, value in weights(model).items():
+        th.testing.assert_close(value, 0.9 * policy[name] + 0.1 * learned(model)[name])
+
+
+@pytest.mark.parametrize("kernel", ["fast", "autograd"])
+def test_a_guards_trust_region_bounds_the_policy_that_acts(kernel: str) -> None:
+    radius = 1e-4
+    model = make(kernel=kernel, learning_rate=3e-2, policy_averaging=0.5).learn(WARMUP + 1)
+    center = LearnerSnapshot.take(model).policy_state
+    observations = th.from_numpy(model.replay_buffer.observations[: model.replay_buffer.pos, 0])
+    model.policy.set_training_mode(False)
+
+    def distance(parameters: dict[str, th.Tensor]) -> float:
+        state = {**center, **{f"actor.{name}": value for name, value in parameters.items()}}
+        return policy_distance(greedy_actions(model, observations, state), greedy_actions(model, observations, center))
+
+    brake = PolicyBrake(model)
+    brake.confine(radius, center)
+    largest = 0.0
+    for _ in range(100):
+        model.train(2, 8)
+        largest = max(largest, distance(weights(model)))
+        # What is learned is not left behind outside, or it would pull the policy out again for ever
+        assert distance(learned(model)) < 100 * radius
+    brake.remove()
+    # Measured on other draws of the same states than those that the region is kept on
+    assert 0.1 * radius < largest < 1.5 * radius
+    model.train(20, 8)
+    assert distance(weights(model)) > 10 * radius
 
 
 def test_the_reference_of_the_constraint_is_the_policy_that_was_evaluated() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sb3_offline_ft.zoo.presets import ALGORITHMS
 from tests.conftest import REPOSITORY, Installation, RunPython
 
 # os and site are loaded at any normal start; -I -S keeps a hook that is installed in this Python out of the measurement.
@@ -41,12 +42,13 @@ def test_a_plain_start_of_python_loads_neither_us_nor_torch(run_python: RunPytho
 def test_importing_rl_zoo3_is_enough_to_know_our_algorithms(run_python: RunPython) -> None:
     code = (
         "import rl_zoo3, sys, inspect, rl_zoo3.exp_manager as m, _sb3_offline_ft_startup as hook;"
-        "print(rl_zoo3.ALGOS['td3c'].__name__, rl_zoo3.ALGOS['td3bc'].__name__);"
+        f"print(*[rl_zoo3.ALGOS[name].__name__ for name in {list(ALGORITHMS)}]);"
         "print(hook._finder in sys.meta_path, type(m.__loader__).__name__, type(m.__spec__.loader).__name__);"
         "print(inspect.getsource(rl_zoo3.utils).startswith('import argparse'))"
     )
     process = run_python("-c", code)
-    assert process.stdout.split() == ["TD3C", "TD3BC", "False", "SourceFileLoader", "SourceFileLoader", "True"], process.stderr
+    names = [location.rpartition(":")[2] for location in ALGORITHMS.values()]
+    assert process.stdout.split() == [*names, "False", "SourceFileLoader", "SourceFileLoader", "True"], process.stderr
 
 
 def test_importing_rl_zoo3_alone_does_not_load_the_experiment_manager(run_python: RunPython) -> None:
@@ -101,6 +103,7 @@ def test_a_failing_registration_is_reported_once_and_breaks_nothing(run_python: 
     assert process.returncode == 0
     assert process.stderr.count("half an installation") == 1
     assert "SB3_OFFLINE_FT_NO_HOOK=1" in process.stderr
+    assert "its algorithms could not be registered" in process.stderr
     assert len(process.stderr.splitlines()) == 1
 
 

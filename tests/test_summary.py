@@ -3,7 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
 from typer.testing import CliRunner
 
@@ -14,7 +14,7 @@ from sb3_offline_ft.evaluation import summarize_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run in the form that rl-zoo3 gives it."""
+    """A run in the form that rl-zoo3 gives it, with a second warm-up, which a guard's remedy may begin."""
     folder = tmp_path_factory.mktemp("logs") / "td3c" / "Pendulum-v1_1"
     folder.mkdir(parents=True)
     model = TD3C("MlpPolicy", Monitor(gym.make("Pendulum-v1"), str(folder / "0")), dataset="bundled:pendulum-medium", seed=0,
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     callback = EvalCallback(
         Monitor(gym.make("Pendulum-v1")), eval_freq=100, n_eval_episodes=2, log_path=str(folder), verbose=0
     )
-    model.learn(600, callback=callback)
+    model.learn(600, callback=[callback, EveryNTimesteps(450, ConvertCallback(lambda *_: model.begin_warmup(100) or True))])
     model.save(folder / "Pendulum-v1")
     model.env.close()
     return folder

@@ -11,6 +11,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot
 from tests.conftest import draw_batch
@@ -136,6 +137,65 @@ def test_the_policy_stays_in_the_trust_region_whatever_the_multiplier_does(refer
     assert trace[100:].mean() > 5e-4, "the policy does not move: nothing is tested"
     moved = kept._logged["train/moved_back"]
     assert 0 < sum(moved) < len(moved)
+
+
+def test_the_policy_that_acts_is_in_the_trust_region_too():
+    """The average remembers where the policy was allowed to be before epsilon fell to a tenth."""
+    model = make(constraint_reference="pretrained", epsilon=1e-2, policy_averaging=0.99, initial_multiplier=1e-3,
+                 multiplier_learning_rate=0.0, learning_rate=1e-4)  # fmt: skip
+    start(model)
+    model.learn(1)
+    model.critic.q1_forward = ConstantPush(50.0).q1_forward
+    model.kernel = "autograd"
+    model.replay_buffer.offline_fraction = 1.0
+    observations = draw_batch(model, 1000).observations
+
+    @th.no_grad()
+    def acting() -> float:
+        return float((model.actor(observations) - model.reference_actor(observations)).square().mean())
+
+    model.train(400, 64)
+    assert acting() > 4e-3, "the policy does not move: nothing is tested"
+    model.scale_epsilon(0.1)
+    # Ten steps of the actor until it is looked at
+    model.train(20, 64)
+    for _ in range(50):
+        model.train(2, 64)
+        # Measured on other states
+        assert acting() < 1.25 * 2e-3
+    assert acting() > 2e-4
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the value of a tensor is read, for which a GPU has to be waited for; but for Adam's own counters."""
+
+    def __init__(self, model: TD3C) -> None:
+        super().__init__()
+        self.n = 0
+        self.optimizers = (model.actor.optimizer, model.critic.optimizer, model.multiplier_optimizer)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is th.ops.aten._local_scalar_dense.default:
+            counters = [state["step"] for optimizer in self.optimizers for state in optimizer.state.values()]
+            memory = {counter.untyped_storage().data_ptr() for counter in counters}
+            self.n += args[0].untyped_storage().data_ptr() not in memory
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["fast", "autograd"])
+def test_gradient_steps_read_no_value_of_a_tensor(kernel):
+    model = make(constraint_reference="pretrained", epsilon=1e-6, kernel=kernel, critic_penalty=0.1)
+    start(model)
+    model.learn(8)
+    counts = []
+    for gradient_steps in (4, 44):
+        model._logged.clear()
+        with Reads(model) as reads:
+            model.train(gradient_steps, 8)
+        counts.append(reads.n)
+    # What is left is read once at the end, for the log
+    assert counts[0] == counts[1] > 0
+    assert model.logger.name_to_value["train/moved_back"] > 0
 
 
 def test_a_run_goes_on_in_its_trust_region(tmp_path):

@@ -61,6 +61,8 @@ class _Good:
     reference: list[Any]
     mark: ReplayMark = field(default_factory=lambda: ReplayMark(0, False))
     rows: int = 0
+    is_reference: bool = False
+    """Whether its policy became the reference of a constrained algorithm when it was promoted."""
 
 
 def _described(settings: Mapping[str, Any]) -> str:
@@ -687,6 +689,8 @@ class CollapseGuard(BaseCallback):
         # The window that speaks for it is not poisoned either
         self._mark(candidate, ahead=self._unstored)
         candidate.reference = self._monitor.reference
+        better = self._monitor.is_better(self._window, RATCHET_LEVEL)
+        candidate.is_reference = better and self.update_reference
         self._keep(candidate)
         self._failures = 0
         mean = float(np.mean(self._window))
@@ -699,9 +703,7 @@ class CollapseGuard(BaseCallback):
                 if settings is not None:
                     message = f"{remedy.name} moves with the promotion: {_described(settings)}"
                     self._event("remedy", name=remedy.name, parameters=settings, message=message)
-        better = self._monitor.is_better(self._window, RATCHET_LEVEL)
-        if better and self.update_reference and hasattr(self.model, "set_reference_policy"):
-            self.model.set_reference_policy()
+        self._refer_to(candidate)
         if better and self.ratchet and self._fresh_reference is None:
             # Episodes after the decision: those that led to it were chosen for being good
             self._fresh_reference = []
@@ -766,7 +768,13 @@ class CollapseGuard(BaseCallback):
         good = self._good[-1]
         # Not the random generators: the same batches would lead to the same collapse
         good.snapshot.restore(self.model, generators=False)
+        # The snapshot is older than its promotion
+        self._refer_to(good)
         return good
+
+    def _refer_to(self, good: _Good) -> None:
+        if good.is_reference and hasattr(self.model, "set_reference_policy"):
+            self.model.set_reference_policy(good.snapshot.policy_state)
 
     def _roll_back(self) -> None:
         good = self._restore()
@@ -898,6 +906,7 @@ class CollapseGuard(BaseCallback):
             "releases": [[timestep, remedy.name] for timestep, remedy in self._releases],
             "stopped": not self._go_on,
             "snapshots": [good.timestep for good in self._good],
+            "references": [good.timestep for good in self._good if good.is_reference],
         }
         setattr(self.model, STATE_ATTRIBUTE, json.dumps(state))
 
@@ -912,7 +921,7 @@ class CollapseGuard(BaseCallback):
         # The statistics of a loaded replay buffer are not known; what comes from now on is
         first.reference = self._monitor.reference
         for timestep in state["snapshots"]:
-            self._read_snapshot(timestep)
+            self._read_snapshot(timestep, timestep in state.get("references", []))
         # The loaded policy is the newest; the region lies around the last good one, where that was saved
         center = self._good[-2 if len(self._good) > 1 else -1].snapshot.policy_state
         self._the_brake.learning_rate_factor = state["learning_rate_factor"]
@@ -964,7 +973,7 @@ class CollapseGuard(BaseCallback):
                 self._event("warning", message=message)
                 warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
 
-    def _read_snapshot(self, timestep: int) -> None:
+    def _read_snapshot(self, timestep: int, is_reference: bool) -> None:
         file = self._snapshot_file(timestep)
         if file is None or not file.exists():
             return
@@ -974,7 +983,7 @@ class CollapseGuard(BaseCallback):
         except ValueError as error:
             warnings.warn(f"CollapseGuard: {error} The snapshot is left out.", stacklevel=2)
             return
-        older = _Good(snapshot, timestep, self._monitor.reference)
+        older = _Good(snapshot, timestep, self._monitor.reference, is_reference=is_reference)
         self._mark(older, ahead=0)
         # The loaded learner stays the newest
         self._good.insert(len(self._good) - 1, older)

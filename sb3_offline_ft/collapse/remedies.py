@@ -4,12 +4,14 @@ import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.td3.policies import Actor
 from torch import nn
 
 from sb3_offline_ft.collapse.signals import (
@@ -20,6 +22,7 @@ from sb3_offline_ft.collapse.signals import (
     observations_at,
     policy_distance,
 )
+from sb3_offline_ft.common.averaging import LearnedWeights
 from sb3_offline_ft.common.checks import whole_number
 
 PROBE_SIZE = 256
@@ -39,7 +42,8 @@ class PolicyBrake:
     Slows, holds or confines the policy of an SB3 learner from outside, through hooks on the optimizer of its actor.
 
     It works for every algorithm whose policy has an ``actor``, and for value-based ones (DQN, QRDQN), whose network is the
-    policy. Nothing is hooked before the first use.
+    policy. Where the policy that acts is an average of what is learned, it is the average that is held and confined, and what
+    is learned goes with it. Nothing is hooked before the first use.
 
     :param model: The learner
     :param seed: Seed of the choice of states on which the trust region is measured
@@ -135,11 +139,22 @@ class PolicyBrake:
         if self.held:
             # Batch normalization learns without an optimizer, and a learning rate of 0 does not stop a non-finite gradient
             self.module.load_state_dict(self._held)
+            if (learned := self._learned_weights) is not None:
+                learned.undo_step(cast(Actor, self.module))
         elif self._center is not None and math.isfinite(self.radius):
-            self._move_inside()
+            if (learned := self._learned_weights) is not None:
+                learned.call_afterwards(partial(self._move_inside, learned.values))
+            else:
+                self._move_inside({})
+
+    @property
+    def _learned_weights(self) -> LearnedWeights | None:
+        """What the actor has during a step in place of the average that acts; None if it acts itself."""
+        learned: LearnedWeights | None = getattr(self._model, "_learned_weights", None)
+        return learned if learned is not None and learned.average else None
 
     @th.no_grad()
-    def _move_inside(self) -> None:
+    def _move_inside(self, learned: Mapping[str, th.Tensor]) -> None:
         model, center = self._model, self._center
         assert center is not None
         buffer = model.replay_buffer
@@ -160,7 +175,7 @@ class PolicyBrake:
                     return
                 # Small steps change actions in proportion, so the squared distance shrinks with the square of the share
                 share = 0.98 * math.sqrt(self.radius / distance) if isinstance(model.action_space, spaces.Box) else 0.8
-                for name, value in (*self.module.named_parameters(), *self.module.named_buffers()):
+                for name, value in (*self.module.named_parameters(), *self.module.named_buffers(), *learned.items()):
                     if value.is_floating_point():
                         origin = center[self._prefix + name]
                         value.copy_(origin + share * (value - origin))

@@ -150,7 +150,11 @@ def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     for name in ROW_ARRAYS:
         values = getattr(buffer, name, None)
         arrays += values.values() if isinstance(values, dict) else [] if values is None else [values]
-    if _is_finite(arrays, last):
+    places = [(array, last) for array in arrays]
+    if buffer.optimize_memory_usage:
+        # Where the next observation is
+        places.append((buffer.observations, buffer.pos))
+    if all(_is_finite([array], row) for array, row in places):
         return False
     try:
         check_can_thin_out(buffer)
@@ -159,8 +163,8 @@ def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     else:
         before = ((last - back) % buffer.buffer_size for back in range(1, buffer.size()))
         source = next((row for row in before if _is_finite(arrays, row)), None)
-    for array in arrays:
-        array[last] = np.nan_to_num(array[last], nan=0.0, posinf=0.0, neginf=0.0) if source is None else array[source]
+    for array, row in places:
+        array[row] = np.nan_to_num(array[row], nan=0.0, posinf=0.0, neginf=0.0) if source is None else array[source]
     if source is not None:
         _cut_around(buffer, np.array([last]))
     return True

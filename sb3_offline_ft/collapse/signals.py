@@ -21,12 +21,19 @@ def draw_rows(buffer: ReplayBuffer, n: int, generator: np.random.Generator) -> t
     """
     Choose transitions of a replay buffer's ring uniformly.
 
+    A full ring with ``optimize_memory_usage`` has one less than rows: the newest next observation has overwritten the oldest
+    observation.
+
     :param buffer: The buffer, not empty
     :param n: How many
     :param generator: The random generator; ``buffer.sample`` would draw from NumPy's global one
     :return: Rows and environments, each of shape ``(n,)``
     """
-    return generator.integers(0, buffer.size(), size=n), generator.integers(0, buffer.n_envs, size=n)
+    if buffer.optimize_memory_usage and buffer.full:
+        rows = (buffer.pos + generator.integers(1, buffer.buffer_size, size=n)) % buffer.buffer_size
+    else:
+        rows = generator.integers(0, buffer.size(), size=n)
+    return rows, generator.integers(0, buffer.n_envs, size=n)
 
 
 def observations_at(model: OffPolicyAlgorithm, rows: np.ndarray, columns: np.ndarray, following: bool = False) -> Observations:
@@ -157,9 +164,6 @@ class SignalMonitor:
         if buffer is None or buffer.size() < 2:
             return {}
         rows, columns = draw_rows(buffer, self._batch_size, self._generator)
-        if buffer.optimize_memory_usage:
-            # The row at the write position has no next observation
-            rows = np.where(rows == buffer.pos - 1, (rows - 1) % buffer.size(), rows)
         training = model.policy.training
         model.policy.set_training_mode(False)
         try:

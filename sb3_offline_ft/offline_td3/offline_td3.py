@@ -150,7 +150,7 @@ class OfflineTD3(TD3):
         "_finetuning",
         "_critic_warmup_end",
     )
-    """What says how updates are done, but for what counts progress (``offline_steps_done``, ``_warmup_end``)."""
+    """What says how updates are done, but for what counts progress (``offline_steps_done``, ``_warmup_end``, ...)."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Before __init__, since Python's own message names neither near matches nor what is known
@@ -257,6 +257,7 @@ class OfflineTD3(TD3):
         self._went_online = False
         self._finetuning = False
         self._warmup_end = 0
+        self._later_warmup_end = 0
         self._critic_warmup_end = 0
         self._extra_state: str | None = None
         self._pretraining = False
@@ -709,6 +710,7 @@ class OfflineTD3(TD3):
         self._went_online = self._offline_finished = True
         self._finetuning = pretrained or self.dataset is not None
         self._warmup_end = self.num_timesteps
+        self._later_warmup_end = 0
         self._critic_warmup_end = self._n_updates
         if not self._finetuning:
             warnings.warn(
@@ -745,11 +747,26 @@ class OfflineTD3(TD3):
 
     def begin_warmup(self, steps: int) -> None:
         """
-        From now on let the policy act unchanged, without an update, such as after a rollback.
+        From now on let the policy act unchanged, without an update, such as after a rollback. Within the warm-up with which
+        the finetuning run begins, this prolongs it.
 
         :param steps: Number of environment steps
         """
-        self._warmup_end = self.num_timesteps + whole_number(steps, "steps")
+        end = self.num_timesteps + whole_number(steps, "steps")
+        if self.num_timesteps <= self._warmup_end:
+            self._warmup_end = max(self._warmup_end, end)
+        else:
+            self._later_warmup_end = end
+
+    @property
+    def first_warmup_end(self) -> int:
+        """Environment steps (``num_timesteps``) until which the policy of this finetuning run has not been updated at all."""
+        return self._warmup_end
+
+    @property
+    def _frozen_until(self) -> int:
+        """Environment steps until which nothing is updated, in the first warm-up or in a later one."""
+        return max(self._warmup_end, self._later_warmup_end)
 
     def _on_finetuning_start(self, pretrained: bool) -> None:
         """
@@ -787,7 +804,7 @@ class OfflineTD3(TD3):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self.num_timesteps < self._warmup_end and not self.warmup_action_noise:
+        if self.num_timesteps < self._frozen_until and not self.warmup_action_noise:
             action_noise = None
         guided = self._guided_environments()
         if guided is None:
@@ -817,7 +834,7 @@ class OfflineTD3(TD3):
         self._episode_steps = np.where(dones, 0, self._episode_steps + 1)
 
     def _may_update(self, batch_size: int) -> bool:
-        if 0 < self.num_timesteps <= self._warmup_end:
+        if 0 < self.num_timesteps <= self._frozen_until:
             return False
         buffer = self.replay_buffer
         assert buffer is not None

@@ -210,7 +210,7 @@ class _Run:
     def frozen_until(self, model: BaseAlgorithm) -> int:
         if not self.method.pretrained:
             return -1
-        return self.protocol.interactions if self.method.frozen else int(getattr(model, "_warmup_end", 0))
+        return self.protocol.interactions if self.method.frozen else int(getattr(model, "first_warmup_end", 0))
 
 
 def run_cell(

@@ -230,7 +230,7 @@ class TD3BC(OfflineTD3):
                 continue
             if "episode" not in info:
                 raise ValueError(NO_RETURNS)
-            episode, is_frozen = info["episode"], self.num_timesteps <= self._warmup_end
+            episode, is_frozen = info["episode"], self.num_timesteps <= self._frozen_until
             self._adaptive_weight.observe(float(episode["r"]), int(episode["l"]), is_frozen)
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,10 +23,13 @@ from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS
 from sb3_offline_ft.td3bc.td3bc import TD3BC
 
 CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
+ACTOR = "actor."
 REFERENCE_PREFIX = "reference_actor."
 MULTIPLIER_STATE = ("step", "exp_avg", "exp_avg_sq")
 DISTANCE_WEIGHT = 0.1
 """Weight of a batch in the running mean of distances: a few states far away make a batch's own an uncertain one."""
+AVERAGE_FREQ = 10
+"""Steps of the actor between two looks at the distance of the averaged policy, which moves slowly."""
 
 
 class TD3C(TD3BC):
@@ -54,7 +58,8 @@ class TD3C(TD3BC):
     :param max_multiplier: Largest value of the multiplier
     :param trust_region: When the mean distance in the last ten or so batches exceeds this many times ``epsilon``, the weights
         of the policy are moved back on the straight line to the reference's, so far that it would be ``epsilon`` if it shrank
-        with the square of the way; None for never
+        with the square of the way; None for never. The average of ``policy_averaging`` is looked at in every tenth batch, and
+        moved back alike
     :param critic_penalty: Weight of the distance to the reference in the critics' targets, from which
         ``critic_penalty * multiplier * scale * mean((a' - pi_ref(s'))**2)`` is taken off the value of the next observation,
         the mean being over action dimensions; ``scale`` is the mean absolute value when finetuning begins. With 1 critics and
@@ -165,7 +170,6 @@ class TD3C(TD3BC):
         self.critic_penalty = critic_penalty
         self.reference_actor: Actor | None = None
         self._constrained = False
-        self._mean_distance = 0.0
         self._critic_penalty_scale: float | None = None
         if _init_setup_model:
             self._setup_model()
@@ -204,7 +208,12 @@ class TD3C(TD3BC):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        self._mean_distance = self._no_distance
         self._reset_multiplier()
+
+    @property
+    def _no_distance(self) -> th.Tensor:
+        return th.zeros((), dtype=th.float64, device=self.device)
 
     def _reset_multiplier(self) -> None:
         log_multiplier = math.log(self.initial_multiplier)
@@ -216,15 +225,21 @@ class TD3C(TD3BC):
         """The Lagrange multiplier, now."""
         return math.exp(self.log_multiplier.item())
 
-    def set_reference_policy(self) -> None:
-        """Make the current policy the reference of the constraint. Without effect for the reference ``"target"``."""
+    def set_reference_policy(self, policy_state: Mapping[str, th.Tensor] | None = None) -> None:
+        """
+        Make a policy the reference of the constraint. Without effect for the reference ``"target"``.
+
+        :param policy_state: Its parameters and statistics by name, as in ``policy.state_dict()`` or in
+            ``LearnerSnapshot.policy_state``; by default those of the current policy
+        """
         if self.constraint_reference == "target":
             return
-        self._mean_distance = 0.0
+        self._mean_distance = self._no_distance
         if self.reference_actor is None:
             self.reference_actor = frozen_actor(self.policy)
-        else:
-            self.reference_actor.load_state_dict(self.actor.state_dict())
+        state = self.policy.state_dict() if policy_state is None else policy_state
+        actor = {name.removeprefix(ACTOR): value for name, value in state.items() if name.startswith(ACTOR)}
+        self.reference_actor.load_state_dict(actor)
 
     def scale_epsilon(self, factor: float) -> None:
         """
@@ -239,7 +254,7 @@ class TD3C(TD3BC):
         super()._on_finetuning_start(pretrained)
         self.reference_actor = None
         self._critic_penalty_scale = None
-        self._mean_distance = 0.0
+        self._mean_distance = self._no_distance
         self._constrained = pretrained
         self._reset_multiplier()
         if not pretrained:
@@ -289,23 +304,45 @@ class TD3C(TD3BC):
 
     def _update_actor(self, batch: Batch) -> None:
         # Before the step, after which a guard that holds the policy puts it back
-        self._return_to_trust_region()
+        self._return_to_trust_region(batch)
         super()._update_actor(batch)
 
     @th.no_grad()
-    def _return_to_trust_region(self) -> None:
+    def _return_to_trust_region(self, batch: Batch) -> None:
         """Move the weights back if they are outside: a large multiplier alone does not bring the policy back."""
         reference = self._reference
         if self.trust_region is None or reference is None:
             return
         epsilon = self._epsilon_schedule(self._current_progress_remaining)
-        is_outside = self._mean_distance > self.trust_region * epsilon
-        self._log("train/moved_back", float(is_outside))
-        if is_outside:
-            share = math.sqrt(epsilon / self._mean_distance)
-            for parameter, center in zip(self.actor.parameters(), reference.parameters(), strict=True):
-                parameter.copy_(center + share * (parameter - center))
-            self._mean_distance = epsilon
+        is_outside = self._move_back(self.actor.parameters(), self._mean_distance, epsilon, reference)
+        self._mean_distance = th.where(is_outside, epsilon, self._mean_distance)
+        if self._learned_weights is not None and self._learned_weights.average:
+            is_outside = is_outside | self._return_average(self._learned_weights.average, batch, epsilon, reference)
+        self._log("train/moved_back", is_outside.double())
+
+    def _return_average(
+        self, average: dict[str, th.Tensor], batch: Batch, epsilon: float, reference: Actor
+    ) -> th.Tensor | bool:
+        """What acts lags behind what is learned, and may be outside when that is not, such as after a fall of epsilon."""
+        if self._n_updates // self.policy_delay % AVERAGE_FREQ != 0:
+            return False
+        training = self.actor.training
+        self.actor.set_training_mode(False)
+        try:
+            actions = th.func.functional_call(self.actor, average, (batch.observations,))
+        finally:
+            self.actor.set_training_mode(training)
+        distance = F.mse_loss(actions, reference(batch.observations)).double()
+        return self._move_back(average.values(), distance, epsilon, reference)
+
+    def _move_back(self, weights: Iterable[th.Tensor], distance: th.Tensor, epsilon: float, reference: Actor) -> th.Tensor:
+        assert self.trust_region is not None
+        is_outside = distance > self.trust_region * epsilon
+        # Decided on the device: a GPU would have to be waited for
+        way = th.where(is_outside, 1 - (epsilon / distance).sqrt(), 0.0)
+        for weight, center in zip(weights, reference.parameters(), strict=True):
+            weight.lerp_(center, way.to(weight.dtype))
+        return is_outside
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         self._distance: th.Tensor | None = None
@@ -338,18 +375,18 @@ class TD3C(TD3BC):
         self.multiplier_optimizer.step()
         with th.no_grad():
             self.log_multiplier.clamp_(math.log(self.min_multiplier), math.log(self.max_multiplier))
-        self._mean_distance += DISTANCE_WEIGHT * (float(self._distance) - self._mean_distance)
+        self._mean_distance = self._mean_distance + DISTANCE_WEIGHT * (self._distance.double() - self._mean_distance)
 
     def _excluded_save_params(self) -> list[str]:
         live = ["log_multiplier", "multiplier_optimizer", "reference_actor", "_distance", "_violation", "_epsilon_schedule"]
-        return [*super()._excluded_save_params(), *live]
+        return [*super()._excluded_save_params(), *live, "_mean_distance"]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:
         state = super()._get_extra_state()
         state["log_multiplier"] = self.log_multiplier.detach().cpu().numpy()
         for name, value in self.multiplier_optimizer.state.get(self.log_multiplier, {}).items():
             state[f"multiplier_optimizer.{name}"] = value.cpu().numpy()
-        state["mean_distance"] = np.array(self._mean_distance)
+        state["mean_distance"] = self._mean_distance.cpu().numpy()
         if self._critic_penalty_scale is not None:
             state["critic_penalty_scale"] = np.array(self._critic_penalty_scale)
         if self.reference_actor is not None:
@@ -377,7 +414,7 @@ class TD3C(TD3BC):
             self.multiplier_optimizer.state[self.log_multiplier] = {
                 name: value if name == "step" else value.to(self.device) for name, value in moments.items()
             }
-        self._mean_distance = float(state.get("mean_distance", 0.0))
+        self._mean_distance = self._no_distance + float(state.get("mean_distance", 0.0))
         if "critic_penalty_scale" in state:
             # A state from before it was measured leaves it as it is
             self._critic_penalty_scale = float(state["critic_penalty_scale"])

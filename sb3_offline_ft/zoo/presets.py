@@ -14,7 +14,7 @@ def preset_path(algo: str) -> str:
     """
     Where the hyperparameters of an algorithm are.
 
-    :param algo: the algorithm's name in rl_zoo3: ``"td3bc"``, ``"td3c"`` or ``"rebrac"``
+    :param algo: the algorithm's name in rl_zoo3, one of ``ALGORITHMS``
     :return: the path of its YAML file, as rl_zoo3's ``-conf`` takes it
     """
     if algo not in ALGORITHMS:
