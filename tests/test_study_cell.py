@@ -151,6 +151,15 @@ def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
     assert (pretraining["hyperparams"]["offline_steps"], pretraining["hyperparams"]["alpha"]) == (40, 2.5)
 
 
+def test_methods_with_other_default_networks_take_those_of_the_pretraining(tmp_path: Path) -> None:
+    changes = {"hyperparams": {"warmup_steps": 250, "batch_size": 16}, "methods": {"it": {"algorithm": "rebrac"}}}
+    (cell,) = (protocol := write_study(tmp_path / "study", **changes)).cells()
+    manifest = run_cell(protocol, cell, pretrained_folder=tmp_path / "pretrained").manifest
+    assert manifest["algorithm"] == "ReBRAC"
+    networks = manifest["hyperparams"]["policy_kwargs"]
+    assert networks["net_arch"] == [256, 256] and networks == manifest["pretrained"]["hyperparams"]["policy_kwargs"]
+
+
 def test_a_version_is_recorded_where_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_installed(name: str) -> str:
         raise PackageNotFoundError(name)

@@ -21,12 +21,18 @@ from tests.conftest import RunPython
 
 ENV, DATASET, SEED, INTERACTIONS, EVERY = "Pendulum-v1", "bundled:pendulum-medium", 3, 900, 300
 NETWORKS = {"policy": "MlpPolicy", "policy_kwargs": {"net_arch": [16]}}
-SETTINGS = {"warmup_steps": 420, "batch_size": 32, "learning_rate": 1e-3, "noise_type": "normal", "noise_std": 0.2}
+SETTINGS = {"warmup_steps": 220, "batch_size": 32, "learning_rate": 1e-3, "noise_type": "normal", "noise_std": 0.2}
 # A baseline that nobody falls below, and one that everybody does: the guard must act alike, too
 GUARDS: dict[str, dict[str, Any] | None] = {
     "unguarded": None,
     "watched": {"baseline": [-1700.0, -1650.0, -1690.0, -1600.0, -1680.0, -1710.0], "signal_freq": 100},
     "rolled-back": {"baseline": [-10.0, -5.0, -8.0, -12.0, -9.0, -11.0], "false_alarm_rate": 0.9, "signal_freq": 100},
+    "warmed-up": {
+        "baseline": [-10.0, -5.0, -8.0, -12.0, -9.0, -11.0],
+        "false_alarm_rate": 0.9,
+        "signal_freq": 100,
+        "remedies": [{"warmup": {"steps": 100}}],
+    },
 }
 ALGORITHMS = ("td3bc", "td3c", "td3")
 ZOO_NAMES = {"td3": "offline_td3"}
@@ -161,8 +167,9 @@ def test_a_cell_is_the_run_that_a_user_makes(
 def test_guards_of_these_runs_measured_and_acted(results: dict[str, CellResult]) -> None:
     """What the runs above compare is not nothing."""
     for algorithm in ALGORITHMS:
-        assert results[f"{algorithm}-rolled-back"].manifest["rollbacks"] > 0, algorithm
-        for guard in ("watched", "rolled-back"):
+        for guard in ("rolled-back", "warmed-up"):
+            assert results[f"{algorithm}-{guard}"].manifest["rollbacks"] > 0, (algorithm, guard)
+        for guard in ("watched", "rolled-back", "warmed-up"):
             events = [event["event"] for event in results[f"{algorithm}-{guard}"].events]
             assert events.count("signal") >= 3, (algorithm, guard)
         assert results[f"{algorithm}-watched"].manifest["rollbacks"] == 0
@@ -175,10 +182,17 @@ def test_a_cell_remembers_what_it_did(results: dict[str, CellResult], name: str)
     facts = manifest["replay_buffer"]
     assert (facts["capacity"], facts["rows"], facts["offline_rows"]) == (1_000_000, INTERACTIONS, 20_000)
     assert manifest["interactions"] == INTERACTIONS
+    # One for each interaction after the warm-up, whatever was undone; the remedy `warmup` waits for 100 more and for its own
+    waited = 101 if name.endswith("warmed-up") else 0
+    assert manifest["updates"]["online"] == INTERACTIONS - SETTINGS["warmup_steps"] - waited
+    assert manifest["updates"]["offline"] == 60
+    assert (manifest["updates"]["undone"] > 0) == name.endswith(("rolled-back", "warmed-up"))
+    # The first warm-up, not a later one
+    assert results[name].frozen_until == SETTINGS["warmup_steps"]
     # Actions are continuous: no two transitions are the same
     assert facts["distinct_rows"] == INTERACTIONS
     # Half of a batch of 32 is drawn of 900 rows, half of 20,000: one or two pairs at most are the same row twice
-    assert facts["batch"]["rows"] == 32 and facts["batch"]["distinct_rows"] >= 29
+    assert facts["batch"]["rows"] == 32 and facts["batch"]["distinct_rows"] >= 29 and facts["batch"]["offline_rows"] == 16
 
 
 def test_a_smaller_buffer_is_what_the_manifest_says(study: Protocol, cells: dict[str, Cell], tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ class CollapseGuard(BaseCallback):
         self.save_snapshots = save_snapshots
         self._check_settings()
         self._log = EventLog(None)
-        self.alarms = self.rollbacks = self.promotions = 0
+        self.alarms = self.rollbacks = self.promotions = self.undone_updates = 0
         self._monitor = EpisodeMonitor(self._prototype, self.false_alarm_rate, self.tolerance, self.random_return)
         self._brake: PolicyBrake | None = None
         self._default_path: Path | None = None
@@ -226,6 +226,13 @@ class CollapseGuard(BaseCallback):
     def detector(self) -> Detector:
         """The detector in use."""
         return self._monitor.detector
+
+    @property
+    def brake_facts(self) -> dict[str, Any]:
+        """How the policy is slowed, held and confined now: the factor of its learning rate, whether it stays, its radius."""
+        brake = self._the_brake
+        radius = brake.radius if math.isfinite(brake.radius) else None
+        return {"learning_rate_factor": brake.learning_rate_factor, "held": brake.held, "radius": radius}
 
     def use_default_path(self, path: str | Path) -> None:
         """
@@ -336,7 +343,7 @@ class CollapseGuard(BaseCallback):
         self._fresh_reference: list[Any] | None = None
         self._reference: list[Any] = []
         self._phase = "baseline"
-        self._episodes = self.alarms = self.rollbacks = self.promotions = self._failures = 0
+        self._episodes = self.alarms = self.rollbacks = self.promotions = self.undone_updates = self._failures = 0
         self._rows = self._unstored = 0
         self._go_on = True
         self._warned_of_disk = self._warned_of_environment = False
@@ -766,6 +773,7 @@ class CollapseGuard(BaseCallback):
             self._good.pop()
             self._failures = 0
         good = self._good[-1]
+        self.undone_updates += self.model._n_updates - good.snapshot.n_updates
         # Not the random generators: the same batches would lead to the same collapse
         good.snapshot.restore(self.model, generators=False)
         # The snapshot is older than its promotion
@@ -905,6 +913,7 @@ class CollapseGuard(BaseCallback):
             "held": self._the_brake.held,
             "releases": [[timestep, remedy.name] for timestep, remedy in self._releases],
             "stopped": not self._go_on,
+            "undone_updates": self.undone_updates,
             "snapshots": [good.timestep for good in self._good],
             "references": [good.timestep for good in self._good if good.is_reference],
         }
@@ -914,6 +923,7 @@ class CollapseGuard(BaseCallback):
         """Go on from the state that was saved with a loaded model."""
         self._monitor.load_state_dict(arrays_from_json(state["monitor"]))
         self._episodes, self.alarms, self.rollbacks, self.promotions, self._failures = state["counts"]
+        self.undone_updates = state.get("undone_updates", 0)
         self._phase = state["phase"]
         self._reference = [np.array(episode) if self._prototype.needs_rewards else episode for episode in state["reference"]]
         self._failures = 0

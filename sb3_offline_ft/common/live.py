@@ -9,6 +9,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_offline_ft.common.checks import constructor_arguments
 
@@ -28,12 +29,19 @@ def live_arguments(model: BaseAlgorithm) -> dict[str, Any]:
     :raises AttributeError: The learner does not keep one of its arguments
     """
     names = sorted(constructor_arguments(type(model)) - _ELSEWHERE)
-    networks = model.policy._get_constructor_parameters()
     return {
         "policy": type(model.policy).__name__,
-        "policy_kwargs": as_json({name: value for name, value in networks.items() if name not in _NOT_NETWORKS}),
+        "policy_kwargs": as_json(network_arguments(model.policy)),
         **{name: as_json(getattr(model, ATTRIBUTES.get(name, name))) for name in names},
     }
+
+
+def network_arguments(policy: BasePolicy) -> dict[str, Any]:
+    """
+    :param policy: A policy
+    :return: The ``policy_kwargs`` that make the same networks, defaults included
+    """
+    return {name: value for name, value in policy._get_constructor_parameters().items() if name not in _NOT_NETWORKS}
 
 
 def as_json(value: Any) -> Any:
@@ -55,7 +63,9 @@ def as_json(value: Any) -> Any:
         return str(value)
     if hasattr(value, "__name__"):
         return value.__name__
-    return {"class": type(value).__name__, **{name: as_json(entry) for name, entry in vars(value).items()}}
+    # A noise's present value is no setting
+    attributes = {name: as_json(entry) for name, entry in vars(value).items() if name != "noise_prev"}
+    return {"class": type(value).__name__, **attributes}
 
 
 def replay_facts(model: BaseAlgorithm) -> dict[str, Any] | None:
@@ -79,7 +89,8 @@ def replay_facts(model: BaseAlgorithm) -> dict[str, Any] | None:
     if facts["rows"] + facts["offline_rows"] > 0:
         batch = buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
         parts = [batch.observations, batch.actions, batch.next_observations, batch.rewards]
-        facts["batch"] = {"rows": len(batch.actions), "distinct_rows": _distinct(*_columns(parts))}
+        offline = int(getattr(batch, "is_offline", np.zeros(0)).sum())
+        facts["batch"] = {"rows": len(batch.actions), "distinct_rows": _distinct(*_columns(parts)), "offline_rows": offline}
     return facts
 
 

@@ -1,6 +1,5 @@
 """The one road from a pretraining to a finetuning learner."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.collapse import LearnerSnapshot
-from sb3_offline_ft.common.live import live_arguments
+from sb3_offline_ft.common.live import live_arguments, network_arguments
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING, Recipe
 
@@ -114,8 +113,9 @@ def finetuning_learner(
     """
     recipe = pretrained.recipe
     own = {name: value for name, value in arguments.items() if name not in SHARED_WITH_PRETRAINING}
-    # Learners write into mappings that they are given
-    shared = {name: copy.deepcopy(recipe.hyperparams[name]) for name in SHARED_WITH_PRETRAINING if name in recipe.hyperparams}
+    shared = {name: recipe.hyperparams[name] for name in SHARED_WITH_PRETRAINING if name in recipe.hyperparams}
+    # Algorithms differ in their default networks
+    shared["policy_kwargs"] = network_arguments(new_pretraining_learner(recipe, env).policy)
     model = algorithm(env=env, seed=seed, device=recipe.device, dataset=recipe.dataset, **own, **shared)
     start_from(model, pretrained)
     return model

@@ -233,7 +233,8 @@ def run_cell(
     :param device: Where to compute
     :return: The result
     """
-    started, clock = datetime.now(UTC), time.monotonic()
+    # Before anything is imported late or edited meanwhile
+    started, clock, machine = datetime.now(UTC), time.monotonic(), _machine()
     run = _Run(protocol, cell, pretrained_folder, on_step, on_evaluation, device)
     try:
         with warnings.catch_warnings():
@@ -242,6 +243,7 @@ def run_cell(
             model = run.learner()
             weights, arguments, prepared = _digest(model), live_arguments(model), time.monotonic()
             run.stay(model) if cell.method.frozen else run.learn(model)
+        finished = time.monotonic()
         training_timesteps, training_returns = run.training_episodes()
         guard, evaluation = run.guard, run.learner_evaluation
         manifest = {
@@ -263,16 +265,17 @@ def run_cell(
             "alarms": 0 if guard is None else guard.alarms,
             "rollbacks": 0 if guard is None else guard.rollbacks,
             "promotions": 0 if guard is None else guard.promotions,
+            "brake": None if guard is None else guard.brake_facts,
             "interactions": model.num_timesteps,
-            "updates": int(getattr(model, "_n_updates", 0)),
+            "updates": _updates(model, 0 if guard is None else guard.undone_updates),
             "seconds": {
                 "preparation": round(prepared - clock, 1),
-                "finetuning": round(time.monotonic() - prepared, 1),
+                "finetuning": round(finished - prepared, 1),
             },
             "started": started.isoformat(timespec="seconds"),
             "device": str(model.device),
             "threads": th.get_num_threads(),
-            **_machine(),
+            **machine,
         }
     finally:
         run.close()
@@ -286,6 +289,12 @@ def run_cell(
         [] if guard is None else guard.events,
         manifest,
     )
+
+
+def _updates(model: BaseAlgorithm, undone: int) -> dict[str, int]:
+    """Gradient steps before and after the first interaction; the learner's own counter goes back with a rollback."""
+    offline = int(getattr(model, "offline_steps_done", 0))
+    return {"offline": offline, "online": int(getattr(model, "_n_updates", 0)) - offline + undone, "undone": undone}
 
 
 def _steps_in(env: VecEnv) -> int:
