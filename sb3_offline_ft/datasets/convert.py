@@ -23,12 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sb3_offline_ft.common.observations import Observations, map_observations, named_arrays
 from sb3_offline_ft.datasets.column_map import ColumnMap
+from sb3_offline_ft.datasets.keys import dict_of
 from sb3_offline_ft.datasets.minari_writing import check_new_id, write_minari
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
 from sb3_offline_ft.datasets.sources import load_dataset
 from sb3_offline_ft.datasets.tables import RewardFunction, is_table, read_tables, with_rewards
-from sb3_offline_ft.datasets.validation import check_compatible, fit_to_space
+from sb3_offline_ft.datasets.validation import as_flattened_by, check_compatible, clip_actions, fit_to_space
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,12 @@ def convert_logs(
         bounds = _bounds(action_low, action_high)
         datasets = _read(tables, others, columns, env_spaces, bounds, join_files, reward_function, console, options)
         observation_space, action_space = _spaces(datasets, env_spaces, bounds)
+        if made is not None:
+            datasets = [as_flattened_by(dataset, made) for dataset in datasets]
         for dataset in datasets:
             check_compatible(dataset, observation_space, action_space)
-        datasets = [fit_to_space(dataset, observation_space) for dataset in datasets]
+        assert isinstance(action_space, spaces.Box)
+        datasets = [clip_actions(fit_to_space(dataset, observation_space), action_space) for dataset in datasets]
         scores = _scores(datasets, made, random_score, expert_score)
         written = _Episodes(datasets, console)
         folder = write_minari(
@@ -387,7 +391,7 @@ def _space_of(observations: Observations) -> spaces.Space[Any]:
         return spaces.Box(-np.inf, np.inf, array.shape[1:], np.float32)
 
     boxes = map_observations(one, observations)
-    return spaces.Dict(boxes) if isinstance(boxes, dict) else boxes
+    return dict_of(boxes) if isinstance(boxes, dict) else boxes
 
 
 def _names(dataset: OfflineDataset) -> list[str]:

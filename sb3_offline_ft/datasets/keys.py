@@ -52,7 +52,7 @@ def choose_keys(wanted: Sequence[str], known: Sequence[str], where: str) -> list
     """
     chosen: list[str] = []
     for name in wanted:
-        found = [key for key in known if key == name or key.startswith(f"{name}/")]
+        found = [name] if name in known else [key for key in known if key.startswith(f"{name}/")]
         if not found:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}."

@@ -101,9 +101,7 @@ def as_flattened_by(dataset: OfflineDataset, env: VecEnv | gym.Env[Any, Any]) ->
     :return: The dataset itself, or a copy that shares the columns.
     :raises ValueError: if the environment flattens something else than the observations of the dataset.
     """
-    wanted = env.observation_space
-    dataset = _without_key(dataset, wanted)
-    observations = dataset.observations
+    wanted, observations = env.observation_space, dataset.observations
     if not isinstance(wanted, spaces.Box) or len(wanted.shape) != 1:
         return dataset
     if not isinstance(observations, dict) and observations.ndim == 2:
