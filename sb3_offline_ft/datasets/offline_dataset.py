@@ -151,7 +151,7 @@ class OfflineDataset:
         :raises ValueError: if the data is empty, a column has a wrong shape or type or holds NaN or infinity,
             the spaces do not fit or are not supported, or ``episode_starts`` is not increasing from 0.
         """
-        where = f"Dataset {name!r}"
+        where = f"Dataset {spec or name!r}"
         check_spaces_supported(observation_space, action_space, where)
         columns: dict[str, Any] = {
             "observations": as_observations(observations, "observations", observation_space, where, copy),

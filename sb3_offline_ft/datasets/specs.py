@@ -184,7 +184,9 @@ def _split_query(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _is_path_with_options(text: str) -> bool:
-    return _is_path(text) or _is_path(_split_query(text)[0])
+    base, options = _split_query(text)
+    # A plus after the options joins another dataset
+    return _is_path(text) or (_is_path(base) and not any(_PLUS.search(value) for value in options.values()))
 
 
 def _is_path(text: str) -> bool:

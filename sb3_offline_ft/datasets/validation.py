@@ -224,11 +224,11 @@ def _advice(actions: npt.NDArray[np.float32], worst_at: tuple[int, ...], n_beyon
     n_worst = int(np.isclose(column, actions[worst_at], rtol=1e-4).sum())
     is_tail = n_beyond < actions.size / 2 and n_worst <= max(1, len(column) / 1000)
     causes = [
-        f"a stochastic policy's before clipping: {_CLIP}",
-        "in another unit or scale: convert them to the environment's units, or wrap the environment in RescaleAction",
+        f"a stochastic policy's actions before clipping: {_CLIP}",
+        "actions in another unit or scale: convert them to the environment's units, or wrap the environment in RescaleAction",
     ]
     first, second = causes if is_tail else causes[::-1]
-    return f"They look like actions that are {first}. Otherwise they may be {second}."
+    return f"These look like {first}. Otherwise they may be {second}."
 
 
 def _observation_difference(dataset: OfflineDataset, observation_space: spaces.Space[Any]) -> str | None:
