@@ -169,6 +169,20 @@ def test_converting_clips(tmp_path: Path) -> None:
     gym.register("ClipStill-v0", f"{__name__}:Still")
     convert_logs([f"{tmp_path / 'plain.npz'}?clip_actions=1"], "clip/converted-v0", env="ClipStill-v0")
     np.testing.assert_array_equal(load_dataset("clip/converted-v0").actions, np.clip(columns()["actions"], -1, 1))
+    rows = [f"{index // 10},{value},0.0" for index, value in enumerate(columns()["actions"][:, 0])]
+    (tmp_path / "log.csv").write_text("\n".join(["episode,action,obs", *rows]))
+    bounds: dict[str, Any] = {"action_low": -1, "action_high": 1}
+    for reward in (lambda o, a, n: np.zeros(len(a)), lambda o, a, n: a[:, 0]):
+        made = convert_logs(
+            [tmp_path / "log.csv"], "clip/table-v0", clip_actions=True, reward_function=reward, overwrite=True, **bounds
+        )
+        assert any("transitions were clipped" in note for note in made.notes)
+        assert np.abs(load_dataset("clip/table-v0").actions).max() == 1.0
+        kept = [f"{tmp_path / 'plain.npz'}?clip_actions=1"]
+        convert_logs(kept, "clip/rewarded-v0", reward_function=reward, overwrite=True, **bounds)
+        np.testing.assert_array_equal(load_dataset("clip/rewarded-v0").actions, np.clip(columns()["actions"], -1, 1))
+    with pytest.raises(ValueError, match="clip_actions"):
+        convert_logs([tmp_path / "log.csv"], "clip/table-v1", reward_function=lambda o, a, n: np.zeros(len(a)), **bounds)
 
 
 @pytest.mark.parametrize(("value", "means"), [("1", True), ("true", True), (True, True), (0, False), ("no", False)])
