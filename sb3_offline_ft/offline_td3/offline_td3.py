@@ -114,8 +114,8 @@ class OfflineTD3(TD3):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param dataset: The logged data: a spec such as ``"mujoco/hopper/medium-v0"``, a list of specs (see
-        :func:`sb3_offline_ft.load_dataset`), an :class:`OfflineDataset` or a ``minari.MinariDataset``. Loaded at the first use; a saved
-        model holds its spec and fingerprint, not the data
+        :func:`sb3_offline_ft.load_dataset`), an :class:`OfflineDataset` or a ``minari.MinariDataset``. Loaded at the
+        first use; a saved model holds its spec and fingerprint, not the data
     :param offline_steps: Gradient steps of pretraining before the first interaction; :meth:`learn` does what is left
     :param offline_fraction: Share of offline transitions in each online batch, exact, in [0, 1]:
         a number or a schedule (see :func:`sb3_offline_ft.common.schedules.make_schedule`)
