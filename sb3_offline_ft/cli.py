@@ -151,6 +151,9 @@ def dataset_convert(
     episode: Annotated[str | None, typer.Option(help="Column: number or name of the episode.")] = None,
     time: Annotated[str | None, typer.Option(help="Column that the rows of an episode are sorted by.")] = None,
     join_files: Annotated[bool, typer.Option("--join-files", help="An episode may go on in the next file.")] = False,
+    clip_actions: Annotated[
+        bool, typer.Option("--clip-actions", help="Clip actions that were recorded before clipping to their bounds.")
+    ] = False,
     reward_function: Annotated[
         str | None,
         typer.Option(help="module:function that computes all rewards from arrays (observations, actions, next observations)."),
@@ -187,6 +190,7 @@ def dataset_convert(
             action_low=_numbers(action_low, "--action-low"),
             action_high=_numbers(action_high, "--action-high"),
             join_files=join_files,
+            clip_actions=clip_actions,
             reward_function=None if reward_function is None else load_function(reward_function),
             random_score=random_score,
             expert_score=expert_score,

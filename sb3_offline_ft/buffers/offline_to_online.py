@@ -24,7 +24,8 @@ from sb3_offline_ft.common.observations import Observations, map_observations, m
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples, Schedule, ScheduleLike
-from sb3_offline_ft.datasets import OfflineDataset, check_compatible, fit_to_space, scale_actions
+from sb3_offline_ft.datasets import OfflineDataset, check_compatible, clip_actions, fit_to_space, scale_actions
+from sb3_offline_ft.datasets.columns import as_flags, check_numbers
 
 Array = npt.NDArray[Any]
 
@@ -278,6 +279,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         """
         assert isinstance(self.action_space, spaces.Box)
         check_compatible(dataset, self.observation_space, self.action_space)
+        dataset = clip_actions(dataset, self.action_space)
         actions = scale_actions(dataset.actions, self.action_space).reshape(len(dataset), self.action_dim)
         dataset = fit_to_space(dataset, self.observation_space)
         offline = OfflineTransitions(dataset, actions, self.handle_timeout_termination, self.gamma)
@@ -645,6 +647,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             for name, array in self._ring().items():
                 if columns[name].shape != (len(columns["rewards"]), *array.shape[1:]):
                     raise ValueError(f"{name} has the shape {columns[name].shape}")
+            self._check_columns(columns, str(path))
             place = int(facts["pos"]), bool(facts["full"]), int(facts["buffer_size"])
             sampler = str(facts["sampler"])
         except (KeyError, TypeError, ValueError) as error:
@@ -682,6 +685,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         if other.optimize_memory_usage:
             raise ValueError(f"{name} was filled with `optimize_memory_usage=True`: expected False; gather it anew without.")
         columns = {column: array[: other.size()] for column, array in OfflineToOnlineReplayBuffer._ring(other).items()}  # type: ignore[arg-type]
+        self._check_columns(columns, name)
         self._fill(columns, other.pos, other.full, other.buffer_size)
 
     def _check_signature(self, found: dict[str, Any], name: str) -> None:
@@ -697,6 +701,13 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
                     f"{name} was saved with {key} {found[key]}, this learner has {expected}: "
                     f"load it into a learner with the same {same_thing}."
                 )
+
+    def _check_columns(self, columns: dict[str, Array], where: str) -> None:
+        for name, ring in self._ring().items():
+            if name in ("dones", "timeouts"):
+                as_flags(columns[name], name, where)
+            else:
+                check_numbers(columns[name], name, where, ring.dtype)
 
     def _fill(self, columns: dict[str, Array], pos: int, full: bool, capacity: int) -> None:
         if capacity != self.buffer_size:

@@ -5,7 +5,13 @@ from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_
 from sb3_offline_ft.datasets.sources import BUNDLED, check_spec, load_dataset, spec_text
 from sb3_offline_ft.datasets.spaces import check_spaces_supported
 from sb3_offline_ft.datasets.specs import DatasetSpec
-from sb3_offline_ft.datasets.validation import check_compatible, fit_to_space, scale_actions
+from sb3_offline_ft.datasets.validation import (
+    as_flattened_by,
+    check_compatible,
+    clip_actions,
+    fit_to_space,
+    scale_actions,
+)
 
 __all__ = [
     "BUNDLED",
@@ -13,9 +19,11 @@ __all__ = [
     "DatasetSpec",
     "OfflineDataset",
     "ReferenceScores",
+    "as_flattened_by",
     "check_compatible",
     "check_spaces_supported",
     "check_spec",
+    "clip_actions",
     "fit_to_space",
     "load_dataset",
     "reference_scores_for",

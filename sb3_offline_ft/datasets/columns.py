@@ -94,8 +94,7 @@ def as_float(column: npt.ArrayLike, name: str, where: str, copy: bool) -> FloatA
     if isinstance(column, Mapping | tuple):
         raise ValueError(f"{where}: {name} must be one array, found a {type(column).__name__}; it is not supported")
     array = np.asarray(column)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{where}: {name} must hold real numbers, found dtype {array.dtype}. Convert them to float32.")
+    check_numbers(array, name, where)
     if array.dtype.kind not in "f" and name == "actions":
         raise ValueError(
             f"{where}: actions must be floats, found dtype {array.dtype}. "
@@ -105,15 +104,29 @@ def as_float(column: npt.ArrayLike, name: str, where: str, copy: bool) -> FloatA
         return np.array(array, dtype=np.float32, order="C") if copy else np.ascontiguousarray(array, dtype=np.float32)
 
 
+def check_numbers(array: Array, name: str, where: str, dtype: npt.DTypeLike = np.float32) -> None:
+    """Check that an array can become a column, so that neither text nor objects are taken as numbers.
+
+    :param array: Any shape.
+    :param name: The column's name, for messages.
+    :param where: Names the dataset at the start of messages.
+    :param dtype: The column's type; ``uint8`` is for images, which are not converted.
+    :raises ValueError: if it does not hold real numbers, or no images where they are expected.
+    """
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{where}: {name} must hold real numbers, {_found(array)}. Convert them to float32.")
+    if np.dtype(dtype) == np.uint8 != array.dtype:
+        raise ValueError(
+            f"{where}: {name} must be uint8 images as in its space, found dtype {array.dtype}. Convert them with "
+            "astype(np.uint8) after bringing them to 0 to 255."
+        )
+
+
 def _as_numbers(column: Any, name: str, space: spaces.Space[Any] | None, where: str, copy: bool) -> Array:
     array = np.asarray(column)
     is_image = array.dtype == np.uint8 and array.ndim > 2 if space is None else column_dtype(space) is np.uint8
     if is_image:
-        if array.dtype != np.uint8:
-            raise ValueError(
-                f"{where}: {name} must be uint8 images as in its space, found dtype {array.dtype}. Convert them with "
-                "astype(np.uint8) after bringing them to 0 to 255."
-            )
+        check_numbers(array, name, where, np.uint8)
         return np.array(array, order="C") if copy else np.ascontiguousarray(array)
     numbers = as_float(array, name, where, copy)
     if isinstance(space, spaces.Discrete):
@@ -138,7 +151,7 @@ def as_flags(column: npt.ArrayLike, name: str, where: str) -> BoolArray:
     """
     array = np.asarray(column)
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{where}: {name} must be booleans, found dtype {array.dtype}")
+        raise ValueError(f"{where}: {name} must be booleans, {_found(array)}")
     flags = array.astype(np.bool_)
     if array.dtype.kind != "b":
         wrong = np.flatnonzero(array.reshape(-1) != flags.reshape(-1))
@@ -267,6 +280,10 @@ def check_finite(columns: dict[str, Any], starts: IntArray, where: str) -> None:
                 f"(episode {episode}, step {first - int(starts[episode])}): {column[first]}. "
                 "Remove these episodes or repair the values."
             )
+
+
+def _found(array: Array) -> str:
+    return f"found dtype {array.dtype}" + (f", such as {array.flat[0]!r}" if array.size else "")
 
 
 def _keys(keys: Any) -> str:

@@ -23,12 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sb3_offline_ft.common.observations import Observations, map_observations, named_arrays
 from sb3_offline_ft.datasets.column_map import ColumnMap
+from sb3_offline_ft.datasets.keys import dict_of
 from sb3_offline_ft.datasets.minari_writing import check_new_id, write_minari
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
 from sb3_offline_ft.datasets.sources import load_dataset
 from sb3_offline_ft.datasets.tables import RewardFunction, is_table, read_tables, with_rewards
-from sb3_offline_ft.datasets.validation import check_compatible, fit_to_space
+from sb3_offline_ft.datasets.validation import as_flattened_by, check_compatible, fit_to_space, with_clipping
+from sb3_offline_ft.datasets.validation import clip_actions as clipped_to
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def convert_logs(
     action_low: npt.ArrayLike | None = None,
     action_high: npt.ArrayLike | None = None,
     join_files: bool = False,
+    clip_actions: bool = False,
     reward_function: RewardFunction | None = None,
     random_score: float | None = None,
     expert_score: float | None = None,
@@ -77,6 +80,7 @@ def convert_logs(
         dimension.
     :param action_high: Upper bounds.
     :param join_files: Let an episode go on from one table to the next.
+    :param clip_actions: Clip all actions to their bounds instead of refusing those beyond.
     :param reward_function: Computes all rewards from observations, actions and next observations of ``N`` rows.
     :param random_score: Mean return of a random policy; by default that known for the environment.
     :param expert_score: Mean return of an expert.
@@ -99,11 +103,15 @@ def convert_logs(
     with warnings.catch_warnings(record=True) as caught, _environment(env) as (made, env_spaces):
         warnings.simplefilter("always")
         bounds = _bounds(action_low, action_high)
+        options |= {"clip_actions": True} if clip_actions else {}
         datasets = _read(tables, others, columns, env_spaces, bounds, join_files, reward_function, console, options)
         observation_space, action_space = _spaces(datasets, env_spaces, bounds)
+        if made is not None:
+            datasets = [as_flattened_by(dataset, made) for dataset in datasets]
         for dataset in datasets:
             check_compatible(dataset, observation_space, action_space)
-        datasets = [fit_to_space(dataset, observation_space) for dataset in datasets]
+        assert isinstance(action_space, spaces.Box)
+        datasets = [clipped_to(fit_to_space(dataset, observation_space), action_space) for dataset in datasets]
         scores = _scores(datasets, made, random_score, expert_score)
         written = _Episodes(datasets, console)
         folder = write_minari(
@@ -121,6 +129,9 @@ def convert_logs(
             check=lambda folder: _check_same(folder, datasets),
         )
     notes = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+    for dataset in datasets:
+        if (clipped := dataset.provenance.get("actions_clipped", {}).get("rows", 0)) > 0:
+            notes[f"{dataset.name}: actions of {clipped:,} transitions were clipped to their bounds."] = None
     if written.n_split:
         notes[
             f"{written.n_split:,} episode{'s were' if written.n_split > 1 else ' was'} cut where a row does not continue from "
@@ -287,18 +298,18 @@ def _read(
     with progress_bar(console) as progress:
         task = progress.add_task("reading", total=len(tables) + len(others))
         if tables:
-            datasets.append(
-                read_tables(
-                    tables,
-                    columns,
-                    join=join_files,
-                    reward_function=reward_function,
-                    action_space=action_space if isinstance(action_space, spaces.Box) else None,
-                    name=_sources(tables, ()),
-                    progress=lambda path: progress.update(task, advance=1, description=f"reading {path.name}"),
-                    announce=lambda found: _announce(found, tables[0], console),
-                )
+            clips = options.get("clip_actions", False)
+            table = read_tables(
+                tables,
+                columns,
+                join=join_files,
+                reward_function=reward_function,
+                action_space=action_space if isinstance(action_space, spaces.Box) and not clips else None,
+                name=_sources(tables, ()),
+                progress=lambda path: progress.update(task, advance=1, description=f"reading {path.name}"),
+                announce=lambda found: _announce(found, tables[0], console),
             )
+            datasets.append(with_clipping(table) if clips else table)
         for other in others:
             dataset = load_dataset(other, **options)
             if reward_function is not None:
@@ -387,7 +398,7 @@ def _space_of(observations: Observations) -> spaces.Space[Any]:
         return spaces.Box(-np.inf, np.inf, array.shape[1:], np.float32)
 
     boxes = map_observations(one, observations)
-    return spaces.Dict(boxes) if isinstance(boxes, dict) else boxes
+    return dict_of(boxes) if isinstance(boxes, dict) else boxes
 
 
 def _names(dataset: OfflineDataset) -> list[str]:

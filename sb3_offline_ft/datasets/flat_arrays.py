@@ -8,6 +8,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_offline_ft.common.observations import Array, map_observations, n_rows, named_arrays, take_rows
+from sb3_offline_ft.datasets.columns import as_flags, as_float
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import Source
 
@@ -72,7 +73,8 @@ def dataset_from_arrays(arrays: dict[str, Array], source: Source, where: str) ->
     action_space = None
     if low is not None and high is not None:
         try:
-            action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+            low, high = as_float(low, "action_low", where, True), as_float(high, "action_high", where, True)
+            action_space = spaces.Box(low, high, dtype=np.float32)
         except Exception as error:
             raise ValueError(f"{where}: action_low {low} and action_high {high} make no Box ({error}).") from error
     assert source.path is not None
@@ -94,10 +96,10 @@ def _derive_next_observations(columns: dict[str, Any], provenance: dict[str, Any
     for name, array in (*named_arrays(columns["observations"], "observations"), *others):
         if array.ndim == 0 or len(array) != length:
             raise ValueError(f"{where}: {name} must have as many rows as observations ({length}), found shape {array.shape}")
-    terminated = columns["terminations"].astype(np.bool_)
+    terminated = as_flags(columns["terminations"], "terminations", where)
     ends = terminated.copy()
     if "truncations" in columns:
-        ends |= columns["truncations"].astype(np.bool_)
+        ends |= as_flags(columns["truncations"], "truncations", where)
     if ends.ndim != 1:
         raise ValueError(f"{where}: terminations must have shape ({length},), found {terminated.shape}")
     ends[-1] = True

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Real
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,11 @@ from sb3_offline_ft.datasets.columns import (
     mark_joints,
     with_keys_of,
 )
+from sb3_offline_ft.datasets.keys import choose_keys, dict_of, no_keys, parse_keys
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores
 from sb3_offline_ft.datasets.spaces import check_spaces_supported, space_difference
+
+KeyOrder: TypeAlias = Literal["recorded", "named", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class DatasetPart:
     :param end: The row after its last one.
     :param weight: Its share of the offline rows that a replay buffer samples; ``None`` in all parts stands for shares
         in proportion to the numbers of rows.
+    :param clip_actions: Whether its actions are clipped to the bounds of the environment's instead of being refused.
     """
 
     name: str
@@ -51,6 +55,7 @@ class DatasetPart:
     begin: int
     end: int
     weight: float | None = None
+    clip_actions: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -75,6 +80,8 @@ class OfflineDataset:
     :param provenance: What is known about where the data comes from; JSON-able.
     :param reference_scores: Scores of a random policy and an expert, if known.
     :param sources: What the rows come from, in order; by default one part, the dataset itself.
+    :param key_order: What the order of the keys of ``Dict`` observations is: ``"recorded"`` that of the environment they were
+        recorded in, ``"named"`` the one that the user asked for, ``"unknown"`` any. It counts where they are flattened.
     """
 
     observations: Observations
@@ -91,6 +98,7 @@ class OfflineDataset:
     provenance: dict[str, Any] = field(default_factory=dict)
     reference_scores: ReferenceScores | None = None
     sources: tuple[DatasetPart, ...] = ()
+    key_order: KeyOrder = "recorded"
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -113,6 +121,7 @@ class OfflineDataset:
         name: str = "arrays",
         provenance: dict[str, Any] | None = None,
         reference_scores: ReferenceScores | None = None,
+        key_order: KeyOrder = "recorded",
         copy: bool = True,
     ) -> Self:
         """Check columns and make a dataset of them.
@@ -135,13 +144,14 @@ class OfflineDataset:
         :param name: For titles and logs.
         :param provenance: Anything JSON-able about the origin of the data.
         :param reference_scores: Scores of a random policy and an expert.
+        :param key_order: What the order of the keys of ``observation_space`` is.
         :param copy: Copy the columns. ``False`` keeps arrays that already have the right type and makes
             them read-only: only for a caller that gives them away.
         :return: The dataset.
         :raises ValueError: if the data is empty, a column has a wrong shape or type or holds NaN or infinity,
             the spaces do not fit or are not supported, or ``episode_starts`` is not increasing from 0.
         """
-        where = f"Dataset {name!r}"
+        where = f"Dataset {spec or name!r}"
         check_spaces_supported(observation_space, action_space, where)
         columns: dict[str, Any] = {
             "observations": as_observations(observations, "observations", observation_space, where, copy),
@@ -189,6 +199,7 @@ class OfflineDataset:
             name=name,
             provenance=provenance,
             reference_scores=reference_scores,
+            key_order=key_order,
         )
 
     def with_facts(self, **facts: Any) -> Self:
@@ -250,6 +261,37 @@ class OfflineDataset:
             sources=_with_shares([replace(part, spec=None) for part in parts if part.end > part.begin]),
         )
 
+    def select_keys(self, keys: Sequence[str] | str) -> Self:
+        """Take some of the keys of ``Dict`` observations, in the order in which a flattened environment puts them together.
+
+        The columns are shared. Its ``spec`` is ``None``.
+
+        :param keys: Names; those of nested Dicts are joined by ``/``, and the name of one stands for all in it.
+        :return: The dataset.
+        :raises ValueError: if the observations have no keys, or no such key, or one is named twice.
+        """
+        where = f"Dataset {self.name!r}"
+        if not isinstance(self.observations, dict):
+            raise no_keys(where, self.observations.shape[1:])
+        chosen = choose_keys(parse_keys(keys, where), list(self.observations), where)
+        return replace(
+            self._with_keys(chosen),
+            spec=None,
+            provenance=self.provenance | {"keys": chosen},
+            sources=tuple(replace(part, spec=None) for part in self.sources),
+            key_order="named",
+        )
+
+    def _with_keys(self, keys: Sequence[str]) -> Self:
+        assert isinstance(self.observations, dict) and isinstance(self.next_observations, dict)
+        space = self.observation_space
+        return replace(
+            self,
+            observations={key: self.observations[key] for key in keys},
+            next_observations={key: self.next_observations[key] for key in keys},
+            observation_space=dict_of({key: space[key] for key in keys}) if isinstance(space, spaces.Dict) else space,
+        )
+
     @classmethod
     def concatenate(cls, datasets: Sequence[Self], weights: Sequence[float] | None = None) -> Self:
         """Put datasets together, one after the other.
@@ -266,6 +308,7 @@ class OfflineDataset:
             raise ValueError("Give at least one dataset to concatenate, found none.")
         for other in datasets[1:]:
             _check_same_kind(datasets[0], other)
+        datasets, key_order = _with_one_order(datasets)
         shares = _shares(datasets, weights)
         offsets = np.cumsum([0, *map(len, datasets)])
         names = _distinct([part.name for dataset in datasets for part in dataset.sources])
@@ -275,7 +318,7 @@ class OfflineDataset:
                 within = (part.end - part.begin) / len(dataset) if part.weight is None else part.weight
                 weight = None if share is None else share * within
                 span = (offset + part.begin, offset + part.end)
-                parts.append(DatasetPart(names[len(parts)], part.spec, *span, weight))
+                parts.append(replace(part, name=names[len(parts)], begin=span[0], end=span[1], weight=weight))
         columns = {
             name: map_observations(
                 lambda *arrays: _frozen(np.concatenate(arrays)), *(getattr(dataset, name) for dataset in datasets)
@@ -302,6 +345,7 @@ class OfflineDataset:
             },
             reference_scores=scores.pop() if len(scores) == 1 else None,
             sources=_with_shares(parts),
+            key_order=key_order,
         )
 
     def __len__(self) -> int:
@@ -375,6 +419,8 @@ class OfflineDataset:
     def fingerprint(self) -> str:
         """SHA-256 of every column's name, type, shape and bytes: equal data has equal fingerprints, however stored."""
         digest = hashlib.sha256()
+        if self.key_order == "named" and isinstance(self.observations, dict):
+            digest.update(f"keys in the order {list(self.observations)}\n".encode())
         for column in COLUMNS:
             # The order of keys is the source's
             for name, array in sorted(named_arrays(getattr(self, column), column)):
@@ -436,6 +482,17 @@ def _shares(datasets: Sequence[OfflineDataset], weights: Sequence[float] | None)
     if all(part.weight is None for dataset in datasets for part in dataset.sources):
         return [None] * len(datasets)
     return [len(dataset) / sum(map(len, datasets)) for dataset in datasets]
+
+
+def _with_one_order(datasets: list[Any]) -> tuple[list[Any], KeyOrder]:
+    """Bring Dict observations into the order of keys that is known of some of the datasets, if they agree."""
+    known = {
+        tuple(one.observations): one for one in datasets if isinstance(one.observations, dict) and one.key_order != "unknown"
+    }
+    if len(known) != 1:
+        return datasets, "unknown" if isinstance(datasets[0].observations, dict) else "recorded"
+    ((keys, one),) = known.items()
+    return [dataset._with_keys(keys) for dataset in datasets], one.key_order
 
 
 def _with_shares(parts: list[DatasetPart]) -> tuple[DatasetPart, ...]:

@@ -15,6 +15,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_offline_ft.common.observations import Array, Observations, map_observations
+from sb3_offline_ft.datasets.columns import as_flags, as_float
 from sb3_offline_ft.datasets.npz_files import open_archive, read_array
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import ContentError, Source, reading
@@ -194,9 +195,9 @@ def _dataset_of(
         )
     if ring.n_slots == 0:
         raise ValueError(f"{where} is empty: expected at least one transition, found none.")
-    dones = ring.in_order(ring.dones) > 0.0
+    dones = as_flags(ring.in_order(ring.dones), "dones", where)
     # Where the recording was cut, without the end of an episode, too
-    truncations = ring.in_order(ring.timeouts) > 0.0
+    truncations = as_flags(ring.in_order(ring.timeouts), "timeouts", where)
     terminations = dones & ~truncations
     # The last step of each environment, unless it ended an episode
     last = slice(ring.n_slots - 1, None, ring.n_slots)
@@ -211,7 +212,7 @@ def _dataset_of(
     }
     return OfflineDataset.from_columns(
         map_observations(ring.in_order, ring.observations),
-        _unscale(ring.in_order(ring.actions), action_space, where),
+        _unscale(as_float(ring.in_order(ring.actions), "actions", where, copy=False), action_space, where),
         ring.in_order(ring.rewards),
         map_observations(ring.in_order, ring.next_observations),
         terminations,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import minari
+import numpy as np
 from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.storage.datasets_root_dir import get_dataset_path
 
@@ -24,7 +25,8 @@ from sb3_offline_ft.datasets.replay_buffer_files import (
     load_replay_buffer,
     open_own_replay_buffer,
 )
-from sb3_offline_ft.datasets.specs import DatasetSpec, PartSpec, join_specs, parse_spec
+from sb3_offline_ft.datasets.specs import Base, DatasetSpec, PartSpec, join_specs, parse_spec
+from sb3_offline_ft.datasets.validation import with_clipping
 
 BUNDLED: tuple[str, ...] = ("hopper-medium", "pendulum-medium")
 """Names of the datasets that come with the package; load one with ``load_dataset("bundled:<name>")``."""
@@ -62,7 +64,11 @@ def load_dataset(
     ``path/to/buffer.pkl``         a replay buffer written by SB3's ``save_replay_buffer``, if ``trust_pickle``; or one of
                                    this package (``.npz`` as well), which is no pickle file
     ``bundled:hopper-medium``      small real data that comes with the package, see :data:`BUNDLED`
+    a ``minari.MinariDataset``     such as ``minari.load_dataset(id).filter_episodes(...)``: the episodes that it holds
     ``<spec>?min_return=1000``     only some episodes: the filters below, joined by ``&``
+    ``<spec>?keys=a,b/c``          only some keys of ``Dict`` observations; in a flattened environment, put together in this
+                                   order. Those of nested Dicts are joined by ``/``
+    ``<spec>?clip_actions=1``      actions that were recorded before clipping are clipped to the bounds, instead of refused
     ``<spec> + <spec>``            several together; ``0.7*<spec> + 0.3*<spec>`` with their shares of the batches
     =============================  ==================================================================================
 
@@ -71,7 +77,7 @@ def load_dataset(
 
     The filters are ``min_return``, ``max_return``, ``min_length``, ``max_length`` (inclusive), ``top_fraction`` (the episodes
     of the highest returns, a share in (0, 1]), ``episodes`` (at most so many: the first, or a random choice by ``seed``), in
-    this order. In a list they hold for each part.
+    this order. In a list they hold for each part. ``keys`` and ``clip_actions`` may be keywords too.
 
     Columns are float32, images uint8. Time limits are truncations, and the last row of an episode without a flag becomes one.
 
@@ -79,7 +85,7 @@ def load_dataset(
     :param download: Whether a Minari id that is not there locally may be downloaded.
     :param trust_pickle: Whether pickle files may be read: that runs code which the file holds.
     :param progress_bar: Whether to show the episodes that have been read of Minari data (needs tqdm and rich).
-    :param filters: Filters for all parts, in addition to those in the spec.
+    :param filters: Filters, ``keys`` and ``clip_actions`` for all parts, in addition to those in the spec.
     :return: The dataset; its ``spec`` loads it again.
     :raises FileNotFoundError: if there is no such file, folder, id or bundled name.
     :raises ValueError: if the spec is malformed, no episode passes the filters, the parts do not go together, or the data is
@@ -110,6 +116,7 @@ def check_spec(spec: DatasetSpec, *, download: bool = True, trust_pickle: bool =
         if isinstance(part.base, OfflineDataset):
             continue
         source = _resolve(part.base, download)
+        given = part.base if isinstance(part.base, minari.MinariDataset) else None
         if source.path is None:
             continue
         if source.kind == "npz":
@@ -124,7 +131,7 @@ def check_spec(spec: DatasetSpec, *, download: bool = True, trust_pickle: bool =
         elif source.kind == "replay-buffer":
             check_trust(source.path, part.trust_pickle)
         else:
-            open_minari(source, source.path)
+            open_minari(source, source.path, part.keys, given)
 
 
 def spec_text(spec: DatasetSpec) -> str | None:
@@ -136,53 +143,79 @@ def spec_text(spec: DatasetSpec) -> str | None:
     :raises TypeError: as :func:`load_dataset`.
     """
     parts = parse_spec(spec, {}, False, _ACCEPTED)
-    texts = [
-        None if isinstance(part.base, OfflineDataset) else part.text(_base_text(part.base), part.trust_pickle)
-        for part in parts
-    ]
+    bases = [_base_text(part.base) for part in parts]
+    texts = [None if base is None else part.text(base, part.trust_pickle) for part, base in zip(parts, bases, strict=True)]
     return join_specs(texts, [part.weight for part in parts])
 
 
-def _base_text(base: str | os.PathLike[str]) -> str:
+def _base_text(base: Base) -> str | None:
+    """The string that names a source, if there is one."""
+    if isinstance(base, OfflineDataset) or (isinstance(base, minari.MinariDataset) and not _is_whole(base)):
+        return None
+    if isinstance(base, minari.MinariDataset):
+        return _source_of(base).spec
     # A path that is no string is no Minari id, which a relative one would be taken for
     return base if isinstance(base, str) else os.path.abspath(base)
 
 
+def _is_whole(dataset: minari.MinariDataset) -> bool:
+    return np.array_equal(dataset.episode_indices, np.arange(dataset.storage.total_episodes))
+
+
+def _source_of(dataset: minari.MinariDataset) -> Source:
+    data = Path(dataset.storage.data_path).absolute()
+    local = _local_data_folder(dataset.id)
+    if local is not None and local.resolve() == data.resolve():
+        return Source("minari", dataset.id, dataset.id, data)
+    return Source("minari-folder", str(data.parent if data.name == "data" else data), dataset.id, data)
+
+
 def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDataset:
     if isinstance(part.base, OfflineDataset):
-        if not part.filters.given():
+        if not part.filters.given() and part.keys is None and not part.clip_actions:
             return part.base
-        dataset = part.base
+        dataset = part.base if part.keys is None else part.base.select_keys(part.keys)
         # A spec with options cannot take more, as filters are applied in one order
-        is_plain = dataset.spec is not None and "?" not in dataset.spec and len(dataset.sources) == 1
-        spec = part.text(dataset.spec or "", needs_trust=False) if is_plain else None
+        given = part.base.spec
+        is_plain = given is not None and "?" not in given and len(dataset.sources) == 1
+        spec = part.text(given or "", needs_trust=False) if is_plain else None
     else:
         source = _resolve(part.base, download)
         if source.path is None:
             source = _download(source)
         assert source.path is not None
-        spec = part.text(source.spec, needs_trust=source.kind == "replay-buffer")
-        dataset = _load_source(source, source.path, part.trust_pickle, progress_bar)
+        spec = None
+        if not isinstance(part.base, minari.MinariDataset) or _is_whole(part.base):
+            spec = part.text(source.spec, needs_trust=source.kind == "replay-buffer")
+        dataset = _load_source(source, source.path, part, progress_bar)
     name = part.text(dataset.name, needs_trust=False)
-    return part.filters.apply(dataset).with_facts(spec=spec, name=name)
+    dataset = part.filters.apply(dataset)
+    if part.clip_actions:
+        dataset = with_clipping(dataset)
+    return dataset.with_facts(spec=spec, name=name)
 
 
-def _load_source(source: Source, path: Path, trust_pickle: bool, progress_bar: bool) -> OfflineDataset:
+def _load_source(source: Source, path: Path, part: PartSpec, progress_bar: bool) -> OfflineDataset:
     match source.kind:
         case "npz":
-            return load_npz(source, path)
+            dataset = load_npz(source, path)
         case "hdf5":
-            return load_hdf5(source, path)
+            dataset = load_hdf5(source, path)
         case "own-replay-buffer":
-            return load_own_replay_buffer(source, path)
+            dataset = load_own_replay_buffer(source, path)
         case "replay-buffer":
-            check_trust(path, trust_pickle)
-            return load_replay_buffer(source, path)
+            check_trust(path, part.trust_pickle)
+            dataset = load_replay_buffer(source, path)
         case _:
-            return load_minari(source, path, progress_bar)
+            # Reads no more than the keys
+            given = part.base if isinstance(part.base, minari.MinariDataset) else None
+            return load_minari(source, path, open_minari(source, path, part.keys, given), progress_bar)
+    return dataset if part.keys is None else dataset.select_keys(part.keys)
 
 
-def _resolve(spec: str | os.PathLike[str], download: bool) -> Source:
+def _resolve(spec: str | os.PathLike[str] | minari.MinariDataset, download: bool) -> Source:
+    if isinstance(spec, minari.MinariDataset):
+        return _source_of(spec)
     text = os.fspath(spec).strip()
     if text.startswith(_BUNDLED_PREFIX):
         return _resolve_bundled(text)

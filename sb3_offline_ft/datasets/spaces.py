@@ -8,18 +8,20 @@ from gymnasium import spaces
 
 
 def check_spaces_supported(
-    observation_space: spaces.Space[Any] | None, action_space: spaces.Space[Any] | None, where: str
+    observation_space: spaces.Space[Any] | None, action_space: spaces.Space[Any] | None, where: str, advice: str = ""
 ) -> None:
     """Refuse spaces that the columns cannot hold.
 
     :param observation_space: ``None`` is not checked.
     :param action_space: ``None`` is not checked.
     :param where: Names the dataset or environment at the start of the message.
+    :param advice: What else to do if it is about a key of the observations.
     :raises ValueError: if observations are neither a ``Box`` nor a ``Dict`` of ``Box`` and ``Discrete`` spaces, or actions
         are not a ``Box`` of floats.
     """
     flatten = "Flatten them before recording (gymnasium.wrappers.FlattenObservation)."
     if isinstance(observation_space, spaces.Dict):
+        flatten = " ".join([flatten, advice]).strip()
         if not observation_space.spaces:
             raise ValueError(f"{where}: observations must have at least one key, found an empty Dict.")
         for key, space in observation_space.spaces.items():

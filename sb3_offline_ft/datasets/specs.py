@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import minari
+
 from sb3_offline_ft.datasets.filters import FILTERS, EpisodeFilters, check_option_names, format_number, format_options
+from sb3_offline_ft.datasets.keys import format_keys, parse_keys
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 
-DatasetSpec: TypeAlias = str | os.PathLike[str] | OfflineDataset | Mapping[str, Any] | Sequence[Any]
+Base: TypeAlias = str | os.PathLike[str] | OfflineDataset | minari.MinariDataset
+DatasetSpec: TypeAlias = Base | Mapping[str, Any] | Sequence[Any]
 """What :func:`load_dataset` takes."""
 
-_OPTIONS = (*FILTERS, "trust_pickle")
+_OPTIONS = (*FILTERS, "keys", "clip_actions", "trust_pickle")
 _QUERY = re.compile(r"[A-Za-z_]\w*=[^=&?]*(&[A-Za-z_]\w*=[^=&?]*)*")
 _WEIGHTED = re.compile(r"([\d.][\d.eE+-]*)\s*\*\s*(.+)", re.DOTALL)
 _PLUS = re.compile(r"\s\+\s")
@@ -27,12 +31,16 @@ class PartSpec:
     :param filters: Which episodes.
     :param trust_pickle: Whether it may be unpickled.
     :param weight: Its share, not normalised, or ``None``.
+    :param keys: Which observations of a ``Dict``, in order; ``None`` for all.
+    :param clip_actions: Whether to clip its actions to the bounds of the action space.
     """
 
-    base: str | os.PathLike[str] | OfflineDataset
+    base: Base
     filters: EpisodeFilters
     trust_pickle: bool
     weight: float | None = None
+    keys: tuple[str, ...] | None = None
+    clip_actions: bool = False
 
     def text(self, base: str, needs_trust: bool) -> str:
         """
@@ -40,8 +48,11 @@ class PartSpec:
         :param needs_trust: Whether it is a file that is unpickled.
         :return: The text that names it with these options.
         """
-        options = format_options(self.filters.given() | ({"trust_pickle": 1} if needs_trust else {}))
-        return f"{base}?{options}" if options else base
+        numbers = ({"clip_actions": 1} if self.clip_actions else {}) | self.filters.given()
+        numbers |= {"trust_pickle": 1} if needs_trust else {}
+        texts = [f"keys={format_keys(self.keys)}"] if self.keys else []
+        texts += [format_options(numbers)] if numbers else []
+        return "?".join([base, "&".join(texts)]) if texts else base
 
 
 def parse_spec(spec: Any, options: Mapping[str, Any], trust_pickle: bool, accepted: str) -> list[PartSpec]:
@@ -65,16 +76,18 @@ def parse_spec(spec: Any, options: Mapping[str, Any], trust_pickle: bool, accept
         entries = [_parse_entry(spec, accepted)]
     parts: list[PartSpec] = []
     for base, weight, given in entries:
-        where = f"Dataset {base.name if isinstance(base, OfflineDataset) else str(base)!r}"
+        where = f"Dataset {_name(base)}"
         check_option_names({**given, **options}, _OPTIONS, where)
         for name in given.keys() & options.keys():
-            if str(given[name]) != str(options[name]):
+            if _differs(name, given[name], options[name]):
                 raise ValueError(
                     f"{where}: {name} is {given[name]} in the spec and {options[name]} as a keyword: give it once."
                 )
         chosen = dict(options) | given
         trusted = _truth(chosen.pop("trust_pickle", False), where) or trust_pickle
-        parts.append(PartSpec(base, EpisodeFilters.parse(chosen, where), trusted, weight))
+        keys, clipped = chosen.pop("keys", None), _truth(chosen.pop("clip_actions", False), where, "clip_actions")
+        keys = None if keys is None else parse_keys(keys, where)
+        parts.append(PartSpec(base, EpisodeFilters.parse(chosen, where), trusted, weight, keys, clipped))
     unweighted = [str(part.base) for part in parts if part.weight is None]
     if 0 < len(unweighted) < len(parts):
         raise ValueError(
@@ -84,12 +97,28 @@ def parse_spec(spec: Any, options: Mapping[str, Any], trust_pickle: bool, accept
     return parts
 
 
-_Entry = tuple[str | os.PathLike[str] | OfflineDataset, float | None, dict[str, Any]]
+def _name(base: Base) -> str:
+    """The name of a source as it stands in messages."""
+    if isinstance(base, minari.MinariDataset):
+        return repr(base.id)
+    return repr(base.name if isinstance(base, OfflineDataset) else str(base))
+
+
+def _differs(name: str, one: Any, other: Any) -> bool:
+    """Whether an option that is given twice means two things."""
+    if name == "keys":
+        return parse_keys(one, name) != parse_keys(other, name)
+    if name == "clip_actions":
+        return _truth(one, name, name) != _truth(other, name, name)
+    return str(one) != str(other)
+
+
+_Entry = tuple[Base, float | None, dict[str, Any]]
 
 
 def _parse_entry(entry: Any, accepted: str) -> _Entry:
     """One entry of a list: a spec of one source, a pair of it and a weight, or a mapping with options."""
-    if isinstance(entry, OfflineDataset | os.PathLike):
+    if isinstance(entry, OfflineDataset | minari.MinariDataset | os.PathLike):
         return entry, None, {}
     if isinstance(entry, str):
         entries = _parse_text(entry, accepted)
@@ -107,16 +136,17 @@ def _parse_entry(entry: Any, accepted: str) -> _Entry:
         base, weight = entry
     else:
         base = entry
-    if not isinstance(base, str | os.PathLike | OfflineDataset):
+    if not isinstance(base, str | os.PathLike | OfflineDataset | minari.MinariDataset):
         raise TypeError(
-            f"A dataset spec must be a string, a path, an OfflineDataset or a list of those, found {type(base).__name__}. "
+            "A dataset spec must be a string, a path, an OfflineDataset, a MinariDataset or a list of those, found "
+            f"{type(base).__name__}. "
             f"{accepted}"
         )
     base, own_weight, own_options = _parse_entry(base, accepted)
     if weight is not None and own_weight is not None:
         raise ValueError(f"Dataset {str(base)!r} has two weights, {own_weight:g} and {weight!r}: give one.")
     for name in options.keys() & own_options.keys():
-        if str(options[name]) != str(own_options[name]):
+        if _differs(name, options[name], own_options[name]):
             raise ValueError(f"Dataset {str(base)!r}: {name} is {own_options[name]} and {options[name]}: give it once.")
     return base, own_weight if weight is None else _weight(weight, str(base)), options | own_options
 
@@ -154,7 +184,9 @@ def _split_query(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _is_path_with_options(text: str) -> bool:
-    return _is_path(text) or _is_path(_split_query(text)[0])
+    base, options = _split_query(text)
+    # A plus after the options joins another dataset
+    return _is_path(text) or (_is_path(base) and not any(_PLUS.search(value) for value in options.values()))
 
 
 def _is_path(text: str) -> bool:
@@ -171,10 +203,10 @@ def _weight(value: Any, base: str) -> float:
     return weight
 
 
-def _truth(value: Any, where: str) -> bool:
+def _truth(value: Any, where: str, name: str = "trust_pickle") -> bool:
     text = str(value).lower()
     if text not in (*_TRUE, *_FALSE):
-        raise ValueError(f"{where}: trust_pickle must be 1 or 0, found {value!r}.")
+        raise ValueError(f"{where}: {name} must be 1 or 0, found {value!r}.")
     return text in _TRUE
 
 

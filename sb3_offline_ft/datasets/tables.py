@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +346,8 @@ class _Reader:
             raise ValueError(
                 f"{self.where}, column {column!r}, {self._row(row)}: expected an action from {low[dimension]:g} to "
                 f"{high[dimension]:g}, found {actions[row, dimension]:g}; {int(beyond.any(axis=1).sum()):,} of "
-                f"{len(actions):,} rows are out of bounds. Convert the actions to the units of the environment."
+                f"{len(actions):,} rows are out of bounds. Convert the actions to the units of the environment, "
+                "or clip those that were recorded before the environment clipped them, with --clip-actions."
             )
 
 
@@ -400,7 +401,7 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
         )
     if len(bad := np.flatnonzero(~np.isfinite(rewards))):
         raise ValueError(f"{where}: the reward function returned {rewards[bad[0]]} for row {bad[0] + 1}, expected a number.")
-    return OfflineDataset.from_columns(
+    rewarded = OfflineDataset.from_columns(
         dataset.observations,
         dataset.actions,
         rewards,
@@ -412,8 +413,11 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
         action_space=dataset.action_space,
         name=dataset.name,
         provenance=dataset.provenance,
+        key_order=dataset.key_order,
         copy=False,
     )
+    # Whether to clip actions is said there
+    return replace(rewarded, sources=tuple(replace(part, spec=None) for part in dataset.sources))
 
 
 def _holds_lists(series: Any) -> bool:

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.spaces.utils import flatten_space
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.common.observations import Observations, named_arrays
+from sb3_offline_ft.datasets.columns import as_observations
+from sb3_offline_ft.datasets.keys import dict_of, fitting_orders, flattened_space, format_keys, leaf_spaces
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.spaces import (
     check_spaces_supported,
@@ -26,6 +31,7 @@ ACTION_TOLERANCE = 1e-3
 """Actions this far beyond the bounds, as a share of each dimension's range, are rounding: they get clipped."""
 
 _CHUNK_ROWS = 65_536
+_CLIP = "clip them with ?clip_actions=1 after the dataset's name, or load_dataset(..., clip_actions=True)"
 
 
 def check_compatible(dataset: OfflineDataset, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
@@ -43,13 +49,16 @@ def check_compatible(dataset: OfflineDataset, observation_space: spaces.Space[An
     where = f"Dataset {dataset.name!r}"
     check_spaces_supported(observation_space, action_space, "The environment")
     env_actions = _bounded_box(action_space, "The environment's action space")
+    dataset = clip_actions(_without_key(dataset, observation_space), env_actions)
     recorded_in = f" It was recorded in {dataset.env_id}." if dataset.env_id else ""
     hint = f"{recorded_in} Use the environment (and wrappers) that the data was recorded in, or other data."
     difference = _observation_difference(dataset, observation_space)
     if difference is None:
         difference = _column_difference(dataset.actions, dataset.action_space, env_actions, "action")
+        if difference is not None and dataset.action_space is not None and not dataset.action_space.is_bounded():
+            hint = f". If the actions were recorded before an environment clipped them: {_CLIP}.{hint}"
     if difference is not None:
-        raise ValueError(f"{where} does not fit the environment: {difference}.{hint}")
+        raise ValueError(f"{where} does not fit the environment: {difference}.{hint.removeprefix('.')}")
     _check_action_range(dataset, env_actions, where)
 
 
@@ -61,18 +70,100 @@ def fit_to_space(dataset: OfflineDataset, observation_space: spaces.Space[Any]) 
     - Images that were recorded with channels last ``(H, W, C)`` are transposed if the space has them first ``(C, H, W)``,
       as SB3's ``VecTransposeImage`` does with the environment.
     - ``Dict`` observations, and ``Box`` ones of several dimensions, are flattened as gymnasium's ``FlattenObservation`` does
-      if the space is the flattened space of the data. ``Dict`` data must know its space for that.
+      if the space is the flattened space of the data. ``Dict`` data must know its space for that, or its keys must have been
+      named; they stand in the order of the data (see :func:`as_flattened_by`).
+
+    A single key of a ``Dict`` becomes the observation itself where the environment shows one array.
 
     :param dataset: The dataset.
     :param observation_space: The space of the environment that the learner sees.
     :return: The dataset itself if nothing is to be done, else a copy that shares the other columns.
+    :raises ValueError: if it cannot be known in which order the keys are flattened.
     """
-    if _is_flattened(dataset, observation_space):
-        return _flatten(dataset, observation_space)
+    dataset = _without_key(dataset, observation_space)
+    order = _flattened_order(dataset, observation_space)
+    if order is not None:
+        return _flatten(dataset, order, observation_space)
     columns = _by_key(dataset.observations)
     wanted = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
     keys = {key for key, column in columns.items() if key in wanted and _is_transposed(column, wanted[key])}
     return _transpose(dataset, keys) if keys else dataset
+
+
+def as_flattened_by(dataset: OfflineDataset, env: VecEnv | gym.Env[Any, Any]) -> OfflineDataset:
+    """Bring the keys of ``Dict`` observations into the order in which an environment flattens them.
+
+    It is that of the space that the environment's ``FlattenObservation`` wraps. If there is no such wrapper, the order of the
+    dataset counts as unknown, unless it was named (``keys=``).
+
+    :param dataset: The dataset.
+    :param env: The environment; if its observations are not flat, nothing is done.
+    :return: The dataset itself, or a copy that shares the columns.
+    :raises ValueError: if the environment flattens something else than the observations of the dataset.
+    """
+    wanted, observations = env.observation_space, dataset.observations
+    if not isinstance(wanted, spaces.Box) or len(wanted.shape) != 1:
+        return dataset
+    if not isinstance(observations, dict) and observations.ndim == 2:
+        return dataset
+    wrapped = flattened_space(env)
+    if wrapped is None:
+        return replace(dataset, key_order="unknown") if dataset.key_order == "recorded" else dataset
+    if isinstance(wrapped, spaces.Dict):
+        wrapped = dict_of(leaf_spaces(wrapped))
+    where = f"Dataset {dataset.name!r}"
+    check_spaces_supported(wrapped, None, "The environment, below FlattenObservation")
+    if difference := _observation_difference(dataset, wrapped):
+        raise ValueError(f"{where} does not fit the environment, which flattens its observations: {difference}.")
+    if not isinstance(observations, dict):
+        return dataset
+    columns = {
+        name: as_observations(getattr(dataset, name), name, wrapped, where, copy=False)
+        for name in ("observations", "next_observations")
+    }
+    return replace(dataset, **columns, observation_space=wrapped, key_order="recorded")  # type: ignore[arg-type]
+
+
+def with_clipping(dataset: OfflineDataset) -> OfflineDataset:
+    """Have the actions of a dataset clipped: now if it knows their bounds, else when it meets an environment.
+
+    :param dataset: The dataset.
+    :return: A copy that shares the other columns; infinite bounds, as behind gymnasium's ``ClipAction``, count as unknown.
+    """
+    dataset = replace(dataset, sources=tuple(replace(part, clip_actions=True) for part in dataset.sources))
+    if dataset.action_space is not None and not dataset.action_space.is_bounded():
+        return replace(dataset, action_space=None)
+    return dataset if dataset.action_space is None else clip_actions(dataset, dataset.action_space)
+
+
+def clip_actions(dataset: OfflineDataset, action_space: spaces.Box) -> OfflineDataset:
+    """Clip the actions of those parts of a dataset that ask for it.
+
+    :param dataset: The dataset.
+    :param action_space: Has the bounds.
+    :return: The dataset itself if there is nothing to clip, else a copy that shares the other columns; ``actions_clipped`` of
+        its provenance counts rows and numbers, and says how far beyond the bounds they were, as a share of the range.
+    """
+    if not any(part.clip_actions for part in dataset.sources) or dataset.actions.shape[1:] != action_space.shape:
+        return dataset
+    actions = dataset.actions.copy()
+    n_of = n_rows = n_numbers = 0
+    furthest = 0.0
+    for part in dataset.sources:
+        if not part.clip_actions:
+            continue
+        rows = actions[part.begin : part.end]
+        excess = np.maximum(action_space.low - rows, rows - action_space.high)
+        n_of += len(rows)
+        n_rows += int((excess > 0).reshape(len(rows), -1).any(axis=1).sum())
+        n_numbers += int((excess > 0).sum())
+        furthest = max(furthest, float((excess / (action_space.high - action_space.low)).max()))
+        np.clip(rows, action_space.low, action_space.high, out=rows)
+    if n_rows == 0 and "actions_clipped" in dataset.provenance:
+        return dataset
+    actions.flags.writeable = False
+    found = {"rows": n_rows, "of_rows": n_of, "numbers": n_numbers, "furthest": round(furthest, 6)}
+    return replace(dataset, actions=actions, provenance=dataset.provenance | {"actions_clipped": found})
 
 
 def scale_actions(actions: npt.NDArray[Any], action_space: spaces.Box) -> npt.NDArray[np.float32]:
@@ -105,12 +196,13 @@ def _bounded_box(space: spaces.Space[Any], what: str) -> spaces.Box:
 def _check_action_range(dataset: OfflineDataset, space: spaces.Box, where: str) -> None:
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     extent = high - low
-    n_beyond, worst = 0, 0.0
+    n_beyond, n_numbers, worst = 0, 0, 0.0
     worst_at: tuple[int, ...] = (0,)
     for begin in range(0, len(dataset), _CHUNK_ROWS):
         chunk = dataset.actions[begin : begin + _CHUNK_ROWS].astype(np.float64)
         excess = np.maximum(low - chunk, chunk - high) / extent
         n_beyond += int((excess > ACTION_TOLERANCE).reshape(len(chunk), -1).any(axis=1).sum())
+        n_numbers += int((excess > ACTION_TOLERANCE).sum())
         if excess.max() > worst:
             worst = float(excess.max())
             row, *dims = (int(i) for i in np.unravel_index(excess.argmax(), excess.shape))
@@ -121,14 +213,27 @@ def _check_action_range(dataset: OfflineDataset, space: spaces.Box, where: str) 
         raise ValueError(
             f"{where} does not fit the environment: {n_beyond} of {len(dataset)} rows have actions beyond its bounds, "
             f"worst in row {row}, dimension {index_text(at)}: expected {low[at]:g} to {high[at]:g}, "
-            f"found {dataset.actions[worst_at]:g}. If the data was recorded with another action scale, "
-            "convert its actions to the environment's units, or wrap the environment in RescaleAction."
+            f"found {dataset.actions[worst_at]:g}. {_advice(dataset.actions, worst_at, n_numbers)}"
         )
+
+
+def _advice(actions: npt.NDArray[np.float32], worst_at: tuple[int, ...], n_beyond: int) -> str:
+    """What to do about actions beyond the bounds; the likelier cause comes first."""
+    column = actions.reshape(len(actions), -1)[:, np.ravel_multi_index(worst_at[1:], actions.shape[1:])]
+    # A policy's tail holds few numbers and no two alike; another unit has its own bounds, which are reached again and again
+    n_worst = int(np.isclose(column, actions[worst_at], rtol=1e-4).sum())
+    is_tail = n_beyond < actions.size / 2 and n_worst <= max(1, len(column) / 1000)
+    causes = [
+        f"a stochastic policy's actions before clipping: {_CLIP}",
+        "actions in another unit or scale: convert them to the environment's units, or wrap the environment in RescaleAction",
+    ]
+    first, second = causes if is_tail else causes[::-1]
+    return f"These look like {first}. Otherwise they may be {second}."
 
 
 def _observation_difference(dataset: OfflineDataset, observation_space: spaces.Space[Any]) -> str | None:
     """How the observations differ from those of the environment, after what :func:`fit_to_space` does."""
-    if _is_flattened(dataset, observation_space):
+    if _flattened_order(dataset, observation_space) is not None:
         return None
     observations, space = dataset.observations, dataset.observation_space
     if not isinstance(observation_space, spaces.Dict):
@@ -136,7 +241,7 @@ def _observation_difference(dataset: OfflineDataset, observation_space: spaces.S
             return (
                 f"expected one array of observations of shape {observation_space.shape}, found the keys "
                 f"{', '.join(observations)}; a Dict is flattened only if it knows its space and the environment is wrapped in "
-                "FlattenObservation"
+                "FlattenObservation, and in this order of the keys; name another with ?keys=... after the dataset's name"
             )
         return _column_difference(observations, space, observation_space, "observation")
     if not isinstance(observations, dict):
@@ -151,6 +256,7 @@ def _observation_difference(dataset: OfflineDataset, observation_space: spaces.S
             f"expected observations with the keys {', '.join(observation_space.spaces)}, found {', '.join(observations)}"
             + (f" (missing: {', '.join(missing)})" if missing else "")
             + (f" (not in the environment: {', '.join(surplus)})" if surplus else "")
+            + (f"; take those with ?keys={format_keys(observation_space.spaces)}" if surplus and not missing else "")
         )
     for key, wanted in observation_space.spaces.items():
         known = space[key] if isinstance(space, spaces.Dict) else None
@@ -208,33 +314,66 @@ def _transpose(dataset: OfflineDataset, keys: set[str]) -> OfflineDataset:
     return _with_observations(dataset, transpose, space)
 
 
-def _flatten(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> OfflineDataset:
-    """Flatten rows; a Dict's in the order of its space."""
+def _flatten(dataset: OfflineDataset, order: list[str], wanted: spaces.Space[Any]) -> OfflineDataset:
+    """Flatten rows; a Dict's in this order of the keys."""
     space = dataset.observation_space
-    subspaces = space.spaces if isinstance(space, spaces.Dict) else {"": wanted}
+    subspaces = space.spaces if isinstance(space, spaces.Dict) else dict.fromkeys(order, wanted)
 
     def flatten(column: Observations) -> Observations:
         columns = _by_key(column)
-        return np.concatenate([flatten_rows(columns[key], subspace) for key, subspace in subspaces.items()], axis=1)
+        return np.concatenate([flatten_rows(columns[key], subspaces[key]) for key in order], axis=1)
 
+    if isinstance(space, spaces.Dict):
+        space = dict_of({key: space[key] for key in order})
     return _with_observations(dataset, flatten, None if space is None else flatten_space(space))
+
+
+def _without_key(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> OfflineDataset:
+    """The observation itself if the dataset has a single key and the environment shows such an array."""
+    if not isinstance(dataset.observations, dict) or len(dataset.observations) != 1 or not isinstance(wanted, spaces.Box):
+        return dataset
+    ((key, column),) = dataset.observations.items()
+    space = dataset.observation_space
+    inner = space[key] if isinstance(space, spaces.Dict) else None
+    if isinstance(inner, spaces.Discrete):
+        return dataset
+    if column.shape[1:] != wanted.shape and not _is_transposed(column, wanted):
+        return dataset
+    return _with_observations(dataset, lambda columns: columns[key], inner)
 
 
 def _by_key(observations: Observations) -> dict[str, npt.NDArray[Any]]:
     return observations if isinstance(observations, dict) else {"": observations}
 
 
-def _is_flattened(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> bool:
-    """Whether the environment's space is the flattened space of data that is not flat."""
-    if not isinstance(wanted, spaces.Box) or len(wanted.shape) != 1:
-        return False
+def _flattened_order(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> list[str] | None:
+    """The order in which the keys make up the environment's flat space; ``None`` if the data does not, or is flat itself."""
     observations, space = dataset.observations, dataset.observation_space
-    if space is not None:
-        if not isinstance(observations, dict) and observations.ndim == 2:
-            return False
-        return space_difference(wanted, flatten_space(space), "observation") is None
-    # Without a space the order of the keys is not known, but that of an array's elements is.
-    return not isinstance(observations, dict) and observations.ndim > 2 and observations[0].size == wanted.shape[0]
+    if not isinstance(wanted, spaces.Box) or len(wanted.shape) != 1:
+        return None
+    if not isinstance(observations, dict):
+        fits = observations.ndim > 2 and observations[0].size == wanted.shape[0]
+        if fits and space is not None:
+            fits = space_difference(wanted, flatten_space(space), "observation") is None
+        return [""] if fits else None
+    if not isinstance(space, spaces.Dict):
+        # Without a space the order is not known, unless it was named
+        n_numbers = sum(array[0].size for array in observations.values())
+        return list(observations) if dataset.key_order == "named" and n_numbers == wanted.shape[0] else None
+    if np.dtype(flatten_space(space).dtype).kind != np.dtype(wanted.dtype).kind:
+        return None
+    orders = list(islice(fitting_orders(space.spaces, wanted), 2))
+    if dataset.key_order != "unknown":
+        # The recorded order is the first one, if it fits
+        return list(space) if list(space) in orders else None
+    if len(orders) > 1:
+        raise ValueError(
+            f"Dataset {dataset.name!r}: the environment's observations are flat, and it is not known in which order it puts "
+            f"the keys of the data together: {' or '.join(', '.join(order) for order in orders)}. Name the order that it has, "
+            f"such as ?keys={format_keys(orders[0])} after the dataset's name or load_dataset(..., keys={orders[0]}), wrap "
+            "the environment in gymnasium's FlattenObservation, or record the data behind the wrapper that flattens."
+        )
+    return orders[0] if orders else None
 
 
 def _with_observations(

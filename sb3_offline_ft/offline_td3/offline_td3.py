@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from minari import MinariDataset
 from stable_baselines3 import TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
@@ -46,7 +47,14 @@ from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 from sb3_offline_ft.common.update import ActorObjective, AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
 from sb3_offline_ft.common.update.kernel import target_critics_of
 from sb3_offline_ft.common.update.products import UPDATE_PRECISIONS
-from sb3_offline_ft.datasets import DatasetSpec, OfflineDataset, check_spaces_supported, load_dataset, spec_text
+from sb3_offline_ft.datasets import (
+    DatasetSpec,
+    OfflineDataset,
+    as_flattened_by,
+    check_spaces_supported,
+    load_dataset,
+    spec_text,
+)
 
 SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
 
@@ -107,8 +115,8 @@ class OfflineTD3(TD3):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param dataset: The logged data: a spec such as ``"mujoco/hopper/medium-v0"``, a list of specs (see
-        :func:`sb3_offline_ft.load_dataset`) or an :class:`OfflineDataset`. Loaded at the first use; a saved
-        model holds its spec and fingerprint, not the data
+        :func:`sb3_offline_ft.load_dataset`), an :class:`OfflineDataset` or a ``minari.MinariDataset``. Loaded at the
+        first use; a saved model holds its spec and fingerprint, not the data
     :param offline_steps: Gradient steps of pretraining before the first interaction; :meth:`learn` does what is left
     :param offline_fraction: Share of offline transitions in each online batch, exact, in [0, 1]:
         a number or a schedule (see :func:`sb3_offline_ft.common.schedules.make_schedule`)
@@ -237,6 +245,7 @@ class OfflineTD3(TD3):
             ) from error
         self.dataset = dataset
         self.dataset_fingerprint: str | None = None
+        self.flattened_keys: list[str] | None = None
         self.offline_steps = offline_steps
         self.offline_fraction = offline_fraction
         self.warmup_steps = warmup_steps
@@ -370,10 +379,10 @@ class OfflineTD3(TD3):
         if isinstance(self.dataset, os.PathLike):
             # Absolute, so that a saved model finds it from any folder
             self.dataset = os.path.abspath(self.dataset)
-        if not isinstance(self.dataset, str | OfflineDataset | Mapping | Sequence):
+        if not isinstance(self.dataset, str | OfflineDataset | MinariDataset | Mapping | Sequence):
             raise TypeError(
-                "`dataset` must be a spec such as 'mujoco/hopper/medium-v0', a list of specs or an OfflineDataset, "
-                f"found {self.dataset!r}."
+                "`dataset` must be a spec such as 'mujoco/hopper/medium-v0', a list of specs, an OfflineDataset or a "
+                f"MinariDataset, found {self.dataset!r}."
             )
         if not isinstance(self.dataset, str | OfflineDataset):
             # A string can be saved; a list that holds data cannot
@@ -421,7 +430,7 @@ class OfflineTD3(TD3):
             return
         assert isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer)
         dataset = load_dataset(self.dataset)
-        self.replay_buffer.set_offline_data(dataset)
+        self.replay_buffer.set_offline_data(self._in_order_of_environment(dataset))
         fitted = self.replay_buffer.offline_data
         assert fitted is not None
         if self.dataset_fingerprint not in (None, dataset.fingerprint) and self.offline_steps_done > 0:
@@ -439,8 +448,21 @@ class OfflineTD3(TD3):
                 f"Offline data: {dataset.name}, {len(dataset):,} transitions in {dataset.n_episodes:,} episodes, "
                 f"mean return {np.mean(dataset.episode_returns):.1f}"
             )
+            if clipped := fitted.provenance.get("actions_clipped"):
+                print(f"Actions clipped to their bounds: in {clipped['rows']:,} of {clipped['of_rows']:,} transitions")
         if self.normalize_observations and not self._has_trained_weights:
             self._fit_normalizer(fitted)
+
+    def _in_order_of_environment(self, dataset: OfflineDataset) -> OfflineDataset:
+        if not isinstance(dataset.observations, dict) or isinstance(self.observation_space, spaces.Dict):
+            return dataset
+        if self.env is not None:
+            dataset = as_flattened_by(dataset, self.env)
+            # For a model that is loaded without an environment
+            self.flattened_keys = list(dataset.observations) if isinstance(dataset.observations, dict) else None
+        elif self.flattened_keys is not None and set(self.flattened_keys) == set(dataset.observations):
+            dataset = dataset.select_keys(self.flattened_keys)
+        return dataset
 
     def _fit_normalizer(self, dataset: OfflineDataset) -> None:
         vec_normalize = self._vec_normalize_env

@@ -8,7 +8,7 @@ import gymnasium as gym
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.datasets import OfflineDataset, check_compatible
+from sb3_offline_ft.datasets import OfflineDataset, as_flattened_by, check_compatible
 from sb3_offline_ft.study.learners import new_learner_from_scratch
 from sb3_offline_ft.study.methods import known_hyperparams
 
@@ -70,7 +70,7 @@ def check_data(dataset: OfflineDataset, env: VecEnv, env_id: str, where: str) ->
     :raises ValueError: It does not fit the environment
     """
     try:
-        check_compatible(dataset, env.observation_space, env.action_space)
+        check_compatible(as_flattened_by(dataset, env), env.observation_space, env.action_space)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if dataset.env_id not in (None, env_id, env_id.rpartition(":")[2]):
