@@ -386,6 +386,35 @@ def test_signals_are_logged(tmp_path: Path) -> None:
     assert (tmp_path / "collapse_events.jsonl").exists() and (tmp_path / "collapse.png").exists()
 
 
+def test_signals_that_cannot_be_measured_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_td3(buffer_size=1, n_envs=1)
+    guard = CollapseGuard(signal_freq=10, baseline=BASELINE - 2)
+    with pytest.warns(UserWarning, match="need 2 rows of the replay buffer, which can hold 1") as caught:
+        model.learn(100, callback=guard)
+    assert len(caught) == 1
+    (warning,), (end,) = of(guard, "warning"), of(guard, "end")
+    assert warning["message"] == "No signal was measured, 10 times for want of rows in the replay buffer."
+    assert warning["message"] in capsys.readouterr().out and end["signals"] == 0
+    # Asked for an alarm, but the run is too short
+    guard = CollapseGuard(secondary_alarms={"policy_shift": 0.5}, baseline=BASELINE - 2, verbose=0)
+    make_td3().learn(200, callback=guard)
+    assert of(guard, "warning")[0]["message"] == "No signal was measured: `signal_freq=1000` is longer than the run."
+    guard = CollapseGuard(signal_freq=10, baseline=BASELINE - 2, verbose=0)
+    make_td3().learn(200, callback=guard)
+    assert of(guard, "end")[0]["signals"] == len(of(guard, "signal")) == 20 and not of(guard, "warning")
+
+
+def test_options_without_effect_are_said() -> None:
+    for settings, message in (
+        ({"save_snapshots": True}, "writes nothing, since there is no folder"),
+        ({"update_reference": True}, "moves nothing, since TD3 has no reference policy"),
+    ):
+        guard = CollapseGuard(baseline=BASELINE, verbose=0, **settings)
+        with pytest.warns(UserWarning, match=message) as caught:
+            make_td3().learn(10, callback=guard)
+        assert len(caught) == len(of(guard, "warning")) == 1
+
+
 @pytest.mark.filterwarnings("error")
 def test_an_alarm_does_not_disturb_the_logger(tmp_path: Path) -> None:
     model = make(TD3, learning_rate=1e-5)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import re
 import warnings
 
 import gymnasium as gym
@@ -12,10 +13,12 @@ import torch as th
 from stable_baselines3 import TD3
 from stable_baselines3.common.callbacks import (
     BaseCallback,
+    CallbackList,
     CheckpointCallback,
     EvalCallback,
     EveryNTimesteps,
     LogEveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
     StopTrainingOnRewardThreshold,
 )
 from stable_baselines3.common.env_util import make_vec_env
@@ -283,6 +286,49 @@ def test_a_warm_up_asked_for_within_the_first_prolongs_it():
     assert record.updates[30] == 10 and record.updates[31] == 11
 
 
+@pytest.mark.parametrize(
+    ("n_envs", "settings", "expected"),
+    [
+        (1, {"buffer_size": 1}, r"`buffer_size=1`\) holds the last 1 transitions, and the run has 60 steps.*`buffer_size=60`"),
+        # Rounded down to rows of four environments
+        (4, {"buffer_size": 7}, r"`buffer_size=7`\) holds the last 4 transitions, and the run has 60 steps"),
+        # More than a tenth of the run, but less than the four online ones of a batch
+        (1, {"buffer_size": 7, "batch_size": 16}, "holds the last 7 transitions"),
+        (1, {"buffer_size": 7, "batch_size": 16, "learning_starts": 3, "offline_steps": 0}, "holds the last 7 transitions"),
+        (1, {"buffer_size": 10}, None),
+        (1, {"buffer_size": 60, "batch_size": 100}, None),
+    ],
+)
+def test_a_buffer_that_cannot_hold_the_run_is_said_once(n_envs, settings, expected, capsys):
+    model = make(env=make_vec_env(ENV, n_envs), **({"offline_steps": 2, "verbose": 1} | settings))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(60, log_interval=None)
+        model.learn(20, log_interval=None, reset_num_timesteps=False)
+    told = [str(entry.message) for entry in caught if "replay buffer" in str(entry.message)]
+    printed = capsys.readouterr().out.count("older transitions are forgotten")
+    if expected is None:
+        # 60 rows hold the run; 10 of 60 are few, and may be meant
+        assert told == [] and printed == (settings["buffer_size"] == 10)
+    else:
+        assert len(told) == 1 and re.search(expected, told[0]), told
+        assert printed == 0
+
+
+def test_a_batch_that_grows_beyond_the_buffer_is_said_once():
+    model = make(offline_steps=5, buffer_size=20, batch_size=40, offline_fraction="lin_1_0")
+    with pytest.warns(UserWarning, match="holds 20 transitions, fewer than the 21 online ones of a batch") as caught:
+        model.learn(60)
+    assert len(caught) == 1
+    assert model._n_updates > 5 + 50
+
+
+def test_a_buffer_without_a_finetuning_run_is_sb3s_own_affair():
+    with pytest.warns(UserWarning, match="neither a dataset nor pretrained weights") as caught:
+        make(dataset=None, buffer_size=5, learning_starts=10).learn(100)
+    assert len(caught) == 1
+
+
 def test_critic_warm_up_updates_only_the_critics():
     model = make(offline_steps=20, critic_warmup_steps=10)
     record = Record()
@@ -362,6 +408,64 @@ def test_function_as_callback():
     steps = []
     make(offline_steps=5).learn(7, callback=lambda locals_, globals_: steps.append(1) or True)
     assert len(steps) == 7
+
+
+class Reads(BaseCallback):
+    """Reads what SB3 tells about the environment's last step, in one way or another."""
+
+    def __init__(self, read) -> None:
+        super().__init__()
+        self.read = read
+
+    def _on_step(self) -> bool:
+        self.read(self.locals)
+        return True
+
+
+@pytest.mark.parametrize("name", ["dones", "rewards", "infos", "new_obs", "actions"])
+@pytest.mark.parametrize("read", [lambda d, n: d[n], lambda d, n: d.get(n), lambda d, n: n in d])
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda child: child,
+        lambda child: [CheckpointCallback(1000, "nowhere"), CallbackList([child])],
+        lambda child: EveryNTimesteps(2, child),
+        lambda child: evaluation(eval_freq=2, callback_after_eval=child),
+        lambda child: lambda locals_, globals_: child.read(locals_) or True,
+    ],
+)
+def test_a_callback_that_reads_steps_of_the_environment_is_told_that_pretraining_has_none(name, read, nested):
+    model = make()
+    callback = nested(Reads(lambda locals_: read(locals_, name)))
+    with pytest.raises(ValueError, match=f"`locals\\['{name}'\\]`, but there are no episodes in `pretrain`.*to `learn`"):
+        model.pretrain(4, callback=callback)
+    assert 0 < model.offline_steps_done <= 2 and model.num_timesteps == 0
+    # In the online phase they are there
+    model.learn(4, callback=callback)
+
+
+def test_callbacks_that_count_episodes_are_refused_before_anything_is_done():
+    model = make()
+    for callback in (StopTrainingOnMaxEpisodes(5), [evaluation(callback_after_eval=StopTrainingOnMaxEpisodes(5))]):
+        with pytest.raises(ValueError, match="StopTrainingOnMaxEpisodes counts episodes, but there are no episodes in `pret"):
+            model.pretrain(4, callback=callback)
+        assert model.offline_steps_done == 0 and model.offline_dataset is None
+
+
+def test_callbacks_of_the_zoo_and_those_that_need_no_episode_run_while_pretraining(tmp_path):
+    from rl_zoo3.callbacks import RawStatisticsCallback, SaveVecNormalizeCallback
+
+    env = VecNormalize(make_vec_env(ENV), norm_obs=False, norm_reward=False)
+    model = make(env=env)
+    seen = []
+    stop = evaluation(eval_freq=3, callback_on_new_best=StopTrainingOnRewardThreshold(-1e9))
+    callbacks = [SaveVecNormalizeCallback(2, str(tmp_path)), Reads(lambda d: seen.append((d["gradient_steps"], "other" in d)))]
+    model.pretrain(2, callback=[*callbacks, EveryNTimesteps(2, NeedsStart())], progress_bar=True)
+    model.pretrain(10, callback=[*callbacks, stop])
+    assert model.offline_steps_done == 3, "it is good enough at the first evaluation"
+    assert seen == [(2, False), (2, False), (10, False)] and (tmp_path / "vecnormalize.pkl").exists()
+    with pytest.raises(ValueError, match="no episodes"):
+        model.pretrain(4, callback=RawStatisticsCallback())
 
 
 def test_pretrain_runs_ordinary_callbacks_against_gradient_steps(tmp_path):

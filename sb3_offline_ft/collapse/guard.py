@@ -364,6 +364,7 @@ class CollapseGuard(BaseCallback):
             resumed=state is not None,
             settings=self._settings(),
         )
+        self._warn_of_options_without_effect()
         self._good.append(self._take())
         self._report_to_trial()
         if state is not None:
@@ -371,6 +372,12 @@ class CollapseGuard(BaseCallback):
         if self._phase in ("baseline", "unwatched") and not isinstance(self.baseline, str):
             self._begin_monitoring(self.baseline, "given")
         self._keep_state()
+
+    def _warn_of_options_without_effect(self) -> None:
+        if self.save_snapshots and self._folder is None:
+            self._warn("`save_snapshots=True` writes nothing, since there is no folder: give one as `path`.")
+        if self.update_reference and not hasattr(self.model, "set_reference_policy"):
+            self._warn(f"`update_reference=True` moves nothing, since {type(self.model).__name__} has no reference policy.")
 
     def _start_log(self, resume: bool) -> None:
         try:
@@ -530,8 +537,7 @@ class CollapseGuard(BaseCallback):
                 "The environment gave a non-finite observation or reward. Such transitions are replaced in the replay buffer "
                 "by copies of others: look into the environment."
             )
-            self._event("warning", message=message)
-            warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
+            self._warn(message)
         return None
 
     def _end_of_episode(self, index: int) -> Alarm | None:
@@ -651,8 +657,7 @@ class CollapseGuard(BaseCallback):
             )
         self._phase = "unwatched"
         message = f"{problem} Returns are not watched in this run, only non-finite values and `secondary_alarms`."
-        self._event("warning", message=message)
-        warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
+        self._warn(message)
         self._keep_state()
 
     def _begin_monitoring(self, reference: Sequence[Any], source: str) -> None:
@@ -673,8 +678,7 @@ class CollapseGuard(BaseCallback):
                 "The baseline was measured without the exploration noise of the episodes to come: false alarms are likely. "
                 "Use `warmup_action_noise=True`."
             )
-            self._event("warning", message=message)
-            warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
+            self._warn(message)
         self._new_candidate()
 
     def _acts_otherwise_than_in_warmup(self) -> bool:
@@ -820,8 +824,7 @@ class CollapseGuard(BaseCallback):
             except ValueError as error:
                 self._phase = "unwatched"
                 message = f"{error} Returns are not watched any more."
-                self._event("warning", message=message)
-                warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
+                self._warn(message)
         self._report_to_trial()
 
     def _give_up(self) -> None:
@@ -895,6 +898,10 @@ class CollapseGuard(BaseCallback):
     def _event(self, event: str, **details: Any) -> None:
         place = {"timestep": self.num_timesteps, "episode": self._episodes, "n_updates": self.model._n_updates}
         self._log.append({"event": event, **place, "time": time.time(), **details})
+
+    def _warn(self, message: str) -> None:
+        self._event("warning", message=message)
+        warnings.warn(f"CollapseGuard: {message}", stacklevel=3)
 
     def _say(self, message: str, level: int = 1) -> None:
         if self.verbose >= level:
@@ -980,8 +987,7 @@ class CollapseGuard(BaseCallback):
             if not self._warned_of_disk:
                 self._warned_of_disk = True
                 message = f"Snapshots cannot be written to {folder / SNAPSHOT_FOLDER} ({error}); training goes on without."
-                self._event("warning", message=message)
-                warnings.warn(f"CollapseGuard: {message}", stacklevel=2)
+                self._warn(message)
 
     def _read_snapshot(self, timestep: int, is_reference: bool) -> None:
         file = self._snapshot_file(timestep)
@@ -1007,7 +1013,15 @@ class CollapseGuard(BaseCallback):
         self._on_rollout_start()
         # What the user does with the learner between two runs is not to be held back
         self._the_brake.remove()
-        self._event("end", rollbacks=self.rollbacks, alarms=self.alarms, promotions=self.promotions)
+        signals = self._signals
+        if signals.n_measured == 0 and (signals.n_asked > 0 or self.secondary_alarms):
+            message = f"No signal was measured, {signals.n_asked} times for want of rows in the replay buffer."
+            if signals.n_asked == 0:
+                message = f"No signal was measured: `signal_freq={self.signal_freq}` is longer than the run."
+            self._event("warning", message=message)
+            self._say(message)
+        counts = {"rollbacks": self.rollbacks, "alarms": self.alarms, "promotions": self.promotions}
+        self._event("end", **counts, signals=signals.n_measured)
         self._keep_state()
         if self._folder is not None:
             try:

@@ -1,5 +1,6 @@
 """Secondary signals of collapse: measured on transitions of the replay buffer, without being noticed by the learner."""
 
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 SATURATED = 0.99
 """Scaled actions beyond this are counted as saturated."""
+
+LEAST_ROWS = 2
 
 Observations = th.Tensor | dict[str, th.Tensor]
 PolicyState = Mapping[str, th.Tensor]
@@ -144,6 +147,8 @@ class SignalMonitor:
         self._batch_size = batch_size
         self._generator = np.random.default_rng(seed)
         self._log_q: deque[tuple[int, float]] = deque(maxlen=window)
+        self.n_asked = 0
+        self.n_measured = 0
 
     def reset(self) -> None:
         """Forget the measurements of the past, such as after a rollback."""
@@ -158,11 +163,14 @@ class SignalMonitor:
         :return: By name: ``log_mean_abs_q`` (base 10), ``log_mean_abs_q_slope`` (per 1,000 environment steps; after two
             measurements), ``td_error`` (mean absolute one-step error in units of reward), ``policy_shift``
             (:func:`policy_distance`) and ``action_saturation`` (share of actions at their bounds; continuous actions only);
-            empty as long as the replay buffer is
+            empty as long as the replay buffer has less than two rows
         """
         model, buffer = self._model, self._model.replay_buffer
-        if buffer is None or buffer.size() < 2:
+        self.n_asked += 1
+        if buffer is None or buffer.size() < LEAST_ROWS:
+            self._warn_if_never_more(buffer)
             return {}
+        self.n_measured += 1
         rows, columns = draw_rows(buffer, self._batch_size, self._generator)
         training = model.policy.training
         model.policy.set_training_mode(False)
@@ -183,6 +191,15 @@ class SignalMonitor:
         finally:
             model.policy.set_training_mode(training)
         return signals
+
+    def _warn_if_never_more(self, buffer: ReplayBuffer | None) -> None:
+        if self.n_asked == 1 and (buffer is None or buffer.buffer_size < LEAST_ROWS):
+            rows = 0 if buffer is None else buffer.buffer_size
+            warnings.warn(
+                f"Signals of collapse cannot be measured: they need {LEAST_ROWS} rows of the replay buffer, which can hold "
+                f"{rows}. Use a larger `buffer_size`.",
+                stacklevel=3,
+            )
 
     def _td_error(self, buffer: ReplayBuffer, rows: np.ndarray, columns: np.ndarray, observations: Observations) -> float:
         model = self._model

@@ -4,8 +4,23 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from stable_baselines3.common import callbacks
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EventCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    ConvertCallback,
+    EvalCallback,
+    EventCallback,
+    StopTrainingOnMaxEpisodes,
+)
 from stable_baselines3.common.type_aliases import MaybeCallback
+
+STEP_NAMES = frozenset(
+    "actions buffer_actions clipped_actions new_obs rewards dones infos num_collected_steps num_collected_episodes".split()
+)
+"""What SB3 tells callbacks about the environment's last step."""
+NO_EPISODES = (
+    "there are no episodes in `pretrain`, which takes no step in the environment and works on logged transitions only. Pass the "
+    "callback to `learn`; the length of the pretraining is given by `gradient_steps`."
+)
 
 CallbackType = TypeVar("CallbackType", bound=BaseCallback)
 
@@ -38,6 +53,37 @@ def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> I
         yield from find_callbacks(child, kind)
     if isinstance(callback, EventCallback):
         yield from find_callbacks(callback.callback, kind)
+
+
+class NoEpisodesError(ValueError, KeyError):
+    """A callback asks for the environment's steps while there are none."""
+
+    def __str__(self) -> str:
+        # A KeyError shows its message in quotes
+        return str(self.args[0])
+
+
+class PretrainingLocals(dict[str, Any]):
+    """What callbacks read as ``locals`` while pretraining: whatever they ask of the environment's steps is an error."""
+
+    def __missing__(self, name: str) -> Any:
+        raise NoEpisodesError(f"A callback reads `locals[{name!r}]`, but {NO_EPISODES}")
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (name in STEP_NAMES and self.__missing__(str(name)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
+def check_needs_no_episodes(callback: MaybeCallback) -> None:
+    """
+    :param callback: What ``pretrain`` was given
+    :raises NoEpisodesError: It counts episodes
+    """
+    for given in as_list(callback):
+        for found in find_callbacks(given, StopTrainingOnMaxEpisodes) if isinstance(given, BaseCallback) else ():
+            raise NoEpisodesError(f"{type(found).__name__} counts episodes, but {NO_EPISODES}")
 
 
 class InitialEvaluation(BaseCallback):

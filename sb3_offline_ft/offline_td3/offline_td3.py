@@ -32,7 +32,13 @@ from stable_baselines3.td3.policies import Actor, TD3Policy
 
 from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.averaging import LearnedWeights
-from sb3_offline_ft.common.callbacks import InitialEvaluation, as_list, find_callbacks
+from sb3_offline_ft.common.callbacks import (
+    InitialEvaluation,
+    PretrainingLocals,
+    as_list,
+    check_needs_no_episodes,
+    find_callbacks,
+)
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.frozen import frozen_actor, tensors_to_arrays, weights_from_arrays, weights_to_arrays
@@ -68,6 +74,8 @@ KERNELS = ("auto", "fast", "autograd")
 BATCHES_AT_ONCE = 64
 BYTES_AT_ONCE = 2**24
 """Batches drawn at once share their overhead, but large ones, such as those of images, shall not fill the memory."""
+SMALL_BUFFER, SMALL_SHARE = 100_000, 0.1
+"""A replay buffer below both, in transitions and as a share of the run's, is rather forgotten than meant."""
 PROGRESS_CHUNK = 50
 """Gradient steps between two updates of the progress bar."""
 
@@ -270,6 +278,7 @@ class OfflineTD3(TD3):
         self._critic_warmup_end = 0
         self._extra_state: str | None = None
         self._pretraining = False
+        self._warned_of_buffer = False
         self._online_timesteps: int | None = None
         self._eval_callbacks: list[EvalCallback] = []
         self._guide: BaseAlgorithm | BasePolicy | None = None
@@ -523,16 +532,18 @@ class OfflineTD3(TD3):
 
         Values are logged under ``offline/`` against the number of gradient steps. Callbacks run after every gradient
         step, with ``num_timesteps`` counting gradient steps meanwhile, so that ``EvalCallback`` and
-        ``CheckpointCallback`` work as usual; if one returns False, pretraining stops. May be called several times, and
-        interrupted: the steps done are counted in ``offline_steps_done`` and saved with the model.
+        ``CheckpointCallback`` work as usual; if one returns False, pretraining stops. There are no episodes for them to read.
+        May be called several times, and interrupted: the steps done are counted in ``offline_steps_done`` and saved with the model.
 
         :param gradient_steps: Number of gradient steps, by default what is left of ``offline_steps``
         :param callback: Callback(s) called after every gradient step
         :param progress_bar: Display a progress bar using tqdm and rich.
         :param log_interval: Gradient steps between two dumps of the logger
         :return: The model itself
-        :raises ValueError: There is no dataset, it does not fit the environment, or a number is out of range
+        :raises ValueError: There is no dataset, it does not fit the environment, a number is out of range, or a callback asks for
+            steps of the environment
         """
+        check_needs_no_episodes(callback)
         if gradient_steps is None:
             gradient_steps = self.remaining_offline_steps
         gradient_steps = whole_number(gradient_steps, "gradient_steps")
@@ -559,7 +570,7 @@ class OfflineTD3(TD3):
                 # SB3's callbacks and logs derive the speed from them
                 self.start_time, self._num_timesteps_at_start = time.time_ns(), self.num_timesteps
             if started is not None:
-                started.on_training_start(locals(), globals())
+                started.on_training_start(PretrainingLocals(locals()), globals())
             self._run_offline(gradient_steps, started, progress_bar, log_interval)
             if started is not None:
                 started.on_training_end()
@@ -740,6 +751,7 @@ class OfflineTD3(TD3):
             )
         if pretrained:
             self._begin_with_trained_weights(total_timesteps)
+        self._compare_buffer_with_run(total_timesteps)
         if self.guide_policy == PRETRAINED:
             self._guide = frozen_actor(self.policy)
         self._learned_weights = LearnedWeights(self.actor) if pretrained and self.policy_averaging > 0 else None
@@ -766,6 +778,35 @@ class OfflineTD3(TD3):
                 "learned online. Use more steps or a smaller `warmup_steps`.",
                 stacklevel=6,
             )
+
+    @property
+    def _capacity(self) -> int:
+        """Number of transitions that the online part of the replay buffer can hold."""
+        buffer = self.replay_buffer
+        assert buffer is not None
+        return buffer.buffer_size * buffer.n_envs
+
+    def _online_part(self, batch_size: int) -> int:
+        """Number of online transitions in the next batch."""
+        buffer = self.replay_buffer
+        if not isinstance(buffer, OfflineToOnlineReplayBuffer) or buffer.offline_size == 0:
+            return batch_size
+        return batch_size - round(buffer.offline_fraction * batch_size)
+
+    def _compare_buffer_with_run(self, total_timesteps: int) -> None:
+        self._warned_of_buffer = False
+        capacity = self._capacity
+        if not self._finetuning or capacity >= total_timesteps:
+            return
+        message = (
+            f"The replay buffer (`buffer_size={self.buffer_size}`) holds the last {capacity:,} transitions, and the run has "
+            f"{total_timesteps:,} steps: older transitions are forgotten, those of the warm-up first."
+        )
+        if capacity < self._online_part(self.batch_size) or capacity < min(SMALL_BUFFER, SMALL_SHARE * total_timesteps):
+            self._warned_of_buffer = True
+            warnings.warn(f"{message} To learn from all of them, use `buffer_size={total_timesteps}` or more.", stacklevel=5)
+        elif self.verbose >= 1:
+            print(message)
 
     def begin_warmup(self, steps: int) -> None:
         """
@@ -858,15 +899,19 @@ class OfflineTD3(TD3):
     def _may_update(self, batch_size: int) -> bool:
         if 0 < self.num_timesteps <= self._frozen_until:
             return False
-        buffer = self.replay_buffer
+        buffer, n_online = self.replay_buffer, self._online_part(batch_size)
         assert buffer is not None
+        if self._finetuning and n_online > self._capacity and not self._warned_of_buffer:
+            self._warned_of_buffer = True
+            warnings.warn(
+                f"The replay buffer (`buffer_size={self.buffer_size}`) holds {self._capacity:,} transitions, fewer than the "
+                f"{n_online} online ones of a batch, which are the same again and again: use a larger `buffer_size`.",
+                stacklevel=3,
+            )
         if self.learning_starts > 0 or not self._finetuning:
             # SB3's own rule has been applied by `learn`
             return True
-        n_online = batch_size
-        if isinstance(buffer, OfflineToOnlineReplayBuffer):
-            n_online -= round(buffer.offline_fraction * batch_size) if buffer.offline_size > 0 else 0
-        return buffer.size() * buffer.n_envs >= min(n_online, buffer.buffer_size * buffer.n_envs)
+        return buffer.size() * buffer.n_envs >= min(n_online, self._capacity)
 
     # Updates
 
@@ -1074,7 +1119,7 @@ class OfflineTD3(TD3):
 
     def _excluded_save_params(self) -> list[str]:
         live = ["_noise_generator", "_logged", "_eval_callbacks", "_pretraining", "_online_timesteps", "_kernel"]
-        others = ["_guide", "_guide_steps_schedule", "_learned_weights"]
+        others = ["_guide", "_guide_steps_schedule", "_learned_weights", "_warned_of_buffer"]
         return [*super()._excluded_save_params(), *live, *others]
 
     def _get_extra_state(self) -> dict[str, np.ndarray]:
