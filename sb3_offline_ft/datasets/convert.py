@@ -320,9 +320,12 @@ def _announce(columns: ColumnMap, path: Path, console: Console) -> None:
     if columns.terminated is None and columns.done is None:
         table.add_row("terminated", Text("no column: every episode counts as cut by a time limit"))
     if columns.done is not None and columns.truncated is None:
-        table.add_row(
-            "truncated", Text(f"no column: {columns.done} counts as a termination, so it must not be set at time limits")
+        known = (
+            f"{columns.done} counts as a termination, so it must not be set at time limits"
+            if columns.terminated is None
+            else f"where {columns.done} is set and {columns.terminated} is not"
         )
+        table.add_row("truncated", Text(f"no column: {known}"))
     if columns.next_observations is None:
         table.add_row("next_observations", Text("no column: taken from the following row"))
     console.print(table)
