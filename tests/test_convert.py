@@ -1,5 +1,6 @@
 """Logs of every kind become Minari datasets with the same rows."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from stable_baselines3 import TD3
 from sb3_offline_ft import OfflineDataset, load_dataset
 from sb3_offline_ft.datasets.column_map import ColumnMap
 from sb3_offline_ft.datasets.convert import ConvertedDataset, convert_logs, load_function
-from sb3_offline_ft.datasets.minari_writing import compact_hdf5
+from sb3_offline_ft.datasets.minari_writing import FailsafeFile, write_episodes, write_minari
 from sb3_offline_ft.datasets.tables import read_tables
 
 pytestmark = pytest.mark.usefixtures("minari_root")
@@ -710,13 +711,12 @@ class TestDatasetsWritten:
     def test_what_reads_back_differently_is_thrown_away(
         self, pendulum: OfflineDataset, minari_root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import h5py
+        def damage(file: FailsafeFile, episodes: Any) -> dict[str, int]:
+            buffers = list(episodes)
+            buffers[3] = dataclasses.replace(buffers[3], rewards=buffers[3].rewards + 1e-3 * (np.arange(200) == 17))
+            return write_episodes(file, buffers)
 
-        def damage(file: Path) -> None:
-            with h5py.File(file, "r+") as content:
-                content["episode_3/rewards"][17] += 1e-3
-
-        monkeypatch.setattr("sb3_offline_ft.datasets.minari_writing.compact_hdf5", damage)
+        monkeypatch.setattr("sb3_offline_ft.datasets.minari_writing.write_episodes", damage)
         with pytest.raises(ValueError, match=r"reads back differently from 'pendulum-medium\?episodes=5': nothing is kept"):
             convert_logs([pendulum], "my/logs-v0", env="Pendulum-v1")
         assert_nothing_left(minari_root)
@@ -743,41 +743,49 @@ class TestDatasetsWritten:
         made = convert_logs([data], "my/hopper-v0", env="Hopper-v5")
         size = (made.folder / "data" / "main_data.hdf5").stat().st_size
         assert size < data.nbytes
-        assert not list(made.folder.rglob("*.compact"))
+        assert sorted(path.name for path in made.folder.rglob("*.*")) == ["main_data.hdf5", "metadata.json"]
         episodes = list(minari.load_dataset("my/hopper-v0").iterate_episodes())
         assert sum(len(episode) for episode in episodes) == len(data)
         assert (np.concatenate([episode.rewards for episode in episodes]) == data.rewards).all()
         assert json.loads((made.folder / "data" / "metadata.json").read_text())["total_episodes"] == data.n_episodes
 
-    def test_compacting_keeps_every_value_type_and_attribute(self, minari_root: Path) -> None:
+    def test_files_are_as_those_that_minari_writes(self, minari_root: Path) -> None:
         from minari.data_collector import EpisodeBuffer
 
         buffers = [
             EpisodeBuffer(
-                seed=index,
+                seed=None if index == 1 else index,
                 observations={"a": np.random.default_rng(index).normal(size=(n + 1, 40)), "b": np.arange(n + 1)},
                 actions=np.ones((n, 1), np.float32),
-                rewards=[0.5] * n,
-                terminations=[False] * n,
-                truncations=[False] * n,
-                infos={"note": ["x"] * n, "deep": {"y": np.zeros((n, 2))}},
+                rewards=np.full(n, 0.5),
+                terminations=np.zeros(n, np.bool_),
+                truncations=np.arange(n) == n - 1,
             )
             for index, n in enumerate((1, 30, 12))
         ]
-        space = spaces.Dict({"a": spaces.Box(-9, 9, (40,)), "b": spaces.Discrete(99)})
+        options: dict[str, Any] = {
+            "observation_space": spaces.Dict({"a": spaces.Box(-9, 9, (40,)), "b": spaces.Discrete(99)}),
+            "action_space": spaces.Box(-1, 1, (1,)),
+        }
+        facts = {"author": "A. Uthor", "author_email": "a@b.c", "algorithm_name": "PID", "requirements": ["numpy"]}
+        facts |= {"description": "d", "code_permalink": "https://x.y"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = minari.create_dataset_from_buffers(
-                "my/x-v0", buffers, observation_space=space, action_space=spaces.Box(-1, 1, (1,))
-            )
-        before = [(episode.observations, episode.infos, episode.rewards) for episode in dataset.iterate_episodes()]
-        seeds = [facts["seed"] for facts in dataset.storage.get_episode_metadata(range(3))]
-        compact_hdf5(minari_root / "my" / "x-v0" / "data" / "main_data.hdf5")
-        dataset = minari.load_dataset("my/x-v0")
-        after = [(episode.observations, episode.infos, episode.rewards) for episode in dataset.iterate_episodes()]
-        np.testing.assert_equal(after, before)
-        assert [array.dtype for _, _, array in after] == [array.dtype for _, _, array in before]
-        assert [facts["seed"] for facts in dataset.storage.get_episode_metadata(range(3))] == seeds == [0, 1, 2]
+            minari.create_dataset_from_buffers("my/x-v0", buffers, env="Pendulum-v1", jpeg_encoding=False, **options, **facts)
+        write_minari("my/x-v1", buffers, env=gym.make("Pendulum-v1"), facts=facts, **options)
+        theirs, ours = (minari.load_dataset(f"my/x-v{version}") for version in range(2))
+        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+            before, after = ([getattr(episode, name) for episode in data.iterate_episodes()] for data in (theirs, ours))
+            np.testing.assert_equal(after, before)
+            if name != "observations":
+                assert [array.dtype for array in after] == [array.dtype for array in before]
+        facts_of = [list(data.storage.get_episode_metadata(range(3))) for data in (theirs, ours)]
+        assert facts_of[0] == facts_of[1] and [fact.get("seed") for fact in facts_of[1]] == [0, None, 2]
+        metadata = [
+            {key: value for key, value in data.storage.metadata.items() if key not in ("dataset_id", "dataset_size")}
+            for data in (theirs, ours)
+        ]
+        assert metadata[0] == metadata[1]
 
 
 def test_a_conversion_that_is_killed_leaves_nothing(pendulum: OfflineDataset, tmp_path: Path, minari_root: Path) -> None:

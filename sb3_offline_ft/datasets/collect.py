@@ -204,6 +204,7 @@ def collect_dataset(
     facts: dict[str, Any] | None = None,
     command: str | None = None,
     overwrite: bool = False,
+    keep_in: str | Path | None = None,
     console: Console | None = None,
 ) -> CollectedDataset:
     """Record an agent of rl-zoo3 or SB3, or a uniformly random policy, as a Minari dataset.
@@ -230,10 +231,13 @@ def collect_dataset(
     :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements``.
     :param command: The command line, for the description.
     :param overwrite: Replace a dataset with this id.
+    :param keep_in: Folder that gets the dataset if it cannot be written to its place, as on a full disk. ``OSError`` is raised
+        then too.
     :param console: Where to show the progress; nothing is shown if omitted.
     :return: What was recorded.
-    :raises OSError: if there is no such agent.
-    :raises FileExistsError: if there is such a dataset already.
+    :raises OSError: if there is no such agent, or the dataset cannot be written: the message says what became of it.
+    :raises FileExistsError: if there is such a dataset already, or there is one by the end: then the new one is kept, in
+        ``keep_in`` or under the next free version, and the message says where.
     :raises ValueError: if the arguments do not go together, or the environment cannot be recorded.
     """
     check_new_id(dataset_id, overwrite)
@@ -280,6 +284,7 @@ def collect_dataset(
                 env=recorder.env,
                 facts=described,
                 overwrite=overwrite,
+                keep_in=keep_in,
             )
         except ValueError:
             if not rollout.interrupted or rollout.returns:
