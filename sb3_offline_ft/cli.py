@@ -88,6 +88,9 @@ TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Read .pkl replay buffers: that runs code which the file holds.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a dataset with this id.")]
+KeepIn = Annotated[
+    Path | None, typer.Option(help="Folder that gets the dataset if it cannot be written to its place, as on a full disk.")
+]
 
 
 @dataset.command("show")
@@ -166,6 +169,7 @@ def dataset_convert(
     author: Annotated[str | None, typer.Option(help="Who made the dataset.")] = None,
     description: Annotated[str | None, typer.Option(help="What the dataset is.")] = None,
     overwrite: Overwrite = False,
+    keep_in: KeepIn = None,
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Write logs as a Minari dataset, which `-params dataset:...` then names."""
@@ -196,6 +200,7 @@ def dataset_convert(
             expert_score=expert_score,
             facts={"algorithm_name": algorithm_name, "author": author, "description": description},
             overwrite=overwrite,
+            keep_in=keep_in,
             console=Console(stderr=True),
             trust_pickle=trust_pickle,
         )
@@ -229,6 +234,7 @@ def dataset_collect(
     author: Annotated[str | None, typer.Option(help="Who made the dataset.")] = None,
     description: Annotated[str | None, typer.Option(help="What the dataset is; by default how it was recorded.")] = None,
     overwrite: Overwrite = False,
+    keep_in: KeepIn = None,
 ) -> None:
     """Record an agent of rl-zoo3 or SB3, or random actions, as a Minari dataset. Ctrl-C keeps the complete episodes."""
     with reporting("dataset collect"):
@@ -257,6 +263,7 @@ def dataset_collect(
             facts={"author": author, "description": description},
             command=f"sb3-offline-ft {shlex.join(sys.argv[1:])}" if "collect" in sys.argv else None,
             overwrite=overwrite,
+            keep_in=keep_in,
             console=Console(stderr=True),
         )
     if made.folder is not None:

@@ -20,10 +20,10 @@ from gymnasium import spaces
 from minari.dataset.minari_dataset import EpisodeData
 from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 
 import sb3_offline_ft.zoo
-from sb3_offline_ft import load_dataset
+from sb3_offline_ft import OfflineDataset, load_dataset
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.datasets import reference_scores_for
 from sb3_offline_ft.datasets.collect import Behaviour, EpisodeRecorder, collect_dataset, stop_on_signals
@@ -83,12 +83,94 @@ class Drift(gym.Env[Any, Any]):
         return self.state, float(self.state.sum()), False, False, {}
 
 
+class Walk(gym.Env[Any, Any]):
+    """Counts its steps since the reset; ends by itself with a probability."""
+
+    observation_space = spaces.Box(0, np.inf, (1,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, end: float = 0.0) -> None:
+        self.end, self.n_steps = end, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.n_steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        return np.array([self.n_steps], np.float32), 1.0, bool(self.np_random.random() < self.end), False, {}
+
+
+class EndAt(gym.Wrapper[Any, Any, Any, Any]):
+    """Ends episodes when the environment has taken so many steps, as wrappers that know when a task is solved do."""
+
+    def __init__(self, env: gym.Env[Any, Any], n_steps: int, terminated: bool = True, resets: bool = True) -> None:
+        super().__init__(env)
+        self.n_steps, self.terminated, self.resets = n_steps, terminated, resets
+        self.last: Any = None
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        # As wrappers that take the loss of a life for an end: the environment goes on
+        return self.env.reset(**options) if self.resets or self.last is None else (self.last, {})
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self.last, reward, terminated, truncated, info = self.env.step(action)
+        ends = self.last[0] % self.n_steps == 0
+        return self.last, reward, terminated or (ends and self.terminated), truncated or (ends and not self.terminated), info
+
+
+class GoOn(gym.Wrapper[Any, Any, Any, Any]):
+    """Hides the ends of the environment; may reset it behind the agent's back."""
+
+    def __init__(self, env: gym.Env[Any, Any], resets: bool = False) -> None:
+        super().__init__(env)
+        self.resets = resets
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.resets and (terminated or truncated):
+            observation, _ = self.env.reset()
+        return observation, reward, False, False, info
+
+
+class TwoStepsAtOnce(gym.Wrapper[Any, Any, Any, Any]):
+    """Repeats actions."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        _, first, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            return _, first, terminated, truncated, info
+        observation, second, terminated, truncated, info = self.env.step(action)
+        return observation, first + second, terminated, truncated, info
+
+
+class VecEndAt(VecEnvWrapper):
+    """Ends episodes of a vectorised environment, which it resets."""
+
+    def __init__(self, venv: VecEnv, n_steps: int = 3) -> None:
+        super().__init__(venv)
+        self.n_steps, self.taken = n_steps, 0
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.taken = 0 if dones[0] else self.taken + 1
+        if self.taken == self.n_steps:
+            infos[0] |= {"terminal_observation": observations[0], "TimeLimit.truncated": True}
+            observations, dones[0], self.taken = self.venv.reset(), True, 0
+        return observations, rewards, dones, infos
+
+
 @pytest.fixture(scope="module", autouse=True)
 def environments() -> Any:
     gym.register("TestCorridor-v0", Corridor, disable_env_checker=True)
     gym.register("TestDrift-v0", Drift, disable_env_checker=True, max_episode_steps=20)
+    gym.register("TestWalk-v0", Walk, disable_env_checker=True)
     yield
-    del gym.registry["TestCorridor-v0"], gym.registry["TestDrift-v0"]
+    del gym.registry["TestCorridor-v0"], gym.registry["TestDrift-v0"], gym.registry["TestWalk-v0"]
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +383,75 @@ class TestZoo:
         dataset = minari.load_dataset("my/w-v0")
         assert dataset.action_space == Corridor.action_space
         assert dataset.recover_environment().unwrapped.length == 2.5  # type: ignore[attr-defined]
+
+    def test_episodes_that_an_outer_wrapper_ends_are_kept(self, tmp_path: Path) -> None:
+        """A walk that ends with probability 0.1, or at the tenth step by the zoo's env_wrapper."""
+        data = self.collected(tmp_path, {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 10}}, 0.1, n_episodes=600)
+        lengths, expected = data.episode_lengths, (1 - 0.9**10) / 0.1
+        deviation = np.sqrt(np.mean((np.minimum(np.random.default_rng(0).geometric(0.1, 100_000), 10) - expected) ** 2))
+        assert lengths.mean() == pytest.approx(expected, abs=5 * deviation / np.sqrt(600))
+        ends = data.episode_starts + lengths - 1
+        assert data.n_episodes == 600 and lengths.max() == 10
+        assert (data.terminations[ends] != data.truncations[ends]).all() and data.truncations[ends][lengths < 10].sum() == 0
+        assert 0 < data.terminations[ends][lengths == 10].sum() < data.truncations.sum()
+
+    @pytest.mark.parametrize(
+        ("wrappers", "end", "length", "ends"),
+        [
+            ([{"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 7}}], 0.0, 7, "truncations"),
+            ([{"EndAt": {"n_steps": 4}}], 0.0, 4, "terminations"),
+            ([{"EndAt": {"n_steps": 4, "terminated": False}}], 0.0, 4, "truncations"),
+            # The end is not the environment's, which is not reset: the next episode goes on where it is
+            ([{"EndAt": {"n_steps": 4, "resets": False}}], 0.0, 4, "terminations"),
+            # What the environment says of an end does not count where the agent does not see it
+            (["GoOn", {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 9}}], 1.0, 9, "truncations"),
+            ([{"GoOn": {"resets": True}}], 1.0, 1, "terminations"),
+            (["TwoStepsAtOnce", {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 3}}], 0.0, 6, "truncations"),
+            ([{"EndAt": {"n_steps": 5}}, "TwoStepsAtOnce"], 0.0, 5, "terminations"),
+        ],
+    )
+    def test_the_ends_are_those_that_the_agent_sees(
+        self, wrappers: list[Any], end: float, length: int, ends: str, tmp_path: Path
+    ) -> None:
+        data = self.collected(tmp_path, wrappers, end, n_episodes=4)
+        assert data.episode_lengths.tolist() == [length] * 4
+        assert (np.flatnonzero(getattr(data, ends)) == data.episode_starts + data.episode_lengths - 1).all()
+        assert not (data.terminations if ends == "truncations" else data.truncations).any()
+        assert isinstance(data.observations, np.ndarray) and isinstance(data.next_observations, np.ndarray)
+        assert (data.next_observations == data.observations + 1).all(), "they are the environment's own, in their order"
+
+    def test_the_last_episode_is_completed_up_to_a_time_limit_of_the_agent(self, tmp_path: Path) -> None:
+        limit = {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 7}}
+        assert self.collected(tmp_path / "a", limit, 0.0, n_steps=18).episode_lengths.tolist() == [7, 7, 7]
+        cut = self.collected(tmp_path / "b", {"EndAt": {"n_steps": 7}}, 0.0, n_steps=18)
+        assert cut.episode_lengths.tolist() == [7, 7, 4] and np.flatnonzero(cut.truncations).tolist() == [17]
+        # A limit that the agent never sees does not make it go on for ever
+        hidden = self.collected(tmp_path / "c", [limit, "GoOn"], 0.0, n_steps=18)
+        assert len(hidden) < 30 and hidden.truncations.sum() == 1
+
+    def test_ends_that_a_wrapper_of_the_vectorised_environment_makes(self, tmp_path: Path) -> None:
+        config = {"frame_stack": 2, "normalize": False, "vec_env_wrapper": f"{__name__}.VecEndAt"}
+        data = self.collected(tmp_path, [{"EndAt": {"n_steps": 2}}], 0.0, n_steps=8, config={"frame_stack": 2})
+        assert data.episode_lengths.tolist() == [2, 2, 2, 2] and data.observation_space == Walk.observation_space
+        data = self.collected(tmp_path / "vec", [], 0.0, n_steps=9, config=config)
+        assert data.episode_lengths.tolist() == [3, 3, 3] and data.truncations.sum() == 3
+
+    def collected(
+        self, folder: Path, wrappers: Any, end: float, config: dict[str, Any] | None = None, **amount: int
+    ) -> OfflineDataset:
+        """What an agent with these wrappers records in a walk."""
+        listed = wrappers if isinstance(wrappers, list) else [wrappers]
+        named = [
+            {(name if "." in name else f"{__name__}.{name}"): options}
+            for one in listed
+            for name, options in (one if isinstance(one, dict) else {one: {}}).items()
+        ]
+        frames = (config or {}).get("frame_stack", 1)
+        env = gym.make("TestWalk-v0")
+        model = SAC("MlpPolicy", VecFrameStack(DummyVecEnv([lambda: env]), frames) if frames > 1 else env, **small())
+        save_run(folder, "sac", "TestWalk-v0", model, {"env_wrapper": named, **(config or {})}, env_kwargs={"end": end})
+        collect_dataset("my/walk-v0", "TestWalk-v0", algorithm="sac", log_folder=folder, overwrite=True, **amount)  # type: ignore[arg-type]
+        return load_dataset("my/walk-v0")
 
     def test_best_model_and_our_algorithms(self, tmp_path: Path) -> None:
         sb3_offline_ft.zoo.register()

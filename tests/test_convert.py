@@ -1,5 +1,6 @@
 """Logs of every kind become Minari datasets with the same rows."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from stable_baselines3 import TD3
 from sb3_offline_ft import OfflineDataset, load_dataset
 from sb3_offline_ft.datasets.column_map import ColumnMap
 from sb3_offline_ft.datasets.convert import ConvertedDataset, convert_logs, load_function
-from sb3_offline_ft.datasets.minari_writing import compact_hdf5
+from sb3_offline_ft.datasets.minari_writing import FailsafeFile, write_episodes, write_minari
 from sb3_offline_ft.datasets.tables import read_tables
 
 pytestmark = pytest.mark.usefixtures("minari_root")
@@ -246,6 +247,21 @@ class TestColumns:
         found = ColumnMap.from_mapping(given, "test").resolve(columns, "test")
         assert found.observations == ("q_1", "q_2", "q_10", "left_pos", "arm_pos")
 
+    def test_brackets_in_names(self) -> None:
+        columns = ["obs[10]", "obs[2]", "obs[goal]", "q_1", "q_2", "q_3", "m[1][0]", "m[0][1]", "m[0][0]", "u", "r"]
+        for names, expected in (
+            ("obs[*]", ("obs[10]", "obs[2]", "obs[goal]")),
+            ("obs[?]", ("obs[2]",)),
+            ("obs[2]", ("obs[2]",)),
+            ("obs[*0], obs[2]", ("obs[10]", "obs[2]")),
+            ("q_[1-2]", ("q_1", "q_2")),
+            ("m[*", ("m[0][0]", "m[0][1]", "m[1][0]")),
+        ):
+            chosen = ColumnMap.from_mapping({"observations": names, "actions": "u", "reward": "r"}, "test")
+            assert chosen.resolve(columns, "test").observations == expected
+        guessed = ColumnMap().resolve(["obs[1][0]", "obs[0][1]", "obs[0][0]", "act(1)", "act(0)", "reward"], "test")
+        assert (guessed.observations, guessed.actions) == (("obs[0][0]", "obs[0][1]", "obs[1][0]"), ("act(0)", "act(1)"))
+
     @pytest.mark.parametrize(
         ("given", "columns", "message"),
         [
@@ -261,6 +277,15 @@ class TestColumns:
             ({}, "obs_0 action", "recognised as reward .* --reward-function"),
             ({}, "obs_0 state_0 action reward", "observations could be obs_0 and state_0. Say which with --observations"),
             ({}, "obs_0 action reward rewards", "reward could be reward or rewards"),
+            ({}, "obs_0 obs_1 obs_goal action reward", "obs_0, obs_1, but that leaves out obs_goal. Say which with --obs"),
+            ({}, "obs obs[1] action reward", r"observations could be obs, but that leaves out obs\[1\]"),
+            ({}, "obs[0] obs[goal] action reward", r"could be obs\[0\], but that leaves out obs\[goal\]"),
+            ({}, "obs_0 action action_0 reward", "actions could be action, but that leaves out action_0"),
+            (
+                {"observations": "obs[7]"},
+                "obs[0] obs[1] action reward",
+                r"no column 'obs\[7\]' .* Did you mean obs\[1\] or obs\[0\]",
+            ),
             ({"episode": "run"}, "obs_0 action reward Run", "Did you mean Run"),
         ],
     )
@@ -326,6 +351,70 @@ class TestTables:
         data = self.read(tmp_path, text)
         assert data.terminations.tolist() == [False, False, True] and data.truncations.tolist() == [False, True, False]
 
+    @pytest.mark.parametrize(
+        ("header", "rows", "terminations", "truncations"),
+        [
+            # Only a time limit, then a termination
+            ("terminated,done", ["00", "01", "00", "11"], [3], [1]),
+            ("terminal,done", ["00", "01", "00", "11"], [3], [1]),
+            ("terminals,dones", ["00", "01", "00", "11"], [3], [1]),
+            ("truncated,done", ["00", "11", "00", "01"], [3], [1]),
+            ("timeouts,dones", ["00", "10", "00", "01"], [3], [1]),
+            ("terminated,timeout,done", ["000", "011", "000", "101"], [3], [1]),
+            ("terminated,truncated,done", ["000", "011", "000", "111"], [3], [1]),
+        ],
+    )
+    def test_ends_of_either_kind_are_told_apart(
+        self, header: str, rows: list[str], terminations: list[int], truncations: list[int], tmp_path: Path
+    ) -> None:
+        text = f"obs_0,next_obs_0,action,reward,{header}\n"
+        text += "".join(f"{i},{i + 1},.1,0,{','.join(flags)}\n" for i, flags in enumerate(rows))
+        names = dict(zip(header.split(","), (list(map(int, column)) for column in zip(*rows, strict=True)), strict=True))
+        meanings = {"term": "terminated", "trun": "truncated", "time": "truncated", "done": "done"}
+        named = ColumnMap(**{meanings[name[:4]]: name for name in names})  # type: ignore[arg-type]
+        arrays = {"observations": np.arange(4.0)[:, None], "next_observations": np.arange(1.0, 5)[:, None]}
+        arrays |= {"actions": np.zeros((4, 1), np.float32), "rewards": np.zeros(4)}
+        np.savez(tmp_path / "logs.npz", **arrays, **{name: np.array(flags, np.bool_) for name, flags in names.items()})  # type: ignore[arg-type]
+        for data in (self.read(tmp_path, text), self.read(tmp_path, text, columns=named), load_dataset(tmp_path / "logs.npz")):
+            assert np.flatnonzero(data.terminations).tolist() == terminations
+            assert np.flatnonzero(data.truncations).tolist() == truncations
+            assert data.episode_starts.tolist() == [0, 2]
+
+    def test_no_transition_from_one_episode_to_the_next_is_made_up(self, tmp_path: Path) -> None:
+        text = "obs_0,action,reward,terminated,done\n1,.1,0,0,0\n2,.1,0,0,1\n70,.1,0,0,0\n80,.1,0,1,1\n"
+        data = self.read(tmp_path, text)
+        assert data.observations.tolist() == [[1], [70], [80]] and data.n_episodes == 2
+        # The flags of the environment's D4RL-like files too
+        import h5py
+
+        with h5py.File(tmp_path / "logs.hdf5", "w") as file:
+            file["observations"], file["actions"] = np.array([[1.0], [2], [70], [80]]), np.zeros((4, 1))
+            file["rewards"], file["terminals"], file["dones"] = np.zeros(4), np.array([0, 0, 0, 1]), np.array([0, 1, 0, 1])
+        with pytest.warns(UserWarning, match="derived"):
+            assert load_dataset(tmp_path / "logs.hdf5").observations.tolist() == [[1], [70], [80]]
+
+    @pytest.mark.parametrize(
+        ("header", "rows", "message"),
+        [
+            ("terminated,done", ["00", "10", "00", "11"], r"in 1 of 4 rows \(row 2 \(line 3\)\), first terminated 1, done 0"),
+            (
+                "terminated,truncated,done",
+                ["000", "001", "000", "010"],
+                r"in 2 of 4 rows \(row 2 \(line 3\), row 4 \(line 5\)\)",
+            ),
+        ],
+    )
+    def test_ends_that_contradict_each_other_are_refused(
+        self, header: str, rows: list[str], message: str, tmp_path: Path
+    ) -> None:
+        text = f"obs_0,next_obs_0,action,reward,{header}\n"
+        text += "".join(f"{i},{i + 1},.1,0,{','.join(flags)}\n" for i, flags in enumerate(rows))
+        with pytest.raises(ValueError, match=message):
+            self.read(tmp_path, text)
+        if "truncated" in header:
+            data = self.read(tmp_path, text, columns=ColumnMap(terminated="terminated", truncated="truncated"))
+            assert np.flatnonzero(data.truncations).tolist() == [3], "done was left out, as both others were named"
+
     def test_time_sorts_the_rows_of_each_episode(self, tmp_path: Path) -> None:
         text = "t,obs_0,action,reward,episode\n2,12,.1,0,a\n1,21,.2,0,b\n1,11,.3,0,a\n3,13,.4,0,a\n2,22,.5,0,b\n"
         data = self.read(tmp_path, text, columns=ColumnMap(time="t"))
@@ -372,6 +461,68 @@ class TestTables:
         table.to_parquet(tmp_path / "logs.parquet")
         with pytest.raises(ValueError, match=r"column 'observation', row 2: expected 2 numbers"):
             read_tables([tmp_path / "logs.parquet"])
+
+    @pytest.mark.filterwarnings("ignore:.*derived within episodes")
+    def test_several_columns_of_lists_are_put_together_in_the_order_named(self, tmp_path: Path) -> None:
+        """Names and types as in LeRobot's files: lists of fixed and of any length, and numbers beside them."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        columns = {
+            "observation.state": pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], pa.list_(pa.float32(), 2)),
+            "observation.environment_state": pa.array([[10], [20], [30]], pa.list_(pa.int64())),
+            "action": pa.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], pa.large_list(pa.float64())),
+            "gripper": pa.array([1.0, 2.0, 3.0]),
+            "next.reward": pa.array([0.0, 1.0, 2.0]),
+            "next.done": pa.array([False, False, True]),
+            "episode_index": pa.array([0, 0, 0]),
+        }
+        parquet.write_table(pa.table(columns), tmp_path / "logs.parquet")
+        data = read_tables([tmp_path / "logs.parquet"])
+        assert data.observations.tolist() == [[1, 2, 10], [3, 4, 20], [5, 6, 30]] and data.terminations.tolist()[-1]
+        named = ColumnMap(
+            observations=("observation.environment_state", "gripper", "observation.state"), actions=("gripper", "action")
+        )
+        mixed = read_tables([tmp_path / "logs.parquet"], named)
+        assert mixed.observations.tolist() == [[10, 1, 1, 2], [20, 2, 3, 4], [30, 3, 5, 6]]
+        assert mixed.actions.shape == (3, 3)
+        keyed = read_tables([tmp_path / "logs.parquet"], ColumnMap(observations={"all": named.observations}))  # type: ignore[dict-item]
+        assert keyed.observations["all"].tolist() == mixed.observations.tolist()  # type: ignore[call-overload]
+        with pytest.raises(ValueError, match=r"column 'action', row 1: expected an action from -2 to 0.15, found 0.2"):
+            read_tables(
+                [tmp_path / "logs.parquet"],
+                named,
+                action_space=spaces.Box(np.full(3, -2, np.float32), np.array([5, 0.15, 0.15], np.float32)),
+            )
+
+    @pytest.mark.parametrize(
+        ("cells", "message"),
+        [
+            ([[1.0, 2.0], [3.0]], r"'observation\.state', row 2: expected 2 numbers as in the first row, found 1"),
+            ([[1.0, 2.0], [3.0, None]], r"'observation\.state', row 2: expected numbers, found 3.0, nan"),
+            ([[1, 2], [3, None]], r"'observation\.state', row 2: expected numbers, found 3.0, nan"),
+            ([[1.0, 2.0], None], r"'observation\.state', row 2: expected a list of numbers, found an empty cell"),
+            ([None, [1.0, 2.0]], r"'observation\.state', row 1: expected a list of numbers, found an empty cell"),
+            ([[], []], r"'observation\.state', row 1: expected some numbers"),
+            ([[[1, 2], [3, 4]]] * 2, r"'observation\.state', row 1: expected a list of numbers, found lists within it"),
+            ([["a", "b"]] * 2, r"'observation\.state', row 1: expected a list of numbers \(could not convert"),
+            ([{"path": "a.png"}] * 2, r"'observation\.state', row 1: expected a number, found a dict"),
+        ],
+    )
+    def test_lists_that_are_no_vectors_are_refused(self, cells: list[Any], message: str, tmp_path: Path) -> None:
+        table = pd.DataFrame({"observation.state": cells, "observation.goal": [[1.0]] * 2, "action": 0.0, "reward": 0.0})
+        table.to_parquet(tmp_path / "logs.parquet")
+        with pytest.raises(ValueError, match=r"logs\.parquet', column " + message):
+            read_tables([tmp_path / "logs.parquet"])
+
+    def test_lists_where_numbers_or_names_belong(self, tmp_path: Path) -> None:
+        numbers = pd.DataFrame({"obs_0": [0.0, 1.0], "action": 0.0, "reward": 0.0, "terminated": False, "episode": 0})
+        for name, message in (("reward", "a number"), ("terminated", "0 or 1"), ("episode", "a number or name")):
+            table = numbers.drop(columns=name)
+            table[name] = [[0.0], [0.0]]
+            table.to_parquet(tmp_path / "logs.parquet")
+            with pytest.raises(ValueError, match=rf"column '{name}', row 1: expected {message}"):
+                read_tables([tmp_path / "logs.parquet"])
 
     @pytest.mark.parametrize(
         ("rows", "message"),
@@ -560,13 +711,12 @@ class TestDatasetsWritten:
     def test_what_reads_back_differently_is_thrown_away(
         self, pendulum: OfflineDataset, minari_root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import h5py
+        def damage(file: FailsafeFile, episodes: Any) -> dict[str, int]:
+            buffers = list(episodes)
+            buffers[3] = dataclasses.replace(buffers[3], rewards=buffers[3].rewards + 1e-3 * (np.arange(200) == 17))
+            return write_episodes(file, buffers)
 
-        def damage(file: Path) -> None:
-            with h5py.File(file, "r+") as content:
-                content["episode_3/rewards"][17] += 1e-3
-
-        monkeypatch.setattr("sb3_offline_ft.datasets.minari_writing.compact_hdf5", damage)
+        monkeypatch.setattr("sb3_offline_ft.datasets.minari_writing.write_episodes", damage)
         with pytest.raises(ValueError, match=r"reads back differently from 'pendulum-medium\?episodes=5': nothing is kept"):
             convert_logs([pendulum], "my/logs-v0", env="Pendulum-v1")
         assert_nothing_left(minari_root)
@@ -593,41 +743,49 @@ class TestDatasetsWritten:
         made = convert_logs([data], "my/hopper-v0", env="Hopper-v5")
         size = (made.folder / "data" / "main_data.hdf5").stat().st_size
         assert size < data.nbytes
-        assert not list(made.folder.rglob("*.compact"))
+        assert sorted(path.name for path in made.folder.rglob("*.*")) == ["main_data.hdf5", "metadata.json"]
         episodes = list(minari.load_dataset("my/hopper-v0").iterate_episodes())
         assert sum(len(episode) for episode in episodes) == len(data)
         assert (np.concatenate([episode.rewards for episode in episodes]) == data.rewards).all()
         assert json.loads((made.folder / "data" / "metadata.json").read_text())["total_episodes"] == data.n_episodes
 
-    def test_compacting_keeps_every_value_type_and_attribute(self, minari_root: Path) -> None:
+    def test_files_are_as_those_that_minari_writes(self, minari_root: Path) -> None:
         from minari.data_collector import EpisodeBuffer
 
         buffers = [
             EpisodeBuffer(
-                seed=index,
+                seed=None if index == 1 else index,
                 observations={"a": np.random.default_rng(index).normal(size=(n + 1, 40)), "b": np.arange(n + 1)},
                 actions=np.ones((n, 1), np.float32),
-                rewards=[0.5] * n,
-                terminations=[False] * n,
-                truncations=[False] * n,
-                infos={"note": ["x"] * n, "deep": {"y": np.zeros((n, 2))}},
+                rewards=np.full(n, 0.5),
+                terminations=np.zeros(n, np.bool_),
+                truncations=np.arange(n) == n - 1,
             )
             for index, n in enumerate((1, 30, 12))
         ]
-        space = spaces.Dict({"a": spaces.Box(-9, 9, (40,)), "b": spaces.Discrete(99)})
+        options: dict[str, Any] = {
+            "observation_space": spaces.Dict({"a": spaces.Box(-9, 9, (40,)), "b": spaces.Discrete(99)}),
+            "action_space": spaces.Box(-1, 1, (1,)),
+        }
+        facts = {"author": "A. Uthor", "author_email": "a@b.c", "algorithm_name": "PID", "requirements": ["numpy"]}
+        facts |= {"description": "d", "code_permalink": "https://x.y"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = minari.create_dataset_from_buffers(
-                "my/x-v0", buffers, observation_space=space, action_space=spaces.Box(-1, 1, (1,))
-            )
-        before = [(episode.observations, episode.infos, episode.rewards) for episode in dataset.iterate_episodes()]
-        seeds = [facts["seed"] for facts in dataset.storage.get_episode_metadata(range(3))]
-        compact_hdf5(minari_root / "my" / "x-v0" / "data" / "main_data.hdf5")
-        dataset = minari.load_dataset("my/x-v0")
-        after = [(episode.observations, episode.infos, episode.rewards) for episode in dataset.iterate_episodes()]
-        np.testing.assert_equal(after, before)
-        assert [array.dtype for _, _, array in after] == [array.dtype for _, _, array in before]
-        assert [facts["seed"] for facts in dataset.storage.get_episode_metadata(range(3))] == seeds == [0, 1, 2]
+            minari.create_dataset_from_buffers("my/x-v0", buffers, env="Pendulum-v1", jpeg_encoding=False, **options, **facts)
+        write_minari("my/x-v1", buffers, env=gym.make("Pendulum-v1"), facts=facts, **options)
+        theirs, ours = (minari.load_dataset(f"my/x-v{version}") for version in range(2))
+        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+            before, after = ([getattr(episode, name) for episode in data.iterate_episodes()] for data in (theirs, ours))
+            np.testing.assert_equal(after, before)
+            if name != "observations":
+                assert [array.dtype for array in after] == [array.dtype for array in before]
+        facts_of = [list(data.storage.get_episode_metadata(range(3))) for data in (theirs, ours)]
+        assert facts_of[0] == facts_of[1] and [fact.get("seed") for fact in facts_of[1]] == [0, None, 2]
+        metadata = [
+            {key: value for key, value in data.storage.metadata.items() if key not in ("dataset_id", "dataset_size")}
+            for data in (theirs, ours)
+        ]
+        assert metadata[0] == metadata[1]
 
 
 def test_a_conversion_that_is_killed_leaves_nothing(pendulum: OfflineDataset, tmp_path: Path, minari_root: Path) -> None:

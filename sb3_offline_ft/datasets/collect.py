@@ -97,7 +97,8 @@ class Behaviour:
 class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
     """Records the episodes of an environment, and seeds each of them.
 
-    Used as the innermost wrapper it sees what the environment itself sees, whatever wrappers the agent needs around it.
+    Used as the innermost wrapper it sees what the environment itself sees, whatever wrappers the agent needs around it. Where
+    an episode ends it is told (:meth:`end`), as those wrappers may end episodes, or let them go on.
     Minari's ``DataCollector`` needs jax, and draws its seeds from the operating system whenever a vectorised environment
     resets itself.
 
@@ -108,23 +109,23 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gym.Env[Any, Any], seed: int = 0) -> None:
         super().__init__(env.env if isinstance(env, Monitor) else env)
         self.seed, self.n_resets = seed, 0
-        self.n_steps = 0
+        self.n_steps = self.n_ended = 0
         self.complete: list[EpisodeBuffer] = []
-        self._clear()
+        self._begin([], None)
 
-    def _clear(self) -> None:
-        self._episode_seed = 0
-        self._observations: list[Any] = []
+    def _begin(self, observations: list[Any], seed: int | None) -> None:
+        self._observations, self._episode_seed = observations, seed
         self._actions: list[Any] = []
         self._rewards: list[float] = []
+        self._has_terminated = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin a recorded episode; its seed is derived from the recorder's, not from ``seed``."""
-        self._clear()
-        self._episode_seed = derive_seed(self.seed, self.n_resets)
+        """Begin a recorded episode; its seed is derived from the recorder's, not from ``seed``. A running one is ended."""
+        self.end(self._has_terminated)
+        episode_seed = derive_seed(self.seed, self.n_resets)
         self.n_resets += 1
-        observation, info = self.env.reset(seed=self._episode_seed, options=options)
-        self._observations.append(_copied(observation))
+        observation, info = self.env.reset(seed=episode_seed, options=options)
+        self._begin([_copied(observation)], episode_seed)
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -134,17 +135,18 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         self._rewards.append(float(reward))
         self._observations.append(_copied(observation))
         self.n_steps += 1
-        if terminated or truncated:
-            self._finish(bool(terminated))
+        self._has_terminated = bool(terminated)
         return observation, reward, bool(terminated), bool(truncated), info
 
-    def cut(self) -> None:
-        """End the running episode here, as a truncation."""
-        if self._rewards:
-            self._finish(terminated=False)
+    def end(self, terminated: bool) -> None:
+        """End the running episode here, if it has steps. Without a reset the next one begins at its last observation.
 
-    def _finish(self, terminated: bool) -> None:
+        :param terminated: Whether it is a termination, else a truncation.
+        """
         length = len(self._rewards)
+        if not length:
+            return
+        self.n_ended += 1
         terminations, truncations = np.zeros((2, length), np.bool_)
         terminations[-1], truncations[-1] = terminated, not terminated
         first = self._observations[0]
@@ -163,7 +165,25 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
                 truncations=truncations,
             )
         )
-        self._clear()
+        self._begin(self._observations[-1:], None)
+
+    def cut(self) -> None:
+        """End the running episode here, as a truncation."""
+        self.end(terminated=False)
+
+
+class _EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
+    """The outermost wrapper: it tells the recorder where episodes end for the agent."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.recorder = _recorder(env)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            self.recorder.end(bool(terminated))
+        return observation, reward, bool(terminated), bool(truncated), info
 
 
 def collect_dataset(
@@ -184,13 +204,14 @@ def collect_dataset(
     facts: dict[str, Any] | None = None,
     command: str | None = None,
     overwrite: bool = False,
+    keep_in: str | Path | None = None,
     console: Console | None = None,
 ) -> CollectedDataset:
     """Record an agent of rl-zoo3 or SB3, or a uniformly random policy, as a Minari dataset.
 
     The same arguments give the same data to the bit, on the same machine with the same versions. Whole episodes are
-    recorded; the last one may go beyond ``n_steps``, or is cut there if the environment has no time limit. On Ctrl-C the
-    episodes that are complete are written.
+    recorded, with the ends that the agent saw, whichever of its wrappers they came from; the last one may go beyond
+    ``n_steps``, or is cut there if there is no time limit. On Ctrl-C the episodes that are complete are written.
 
     :param dataset_id: The new dataset's id.
     :param env_id: Gymnasium id of the environment; ``module:id`` imports the module first.
@@ -210,10 +231,13 @@ def collect_dataset(
     :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements``.
     :param command: The command line, for the description.
     :param overwrite: Replace a dataset with this id.
+    :param keep_in: Folder that gets the dataset if it cannot be written to its place, as on a full disk. ``OSError`` is raised
+        then too.
     :param console: Where to show the progress; nothing is shown if omitted.
     :return: What was recorded.
-    :raises OSError: if there is no such agent.
-    :raises FileExistsError: if there is such a dataset already.
+    :raises OSError: if there is no such agent, or the dataset cannot be written: the message says what became of it.
+    :raises FileExistsError: if there is such a dataset already, or there is one by the end: then the new one is kept, in
+        ``keep_in`` or under the next free version, and the message says where.
     :raises ValueError: if the arguments do not go together, or the environment cannot be recorded.
     """
     check_new_id(dataset_id, overwrite)
@@ -232,7 +256,7 @@ def collect_dataset(
         loaded = _Agent.random() if is_random else _Agent.find(env_id, algorithm, Path(log_folder), agent, exp_id, load_best)
         venv = loaded.environment(env_id, seed, vecnormalize)
     try:
-        recorder = _recorder(venv)
+        recorder = _recorder(venv.unwrapped.envs[0])  # type: ignore[attr-defined]
         check_spaces_supported(recorder.observation_space, recorder.action_space, f"Environment {env_id!r}")
         assert isinstance(recorder.action_space, spaces.Box)
         model = None if is_random else loaded.load(venv, seed, device)
@@ -260,6 +284,7 @@ def collect_dataset(
                 env=recorder.env,
                 facts=described,
                 overwrite=overwrite,
+                keep_in=keep_in,
             )
         except ValueError:
             if not rollout.interrupted or rollout.returns:
@@ -334,7 +359,7 @@ class _Agent:
         hyperparams = dict(self.hyperparams)
         wrappers = hyperparams.get("env_wrapper") or []
         wrappers = list(wrappers) if isinstance(wrappers, list) else [wrappers]
-        hyperparams["env_wrapper"] = [{EpisodeRecorder: {"seed": seed}}, *wrappers]
+        hyperparams["env_wrapper"] = [{EpisodeRecorder: {"seed": seed}}, *wrappers, _EpisodeEnds]
         try:
             venv: VecEnv = create_test_env(
                 env_id,
@@ -447,8 +472,8 @@ class _Rollout:
         self.returns: list[float] = []
         self.n_steps = 0
         self.interrupted = False
-        spec = recorder.env.spec
-        self.has_limit = spec is not None and spec.max_episode_steps is not None
+        spec = venv.unwrapped.envs[0].spec or recorder.env.spec  # type: ignore[attr-defined]
+        self.time_limit: int = 0 if spec is None else spec.max_episode_steps or 0
 
     def __iter__(self) -> Iterator[EpisodeBuffer]:
         mean = TextColumn("{task.fields[mean]}")
@@ -457,13 +482,19 @@ class _Rollout:
             unit = "steps" if self.most_steps is not None else "episodes"
             task = progress.add_task(f"recording {unit}", total=total, mean="")
             observation = self.venv.reset()
+            n_beyond = 0
             while not self._is_enough():
                 if stop():
                     self.interrupted = True
                     return
-                observation, _, dones, _ = self.venv.step(self.actor.act(observation))
+                n_ended = self.recorder.n_ended
+                observation, _, dones, infos = self.venv.step(self.actor.act(observation))
                 self.actor.starts = np.asarray(dones, np.bool_)
-                if self.most_steps is not None and self.recorder.n_steps >= self.most_steps and not self.has_limit:
+                if dones[0] and self.recorder.n_ended == n_ended:
+                    # A wrapper of the vectorised environment ended it
+                    self.recorder.end(terminated=not infos[0].get("TimeLimit.truncated", False))
+                n_beyond += self.most_steps is not None and self.recorder.n_steps >= self.most_steps
+                if n_beyond > self.time_limit:
                     self.recorder.cut()
                 while self.recorder.complete:
                     episode = self.recorder.complete.pop(0)
@@ -528,8 +559,7 @@ def _import_environment(env_id: str) -> str:
     return name
 
 
-def _recorder(venv: VecEnv) -> EpisodeRecorder:
-    env = venv.unwrapped.envs[0]  # type: ignore[attr-defined]
+def _recorder(env: Any) -> EpisodeRecorder:
     while not isinstance(env, EpisodeRecorder):
         env = env.env
     return env

@@ -19,10 +19,10 @@ _VECTORS: dict[str, tuple[str, ...]] = {
     "actions": ("actions", "action", "act"),
 }
 _SCALARS: dict[str, tuple[str, ...]] = {
-    "reward": ("reward", "rewards", "rew"),
+    "reward": ("reward", "rewards", "rew", "next.reward"),
     "terminated": ("terminated", "terminations", "termination", "terminal", "terminals"),
     "truncated": ("truncated", "truncations", "truncation", "timeout", "timeouts", "time_limit"),
-    "done": ("done", "dones"),
+    "done": ("done", "dones", "next.done"),
     "episode": ("episode", "episode_id", "episode_index", "episodes", "trajectory", "trajectory_id"),
 }
 
@@ -156,7 +156,8 @@ class ColumnMap:
         for key in ("reward", "terminated", "truncated", "done", "episode", "time"):
             given = getattr(self, key)
             found[key] = _one(given, columns, key, where) if given is not None else _guess_scalar(key, columns, where)
-        if found["terminated"] is not None and self.done is None:
+        if self.terminated is not None and self.truncated is not None and self.done is None:
+            # Both were named, so a column that happens to be called done adds nothing
             found["done"] = None
         if not needs_reward and self.reward is None:
             found["reward"] = None
@@ -218,11 +219,19 @@ def _expand(names: Names, columns: Sequence[str], key: str, where: str) -> Names
         if name in columns:
             expanded[name] = None
             continue
-        matches = fnmatch.filter(columns, name) if any(sign in name for sign in "*?[") else []
+        matches = _matches(name, columns)
         if not matches:
             raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
         expanded |= dict.fromkeys(_by_number(matches))
     return tuple(expanded)
+
+
+def _matches(pattern: str, columns: Sequence[str]) -> list[str]:
+    """Find the columns that wildcards fit; brackets stand for themselves first, as in ``obs[*]``."""
+    for one in (pattern.replace("[", "[[]"), pattern) if any(sign in pattern for sign in "*?[") else ():
+        if matches := [name for name in columns if fnmatch.fnmatchcase(name, one)]:
+            return matches
+    return []
 
 
 def _one(name: str, columns: Sequence[str], key: str, where: str) -> str:
@@ -241,11 +250,19 @@ def _by_number(names: Sequence[str]) -> list[str]:
 def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str) -> Names | None:
     families: dict[str, Names] = {}
     for stem in stems:
-        numbered = [name for name in columns if re.fullmatch(rf"{stem}[_./\[ -]?\d+\]?", name, re.IGNORECASE)]
         exact = [name for name in columns if name.lower() == stem]
-        named = [name for name in columns if re.fullmatch(rf"{stem}[_./].+", name, re.IGNORECASE)]
-        if family := numbered or exact or named:
-            families[stem] = tuple(_by_number(family))
+        others = [name for name in columns if re.fullmatch(rf"{stem}[\W\d_].*", name, re.IGNORECASE)]
+        numbered = [name for name in others if not re.search(r"[^\W\d_]", name[len(stem) :])]
+        named = [name for name in others if name not in numbered]
+        kinds = [kind for kind in (exact, numbered, named) if kind]
+        if len(kinds) > 1:
+            left_out = _some([name for kind in kinds[1:] for name in kind])
+            raise ValueError(
+                f"{where}: {key} could be {_some(kinds[0])}, but that leaves out {left_out}. Say which with "
+                f"--{key.replace('_', '-')}."
+            )
+        if kinds:
+            families[stem] = tuple(_by_number(kinds[0]))
     if len(families) > 1:
         found = " and ".join(", ".join(family) for family in families.values())
         raise ValueError(f"{where}: {key} could be {found}. Say which with --{key.replace('_', '-')}.")

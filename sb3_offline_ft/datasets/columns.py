@@ -1,6 +1,6 @@
 """Checks and conversions of the columns of a dataset."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain, cycle
 from typing import Any
 
@@ -160,6 +160,41 @@ def as_flags(column: npt.ArrayLike, name: str, where: str) -> BoolArray:
                 f"{where}: {name} must be booleans (or 0 and 1), found {array.reshape(-1)[wrong[0]]} in row {wrong[0]}"
             )
     return flags
+
+
+def split_ends(
+    flags: Mapping[str, BoolArray], names: Mapping[str, str], where: str, row: Callable[[int], str] = "row {}".format
+) -> dict[str, BoolArray]:
+    """Tell terminations from truncations where flags say that an episode ended, one way or the other.
+
+    :param flags: Any of ``terminations``, ``truncations`` and ``dones``, each ``(N,)``.
+    :param names: What the flags are called in messages.
+    :param where: Names the dataset at the start of messages.
+    :param row: Names a row in messages.
+    :return: Without ``dones``, and with whatever follows from it.
+    :raises ValueError: if the flags contradict each other; the message names rows.
+    """
+    known = {name: array for name, array in flags.items() if name != "dones"}
+    if "dones" not in flags:
+        return known
+    done = flags["dones"]
+    if any(array.shape != done.shape for array in known.values()):
+        found = ", ".join(f"{names[name]} {array.shape}" for name, array in flags.items())
+        raise ValueError(f"{where}: the flags of episodes' ends must have the same shape, found {found}.")
+    terminated, truncated = known.get("terminations"), known.get("truncations")
+    if terminated is None:
+        return known | {"terminations": done if truncated is None else done & ~truncated}
+    wrong = terminated & ~done if truncated is None else done != (terminated | truncated)
+    if len(rows := np.flatnonzero(wrong)):
+        shown = ", ".join(row(index) for index in rows[:5].tolist()) + (", ..." if len(rows) > 5 else "")
+        values = ", ".join(f"{names[name]} {int(array.flat[rows[0]])}" for name, array in flags.items())
+        raise ValueError(
+            f"{where}: the flags of episodes' ends contradict each other in {len(rows):,} of {done.size:,} rows ({shown}), "
+            f"first {values}. Expected {names['dones']} wherever an episode ended, one way or the other"
+            f"{'' if truncated is None else ', and only there'}: repair the flags, or leave out what is wrong (a table's done "
+            "is left out where both --terminated and --truncated are named)."
+        )
+    return known if truncated is not None else known | {"truncations": done & ~terminated}
 
 
 def as_starts(episode_starts: npt.ArrayLike, n_rows: int, where: str) -> IntArray:

@@ -66,6 +66,7 @@ def convert_logs(
     expert_score: float | None = None,
     facts: dict[str, Any] | None = None,
     overwrite: bool = False,
+    keep_in: str | Path | None = None,
     console: Console | None = None,
     **options: Any,
 ) -> ConvertedDataset:
@@ -86,11 +87,14 @@ def convert_logs(
     :param expert_score: Mean return of an expert.
     :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements``.
     :param overwrite: Replace a dataset with this id. It is kept until the new one is complete.
+    :param keep_in: Folder that gets the dataset if it cannot be written to its place, as on a full disk. ``OSError`` is raised
+        then too.
     :param console: Where to show the columns found and the progress; nothing is shown if omitted.
     :param options: Passed to :func:`load_dataset`.
     :return: What was written.
-    :raises OSError: if a log cannot be opened.
-    :raises FileExistsError: if there is such a dataset already.
+    :raises OSError: if a log cannot be opened, or the dataset cannot be written: the message says what became of it.
+    :raises FileExistsError: if there is such a dataset already, or there is one by the end: then the new one is kept, in
+        ``keep_in`` or under the next free version, and the message says where.
     :raises ValueError: if the id, a log, or what is said about them is wrong.
     """
     check_new_id(dataset_id, overwrite)
@@ -126,6 +130,7 @@ def convert_logs(
                 **({} if scores is None else {"ref_min_score": scores.random, "ref_max_score": scores.expert}),
             },
             overwrite=overwrite,
+            keep_in=keep_in,
             check=lambda folder: _check_same(folder, datasets),
         )
     notes = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
@@ -331,9 +336,12 @@ def _announce(columns: ColumnMap, path: Path, console: Console) -> None:
     if columns.terminated is None and columns.done is None:
         table.add_row("terminated", Text("no column: every episode counts as cut by a time limit"))
     if columns.done is not None and columns.truncated is None:
-        table.add_row(
-            "truncated", Text(f"no column: {columns.done} counts as a termination, so it must not be set at time limits")
+        known = (
+            f"{columns.done} counts as a termination, so it must not be set at time limits"
+            if columns.terminated is None
+            else f"where {columns.done} is set and {columns.terminated} is not"
         )
+        table.add_row("truncated", Text(f"no column: {known}"))
     if columns.next_observations is None:
         table.add_row("next_observations", Text("no column: taken from the following row"))
     console.print(table)

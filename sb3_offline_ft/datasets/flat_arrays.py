@@ -8,13 +8,17 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_offline_ft.common.observations import Array, map_observations, n_rows, named_arrays, take_rows
-from sb3_offline_ft.datasets.columns import as_flags, as_float
+from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, as_float, split_ends
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import Source
 
-ALIASES = {"terminals": "terminations", "timeouts": "truncations"}
+ALIASES = {
+    **dict.fromkeys(("terminals", "terminal", "terminated"), "terminations"),
+    **dict.fromkeys(("timeouts", "timeout", "truncated"), "truncations"),
+    "done": "dones",
+}
 _REQUIRED = ("observations", "actions", "rewards", "terminations")
-_OPTIONAL = ("truncations", "next_observations", "action_low", "action_high")
+_OPTIONAL = ("truncations", "dones", "next_observations", "action_low", "action_high")
 _OBSERVATIONS = ("observations", "next_observations")
 
 
@@ -36,15 +40,17 @@ def check_names(found: Collection[str], where: str) -> None:
     :raises ValueError: if one is missing, or two mean the same.
     """
     names = {ALIASES.get(name, name.partition("/")[0] if is_column(name) else name) for name in found}
-    missing = [name for name in _REQUIRED if name not in names]
+    follows = {"terminations"} if names >= {"dones", "truncations"} else set()
+    missing = [name for name in _REQUIRED if name not in names | follows]
     if missing:
         raise ValueError(
             f"{where} has no {' and no '.join(missing)}: expected the arrays {', '.join(_REQUIRED)} "
             f"(optional: {', '.join(_OPTIONAL)}), found {', '.join(found) or 'none'}."
         )
-    for alias, name in ALIASES.items():
-        if alias in found and name in found:
-            raise ValueError(f"{where} has both {name} and {alias}, which mean the same: keep one of them.")
+    for name in dict.fromkeys(ALIASES.values()):
+        same = sorted((one for one in found if ALIASES.get(one, one) == name), key=lambda one: one != name)
+        if len(same) > 1:
+            raise ValueError(f"{where} has both {same[0]} and {same[1]}, which mean the same: keep one of them.")
     for name in _OBSERVATIONS:
         keys = [one for one in found if one.startswith(name + "/")]
         if name in found and keys:
@@ -63,12 +69,16 @@ def dataset_from_arrays(arrays: dict[str, Array], source: Source, where: str) ->
     :raises ValueError: if the data is not one that a dataset can be made of.
     """
     columns: dict[str, Any] = {}
+    names = {ALIASES.get(name, name): name for name in arrays}
     for name, array in arrays.items():
         first, _, key = name.partition("/")
         if key:
             columns.setdefault(first, {})[key] = array
         else:
             columns[ALIASES.get(name, name)] = array
+    if "dones" in columns:
+        flags = {name: as_flags(columns.pop(name), names[name], where) for name in (*FLAG_COLUMNS, "dones") if name in columns}
+        columns |= split_ends(flags, names, where)
     low, high = columns.pop("action_low", None), columns.pop("action_high", None)
     action_space = None
     if low is not None and high is not None:

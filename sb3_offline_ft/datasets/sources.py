@@ -15,6 +15,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from sb3_offline_ft.datasets.hdf5_files import load_hdf5, open_hdf5
 from sb3_offline_ft.datasets.hub import hub_ids
 from sb3_offline_ft.datasets.minari_files import load_minari, open_minari
+from sb3_offline_ft.datasets.minari_writing import restore_replaced
 from sb3_offline_ft.datasets.npz_files import load_npz, open_npz
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import Source
@@ -300,6 +301,7 @@ def _local_data_folder(dataset_id: str) -> Path | None:
     root = _minari_root()
     if root is None or not DATASET_ID_RE.fullmatch(dataset_id):
         return None
+    restore_replaced(root / dataset_id)
     data = root / dataset_id / "data"
     return data if (data / "metadata.json").is_file() else None
 

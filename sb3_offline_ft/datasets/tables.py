@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from sb3_offline_ft.common.observations import Observations, map_observations
 from sb3_offline_ft.datasets.column_map import ColumnMap, Names, VectorNames
+from sb3_offline_ft.datasets.columns import split_ends
 from sb3_offline_ft.datasets.flat_arrays import dataset_from_arrays
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reading import Source, reading
@@ -24,6 +25,9 @@ RewardFunction = Callable[[Any, npt.NDArray[np.float32], Any], npt.ArrayLike]
 _CSV = (".csv", ".tsv")
 _PARQUET = (".parquet", ".pq")
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
+
+_LISTS = (list, tuple, np.ndarray)
+_NESTED = (*_LISTS, dict)
 
 _TRUE, _FALSE = ("true", "t", "yes", "1", "1.0"), ("false", "f", "no", "0", "0.0")
 
@@ -151,14 +155,13 @@ class _Reader:
             episodes = self._sort(names.time, episodes)
         if episodes is not None and names.episode is not None:
             self._check_contiguous(names.episode, episodes)
-        actions = self._vector(names.actions or (), "actions")
+        parts = self._parts(names.actions or (), "actions")
+        actions = np.concatenate(parts, axis=1)
         if action_space is not None:
-            self._check_bounds(actions, action_space)
-        terminated = np.zeros(len(self.frame), np.bool_) if names.terminated is None else self._flags(names.terminated)
-        truncated = None if names.truncated is None else self._flags(names.truncated)
-        if names.done is not None:
-            done = self._flags(names.done)
-            terminated = terminated | (done if truncated is None else done & ~truncated)
+            self._check_bounds(actions, np.repeat(names.actions or (), [part.shape[1] for part in parts]), action_space)
+        called = {"terminations": names.terminated, "truncations": names.truncated, "dones": names.done}
+        columns = {meaning: name for meaning, name in called.items() if name is not None}
+        ends = split_ends({meaning: self._flags(name) for meaning, name in columns.items()}, columns, self.where, self._row)
         return _Piece(
             observations=self._observations(names.observations or (), "observations"),
             next_observations=(
@@ -166,8 +169,8 @@ class _Reader:
             ),
             actions=actions,
             rewards=np.zeros(len(actions), np.float32) if names.reward is None else self._numbers(names.reward),
-            terminated=terminated,
-            truncated=truncated,
+            terminated=ends.get("terminations", np.zeros(len(self.frame), np.bool_)),
+            truncated=ends.get("truncations"),
             episodes=episodes,
             first_episode=None if names.episode is None else self._values(names.episode).iloc[0],
             last_episode=None if names.episode is None else self._values(names.episode).iloc[-1],
@@ -209,6 +212,11 @@ class _Reader:
         import pandas as pd
 
         series = self._values(name)
+        if len(bad := np.flatnonzero(_are(_NESTED, series))):
+            raise ValueError(
+                f"{self.where}, column {name!r}, {self._row(bad[0])}: expected a number, found a "
+                f"{type(series.iloc[bad[0]]).__name__}. Is this the right column?"
+            )
         values = pd.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
@@ -233,35 +241,45 @@ class _Reader:
             )
         return numbers
 
-    def _vector(self, names: Names, meaning: str) -> npt.NDArray[np.float32]:
-        if len(names) == 1 and self.frame[names[0]].dtype == object and _holds_lists(self.frame[names[0]]):
-            return self._lists(names[0], meaning)
-        return np.stack([self._numbers(name) for name in names], axis=1)
+    def _parts(self, names: Names, meaning: str) -> list[npt.NDArray[np.float32]]:
+        """Read the columns of a vector: one of lists gives as many numbers as a list holds, any other one."""
+        return [
+            self._lists(name, meaning) if _are(_LISTS, self._values(name)).any() else self._numbers(name)[:, None]
+            for name in names
+        ]
 
     def _lists(self, name: str, meaning: str) -> npt.NDArray[np.float32]:
-        cells = [np.asarray(cell, dtype=object).reshape(-1) if cell is not None else () for cell in self._values(name)]
-        length = len(cells[0])
-        for index, cell in enumerate(cells):
+        length = None
+        rows: list[npt.NDArray[np.float64]] = []
+        for index, cell in enumerate(self._values(name)):
+            place = f"{self.where}, column {name!r}, {self._row(index)}"
+            if not isinstance(cell, _LISTS):
+                raise ValueError(f"{place}: expected a list of numbers, found an empty cell.")
+            if any(isinstance(number, _NESTED) for number in cell):
+                raise ValueError(
+                    f"{place}: expected a list of numbers, found lists within it; a table holds vectors, so flatten them, or "
+                    "take a .npz file or a Minari dataset for images."
+                )
+            length = len(cell) if length is None else length
             if len(cell) != length or length == 0:
                 raise ValueError(
-                    f"{self.where}, column {name!r}, {self._row(index)}: expected {length or 'some'} numbers as in the first "
-                    f"row, found {len(cell)}. Every row of {meaning} must be of the same length."
+                    f"{place}: expected {length or 'some'} numbers as in the first row, found {len(cell)}. Every row of "
+                    f"{meaning} must be of the same length."
                 )
-        try:
-            values = np.array(cells, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.where}, column {name!r}: expected lists of numbers ({error}).") from None
-        if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
-            raise ValueError(
-                f"{self.where}, column {name!r}, {self._row(bad[0])}: expected numbers, found {values[bad[0]]}. "
-                "Repair the value or remove the episode."
-            )
-        return np.asarray(values, np.float32)
+            try:
+                rows.append(np.array(cell, dtype=np.float64))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{place}: expected a list of numbers ({error}).") from None
+            if not np.isfinite(rows[-1]).all():
+                raise ValueError(
+                    f"{place}: expected numbers, found {', '.join(map(str, cell))}. Repair the value or remove the episode."
+                )
+        return np.asarray(rows, np.float32)
 
     def _observations(self, names: VectorNames, meaning: str) -> Observations:
         if isinstance(names, dict):
-            return {key: self._vector(one, f"{meaning}[{key!r}]") for key, one in names.items()}
-        return self._vector(names, meaning)
+            return {key: np.concatenate(self._parts(one, f"{meaning}[{key!r}]"), axis=1) for key, one in names.items()}
+        return np.concatenate(self._parts(names, meaning), axis=1)
 
     def _flags(self, name: str) -> npt.NDArray[np.bool_]:
         series = self._values(name)
@@ -280,6 +298,8 @@ class _Reader:
         """Number the values of a column, in the order in which they turn up."""
         import pandas as pd
 
+        if len(bad := np.flatnonzero(_are(_NESTED, self.frame[name]))):
+            raise ValueError(f"{self.where}, column {name!r}, {self._row(bad[0])}: expected a number or name, found a list.")
         codes, _ = pd.factorize(self.frame[name])
         if len(bad := np.flatnonzero(codes < 0)):
             raise ValueError(
@@ -330,7 +350,7 @@ class _Reader:
                 )
             seen.add(episode)
 
-    def _check_bounds(self, actions: npt.NDArray[np.float32], space: spaces.Box) -> None:
+    def _check_bounds(self, actions: npt.NDArray[np.float32], columns: npt.NDArray[np.str_], space: spaces.Box) -> None:
         low, high = space.low.reshape(-1).astype(np.float64), space.high.reshape(-1).astype(np.float64)
         if actions.shape[1] != low.size:
             raise ValueError(
@@ -341,13 +361,12 @@ class _Reader:
         beyond = np.maximum(low - actions, actions - high) > ACTION_TOLERANCE * extent
         if beyond.any():
             row, dimension = (int(i) for i in np.argwhere(beyond)[0])
-            columns = self.columns.actions or ()
-            column = columns[dimension] if len(columns) == low.size else columns[0]
             raise ValueError(
-                f"{self.where}, column {column!r}, {self._row(row)}: expected an action from {low[dimension]:g} to "
-                f"{high[dimension]:g}, found {actions[row, dimension]:g}; {int(beyond.any(axis=1).sum()):,} of "
-                f"{len(actions):,} rows are out of bounds. Convert the actions to the units of the environment, "
-                "or clip those that were recorded before the environment clipped them, with --clip-actions."
+                f"{self.where}, column {str(columns[dimension])!r}, {self._row(row)}: expected an action from "
+                f"{low[dimension]:g} to {high[dimension]:g}, found {actions[row, dimension]:g}; "
+                f"{int(beyond.any(axis=1).sum()):,} of {len(actions):,} rows are out of bounds. Convert the actions to the "
+                "units of the environment, or clip those that were recorded before the environment clipped them, with "
+                "--clip-actions."
             )
 
 
@@ -360,9 +379,8 @@ def _put_together(pieces: list[_Piece], columns: ColumnMap, join: bool, name: st
             here[1:] = piece.episodes[1:] != piece.episodes[:-1]
         starts.append(here)
     terminations = np.concatenate([piece.terminated for piece in pieces])
-    truncations = np.zeros(len(terminations), np.bool_)
-    if columns.truncated is not None:
-        truncations = np.concatenate([piece.truncated for piece in pieces if piece.truncated is not None])
+    truncated = [piece.truncated for piece in pieces if piece.truncated is not None]
+    truncations = np.concatenate(truncated) if truncated else np.zeros(len(terminations), np.bool_)
     truncations |= np.roll(np.concatenate(starts), -1) & ~terminations
     arrays = {
         "actions": np.concatenate([piece.actions for piece in pieces]),
@@ -420,8 +438,11 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
     return replace(rewarded, sources=tuple(replace(part, spec=None) for part in dataset.sources))
 
 
-def _holds_lists(series: Any) -> bool:
-    return isinstance(series.iloc[0], list | tuple | np.ndarray)
+def _are(kinds: tuple[type, ...], series: Any) -> npt.NDArray[np.bool_]:
+    """Tell which cells are of a kind; only columns of objects hold others than numbers and texts."""
+    if series.dtype != object:
+        return np.zeros(len(series), np.bool_)
+    return np.array([isinstance(cell, kinds) for cell in series], np.bool_)
 
 
 def _is_parquet(path: Path) -> bool:
