@@ -18,8 +18,8 @@ STEP_NAMES = frozenset(
 )
 """What SB3 tells callbacks about the environment's last step."""
 NO_EPISODES = (
-    "there are no episodes in `pretrain`, which takes no step in the environment and works on logged transitions only. Pass the "
-    "callback to `learn`; the length of the pretraining is given by `gradient_steps`."
+    "there are no episodes in `pretrain`, which takes no step in the environment and works on logged transitions only. Pass "
+    "the callback to `learn`; the length of the pretraining is given by `gradient_steps`."
 )
 
 CallbackType = TypeVar("CallbackType", bound=BaseCallback)

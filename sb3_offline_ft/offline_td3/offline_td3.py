@@ -533,15 +533,16 @@ class OfflineTD3(TD3):
         Values are logged under ``offline/`` against the number of gradient steps. Callbacks run after every gradient
         step, with ``num_timesteps`` counting gradient steps meanwhile, so that ``EvalCallback`` and
         ``CheckpointCallback`` work as usual; if one returns False, pretraining stops. There are no episodes for them to read.
-        May be called several times, and interrupted: the steps done are counted in ``offline_steps_done`` and saved with the model.
+        May be called several times, and interrupted: the steps done are counted in ``offline_steps_done`` and saved with the
+        model.
 
         :param gradient_steps: Number of gradient steps, by default what is left of ``offline_steps``
         :param callback: Callback(s) called after every gradient step
         :param progress_bar: Display a progress bar using tqdm and rich.
         :param log_interval: Gradient steps between two dumps of the logger
         :return: The model itself
-        :raises ValueError: There is no dataset, it does not fit the environment, a number is out of range, or a callback asks for
-            steps of the environment
+        :raises ValueError: There is no dataset, it does not fit the environment, a number is out of range, or a callback asks
+            for steps of the environment
         """
         check_needs_no_episodes(callback)
         if gradient_steps is None:
