@@ -12,7 +12,9 @@ from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 DatasetSpec: TypeAlias = str | os.PathLike[str] | OfflineDataset | Mapping[str, Any] | Sequence[Any]
 """What :func:`load_dataset` takes."""
 
-_OPTIONS = (*FILTERS, "trust_pickle")
+TRUST = "trust_pickle"
+"""The option that lets a file be unpickled. What is read from files loses it, see ``sources.without_trust``."""
+_OPTIONS = (*FILTERS, TRUST)
 _QUERY = re.compile(r"[A-Za-z_]\w*=[^=&?]*(&[A-Za-z_]\w*=[^=&?]*)*")
 _WEIGHTED = re.compile(r"([\d.][\d.eE+-]*)\s*\*\s*(.+)", re.DOTALL)
 _PLUS = re.compile(r"\s\+\s")
@@ -37,7 +39,7 @@ class PartSpec:
     def text(self, base: str, needs_trust: bool) -> str:
         """
         :param base: The text that names the source.
-        :param needs_trust: Whether it is a file that is unpickled.
+        :param needs_trust: Whether the text shall hold the consent to unpickle it.
         :return: The text that names it with these options.
         """
         options = format_options(self.filters.given() | ({"trust_pickle": 1} if needs_trust else {}))
