@@ -1244,7 +1244,8 @@ class OfflineTD3(TD3):
             path = _with_suffix(pathlib.Path(path))
         if not isinstance(buffer, OfflineToOnlineReplayBuffer):
             content = path.read() if isinstance(path, io.BufferedIOBase) else path.read_bytes()
-            _unpickle_buffer(io.BytesIO(content), str(path), trust_pickle)
+            if not trust_pickle:
+                _unpickle_buffer(io.BytesIO(content), str(path), trust_pickle)
             super().load_replay_buffer(io.BytesIO(content), truncate_last_traj)
         elif _is_pickle(path):
             with path.open("rb") if isinstance(path, pathlib.Path) else nullcontext(path) as stream:

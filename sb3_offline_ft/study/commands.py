@@ -98,12 +98,13 @@ def study_status(
     folder: Folder,
     storage: Storage = None,
     errors: Annotated[bool, typer.Option("--errors", help="Show the whole tracebacks of failed cells.")] = False,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Show what is done, running, waiting and failed."""
     with reporting("study status"):
         from sb3_offline_ft.study.status import show_status
 
-        show_status(folder, storage, errors)
+        show_status(folder, storage, errors, trust_pickle=trust_pickle)
 
 
 @study.command("report")

@@ -45,8 +45,8 @@ def check_env(reader: Reader, value: Any) -> str:
     :raises ValueError: It is neither
     """
     env = reader.text(value, "env")
-    module, _, env_id = env.rpartition(":")
-    if not module:
+    module, colon, env_id = env.rpartition(":")
+    if not colon:
         import_env(reader, env)
     elif not (_MODULE.fullmatch(module) and ENV_ID_RE.fullmatch(env_id)):
         reader.fail("env", f"is {env!r}: expected an id of Gymnasium, or module:id.")

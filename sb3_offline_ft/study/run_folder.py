@@ -204,9 +204,19 @@ def _read(folder: Path) -> CellResult:
         evaluations["ep_lengths"],
         training["timesteps"],
         training["returns"],
-        read_events(folder / EVENTS_FILE) if manifest["guarded"] else [],
+        _read_whole_events(folder / EVENTS_FILE) if manifest["guarded"] else [],
         manifest,
     )
+
+
+def _read_whole_events(path: Path) -> list[dict[str, Any]]:
+    """
+    :raises ValueError: It is damaged, or cut off, which is no damage to others that read it while it is written
+    """
+    events = read_events(path)
+    if not events or not path.read_bytes().endswith(b"\n"):
+        raise ValueError(f"{path} is cut off")
+    return events
 
 
 _Types = tuple[type, ...]
