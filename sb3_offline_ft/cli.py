@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sb3_offline_ft.common.reporting import reporting
-from sb3_offline_ft.study.commands import study
+from sb3_offline_ft.study.commands import TrustPickle, study
 
 app = typer.Typer(
     name="sb3-offline-ft",
@@ -57,15 +57,13 @@ def summary(
     figure: Annotated[
         Path | None, typer.Option(help="Where the picture shall be; run.png in the run's folder if omitted.")
     ] = None,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Show what happened in a run of rl-zoo3, and draw it."""
-    from sb3_offline_ft.evaluation.run_summary import show_run
+    with reporting("summary"):
+        from sb3_offline_ft.evaluation.run_summary import show_run
 
-    try:
-        show_run(run, figure)
-    except (OSError, ValueError) as error:
-        typer.echo(f"sb3-offline-ft summary: {error}", err=True)
-        raise typer.Exit(1) from None
+        show_run(run, figure, trust_pickle=trust_pickle)
 
 
 @guard.command()
@@ -84,9 +82,6 @@ def show(
         raise typer.Exit(1) from None
 
 
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Read .pkl replay buffers: that runs code which the file holds.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a dataset with this id.")]
 KeepIn = Annotated[
     Path | None, typer.Option(help="Folder that gets the dataset if it cannot be written to its place, as on a full disk.")

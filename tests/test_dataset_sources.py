@@ -207,10 +207,10 @@ def test_replay_buffer_of_sb3(
     assert dataset.provenance["n_envs"] == n_envs
     assert dataset.provenance["oldest_transitions_overwritten"] == (n_steps >= buffer_size)
     check_compatible(dataset, PointEnv().observation_space, ACTIONS)
-    assert dataset.spec == f"{path}?trust_pickle=1"
+    assert dataset.spec == str(path)
     assert dataset.name == "buffer"
-    check_spec(dataset.spec)
-    assert load_dataset(dataset.spec).fingerprint == dataset.fingerprint
+    check_spec(dataset.spec, trust_pickle=True)
+    assert load_dataset(dataset.spec, trust_pickle=True).fingerprint == dataset.fingerprint
 
 
 def test_dict_replay_buffer_of_sb3(tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_dict_replay_buffer_of_sb3(tmp_path: Path) -> None:
     assert dataset.provenance["buffer_class"] == "DictReplayBuffer"
     check_compatible(dataset, space, ACTIONS)
     some = load_dataset(path, trust_pickle=True, episodes=2)
-    assert some.spec == f"{path}?episodes=2&trust_pickle=1"
-    assert load_dataset(some.spec).fingerprint == some.fingerprint
+    assert some.spec == f"{path}?episodes=2"
+    assert load_dataset(some.spec, trust_pickle=True).fingerprint == some.fingerprint
 
 
 def test_environment_that_was_reset_in_between(tmp_path: Path) -> None:
@@ -555,4 +555,4 @@ def test_vec_env_of_sb3_is_what_the_buffer_was_filled_with(tmp_path: Path) -> No
     check_compatible(dataset, env.observation_space, env.action_space)
     together = load_dataset([PENDULUM, f"{tmp_path / 'pendulum.pkl'}?trust_pickle=1&min_length=200"])
     assert together.n_episodes == 102
-    assert load_dataset(together.spec or "").fingerprint == together.fingerprint
+    assert load_dataset(together.spec or "", trust_pickle=True).fingerprint == together.fingerprint

@@ -2,8 +2,6 @@
 
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import IO, Any
@@ -44,7 +42,8 @@ def read_arrays(file: File) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]
             return facts, {name: content[name] for name in content.files if name != "facts"}
     except FileNotFoundError:
         raise
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    # NumPy, zipfile and JSON raise anything about a damaged file
+    except Exception as error:
         raise damaged(file, error) from error
 
 

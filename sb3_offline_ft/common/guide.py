@@ -1,5 +1,7 @@
 """A guide: another policy that begins the training episodes (Uchendu et al. 2023, "Jump-Start Reinforcement Learning")."""
 
+import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -10,8 +12,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
 
+from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.plain_pickle import NotPlainError, plain_setting
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 
@@ -65,7 +68,8 @@ def find_guide(
     :param device: Where a policy from a file is kept
     :return: What predicts the guide's actions
     :raises FileNotFoundError: There is no such file
-    :raises ValueError: The file cannot be read, or the guide was made for other spaces
+    :raises ValueError: The file cannot be read without running code that it holds, or is damaged, or the guide was made for
+        other spaces
     """
     if guide_policy == NOT_SAVED:
         raise ValueError(
@@ -91,25 +95,37 @@ def find_guide(
 
 
 def _policy_from_zip(path: str, name: str, device: th.device) -> BasePolicy:
-    if not (Path(path).exists() or Path(f"{path}.zip").exists()):
+    file = next((each for each in (Path(path), Path(f"{path}.zip")) if each.exists()), None)
+    if file is None:
         raise FileNotFoundError(f"{name} does not exist: expected 'pretrained' or a zip file that an algorithm saved.")
     try:
-        data, parameters, _ = load_from_zip_file(path, device=device)
-        if data is None:
-            raise ValueError("it holds no settings")
-        kwargs = dict(data["policy_kwargs"])
-        if data.get("use_sde") and "use_sde" not in kwargs:
-            # On-policy algorithms pass it beside
-            kwargs["use_sde"] = True
-        # The learner's random streams shall not depend on where its guide comes from
-        with th.random.fork_rng(devices=[]):
-            policy: BasePolicy = data["policy_class"](data["observation_space"], data["action_space"], lambda _: 0.0, **kwargs)
-        weights: Any = parameters["policy"]
-        policy.load_state_dict(weights)
-    except (ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+        with naming_damage(name, "a zip file saved by a Stable-Baselines3 algorithm"):
+            return _read_policy(file, device)
+    except ValueError as error:
+        if not isinstance(error.__cause__, NotPlainError):
+            raise
         raise ValueError(
-            f"{name} is damaged or not a zip file saved by a Stable-Baselines3 algorithm ({type(error).__name__}: {error})."
-        ) from error
+            f"{name} cannot be read without running code that it may hold: {error.__cause__}. If you trust the file, load it "
+            "in your own code and give the algorithm instead of the path: `guide_policy=TD3.load(...)`, say."
+        ) from None
+
+
+def _read_policy(file: Path, device: th.device) -> BasePolicy:
+    # SB3's own reader unpickles all settings, whatever they hold
+    with zipfile.ZipFile(file) as archive:
+        settings = json.loads(archive.read("data"))
+        weights = th.load(io.BytesIO(archive.read("policy.pth")), map_location=device, weights_only=True)
+    names = ("policy_class", "policy_kwargs", "observation_space", "action_space")
+    policy_class, kwargs, *both_spaces = (plain_setting(settings[name]) for name in names)
+    if not (isinstance(policy_class, type) and issubclass(policy_class, BasePolicy)):
+        raise TypeError(f"policy_class must be a policy, found {policy_class!r:.60}")
+    if settings.get("use_sde") and "use_sde" not in kwargs:
+        # On-policy algorithms pass it beside
+        kwargs["use_sde"] = True
+    # The learner's random streams shall not depend on where its guide comes from
+    with th.random.fork_rng(devices=[]):
+        policy: BasePolicy = policy_class(*both_spaces, lambda _: 0.0, **kwargs)
+    policy.load_state_dict(weights)
     policy.set_training_mode(False)
     return policy.to(device)
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,7 +15,8 @@ import numpy as np
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
-    Open a temporary file beside ``path`` for writing; it takes the name ``path`` only if the block succeeds.
+    Open a temporary file beside ``path`` for writing; it takes the name ``path`` only if the block succeeds, and only when
+    the disk has all of it.
 
     :param path: Where the file shall be; missing folders are created
     :return: The open binary file
@@ -30,10 +31,72 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
+        replace_synced(pathlib.Path(temporary), target)
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def replace_synced(temporary: pathlib.Path, target: pathlib.Path) -> None:
+    """
+    Give a file or a folder of files its name when the disk has what is in it, so that no crash leaves a name without content.
+
+    :param temporary: What was written
+    :param target: Its name to be, in the same folder
+    :raises OSError: The disk does not take it, or the name is that of a folder with content; all is as it was
+    """
+    for path in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
+        _sync(path)
+    os.replace(temporary, target)
+    _sync(target.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+    is_folder = path.is_dir()
+    # Windows opens no folders, and some file systems cannot sync them
+    with suppress(OSError) if is_folder else nullcontext():
+        # Windows syncs only what may be written
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def naming_damage(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+    """
+    Make one clear error of whatever libraries raise about a file that is damaged, or is another one than was expected.
+
+    :param path: The file that the block reads
+    :param expected: What it should be, in words
+    :raises ValueError: The block could not read it
+    :raises FileNotFoundError: There is no such file
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    # Libraries raise anything: EOFError, zlib.error, BadZipFile, RecursionError, MemoryError of a size that is claimed, ...
+    except Exception as error:
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged or not {expected} ({reason}).") from error
+
+
+def read_npz(path: str | os.PathLike[str], *names: str) -> dict[str, np.ndarray]:
+    """
+    Read arrays of an ``.npz`` file; nothing is unpickled.
+
+    :param path: The file
+    :param names: Names of the arrays
+    :return: The arrays by name
+    :raises ValueError: It is damaged, or an array is missing or holds Python objects
+    :raises FileNotFoundError: There is no such file
+    """
+    with naming_damage(path, f"an .npz file with {', '.join(names)}"):
+        # From memory: NumPy leaves a damaged file open
+        with np.load(io.BytesIO(pathlib.Path(path).read_bytes()), allow_pickle=False) as file:
+            return {name: file[name] for name in names}
 
 
 def arrays_to_text(arrays: Mapping[str, np.ndarray]) -> str:

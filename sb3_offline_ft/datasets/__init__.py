@@ -2,7 +2,7 @@
 
 from sb3_offline_ft.datasets.offline_dataset import DatasetPart, OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
-from sb3_offline_ft.datasets.sources import BUNDLED, check_spec, load_dataset, spec_text
+from sb3_offline_ft.datasets.sources import BUNDLED, check_spec, load_dataset, spec_text, without_trust
 from sb3_offline_ft.datasets.spaces import check_spaces_supported
 from sb3_offline_ft.datasets.specs import DatasetSpec
 from sb3_offline_ft.datasets.validation import (
@@ -29,4 +29,5 @@ __all__ = [
     "reference_scores_for",
     "scale_actions",
     "spec_text",
+    "without_trust",
 ]

@@ -35,6 +35,7 @@ from sb3_offline_ft.datasets.convert import progress_bar
 from sb3_offline_ft.datasets.minari_writing import check_new_id, write_minari
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.datasets.spaces import check_spaces_supported
+from sb3_offline_ft.datasets.zoo_files import ARGUMENTS, read_zoo_yaml, saved_hyperparams
 
 RANDOM = "random"
 """Name of the uniformly random policy."""
@@ -315,7 +316,7 @@ class _Agent:
     ) -> "_Agent":
         from huggingface_sb3 import EnvironmentName  # type: ignore[import-untyped]
         from rl_zoo3 import ALGOS
-        from rl_zoo3.utils import get_model_path, get_saved_hyperparams
+        from rl_zoo3.utils import get_model_path
 
         env_name = EnvironmentName(env_id)
         if agent is not None:
@@ -340,15 +341,11 @@ class _Agent:
         if algorithm not in ALGOS:
             raise ValueError(f"Unknown algorithm {algorithm!r}: expected one of {', '.join([RANDOM, *ALGOS])}.")
         stats = folder / env_name
-        hyperparams, stats_folder = get_saved_hyperparams(str(stats), test_mode=True)
+        hyperparams, stats_folder = saved_hyperparams(stats)
         env_kwargs = dict(hyperparams.pop("env_kwargs", None) or {})
-        arguments = stats / "args.yml"
+        arguments = stats / ARGUMENTS
         if arguments.is_file():
-            import yaml
-
-            # The zoo writes ordered dictionaries and its own classes into this file
-            with arguments.open(encoding="utf-8") as stream:
-                env_kwargs |= yaml.load(stream, Loader=yaml.UnsafeLoader).get("env_kwargs") or {}
+            env_kwargs |= read_zoo_yaml(arguments, ("env_kwargs",)).get("env_kwargs") or {}
         cls_name = ALGOS[algorithm].__name__
         package = ALGOS[algorithm].__module__.partition(".")[0].replace("_", "-")
         return cls(f"{cls_name} ({package})", file, algorithm, hyperparams, env_kwargs, stats_folder)
@@ -571,7 +568,7 @@ def _algorithm_of(file: Path, known: dict[str, Any]) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             module = str(json.loads(archive.read("data"))["policy_class"].get("__module__", ""))
-    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError):
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     for name, algorithm in known.items():
         if module and module == f"{algorithm.__module__.rpartition('.')[0]}.policies":

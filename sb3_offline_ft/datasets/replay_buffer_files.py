@@ -34,7 +34,9 @@ def check_trust(path: Path, trust_pickle: bool) -> None:
     if not trust_pickle:
         raise ValueError(
             f"{str(path)!r} is a pickle file, and reading one runs whatever code it holds. If you trust where it comes from, "
-            "allow it with load_dataset(..., trust_pickle=True), or in the spec with ?trust_pickle=1 after the name."
+            "allow it yourself: with `--trust-pickle` of the commands of sb3-offline-ft, with load_dataset(..., "
+            "trust_pickle=True), or with ?trust_pickle=1 after its name in your own code or command line. What a saved model, "
+            "a study.yml or another file says does not count."
         )
 
 

@@ -3,7 +3,7 @@
 import difflib
 import importlib.resources
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +26,7 @@ from sb3_offline_ft.datasets.replay_buffer_files import (
     load_replay_buffer,
     open_own_replay_buffer,
 )
-from sb3_offline_ft.datasets.specs import Base, DatasetSpec, PartSpec, join_specs, parse_spec
+from sb3_offline_ft.datasets.specs import TRUST, Base, DatasetSpec, PartSpec, join_specs, parse_spec
 from sb3_offline_ft.datasets.validation import with_clipping
 
 BUNDLED: tuple[str, ...] = ("hopper-medium", "pendulum-medium")
@@ -84,10 +84,11 @@ def load_dataset(
 
     :param spec: The spec; an :class:`OfflineDataset` is returned as it is, or filtered.
     :param download: Whether a Minari id that is not there locally may be downloaded.
-    :param trust_pickle: Whether pickle files may be read: that runs code which the file holds.
+    :param trust_pickle: Whether pickle files may be read: that runs code which the file holds. The same as
+        ``?trust_pickle=1`` in the spec; take it out of specs that come from a file, with :func:`without_trust`.
     :param progress_bar: Whether to show the episodes that have been read of Minari data (needs tqdm and rich).
     :param filters: Filters, ``keys`` and ``clip_actions`` for all parts, in addition to those in the spec.
-    :return: The dataset; its ``spec`` loads it again.
+    :return: The dataset; its ``spec`` loads it again, with trust given again if it is a pickle file.
     :raises FileNotFoundError: if there is no such file, folder, id or bundled name.
     :raises ValueError: if the spec is malformed, no episode passes the filters, the parts do not go together, or the data is
         damaged, empty, not finite or not supported.
@@ -149,6 +150,25 @@ def spec_text(spec: DatasetSpec) -> str | None:
     return join_specs(texts, [part.weight for part in parts])
 
 
+def without_trust(spec: Any) -> Any:
+    """Take the consent to unpickle out of a spec that was read from a file, or will be written to one: a file cannot give it.
+
+    :param spec: As for :func:`load_dataset`.
+    :return: The same spec without ``trust_pickle``.
+    :raises ValueError: as :func:`load_dataset`, if a string in it has such an option and is malformed.
+    """
+    if isinstance(spec, Mapping):
+        return {name: without_trust(value) for name, value in spec.items() if name != TRUST}
+    if isinstance(spec, list | tuple):
+        return [without_trust(entry) for entry in spec]
+    if not isinstance(spec, str) or TRUST not in spec:
+        return spec
+    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    if not any(part.trust_pickle for part in parts):
+        return spec
+    return join_specs([part.text(str(part.base), False) for part in parts], [part.weight for part in parts])
+
+
 def _base_text(base: Base) -> str | None:
     """The string that names a source, if there is one."""
     if isinstance(base, OfflineDataset) or (isinstance(base, minari.MinariDataset) and not _is_whole(base)):
@@ -187,7 +207,8 @@ def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDat
         assert source.path is not None
         spec = None
         if not isinstance(part.base, minari.MinariDataset) or _is_whole(part.base):
-            spec = part.text(source.spec, needs_trust=source.kind == "replay-buffer")
+            # It is saved with models and results, from which no consent shall come
+            spec = part.text(source.spec, needs_trust=False)
         dataset = _load_source(source, source.path, part, progress_bar)
     name = part.text(dataset.name, needs_trust=False)
     dataset = part.filters.apply(dataset)

@@ -16,7 +16,9 @@ Base: TypeAlias = str | os.PathLike[str] | OfflineDataset | minari.MinariDataset
 DatasetSpec: TypeAlias = Base | Mapping[str, Any] | Sequence[Any]
 """What :func:`load_dataset` takes."""
 
-_OPTIONS = (*FILTERS, "keys", "clip_actions", "trust_pickle")
+TRUST = "trust_pickle"
+"""The option that lets a file be unpickled. What is read from files loses it, see ``sources.without_trust``."""
+_OPTIONS = (*FILTERS, "keys", "clip_actions", TRUST)
 _QUERY = re.compile(r"[A-Za-z_]\w*=[^=&?]*(&[A-Za-z_]\w*=[^=&?]*)*")
 _WEIGHTED = re.compile(r"([\d.][\d.eE+-]*)\s*\*\s*(.+)", re.DOTALL)
 _PLUS = re.compile(r"\s\+\s")
@@ -45,11 +47,11 @@ class PartSpec:
     def text(self, base: str, needs_trust: bool) -> str:
         """
         :param base: The text that names the source.
-        :param needs_trust: Whether it is a file that is unpickled.
+        :param needs_trust: Whether the text shall hold the consent to unpickle it.
         :return: The text that names it with these options.
         """
         numbers = ({"clip_actions": 1} if self.clip_actions else {}) | self.filters.given()
-        numbers |= {"trust_pickle": 1} if needs_trust else {}
+        numbers |= {TRUST: 1} if needs_trust else {}
         texts = [f"keys={format_keys(self.keys)}"] if self.keys else []
         texts += [format_options(numbers)] if numbers else []
         return "?".join([base, "&".join(texts)]) if texts else base

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from sb3_offline_ft.common.io import atomic_write
-from sb3_offline_ft.datasets import OfflineDataset, load_dataset
+from sb3_offline_ft.common.io import atomic_write, naming_damage, read_npz
+from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
 
 EVALUATIONS = "evaluations.npz"
 FIGURE = "run.png"
@@ -151,13 +151,16 @@ class RunSummary:
             figure.savefig(file, format="png", dpi=150)
 
 
-def summarize_run(folder: Path) -> RunSummary:
+def summarize_run(folder: Path, trust_pickle: bool = False) -> RunSummary:
     """
-    Read what a run of ``python -m rl_zoo3.train`` left behind. Nothing is unpickled.
+    Read what a run of ``python -m rl_zoo3.train`` left behind. Nothing is unpickled, but the dataset that the run names, and
+    that only if you trust it; what the run's files say of trust counts for nothing.
 
     :param folder: The run's folder, such as ``logs/td3c/Hopper-v5_1``
+    :param trust_pickle: Whether the run's dataset may be read if it is a pickle file: that runs code which it holds
     :return: The summary
     :raises FileNotFoundError: It is not such a folder, or the run was not evaluated
+    :raises ValueError: A file of the run is damaged
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: pass a run's folder, such as logs/td3c/Hopper-v5_1.")
@@ -168,33 +171,33 @@ def summarize_run(folder: Path) -> RunSummary:
         )
     model_file = _model_file(folder)
     facts = _model_facts(model_file)
-    with np.load(evaluations, allow_pickle=False) as file:
-        timesteps, returns = file["timesteps"], file["results"]
+    timesteps, returns = _evaluations(evaluations)
     training_timesteps, training_returns = _training_episodes(folder)
     return RunSummary(
         folder=folder,
         model_file=model_file,
         algorithm=folder.parent.name,
         environment=folder.name.rpartition("_")[0] or folder.name,
-        offline_steps=int(facts.get("offline_steps_done", 0)),
-        warmup_steps=int(facts.get("_warmup_end", 0)),
-        timesteps=np.asarray(timesteps, dtype=np.int64),
-        returns=np.asarray(returns, dtype=np.float64),
+        offline_steps=facts.get("offline_steps_done", 0),
+        warmup_steps=facts.get("_warmup_end", 0),
+        timesteps=timesteps,
+        returns=returns,
         training_timesteps=training_timesteps,
         training_returns=training_returns,
-        dataset=_dataset(facts.get("dataset")),
+        dataset=_dataset(facts.get("dataset"), trust_pickle),
     )
 
 
-def show_run(folder: Path, figure: Path | None = None, console: Console | None = None) -> None:
+def show_run(folder: Path, figure: Path | None = None, console: Console | None = None, trust_pickle: bool = False) -> None:
     """
     Print the summary of a run and write its picture.
 
     :param folder: The run's folder
     :param figure: Where the picture shall be, by default ``run.png`` in the run's folder
     :param console: Where to print
+    :param trust_pickle: As for :func:`summarize_run`
     """
-    summary = summarize_run(folder)
+    summary = summarize_run(folder, trust_pickle)
     figure = figure or folder / FIGURE
     summary.draw(figure)
     table = summary.table()
@@ -211,16 +214,33 @@ def _model_file(folder: Path) -> Path:
 
 
 def _model_facts(model_file: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(model_file) as file:
+    with naming_damage(model_file, "a model that an algorithm has saved"), zipfile.ZipFile(model_file) as file:
         facts: dict[str, Any] = json.loads(file.read("data"))
+        for name in ("offline_steps_done", "_warmup_end"):
+            if not isinstance(facts.get(name, 0), int):
+                raise ValueError(f"{name} must be a whole number, found {facts[name]!r:.60}")
     return facts
 
 
-def _dataset(spec: Any) -> OfflineDataset | None:
+def _evaluations(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    arrays = read_npz(path, "timesteps", "results")
+    timesteps, returns = arrays["timesteps"], arrays["results"]
+    with naming_damage(path, "the evaluations of a run"):
+        if timesteps.dtype.kind not in "iu" or returns.dtype.kind not in "iuf":
+            raise ValueError(f"timesteps and results must be numbers, found {timesteps.dtype} and {returns.dtype}")
+        if returns.ndim != 2 or returns.size == 0 or timesteps.shape != returns.shape[:1]:
+            raise ValueError(
+                "timesteps must have the shape (evaluations,) and results (evaluations, episodes), found "
+                f"{timesteps.shape} and {returns.shape}"
+            )
+    return timesteps.astype(np.int64), returns.astype(np.float64)
+
+
+def _dataset(spec: Any, trust_pickle: bool) -> OfflineDataset | None:
     if not isinstance(spec, str):
         return None
     try:
-        return load_dataset(spec, download=False)
+        return load_dataset(without_trust(spec), download=False, trust_pickle=trust_pickle)
     except (OSError, ValueError) as error:
         warnings.warn(f"The dataset of the run cannot be read any more: {error}", stacklevel=3)
         return None
@@ -230,7 +250,7 @@ def _training_episodes(folder: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray
     # SB3's own `load_results` needs pandas, which SB3 does not bring
     episodes: list[tuple[float, int, float]] = []
     for path in folder.glob("*monitor.csv"):
-        with path.open(newline="") as file:
+        with naming_damage(path, "a file of SB3's Monitor"), path.open(newline="") as file:
             start = json.loads(file.readline().removeprefix("#"))["t_start"]
             episodes += [(start + float(row["t"]), int(row["l"]), float(row["r"])) for row in csv.DictReader(file)]
     episodes.sort()

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import time
 import warnings
 from collections import deque
@@ -43,8 +42,9 @@ from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.frozen import frozen_actor, tensors_to_arrays, weights_from_arrays, weights_to_arrays
 from sb3_offline_ft.common.guide import NOT_SAVED, PRETRAINED, GuideLike, check_guide, find_guide, guide_actions
-from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text
+from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, naming_damage
 from sb3_offline_ft.common.logger import OfflineLogger
+from sb3_offline_ft.common.plain_pickle import NotPlainError, load_plain
 from sb3_offline_ft.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OfflinePolicy
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
@@ -60,6 +60,7 @@ from sb3_offline_ft.datasets import (
     check_spaces_supported,
     load_dataset,
     spec_text,
+    without_trust,
 )
 
 SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
@@ -1180,8 +1181,8 @@ class OfflineTD3(TD3):
         """
         Save all the attributes of the object and the model parameters in a zip-file.
 
-        The dataset is not in it, only its spec and fingerprint. SB3's ``TD3.load`` and the ``load`` of the other
-        algorithms of this package open the file too.
+        The dataset is not in it, only its fingerprint and its spec, without any ``trust_pickle``. SB3's ``TD3.load`` and the
+        ``load`` of the other algorithms of this package open the file too.
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
@@ -1197,6 +1198,9 @@ class OfflineTD3(TD3):
             self.dataset = given.spec
             # Without it the file would not tell that there was data
             self.dataset_fingerprint = self.dataset_fingerprint or given.fingerprint
+        elif self.dataset is not None:
+            live["dataset"] = self.dataset
+            self.dataset = without_trust(self.dataset)
         if self._has_own_buffer_class and self.n_steps > 1:
             # So that SB3's TD3, too, makes the buffer for n-step returns
             live["replay_buffer_kwargs"] = self.replay_buffer_kwargs
@@ -1240,6 +1244,9 @@ class OfflineTD3(TD3):
         # Those in the file are written by `save`
         _refuse_keywords(kwargs.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if "dataset" not in {**kwargs, **(custom_objects or {})}:
+            # Whoever made the file cannot say that its user trusts the data
+            model.dataset = without_trust(model.dataset)
         text = model._extra_state
         model._extra_state = None
         state = {} if text is None else arrays_from_text(text)
@@ -1307,25 +1314,36 @@ class OfflineTD3(TD3):
             path = pathlib.Path(path)
             self.replay_buffer.save_online(path if path.suffix else path.with_suffix(".npz"))
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+    def load_replay_buffer(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        truncate_last_traj: bool = True,
+        trust_pickle: bool = False,
+    ) -> None:
         """
         Load the online part of the replay buffer. The offline part comes from the dataset and stays.
 
-        A pickle saved by SB3's TD3 is accepted as well; as in SB3, only load pickles that you trust.
+        A pickle saved by SB3's TD3 is accepted as well, and read without running code that it holds, unless you trust it.
 
         :param path: The file or binary stream
         :param truncate_last_traj: For SB3's ``HerReplayBuffer`` only
+        :param trust_pickle: Unpickle whatever the file holds, as SB3 does: that runs code which it holds. Needed for buffers
+            with classes of your own
         :raises ValueError: It is damaged, or was saved for other spaces or another number of environments; nothing is
             changed then
         """
         buffer = self.replay_buffer
-        if not isinstance(buffer, OfflineToOnlineReplayBuffer):
-            super().load_replay_buffer(path, truncate_last_traj)
-            return
         if not isinstance(path, io.BufferedIOBase):
             path = _with_suffix(pathlib.Path(path))
-        if _is_pickle(path):
-            buffer.copy_online(_unpickle_buffer(path), str(path))
+        if not isinstance(buffer, OfflineToOnlineReplayBuffer):
+            content = path.read() if isinstance(path, io.BufferedIOBase) else path.read_bytes()
+            if not trust_pickle:
+                _unpickle_buffer(io.BytesIO(content), str(path), trust_pickle)
+            super().load_replay_buffer(io.BytesIO(content), truncate_last_traj)
+        elif _is_pickle(path):
+            with path.open("rb") if isinstance(path, pathlib.Path) else nullcontext(path) as stream:
+                loaded = _unpickle_buffer(stream, str(path), trust_pickle)
+            buffer.copy_online(loaded, str(path))
         else:
             buffer.load_online(path)  # type: ignore[arg-type]  # a path or a binary stream in all but name
 
@@ -1365,12 +1383,17 @@ def _is_pickle(path: pathlib.Path | io.BufferedIOBase) -> bool:
         return path.suffix == ".pkl" and file.read(len(ZIP_MAGIC)) != ZIP_MAGIC
 
 
-def _unpickle_buffer(path: pathlib.Path | io.BufferedIOBase) -> ReplayBuffer:
+def _unpickle_buffer(stream: io.BufferedIOBase, name: str, trust_pickle: bool) -> ReplayBuffer:
     try:
-        with path.open("rb") if isinstance(path, pathlib.Path) else nullcontext(path) as stream:
-            loaded = load_from_pkl(stream)
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not a replay buffer ({type(error).__name__}: {error}).") from error
+        with naming_damage(name, "a replay buffer"):
+            loaded = load_from_pkl(stream) if trust_pickle else load_plain(stream)  # type: ignore[arg-type]  # a binary stream
+    except ValueError as error:
+        if not isinstance(error.__cause__, NotPlainError):
+            raise
+        raise ValueError(
+            f"{name} cannot be read without running code that it may hold: {error.__cause__}. If you trust the file, allow it "
+            "in your own code: `load_replay_buffer(path, trust_pickle=True)`."
+        ) from None
     if not isinstance(loaded, ReplayBuffer):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}: expected a ReplayBuffer.")
+        raise ValueError(f"{name} holds a {type(loaded).__name__}: expected a ReplayBuffer.")
     return loaded

@@ -10,6 +10,9 @@ from sb3_offline_ft.common.reporting import reporting
 
 study = typer.Typer(help="Compare ways of finetuning on your data, with certainty stated.", no_args_is_help=True)
 
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Read .pkl replay buffers: that runs code which the file holds.")
+]
 Folder = Annotated[Path, typer.Argument(help="The study's folder.")]
 Storage = Annotated[
     str | None,
@@ -32,13 +35,23 @@ def study_init(
     method: Annotated[
         list[str] | None, typer.Option(help="A method, or the name of an algorithm; may be repeated; the paper's if omitted.")
     ] = None,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Write study.yml, which says what is compared, to be edited."""
     with reporting("study init"):
+        from sb3_offline_ft.datasets.specs import TRUST
         from sb3_offline_ft.study.init import init_study, next_steps
 
-        file = init_study(folder, env=env, datasets=dataset, seeds=seeds, interactions=interactions, methods=method)
-        typer.echo(next_steps(file))
+        file = init_study(
+            folder,
+            env=env,
+            datasets=dataset,
+            seeds=seeds,
+            interactions=interactions,
+            methods=method,
+            trust_pickle=trust_pickle,
+        )
+        typer.echo(next_steps(file, trust_pickle or any(TRUST in spec for spec in dataset)))
 
 
 @study.command("run")
@@ -50,6 +63,7 @@ def study_run(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try cells again that have failed.")] = False,
     device: Annotated[str, typer.Option(help="Torch device of the learners.")] = "cpu",
     only: Annotated[str, typer.Option(help="Run only cells with such names, such as 'medium/td3c/*'.")] = "*",
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Run all that has not run yet, here and on any number of machines at once. Ctrl-C keeps what is done."""
     shown = shlex.quote(str(folder))
@@ -59,7 +73,14 @@ def study_run(
         from sb3_offline_ft.study.run import run_study
 
         counts = run_study(
-            folder, workers=workers, storage=storage, threads=threads, retry_failed=retry_failed, device=device, only=only
+            folder,
+            workers=workers,
+            storage=storage,
+            threads=threads,
+            retry_failed=retry_failed,
+            device=device,
+            only=only,
+            trust_pickle=trust_pickle,
         )
         failed = counts[CellState.FAILED]
         if failed:
@@ -77,12 +98,13 @@ def study_status(
     folder: Folder,
     storage: Storage = None,
     errors: Annotated[bool, typer.Option("--errors", help="Show the whole tracebacks of failed cells.")] = False,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Show what is done, running, waiting and failed."""
     with reporting("study status"):
         from sb3_offline_ft.study.status import show_status
 
-        show_status(folder, storage, errors)
+        show_status(folder, storage, errors, trust_pickle=trust_pickle)
 
 
 @study.command("report")
@@ -97,6 +119,7 @@ def study_report(
         list[str] | None,
         typer.Option("--format", help="What to write: html, figures, csv or md (tables); may be repeated; all if omitted."),
     ] = None,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Write a page with verdict, figures and tables on what has finished so far."""
     with reporting("study report"):
@@ -106,7 +129,12 @@ def study_report(
 
         with Console(stderr=True).status("") as status:
             files = write_report(
-                folder, output, storage=storage, formats=formats or FORMATS, on_progress=lambda what: status.update(what)
+                folder,
+                output,
+                storage=storage,
+                formats=formats or FORMATS,
+                on_progress=lambda what: status.update(what),
+                trust_pickle=trust_pickle,
             )
         figures = [file for file in files if file.parent.name == FIGURES]
         for file in files:
@@ -152,6 +180,7 @@ def study_tune(
         int, typer.Option(help="Fresh seeds with which the best and the preset are run again; fewer than 6 can show nothing.")
     ] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The configuration for rl_zoo3, a .yml file.")] = None,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Tune the finetuning: return at the end less the dip, on the study's data. Ctrl-C keeps what is done."""
     again = "interrupted: what is done is kept, the rest waits. The same command goes on"
@@ -164,7 +193,7 @@ def study_tune(
         settings = TuningSettings(
             folder.absolute(), storage, threads, device, algo=algo, method=method, dataset=dataset, n_trials=n_trials,
             n_seeds=seeds, same_seeds=same_seeds, dip_penalty=dip_penalty, prune_dip=prune_dip, sampler=sampler, pruner=pruner,
-            startup_trials=startup_trials, fixed=tuple(fix or ()),
+            startup_trials=startup_trials, fixed=tuple(fix or ()), trust_pickle=trust_pickle,
         )  # fmt: skip
         done = tune(
             settings, workers=workers, timeout=timeout, output=output, confirm=confirm, retry_failed=retry_failed,

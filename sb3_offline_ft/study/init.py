@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.study.methods import is_ours, known_algorithms, preset
 from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
@@ -91,6 +92,7 @@ def init_study(
     interactions: int = 30_000,
     methods: Sequence[str] | None = None,
     name: str | None = None,
+    trust_pickle: bool = False,
 ) -> Path:
     """
     Write the file of a new study, after a check that its environment, data and methods go together.
@@ -102,6 +104,8 @@ def init_study(
     :param interactions: Environment steps of each run
     :param methods: Names out of :data:`DEFAULT_METHODS`, or of algorithms, by default all of :data:`DEFAULT_METHODS`
     :param name: Name of the study, by default that of the folder
+    :param trust_pickle: Whether datasets may be read from pickle files, as with ``?trust_pickle=1`` in their specs: that runs
+        code which these hold. The study's file does not keep it.
     :return: The file
     :raises FileExistsError: There is a study already
     :raises NotADirectoryError: The folder is a file
@@ -131,7 +135,7 @@ def init_study(
             folder=shlex.quote(str(folder)),
             name=_scalar(folder.absolute().name if name is None else name),
             env=_scalar(env),
-            datasets=_listed(specs),
+            datasets=_listed({label: without_trust(spec) for label, spec in specs.items()}),
             pretraining=PRETRAINING,
             seeds=_scalar(seeds if isinstance(seeds, int) else list(seeds)),
             interactions=_scalar(interactions),
@@ -143,20 +147,23 @@ def init_study(
         )
 
     # The folder from which the relative paths lead is not made before all is well
-    Protocol.parse(text(here), file).check()
+    # Of specs that are given here, trust counts
+    Protocol.parse(text(here), file, trust_pickle).changed(datasets=here).check()
     with atomic_write(file) as stream:
         stream.write(text(beside).encode())
     return file
 
 
-def next_steps(file: Path) -> str:
+def next_steps(file: Path, trust_pickle: bool = False) -> str:
     """
     :param file: The file that :func:`init_study` wrote
+    :param trust_pickle: Whether its data is in pickle files
     :return: What to do next, for people
     """
     protocol = Protocol.load(file)
     runs, folder = len(protocol.cells()), shlex.quote(str(file.parent))
-    return f"{file}: {runs} run{'s' * (runs != 1)}. Edit it if you like, then run `sb3-offline-ft study run {folder}`"
+    trust = " --trust-pickle" * trust_pickle
+    return f"{file}: {runs} run{'s' * (runs != 1)}. Edit it if you like, then run `sb3-offline-ft study run {folder}{trust}`"
 
 
 def _method(name: str) -> dict[str, Any]:
@@ -174,7 +181,7 @@ def _labelled(specs: Sequence[str], env: str) -> dict[str, str]:
         label, equals, spec = text.partition("=")
         given = bool(equals and LABEL.fullmatch(label))
         if not given:
-            label, spec = _label(text, env), text
+            label, spec = _label(without_trust(text), env), text
         if given and label in labelled:
             raise ValueError(
                 f"Two datasets are called {label!r}: give each a label of its own, as in `--dataset {label}2=...`."

@@ -14,6 +14,7 @@ from sb3_offline_ft.study.reading import (
     NO_DATA,
     EvaluationPlan,
     check_env,
+    import_env,
     read_datasets,
     read_evaluation,
     read_factors,
@@ -106,6 +107,7 @@ class Protocol:
     :param text: The file as it was read
     :param given_random_return: ``random_return`` of the file, if it is given
     :param specs: Specs of the datasets as they are written
+    :param trust_pickle: Whether they may be read from pickle files, which the file cannot say itself
     """
 
     name: str
@@ -123,6 +125,7 @@ class Protocol:
     text: str
     given_random_return: float | None
     specs: dict[str, str]
+    trust_pickle: bool = False
     _loaded: dict[str, OfflineDataset] = field(default_factory=dict, repr=False, init=False)
     _data_facts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, init=False)
 
@@ -130,11 +133,12 @@ class Protocol:
         return self.__dict__ | {"_loaded": {}}
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, trust_pickle: bool = False) -> Self:
         """
-        Read a study's file. No data is read.
+        Read a study's file. No data is read, and no code of others runs.
 
         :param path: The file, or the folder that has it as ``study.yml``
+        :param trust_pickle: Whether datasets may be read from pickle files: that runs code which these hold
         :return: The protocol
         :raises FileNotFoundError: There is no such file
         :raises ValueError: Something in it is wrong; the message names the key, what was expected and what was found
@@ -149,15 +153,16 @@ class Protocol:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: is no text in UTF-8 ({error.reason} at byte {error.start}).") from None
-        return cls.parse(text, file)
+        return cls.parse(text, file, trust_pickle)
 
     @classmethod
-    def parse(cls, text: str, file: Path) -> Self:
+    def parse(cls, text: str, file: Path, trust_pickle: bool = False) -> Self:
         """
         Read a study from a text.
 
         :param text: The text
         :param file: Where it is from, or will be
+        :param trust_pickle: As for :meth:`load`
         :return: The protocol
         :raises ValueError: As :meth:`load`
         """
@@ -214,6 +219,7 @@ class Protocol:
             text=text,
             given_random_return=random_return,
             specs=specs,
+            trust_pickle=trust_pickle,
         )
 
     def changed(self, **changes: Any) -> Self:
@@ -250,7 +256,7 @@ class Protocol:
         """
         if label not in self._loaded:
             try:
-                self._loaded[label] = load_dataset(self.datasets[label])
+                self._loaded[label] = load_dataset(self.datasets[label], trust_pickle=self.trust_pickle)
             except (FileNotFoundError, ValueError) as error:
                 kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
                 raise kind(f"{self.file}: `datasets.{label}`: {error}") from None
@@ -319,6 +325,19 @@ class Protocol:
         """
         return identity.digest(self.described(cell))
 
+    def import_env(self) -> None:
+        """
+        Import the module that ``env`` names before the id, if it does, which runs that module's code.
+
+        :raises ValueError: There is no such module, or Gymnasium does not know the id
+        """
+        import_env(Reader(self.file), self.env)
+
+    @property
+    def env_module(self) -> str:
+        """The module that ``env`` names before the id, empty if there is none."""
+        return self.env.rpartition(":")[0]
+
     def check(self, labels: Iterable[str] | None = None) -> None:
         """
         Find out now what would fail only later: make the environment, load the data, construct each method's learner.
@@ -329,4 +348,5 @@ class Protocol:
         """
         from sb3_offline_ft.study.checking import check_protocol
 
+        self.import_env()
         check_protocol(self, self.datasets if labels is None else labels)

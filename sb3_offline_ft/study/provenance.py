@@ -58,7 +58,8 @@ def remember_data_of_runs(protocol: Protocol) -> None:
         except (OSError, ValueError):
             folders = sorted((protocol.folder / RUNS / label).glob("*/*"))
             results = [result for folder in folders if (result := read_result(folder)) is not None]
-            recorded = Counter(json.dumps(_recorded_facts(result.manifest), sort_keys=True) for result in results)
+            manifests = [result.manifest for result in results if "cell" in result.manifest and result.manifest["dataset"]]
+            recorded = Counter(json.dumps(_recorded_facts(manifest), sort_keys=True) for manifest in manifests)
             if not recorded:
                 raise
             facts = json.loads(max(recorded, key=lambda text: (recorded[text], text)))
@@ -67,7 +68,7 @@ def remember_data_of_runs(protocol: Protocol) -> None:
 
 def _recorded_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     # A cell's own facts have the scores only where its result depends on them
-    return {"reference_scores": manifest["dataset"].get("reference_scores"), **manifest["cell"]["dataset"]}
+    return {"reference_scores": manifest["dataset"].get("reference_scores"), **(manifest["cell"].get("dataset") or {})}
 
 
 def data_facts(protocol: Protocol, runs: Iterable[Run]) -> dict[str, DataFacts]:
@@ -86,7 +87,7 @@ def data_facts(protocol: Protocol, runs: Iterable[Run]) -> dict[str, DataFacts]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                dataset = load_dataset(spec, download=False)
+                dataset = load_dataset(spec, download=False, trust_pickle=protocol.trust_pickle)
         except (OSError, ValueError, ImportError):
             if known is not None:
                 facts[label] = DataFacts(

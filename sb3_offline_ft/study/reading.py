@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import ENV_ID_RE
 
+from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.methods import factor_path
@@ -19,6 +21,7 @@ NO_DATA = "no-data"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MOST_OF_LABEL = 80
 _ACCEPTED = "See `sb3_offline_ft.load_dataset` for what a spec can be."
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MOST_SEED = 2**32 - 1
 
 
@@ -39,18 +42,33 @@ def check_env(reader: Reader, value: Any) -> str:
     """
     :param reader: For errors
     :param value: ``env`` of the file
-    :return: The id of an environment that is registered
-    :raises ValueError: There is none
+    :return: The id of an environment that is registered, or will be when the module before it is imported
+    :raises ValueError: It is neither
     """
     env = reader.text(value, "env")
+    module, colon, env_id = env.rpartition(":")
+    if not colon:
+        import_env(reader, env)
+    elif not (_MODULE.fullmatch(module) and ENV_ID_RE.fullmatch(env_id)):
+        reader.fail("env", f"is {env!r}: expected an id of Gymnasium, or module:id.")
+    return env
+
+
+def import_env(reader: Reader, env: str) -> None:
+    """
+    Import the module before the id of an environment, if there is one, which runs that module's code.
+
+    :param reader: For errors
+    :param env: ``env`` of the file
+    :raises ValueError: There is no such module, or Gymnasium does not know the id
+    """
+    module, _, env_id = env.rpartition(":")
     try:
-        module, _, env_id = env.rpartition(":")
         if module:
             importlib.import_module(module)
         gym.spec(env_id)
     except (gym.error.Error, ImportError) as error:
         reader.fail("env", f"is {env!r}, which Gymnasium does not know as an id (module:id imports the module first): {error}")
-    return env
 
 
 def read_seeds(reader: Reader, value: Any) -> tuple[int, ...]:
@@ -97,7 +115,7 @@ def read_datasets(reader: Reader, value: Any, folder: Path) -> tuple[dict[str, s
     :param reader: For errors
     :param value: ``datasets`` of the file
     :param folder: Where relative paths are looked for first
-    :return: By label, specs as they are written, and with absolute paths
+    :return: By label, specs as they are written, and with absolute paths; both without any consent to unpickle
     :raises ValueError: A label or a spec is malformed
     """
     specs: dict[str, str] = {}
@@ -111,6 +129,7 @@ def read_datasets(reader: Reader, value: Any, folder: Path) -> tuple[dict[str, s
         if spec is None:
             reader.fail(key, "has no dataset.")
         try:
+            spec = without_trust(spec)
             specs[label] = spec if isinstance(spec, str) else as_text(spec)
             resolved[label] = resolve_paths(spec, folder)
         except (ValueError, TypeError) as error:

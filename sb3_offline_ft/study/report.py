@@ -72,12 +72,13 @@ class Part:
     pictures: list[Picture] = field(default_factory=list)
 
 
-def study_results(folder: str | Path, storage: str | None = None) -> StudyResults:
+def study_results(folder: str | Path, storage: str | None = None, trust_pickle: bool = False) -> StudyResults:
     """
     Read what is known of a study: from its run folders, and from its storage if there is one.
 
     :param folder: The study's folder
     :param storage: Its storage, None for the journal in its folder
+    :param trust_pickle: Whether datasets may be read from pickle files: that runs code which these hold
     :return: The results
     :raises OSError: There is no study, or its storage cannot be read
     :raises ValueError: Its protocol is wrong
@@ -85,7 +86,7 @@ def study_results(folder: str | Path, storage: str | None = None) -> StudyResult
     from sb3_offline_ft.study.liveness import STORAGE_FAULTS
     from sb3_offline_ft.study.queue import JOURNAL, StudyQueue, fault_text
 
-    protocol = Protocol.load(folder)
+    protocol = Protocol.load(folder, trust_pickle)
     if storage is None and not (protocol.folder / JOURNAL).exists():
         remember_data_of_runs(protocol)
         return load_results(protocol)
@@ -105,6 +106,7 @@ def write_report(
     storage: str | None = None,
     formats: Sequence[str] = FORMATS,
     on_progress: Callable[[str], None] | None = None,
+    trust_pickle: bool = False,
 ) -> list[Path]:
     """
     Write the report on a study. What has not finished is named, and the rest reported. The same results and versions give the
@@ -116,6 +118,7 @@ def write_report(
     :param formats: What is written: ``"html"``, ``"figures"`` (``figures/*.svg`` and ``.png``), ``"csv"`` (``results.csv``, a
         row for each run), ``"md"`` (``tables.md``)
     :param on_progress: Is told what is done next
+    :param trust_pickle: As for :func:`study_results`
     :return: The files, each of which was written whole
     :raises OSError: There is no study, its storage cannot be read, or a file cannot be written
     :raises ValueError: The study's protocol is wrong, a format is unknown, or no run has finished
@@ -126,7 +129,7 @@ def write_report(
         raise ValueError(f"Formats of a report are {listed(FORMATS)}, found {found}.")
     say = on_progress or (lambda what: None)
     say("reading results")
-    results = study_results(folder, storage)
+    results = study_results(folder, storage, trust_pickle)
     protocol = results.protocol
     _check_finished(results)
     say("reading data")

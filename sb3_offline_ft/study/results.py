@@ -1,10 +1,12 @@
 """The results of a study, from its run folders and its storage."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sb3_offline_ft.common.io import naming_damage
 from sb3_offline_ft.study.run_folder import KEY_DIGITS, RUNS, CellResult, read_result, run_folder, write_result
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def load_results(
 
 def find_result(protocol: "Protocol", cell: "Cell", stored: str | None = None) -> CellResult | None:
     """
-    Read a cell's result, and write its run folder if that is missing or half written.
+    Read a cell's result, and write its run folder if that is missing or damaged. A stored result that is damaged is named in
+    a warning.
 
     :param protocol: The protocol
     :param cell: A cell
@@ -82,7 +85,11 @@ def find_result(protocol: "Protocol", cell: "Cell", stored: str | None = None) -
     """
     result = local_result(protocol, cell)
     if result is None and stored is not None:
-        result = CellResult.from_json(stored)
+        try:
+            with naming_damage(f"The result of {cell.name} in the storage", "one that a run has written"):
+                result = CellResult.from_json(stored)
+        except ValueError as error:
+            warnings.warn(f"{error} It is left out.", stacklevel=2)
     return None if result is None else keep_result(protocol, cell, result)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from sb3_offline_ft.study.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.progress import RunDisplay, counts_text
-from sb3_offline_ft.study.protocol import Protocol, study_file
+from sb3_offline_ft.study.protocol import study_file
 from sb3_offline_ft.study.queue import CellState, CellStatus, StudyQueue, fault_text
 from sb3_offline_ft.study.worker import DISK_FULL, Finished, Stopped, Took, WorkerSettings, chosen_keys, work
 
@@ -53,6 +54,7 @@ class StudyRun:
     def __init__(self, settings: WorkerSettings, workers: int, console: Console) -> None:
         self.settings = settings
         self.workers = workers
+        self._import_env(console)
         self.queue = self._open_queue()
         self.protocol = self.queue.protocol
         self.settings = replace(settings, text=self.protocol.text)
@@ -66,9 +68,15 @@ class StudyRun:
         self._statuses: list[CellStatus] = []
         self._next_look = 0.0
 
+    def _import_env(self, console: Console) -> None:
+        protocol = self.settings.protocol()
+        if protocol.env_module:
+            console.print(Text(f"Importing {protocol.env_module}, as `env` of {protocol.file} says: that runs its code."))
+        protocol.import_env()
+
     def _open_queue(self) -> StudyQueue:
         # If the study begins now, this loads the data, which this process does not need any more after that
-        self.settings = replace(self.settings, text=Protocol.load(self.settings.folder).text)
+        self.settings = replace(self.settings, text=self.settings.protocol().text)
         StudyQueue(self.settings.protocol(), self.settings.storage).close()
         return StudyQueue(self.settings.protocol(), self.settings.storage, create=False)
 
@@ -250,6 +258,7 @@ def run_study(
     retry_failed: bool = False,
     device: str = "cpu",
     only: str = "*",
+    trust_pickle: bool = False,
     console: Console | None = None,
 ) -> Counter[CellState]:
     """
@@ -262,6 +271,7 @@ def run_study(
     :param retry_failed: Whether to try cells again that have failed
     :param device: Where to compute
     :param only: Glob of names of cells, such as ``medium/td3c/*``
+    :param trust_pickle: Whether datasets may be read from pickle files: that runs code which these hold
     :param console: Where to show what happens
     :return: Numbers of cells
     :raises OSError: The storage, the data or the disk cannot be used
@@ -270,7 +280,8 @@ def run_study(
     """
     console = console or Console(stderr=True)
     try:
-        run = StudyRun(WorkerSettings(folder.absolute(), storage, threads, device, only), workers, console)
+        settings = WorkerSettings(folder.absolute(), storage, threads, device, only, trust_pickle=trust_pickle)
+        run = StudyRun(settings, workers, console)
         try:
             counts = run.run(retry_failed)
         finally:

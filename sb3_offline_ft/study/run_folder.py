@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sb3_offline_ft.collapse.events import EVENTS_FILE, encode_events, read_events
-from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
+from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json, naming_damage, read_npz, replace_synced
 from sb3_offline_ft.evaluation.run_summary import EVALUATIONS
 
 MANIFEST = "manifest.json"
 TRAINING = "training.npz"
 RUNS = "runs"
 NEEDED = ("key", "guarded")
-"""What a manifest must say."""
+"""What a manifest must say; with the cell's facts, as all that a run writes, also the rest that reports need."""
 KEY_DIGITS = 8
 """Of a cell's key, in the name of its folder."""
 ATTEMPTS = 20
@@ -80,9 +81,12 @@ class CellResult:
         """
         :param text: What :meth:`to_json` gave
         :return: The result
+        :raises ValueError: It is something else
         """
         content = json.loads(text)
-        return cls(**arrays_from_json(content["arrays"]), events=content["events"], manifest=content["manifest"])
+        result = cls(**arrays_from_json(content["arrays"]), events=content["events"], manifest=content["manifest"])
+        _check_manifest(result.manifest)
+        return _checked(result)
 
 
 def run_folder(study: Path, dataset: str | None, method: str, seed: int, key: str) -> Path:
@@ -138,7 +142,7 @@ def _replace(temporary: Path, folder: Path) -> None:
     for attempt in range(ATTEMPTS):
         _move_away(folder)
         try:
-            os.replace(temporary, folder)
+            replace_synced(temporary, folder)
             return
         except OSError as error:
             # Another process was faster
@@ -169,34 +173,129 @@ def _remove_stale(parent: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _arrays(path: Path, *names: str) -> dict[str, npt.NDArray[Any]]:
-    # From memory: NumPy leaves a damaged file open
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        return {name: file[name] for name in names}
-
-
 def read_result(folder: Path) -> CellResult | None:
     """
-    Read what :func:`write_result` wrote.
+    Read what :func:`write_result` wrote. A folder that is there, but damaged, is named in a warning.
 
     :param folder: The cell's folder
-    :return: The result, None if there is none or only part of one
+    :return: The result, None if there is none or it is damaged
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if not isinstance(manifest, dict) or any(name not in manifest for name in NEEDED):
+        with naming_damage(folder, "the result of a cell"):
+            return _checked(_read(folder))
+    except FileNotFoundError as error:
+        if not folder.exists():
             return None
-        evaluations = _arrays(folder / EVALUATIONS, "timesteps", "results", "ep_lengths")
-        training = _arrays(folder / TRAINING, "timesteps", "returns")
-        events = read_events(folder / EVENTS_FILE) if manifest["guarded"] else []
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
+        problem = f"{folder} lacks {Path(str(error.filename)).name}."
+    except ValueError as error:
+        problem = str(error)
+    warnings.warn(f"{problem} The cell counts as not run.", stacklevel=2)
+    return None
+
+
+def _read(folder: Path) -> CellResult:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    _check_manifest(manifest)
+    evaluations = read_npz(folder / EVALUATIONS, "timesteps", "results", "ep_lengths")
+    training = read_npz(folder / TRAINING, "timesteps", "returns")
     return CellResult(
         evaluations["timesteps"],
         evaluations["results"],
         evaluations["ep_lengths"],
         training["timesteps"],
         training["returns"],
-        events,
+        _read_whole_events(folder / EVENTS_FILE) if manifest["guarded"] else [],
         manifest,
     )
+
+
+def _read_whole_events(path: Path) -> list[dict[str, Any]]:
+    """
+    :raises ValueError: It is damaged, or cut off, which is no damage to others that read it while it is written
+    """
+    events = read_events(path)
+    if not events or not path.read_bytes().endswith(b"\n"):
+        raise ValueError(f"{path} is cut off")
+    return events
+
+
+_Types = tuple[type, ...]
+_NUMBER, _NOTHING = (int, float), type(None)
+_FACTS: dict[str, _Types] = {
+    "key": (str,),
+    "guarded": (bool,),
+    "cell": (dict,),
+    "frozen_until": (int,),
+    "dataset": (dict, _NOTHING),
+    "pretrained": (dict, _NOTHING),
+    "random_return": (*_NUMBER, _NOTHING),
+    "learner_evaluation_steps": (int,),
+    "seconds": (dict, _NOTHING),
+    "versions": (dict, _NOTHING),
+}
+_FACTS_WITHIN: dict[str, dict[str, _Types]] = {
+    "dataset": {"fingerprint": (str,), "transitions": (int,), "episodes": (int,), "mean_return": _NUMBER},
+    "pretrained": {"recipe": (str,), "weights_sha256": (str,)},
+    "seconds": {"preparation": _NUMBER, "finetuning": _NUMBER},
+}
+
+
+def _check_manifest(manifest: Any) -> None:
+    """
+    :raises ValueError: A fact is missing or of another type than reports need
+    """
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} holds a {type(manifest).__name__}, expected facts by name")
+    whole = "cell" in manifest
+    _check_facts(manifest, _FACTS, "", ("frozen_until", "dataset", *NEEDED) if whole else NEEDED)
+    for name, types in _FACTS_WITHIN.items():
+        if isinstance(manifest.get(name), dict):
+            _check_facts(manifest[name], types, f"{name}.", () if name == "seconds" else tuple(types))
+    if whole and not isinstance(manifest["cell"].get("dataset"), dict | None):
+        raise ValueError(f"{MANIFEST}: cell.dataset must hold facts by name, found {manifest['cell']['dataset']!r:.60}")
+
+
+def _check_facts(facts: dict[str, Any], types: dict[str, _Types], where: str, needed: tuple[str, ...]) -> None:
+    for name, allowed in types.items():
+        if name not in facts:
+            if name in needed:
+                raise ValueError(f"{MANIFEST} does not say {where}{name}")
+            continue
+        value = facts[name]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            words = " or ".join(one.__name__ for one in allowed)
+            raise ValueError(f"{MANIFEST}: {where}{name} must be {words}, found {value!r:.60}")
+
+
+def _checked(result: CellResult) -> CellResult:
+    """
+    :raises ValueError: An array has another type or shape than :class:`CellResult` says, or an event no time
+    """
+    for name, kinds, n_dimensions in (
+        ("timesteps", "iu", 1),
+        ("returns", "iuf", 2),
+        ("lengths", "iu", 2),
+        ("training_timesteps", "iu", 1),
+        ("training_returns", "iuf", 1),
+    ):
+        array = getattr(result, name)
+        if array.dtype.kind not in kinds or array.ndim != n_dimensions:
+            number = "whole numbers" if kinds == "iu" else "numbers"
+            raise ValueError(
+                f"{name} must be {number} in {n_dimensions} dimension{'s' * (n_dimensions > 1)}, "
+                f"found {array.dtype} of shape {array.shape}"
+            )
+    steps = result.timesteps
+    if result.returns.size == 0 or steps[0] < 0 or (np.diff(steps) <= 0).any():
+        raise ValueError("it must have evaluations, the one later than the other")
+    if not len(steps) == len(result.returns) or result.returns.shape != result.lengths.shape:
+        raise ValueError(
+            f"timesteps, returns and lengths must be of the same evaluations, found shapes {steps.shape}, "
+            f"{result.returns.shape} and {result.lengths.shape}"
+        )
+    if result.training_timesteps.shape != result.training_returns.shape:
+        raise ValueError("timesteps and returns of training must be of the same episodes")
+    for event in result.events:
+        if not isinstance(event.get("timestep", 0), int):
+            raise ValueError(f"an event's timestep must be a whole number, found {event['timestep']!r:.60}")
+    return result

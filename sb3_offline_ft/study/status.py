@@ -21,7 +21,13 @@ from sb3_offline_ft.study.run_folder import RUNS
 STYLES = {CellState.DONE: "green", CellState.RUNNING: "cyan", CellState.WAITING: "", CellState.FAILED: "red"}
 
 
-def show_status(folder: Path, storage: str | None = None, errors: bool = False, console: Console | None = None) -> None:
+def show_status(
+    folder: Path,
+    storage: str | None = None,
+    errors: bool = False,
+    console: Console | None = None,
+    trust_pickle: bool = False,
+) -> None:
     """
     Print how far a study is.
 
@@ -29,11 +35,12 @@ def show_status(folder: Path, storage: str | None = None, errors: bool = False, 
     :param storage: Its storage, None for the journal in its folder
     :param errors: Show the tracebacks of failed cells whole
     :param console: Where to print
+    :param trust_pickle: Whether datasets of which no run and no storage knows may be read from pickle files
     :raises OSError: The storage cannot be opened
     :raises ValueError: The protocol is wrong
     """
     console = console or Console()
-    protocol = Protocol.load(folder)
+    protocol = Protocol.load(folder, trust_pickle)
     statuses = read_statuses(protocol, storage)
     console.print(Text(f"{protocol.name}: {counts_text(Counter(each.state for each in statuses))}", style="bold"))
     console.print(_grid(statuses))

@@ -56,7 +56,7 @@ class TuningRun(StudyRun):
         self._is_over = False
 
     def _open_queue(self) -> TuningQueue:
-        return TuningQueue(TuningPlan(self.settings, Protocol.load(self.settings.folder)), self.settings.storage)
+        return TuningQueue(TuningPlan(self.settings, self.settings.protocol()), self.settings.storage)
 
     def _look(self) -> None:
         super()._look()
@@ -181,7 +181,13 @@ def confirm_best(
         file.write(confirmation_study(result, plan.fresh_seeds(n_seeds), folder).encode("utf-8"))
     console.print(Text(f"The best and the preset with {n_seeds} fresh seeds: {folder}"))
     counts = run_study(
-        folder, workers=workers, storage=settings.storage, threads=settings.threads, device=settings.device, console=console
+        folder,
+        workers=workers,
+        storage=settings.storage,
+        threads=settings.threads,
+        device=settings.device,
+        trust_pickle=settings.trust_pickle,
+        console=console,
     )
     if set(counts) != {CellState.DONE}:
         raise OSError(f"Not all runs of {folder} were completed: see `sb3-offline-ft study status {folder} --errors`.")

@@ -42,6 +42,7 @@ class WorkerSettings:
     :param device: Where it computes
     :param only: Glob of the cells that it may take
     :param text: The study's file as it was when the run began, None for as it is
+    :param trust_pickle: Whether datasets may be read from pickle files
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class WorkerSettings:
     device: str = "cpu"
     only: str = "*"
     text: str | None = None
+    trust_pickle: bool = False
 
     def protocol(self) -> Protocol:
         """
@@ -57,7 +59,9 @@ class WorkerSettings:
         :raises FileNotFoundError: There is no such study
         :raises ValueError: Its file is wrong
         """
-        return Protocol.load(self.folder) if self.text is None else Protocol.parse(self.text, study_file(self.folder))
+        if self.text is None:
+            return Protocol.load(self.folder, self.trust_pickle)
+        return Protocol.parse(self.text, study_file(self.folder), self.trust_pickle)
 
 
 @dataclass(frozen=True)

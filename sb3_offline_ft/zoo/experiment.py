@@ -95,8 +95,12 @@ def _with_dataset_check(original: Method) -> Method:
         hyperparams, saved_hyperparams = original(self)
         dataset = hyperparams.get("dataset")
         if _is_ours(self) and dataset is not None:
-            from sb3_offline_ft.datasets import check_spec
+            from sb3_offline_ft.datasets import check_spec, without_trust
 
+            # The consent to unpickle comes from the command line, not from a file of hyperparameters
+            saved_hyperparams["dataset"] = without_trust(dataset)
+            if "dataset" not in (self.custom_hyperparams or {}):
+                hyperparams["dataset"] = dataset = saved_hyperparams["dataset"]
             check_spec(dataset)
         if _is_ours(self) and self.optimize_hyperparameters and self.storage is not None:
             from sb3_offline_ft.zoo.storage import open_storage

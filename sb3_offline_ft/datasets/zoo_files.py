@@ -1,0 +1,115 @@
+"""What rl-zoo3 keeps beside an agent, read without running code; rl-zoo3's own readers make any Python object."""
+
+import ast
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG, ARGUMENTS = "config.yml", "args.yml"
+OF_ENVIRONMENT = ("env_wrapper", "vec_env_wrapper", "frame_stack", "normalize", "env_kwargs")
+"""Hyperparameters without which an environment would be another one than the agent's."""
+_PYTHON = "tag:yaml.org,2002:python/"
+
+
+class _Unread:
+    """Stands for a Python object that a file describes."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+class _ZooLoader(yaml.SafeLoader):
+    """Makes tuples and, of ordered dictionaries, dictionaries, as rl-zoo3 writes them, and of all other objects none."""
+
+    def ordered(self, node: yaml.SequenceNode) -> dict[Any, Any]:
+        """
+        :param node: An ordered dictionary: a list of its pairs within a list
+        :return: The dictionary
+        """
+        return dict(*self.construct_sequence(node, deep=True))
+
+    def pair(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
+        """
+        :param node: A tuple
+        :return: The tuple
+        """
+        return tuple(self.construct_sequence(node, deep=True))
+
+
+_ZooLoader.add_constructor(f"{_PYTHON}object/apply:collections.OrderedDict", _ZooLoader.ordered)
+_ZooLoader.add_constructor(f"{_PYTHON}tuple", _ZooLoader.pair)
+_ZooLoader.add_multi_constructor(_PYTHON, lambda loader, kind, node: _Unread(kind))
+
+
+def read_zoo_yaml(path: Path, needed: Collection[str] = OF_ENVIRONMENT) -> dict[str, Any]:
+    """
+    Read the settings of a run of rl-zoo3. Those that hold Python objects, such as classes, are left out.
+
+    :param path: A ``config.yml`` or ``args.yml``
+    :param needed: Settings that must not be left out
+    :return: Settings by name
+    :raises ValueError: It is damaged, or a needed setting holds a Python object
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            content = yaml.load(stream, _ZooLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not written by rl-zoo3 ({type(error).__name__}: {error}).") from error
+    if not isinstance(content, dict):
+        found = f"the Python object {content.kind}" if isinstance(content, _Unread) else type(content).__name__
+        raise ValueError(f"{path} must hold settings by name, found {found}: nothing of it was run.")
+    unread = {name: kind for name, value in content.items() if (kind := _unread(value)) is not None}
+    for name in needed:
+        if name in unread:
+            raise ValueError(
+                f"{path}: {name} holds the Python object {unread[name]}, and files are not trusted to make any: nothing of it "
+                "was run. Write it with numbers, texts, lists and mappings."
+            )
+    return {name: value for name, value in content.items() if name not in unread}
+
+
+def _unread(value: Any) -> str | None:
+    if isinstance(value, _Unread):
+        return value.kind
+    inner = (*value.keys(), *value.values()) if isinstance(value, Mapping) else value
+    if not isinstance(inner, list | tuple):
+        return None
+    return next((kind for each in inner if (kind := _unread(each)) is not None), None)
+
+
+def saved_hyperparams(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """
+    Read what rl-zoo3 needs of a run to make its environment again, as its ``get_saved_hyperparams`` does.
+
+    :param folder: The folder of the run's files, beside its agent
+    :return: Hyperparameters, and the folder if it is there; rewards are not normalized
+    :raises ValueError: A file is damaged, or holds Python objects where they are needed
+    """
+    if not folder.is_dir():
+        return {}, None
+    config = folder / CONFIG
+    hyperparams: dict[str, Any]
+    hyperparams = read_zoo_yaml(config) if config.is_file() else {"normalize": (folder / "obs_rms.pkl").is_file()}
+    normalize = hyperparams.setdefault("normalize", False)
+    if normalize:
+        kwargs = _literal(normalize, config) if isinstance(normalize, str) else normalize
+        hyperparams["normalize_kwargs"] = (
+            {**kwargs, "norm_reward": False} if isinstance(kwargs, dict) else {"norm_obs": kwargs, "norm_reward": False}
+        )
+    return hyperparams, str(folder)
+
+
+def _literal(text: str, path: Path) -> Any:
+    """What rl-zoo3 evaluates: a Python literal, or ``dict(...)`` of some."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+            return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+        return ast.literal_eval(node)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise ValueError(
+            f"{path}: normalize must be a Python literal such as {{'norm_obs': True}}, found {text!r:.80}: nothing of it was "
+            "run."
+        ) from None
