@@ -15,7 +15,13 @@ from sb3_offline_ft.common.policies import OfflinePolicy
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.evaluation import statistics
 from sb3_offline_ft.evaluation.comparisons import compare_paired, compare_paired_rates, holm
-from sb3_offline_ft.evaluation.finetuning_metrics import DipNoiseFloor, FinetuningMetrics, dip_noise_floor, finetuning_metrics
+from sb3_offline_ft.evaluation.finetuning_metrics import (
+    LAST,
+    DipNoiseFloor,
+    FinetuningMetrics,
+    dip_noise_floor,
+    finetuning_metrics,
+)
 from sb3_offline_ft.evaluation.statistics import Band, Estimate
 from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.study.methods import Method, factor_path
@@ -90,9 +96,17 @@ class RunNumbers:
         return np.asarray(self.run.result.returns.mean(axis=1), np.float64)
 
     @property
-    def learner_evaluation_steps(self) -> int:
-        """Environment steps of evaluations that the learner learned from."""
-        return int(self.manifest.get("learner_evaluation_steps", 0))
+    def n_last(self) -> int:
+        """Evaluations that its end is the mean of: the last ones after the warm-up, as many as there are."""
+        result = self.run.result
+        n_free = int((result.timesteps > result.frozen_until).sum())
+        return min(LAST, n_free or result.timesteps.size)
+
+    @property
+    def learner_evaluation_steps(self) -> int | None:
+        """Environment steps of evaluations that the learner learned from, None if they were not recorded."""
+        steps = self.manifest.get("learner_evaluation_steps")
+        return None if steps is None else int(steps)
 
     @property
     def seconds(self) -> float | None:
@@ -117,6 +131,12 @@ class RunNumbers:
         :return: How many there are
         """
         return sum(event.get("event") == kind for event in self.run.result.events)
+
+    @property
+    def watched(self) -> tuple[int, int]:
+        """Training episodes whose returns a guard watched, and all that it saw."""
+        phases = [event.get("phase") for event in self.run.result.events if event.get("event") == "episode"]
+        return phases.count("monitoring"), len(phases)
 
 
 @dataclass(frozen=True)
@@ -345,6 +365,16 @@ class Comparison:
     smallest_p: float
     p_corrected: float
     smallest_p_corrected: float
+
+
+def last_evaluations(runs: Iterable[RunNumbers]) -> str:
+    """
+    :param runs: Runs
+    :return: How many evaluations their ends are the means of, such as ``10`` or ``3 to 10``
+    """
+    counts = [one.n_last for one in runs]
+    low, high = min(counts), max(counts)
+    return str(high) if low == high else f"{low} to {high}"
 
 
 def slug(text: str) -> str:
@@ -611,13 +641,25 @@ class StudyNumbers:
         order = {method.name: position for position, method in enumerate(self.methods)}
         return sorted(made, key=lambda row: order[row.method.name])
 
+    @cached_property
+    def not_compared(self) -> dict[str, list[Method]]:
+        """By metric, the methods that have it, as the reference method has, but fewer than two pairs of runs with it."""
+        reference = self.reference
+        others = [] if reference is None else [method for method in self.methods if method != reference]
+        compared = {(row.metric, row.method.name) for row in self.comparisons}
+        found = {
+            metric: [
+                method for method in others
+                if reference and (metric, method.name) not in compared and _can_be_compared(method, reference, metric)
+                and self._values(method, metric) and self._values(reference, metric)
+            ]
+            for metric in (*self.COMPARED, COLLAPSED)
+        }  # fmt: skip
+        return {metric: methods for metric, methods in found.items() if methods}
+
     def _compare(self, method: Method, reference: Method, metric: str) -> Comparison | None:
-        if metric == "mean_return" and method.pretrained != reference.pretrained:
-            return None  # the first steps from scratch count, those of the warm-up do not
-        if metric in ("dip_depth", COLLAPSED) and (method.frozen or reference.frozen):
-            return None  # a policy that does not change has none: what seems so is noise
-        strata = self._pairs(method, reference, metric)
-        if not strata or sum(map(len, strata)) < 2:
+        strata = self._pairs(method, reference, metric) if _can_be_compared(method, reference, metric) else []
+        if sum(map(len, strata)) < 2:
             return None
         x, y = ([[float(pair[side]) for pair in stratum] for stratum in strata] for side in (0, 1))
         if metric == COLLAPSED:
@@ -693,6 +735,14 @@ class StudyNumbers:
         for name, values in combination.items():
             points[str(values[factor])] += [runs[name][seed] for seed in seeds]
         return [(value, AveragedGroup(listed, tuple(chosen))) for value, chosen in points.items() if chosen]
+
+
+def _can_be_compared(method: Method, reference: Method, metric: str) -> bool:
+    if metric == "mean_return":
+        # The first steps from scratch count, those of the warm-up do not
+        return method.pretrained == reference.pretrained
+    # A policy that does not change has no dip: what seems so is noise
+    return metric not in ("dip_depth", COLLAPSED) or not (method.frozen or reference.frozen)
 
 
 def _levels(factor: str, groups: Sequence[Group]) -> list[tuple[str, Group]]:

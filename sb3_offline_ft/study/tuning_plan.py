@@ -73,6 +73,17 @@ class TuningSettings(WorkerSettings):
     startup_trials: int = 10
     fixed: tuple[str, ...] = ()
 
+    @property
+    def search_facts(self) -> dict[str, Any]:
+        """How trials are drawn and given up, in the form of JSON; no depth of a dip if all are allowed."""
+        deepest = None if math.isinf(self.prune_dip) else self.prune_dip
+        return {
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "startup_trials": self.startup_trials,
+            "prune_dip": deepest,
+        }
+
     def check(self) -> None:
         """
         :raises ValueError: A number is out of range, or a name unknown
