@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,8 +23,7 @@ from sb3_offline_ft.evaluation.finetuning_metrics import (
     finetuning_metrics,
 )
 from sb3_offline_ft.evaluation.statistics import Band, Estimate
-from sb3_offline_ft.study.learners import algorithm_class
-from sb3_offline_ft.study.methods import Method, factor_path
+from sb3_offline_ft.study.methods import Method, default_of, factor_path
 from sb3_offline_ft.study.results import Run, StudyResults
 
 SIGNIFICANT = 0.05
@@ -723,7 +722,8 @@ class StudyNumbers:
         planned = [method for method in self.protocol.methods if method.base == base]
         listed = next(method for method in planned if not method.variant)
         names = list(dict.fromkeys(name for method in planned for name in method.variant))
-        own = {name: _own_value(listed, name) for name in names}
+        runs_as_listed = [one for group in groups if not group.method.variant for one in group.runs]
+        own = {name: _own_value(listed, name, runs_as_listed) for name in names}
         # The combination that the method has anyway makes no variant
         is_in_grid = all(own[name] in self.protocol.factors[name] for name in names)
         combination = {method.name: dict(method.variant) for method in planned if method.variant}
@@ -747,25 +747,27 @@ def _can_be_compared(method: Method, reference: Method, metric: str) -> bool:
 
 def _levels(factor: str, groups: Sequence[Group]) -> list[tuple[str, Group]]:
     points = [(str(group.method.variant[factor]), group) for group in groups if set(group.method.variant) == {factor}]
-    listed = [(_listed_value(group.method, factor), group) for group in groups if not group.method.variant]
+    listed = [(_listed_value(group, factor), group) for group in groups if not group.method.variant]
     return [*listed, *points] if points else []
 
 
-def _own_value(method: Method, factor: str) -> Any:
-    """The value of a factor that a method has as it is listed: its own, else the default of the constructor."""
-    first, *rest = factor_path(factor)
-    owners = {"policy_kwargs": OfflinePolicy}
-    defaults = inspect.signature(algorithm_class(method.algorithm).__init__).parameters
-    value = method.hyperparams.get(first, defaults[first].default if first in defaults else None)
-    for key in rest:
-        inner = value or {}
-        within = inspect.signature(owners[first].__init__).parameters if first in owners else {}
-        value = inner.get(key, within[key].default if key in within else None)
-    return value
+def _own_value(method: Method, factor: str, runs: Iterable[RunNumbers]) -> Any:
+    """The value of a factor that a method has as it is listed: its own, else what its runs had, else a default."""
+    path = factor_path(factor)
+    for settings in (method.hyperparams, *(one.manifest.get("hyperparams") or {} for one in runs)):
+        value: Any = settings
+        for key in path:
+            value = value[key] if isinstance(value, Mapping) and key in value else ...
+        if value is not ...:
+            return value
+    if len(path) == 1:
+        return default_of(method.algorithm, path[0])
+    within = inspect.signature(OfflinePolicy.__init__).parameters if path[0] == "policy_kwargs" else {}
+    return within[path[1]].default if path[1] in within else None
 
 
-def _listed_value(method: Method, factor: str) -> str:
-    value = _own_value(method, factor)
+def _listed_value(group: Group, factor: str) -> str:
+    value = _own_value(group.method, factor, group.runs)
     return AS_LISTED if value is None or isinstance(value, dict) else f"{value} ({AS_LISTED})"
 
 

@@ -363,8 +363,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _cpu() -> dict[str, str | None]:
-    information = Path("/proc/cpuinfo")
+def _cpu(information: Path = Path("/proc/cpuinfo")) -> dict[str, str | None]:
     pairs = (
         [line.split(":", 1) for line in information.read_text().splitlines() if ":" in line] if information.exists() else []
     )
