@@ -82,7 +82,13 @@ def result_of(protocol: Protocol, cell: Cell, curve: Curve = level, **facts: Any
             {"event": "rollback", "timestep": 9_000, "episode": 12},
         ]
         events += [{"event": "promotion", "timestep": step, "episode": step // 300} for step in (14_000, 20_000)]
+        phases = np.where(training <= frozen_until, "baseline", "monitoring").tolist()
+        events += [
+            {"event": "episode", "timestep": step, "phase": phase}
+            for step, phase in zip(training.tolist(), phases, strict=True)
+        ]
     start = f"{cell.dataset}-{cell.seed}-{dict(method.pretraining_hyperparams)}"
+    done = 0 if method.frozen else protocol.interactions
     manifest = {
         "name": cell.name,
         "key": protocol.cell_key(cell),
@@ -98,6 +104,17 @@ def result_of(protocol: Protocol, cell: Cell, curve: Curve = level, **facts: Any
             "reference_scores": protocol.data_facts(cell.dataset)["reference_scores"],
         },
         "pretrained": {"recipe": start, "weights_sha256": start} if method.pretrained else None,
+        "hyperparams": {"gradient_steps": 1},
+        "changed_hyperparams": {},
+        "frozen": method.frozen,
+        "interactions": done,
+        "updates": {
+            "offline": 50_000 if method.pretrained else 0, "online": max(0, done - max(0, frozen_until)), "undone": 0
+        },
+        "replay_buffer": {
+            "capacity": 1_000_000, "rows": done, "distinct_rows": done, "offline_rows": 20_000,
+            "batch": {"rows": 256, "distinct_rows": 254, "offline_rows": 128},
+        },
         "learner_evaluation_steps": 250_000 + 1_000 * cell.seed if method.learns_from_evaluations else 0,
         "guarded": bool(events),
         "seconds": {"preparation": 100.0, "finetuning": 600.0 + cell.seed},
@@ -106,6 +123,10 @@ def result_of(protocol: Protocol, cell: Cell, curve: Curve = level, **facts: Any
         "python": "3.12.1",
         "platform": "Linux",
         "cpu": "A kind of processor",
+        "cpu_model": "6/143/8",
+        "device": "cpu",
+        "gpu": None,
+        "code": "c0de" * 16,
     } | facts  # fmt: skip
     lengths = np.full(noise.shape, 500)
     return CellResult(timesteps, means[:, None] + noise, lengths, training, started, events, manifest)

@@ -1,16 +1,20 @@
 """What the pages say of our studies is what their committed results say, and these are what their runs say."""
 
+import re
+import shutil
 import subprocess
 import tarfile
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from sb3_offline_ft.evaluation import finetuning_metrics
 from sb3_offline_ft.study import study_results, write_report
 from sb3_offline_ft.study.run_folder import read_result
+from sb3_offline_ft.study.words import NONE
 from tests.conftest import REPOSITORY
 from tests.made_up_study import COLLAPSED_TO, write_runs, write_study
 
@@ -54,8 +58,20 @@ def check_that_results_are_of_all_runs(folder: Path, rows: list[dict[str, str]],
             value = getattr(metrics, name)
             assert (float(reported[key][name]) if value is not None else None) == pytest.approx(value)
         if not run.manifest["frozen"]:
-            memory, interactions = run.manifest["replay_buffer"], run.manifest["interactions"]
-            assert memory["capacity"] >= memory["rows"] == interactions, f"{run.manifest['name']} forgot what it had done"
+            check_that_it_learned(run.manifest)
+
+
+def check_that_it_learned(manifest: dict[str, Any]) -> None:
+    name, memory, interactions = manifest["name"], manifest["replay_buffer"], manifest["interactions"]
+    assert interactions == manifest["cell"]["interactions"], f"{name} ended early"
+    assert memory["capacity"] >= memory["rows"] == interactions, f"{name} forgot what it had done"
+    # Actions are continuous, and batches are a small part of what they are drawn from
+    assert memory["distinct_rows"] == interactions, f"{name} did the same again and again"
+    assert memory["batch"]["distinct_rows"] >= 0.9 * memory["batch"]["rows"], f"{name} replayed the same again and again"
+    due = (interactions - max(0, manifest["frozen_until"])) * manifest["hyperparams"]["gradient_steps"]
+    # A guard may hold a learner for a while
+    assert 0 < manifest["updates"]["online"] <= due, f"{name} was not updated as often as it should"
+    assert manifest["guarded"] or manifest["updates"]["online"] == due, f"{name} was not updated as often as it should"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -90,28 +106,88 @@ def test_results_become_tables_and_a_picture(findings: ModuleType, tmp_path: Pat
     assert text == findings.filled(text, tmp_path / "docs" / "page.md", folders)
 
 
-def test_results_of_other_runs_and_runs_without_a_memory_are_noticed(findings: ModuleType, tmp_path: Path) -> None:
+def test_results_of_other_runs_and_runs_that_did_not_learn_are_noticed(findings: ModuleType, tmp_path: Path) -> None:
     study = write_study(tmp_path / "made-up", {"seeds": 1})
     folder = study.folder
 
-    def rows_with_a_memory_of(capacity: int, rows: int) -> list[dict[str, str]]:
-        memory = {"capacity": capacity, "rows": rows}
-        write_runs(study, frozen=False, interactions=study.interactions, replay_buffer=memory)
+    def rows_with(**facts: Any) -> list[dict[str, str]]:
+        write_runs(study, **facts)
         write_report(folder, formats=["csv"])
         with tarfile.open(folder / "runs.tar.xz", "w:xz") as archive:
             archive.add(folder / "runs", "runs")
         return list(findings.read(folder))
 
-    rows = rows_with_a_memory_of(1_000_000, study.interactions)
+    rows = rows_with()
     check_that_results_are_of_all_runs(folder, rows, tmp_path / "unpacked")
     with pytest.raises(AssertionError):
         check_that_results_are_of_all_runs(folder, rows[1:], tmp_path / "unpacked")
     with pytest.raises(AssertionError):
         changed = [row | {"last_return": str(2 * float(row["last_return"]))} for row in rows]
         check_that_results_are_of_all_runs(folder, changed, tmp_path / "unpacked")
-    rows = rows_with_a_memory_of(1, 1)
-    with pytest.raises(AssertionError, match="forgot what it had done"):
-        check_that_results_are_of_all_runs(folder, rows, tmp_path / "unpacked again")
+    n, batch = study.interactions, {"rows": 256, "distinct_rows": 254}
+    full = {"capacity": n, "rows": n, "distinct_rows": n, "batch": batch}
+    lacking: dict[str, dict[str, Any]] = {
+        "forgot what it had done": {"replay_buffer": full | {"capacity": 1, "rows": 1}},
+        "did the same again and again": {"replay_buffer": full | {"distinct_rows": 1}},
+        "replayed the same again and again": {"replay_buffer": full | {"batch": batch | {"distinct_rows": 129}}},
+        "was not updated as often": {"updates": {"offline": 50_000, "online": 0, "undone": 0}},
+        "ended early": {"interactions": n - 1},
+    }
+    for number, (what, facts) in enumerate(lacking.items()):
+        rows = rows_with(**facts)
+        with pytest.raises(AssertionError, match=what):
+            check_that_results_are_of_all_runs(folder, rows, tmp_path / f"unpacked {number}")
+
+
+def test_results_and_pictures_of_other_settings_are_refused(findings: ModuleType, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "made-up", {"seeds": 1})
+    write_runs(study)
+    write_report(study.folder, formats=["csv"])
+    findings.draw(study_results(study.folder))
+    findings.filled(MARKED, tmp_path / "page.md", findings.studies(tmp_path))
+    # A picture of results as they were
+    results = study.folder / "results.csv"
+    text = results.read_text()
+    results.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=r"curves\.png is not of these results"):
+        findings.filled(MARKED, tmp_path / "page.md", findings.studies(tmp_path))
+    results.write_text(text)
+    write_study(tmp_path / "made-up", {"seeds": 1, "interactions": 29_000})
+    with pytest.raises(ValueError, match="11 of 11 runs are of other settings"):
+        findings.filled(MARKED, tmp_path / "page.md", findings.studies(tmp_path))
+
+
+def test_facts_about_data_that_is_not_here_are_taken_from_the_packed_runs(findings: ModuleType, tmp_path: Path) -> None:
+    data = shutil.copytree(REPOSITORY / "sb3_offline_ft/datasets/bundled/pendulum-medium", tmp_path / "data")
+    changes = {"env": "Pendulum-v1", "datasets": {"medium": "../data?episodes=20"}, "seeds": 1, "random_return": -1309}
+    study = write_study(tmp_path / "made-up", changes)
+    write_runs(study)
+    write_report(study.folder, formats=["csv"])
+    with tarfile.open(study.folder / "runs.tar.xz", "w:xz") as archive:
+        archive.add(study.folder / "runs", "runs")
+    shutil.rmtree(study.folder / "runs")
+    shutil.rmtree(data)
+    findings.check(study.folder)
+
+
+def test_tables_are_of_all_methods_and_seeds(findings: ModuleType, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "made-up", {"seeds": 3})
+    cells = [cell for cell in study.cells() if cell.method.name != "td3" or (cell.dataset, cell.seed) == ("medium", 1)]
+    write_runs(study, [cell for cell in cells if cell.method.name != "offline"])
+    write_report(study.folder, formats=["csv"])
+    text = findings.filled(MARKED, tmp_path / "page.md", findings.studies(tmp_path))
+    # Two of the three seeds are those of other methods, and a dataset has none of this one
+    assert "| Hopper-v5, medium | 3 | 11" in text and "**best**, seeds 0, 1, 2, J0 1" in text
+    assert re.search(rf"\| plain TD3 \| 1 of 1 \| {NONE}, 0\.9\d, {NONE} \| {NONE}, 1\d{{3}}, {NONE} \|", text)
+    assert "last 10 evaluations" in text and "last 10, per seed" in text
+
+
+def test_how_many_evaluations_make_the_end_is_said_as_it_is(findings: ModuleType, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "made-up", {"seeds": 1, "interactions": 8_000})
+    write_runs(study, [cell for cell in study.cells() if cell.method.name in ("td3", "td3c")])
+    write_report(study.folder, formats=["csv"])
+    text = findings.filled(MARKED, tmp_path / "page.md", findings.studies(tmp_path))
+    assert "last 6 evaluations" in text and "last 6, per seed" in text and "ten" not in text.split()
 
 
 def test_a_comment_that_names_no_study_is_an_error(findings: ModuleType, tmp_path: Path) -> None:

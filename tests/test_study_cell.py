@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 import yaml
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -131,6 +133,7 @@ def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
         assert (manifest["device"], manifest["threads"]) == ("cpu", th.get_num_threads())
         assert manifest["platform"] == f"{platform.system()} {platform.machine()}"
         assert json.loads(json.dumps(manifest)) == manifest
+        assert manifest["cpu"] and manifest["gpu"] is None
         method, hyperparams = cells[name].method, manifest["hyperparams"]
         assert manifest["algorithm"] == algorithm_class(method.algorithm).__name__
         assert manifest["frozen"] == (name == "offline")
@@ -149,6 +152,40 @@ def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
     assert pretraining == results["offline"].manifest["pretrained"] and results["scratch"].manifest["pretrained"] is None
     assert pretraining["algorithm"] == "TD3BC"
     assert (pretraining["hyperparams"]["offline_steps"], pretraining["hyperparams"]["alpha"]) == (40, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("information", "expected"),
+    [
+        (
+            "cpu family\t: 6\nmodel\t\t: 143\nmodel name\t: A Xeon\nstepping\t: 8\n\nprocessor\t: 1\nmodel\t: 2\n",
+            ("A Xeon", "6/143/8"),
+        ),
+        # All of these have one name, such as aarch64
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n", (None, "0x41/0xd0c/0x3")),
+        ("", (None, None)),
+    ],
+)
+def test_processors_are_told_apart_by_their_models(information: str, expected: tuple[str | None, ...], tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(information)
+    facts = cell_module._cpu(tmp_path / "cpuinfo")
+    assert facts == {"cpu": expected[0] or platform.processor() or platform.machine(), "cpu_model": expected[1]}
+
+
+def test_a_guard_knows_what_the_data_says_of_a_random_policy(tmp_path: Path) -> None:
+    gym.register("PendulumWithoutScores-v0", entry_point=PendulumEnv, max_episode_steps=200)
+    data = shutil.copytree(Path(sb3_offline_ft.__file__).parent / "datasets/bundled/pendulum-medium", tmp_path / "data")
+    file = data / "data" / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ref_min_score": -1275.0, "ref_max_score": -150.0}))
+    changes: dict[str, Any] = {"env": "PendulumWithoutScores-v0", "datasets": {"medium": f"{data}?episodes=20"}}
+    guard: dict[str, Any] = {"algorithm": "td3", "guard": {"baseline": [-1300, -1000, -1200, -900, -1100, -1400]}}
+    for number, (given, expected) in enumerate([({}, -1275.0), ({"random_return": -1250}, -1250.0)]):
+        protocol = write_study(tmp_path / f"study{number}", **changes | given | {"methods": {"guarded": guard}})
+        (cell,) = protocol.cells()
+        result = run_cell(protocol, cell, pretrained_folder=tmp_path / "pretrained")
+        assert result.manifest["random_return"] == result.events[0]["settings"]["random_return"] == expected
+        # What a run depends on is in its key
+        assert protocol.described(cell)["guard"]["random_return"] == expected
 
 
 def test_methods_with_other_default_networks_take_those_of_the_pretraining(tmp_path: Path) -> None:

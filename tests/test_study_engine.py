@@ -454,9 +454,10 @@ def test_status_without_a_storage_counts_what_is_in_run_folders(tmp_path: Path) 
     # A method's name may be changed
     write_study(folder, methods={f"{name}-2": entry for name, entry in STUDY["methods"].items()})
     assert "tiny: 2 done, 4 waiting" in shown()
-    # Data that is not here has no results, and that of others is found
+    # Of data that is not here nothing can be said, and that of others is found
     write_study(folder, datasets={"medium": "bundled:pendulum-medium", "lost": "lost.npz"})
-    assert "tiny: 2 done, 8 waiting" in shown()
+    assert "tiny: 2 done, 4 waiting, 4 not known" in shown()
+    assert "Whether 4 cells ran is not known: the data is not here, and no run knows it." in shown()
     # A storage that does not know them will
     StudyQueue(Protocol.load(write_study(folder))).enqueue()
     assert "tiny: 2 done, 4 waiting" in shown()

@@ -26,6 +26,7 @@ from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.study.method_factory import METHOD_KEYS
 from sb3_offline_ft.study.methods import preset
 from sb3_offline_ft.study.protocol import KEYS, Cell
+from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
 from sb3_offline_ft.td3c import TD3C
 from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
 
@@ -278,6 +279,20 @@ def test_who_learns_from_evaluations() -> None:
     study = edited(methods__near={"algorithm": "td3c", "hyperparams": {"constraint_reference": "pretrained"}})
     learning = {each.name for each in parse(study).methods if each.learns_from_evaluations}
     assert learning == {"td3c", "td3c-guard"}
+
+
+def test_defaults_are_those_of_the_methods_own_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = list(inspect.signature(TD3C.__init__).parameters.values())
+    defaults = [
+        each.default if each.name != "warmup_steps" else 7_000 for each in parameters if each.default is not each.empty
+    ]
+    monkeypatch.setattr(TD3C.__init__, "__defaults__", tuple(defaults))
+    # The preset would say it
+    study = edited(presets={"td3c": {}, "td3bc": {}}, methods={"td3": {"algorithm": "td3"}, "td3c": {"algorithm": "td3c"}})
+    with pytest.raises(ValueError, match=r"methods\.td3c.* has 7,000 warm-up steps"):
+        parse(study)
+    longer = parse(study | {"interactions": 9_000})
+    assert TuningPlan(TuningSettings(Path("/nowhere"), algo="td3c"), longer).frozen_until({}) == 7_000
 
 
 def test_random_return_is_given_or_known_of_the_environment() -> None:

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -26,11 +26,12 @@ from sb3_offline_ft.study.analysis import StudyNumbers
 from sb3_offline_ft.study.cell import run_cell
 from sb3_offline_ft.study.looks import USUAL, looks_of
 from sb3_offline_ft.study.protocol import Cell, Protocol
+from sb3_offline_ft.study.provenance import data_facts, machines_table, provenance
 from sb3_offline_ft.study.queue import StudyQueue
 from sb3_offline_ft.study.report import study_results, write_report
 from sb3_offline_ft.study.results import Run, StudyResults
 from sb3_offline_ft.study.run_folder import run_folder, write_result
-from sb3_offline_ft.study.tables import CSV_METRICS
+from sb3_offline_ft.study.tables import CSV_METRICS, guard_table
 from sb3_offline_ft.study.verdict import verdict
 from tests.made_up_study import COLLAPSED_TO, END, J0, J_RANDOM, STUDY, WARMUP, level, result_of, write_runs, write_study
 from tests.test_dataset_report import SVG, Page
@@ -268,8 +269,48 @@ class TestVerdict:
         write_runs(protocol)
         numbers = StudyNumbers(study_results(protocol.folder), {})
         assert "plain TD3 collapsed in 1 of 1 seed (95 % CI 3-100 %); TD3C in 0 of 1 (0-98 %)." in words(numbers)
+        expected = "on medium are not defined for plain TD3 (2 of 3 runs) and TD3C (2 of 3 runs): the pretrained policy is no"
+        assert expected in words(numbers, "What remains")
+        # One pair is none, of ends there are three
+        assert "Dips cannot be compared for plain TD3: there are fewer than two pairs of runs." in words(
+            numbers, "What remains"
+        )
+        assert "Ends cannot be compared" not in words(numbers)
         for group in numbers.datasets[0].groups:
             assert len(group.values("dip_depth")) == len(group.values("dip_area")) == 1 and len(group.runs) == 3
+
+    def test_what_is_not_defined_on_a_dataset_is_said_of_it(self, tmp_path: Path) -> None:
+        def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
+            return np.full(share.shape, J_RANDOM - 5) if cell.dataset == "best" else level(cell, share)
+
+        names = methods("scratch", "td3", "td3c")
+        protocol = write_study(tmp_path / "study", {"interactions": 12_000, "seeds": 3} | names)
+        write_runs(protocol, curve=curve)
+        text = words(protocol, "What remains")
+        assert "not defined for TD3 from scratch: there is no pretrained policy" in text
+        assert (
+            "on best are not defined for plain TD3 (3 of 3 runs) and TD3C (3 of 3 runs): the pretrained policy is no" in text
+        )
+        assert "on medium are not defined" not in text
+        # What is of one dataset is not called that of all
+        assert "On medium, plain TD3 collapsed in 3 of 3" in words(protocol, "In short")
+        assert "together" not in words(protocol, "In short")
+
+    def test_ends_of_short_runs_are_of_as_many_evaluations_as_there_are(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3", "td3c") | {"seeds": 2, "interactions": 8_000})
+        write_runs(protocol)
+        write_report(protocol.folder)
+        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        assert "Mean of the last 6 evaluations" in text and "or of all if there are fewer: here of 6." in text
+        assert "last 6" in (protocol.folder / "tables.md").read_text(encoding="utf-8").split("### Returns")[1]
+        assert "last ten" not in text and not re.search(r"last 10\b(?! evaluations after the warm-up, or of all)", text)
+
+    def test_methods_with_too_few_pairs_are_named(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3bc", "td3", "td3c"))
+        write_runs(protocol, [cell for cell in protocol.cells() if cell.method.name != "td3" or cell.seed == 0])
+        text = words(protocol, "What remains")
+        for what in ("Ends", "Means over the whole run after the warm-up", "Dips", "Collapses"):
+            assert f"{what} cannot be compared for plain TD3: there are fewer than two pairs of runs." in text
 
     def test_what_the_end_holds_of_the_best_evaluation(self, tmp_path: Path) -> None:
         def curve(cell: Cell, share: np.ndarray) -> np.ndarray:
@@ -313,6 +354,113 @@ def _study_without_scores(folder: Path, **changes: Any) -> Protocol:
     np.savez(folder / "data.npz", **columns, **facts, truncations=ends)  # type: ignore[arg-type]
     study = {"env": "Reacher-v5", "datasets": {"own": str(folder / "data.npz")}, "random_return": None}
     return write_study(folder / "study", SMALL | methods("td3", "td3c") | study | changes)
+
+
+class TestShortcomings:
+    """Runs that were not what their method's name says: the page says so."""
+
+    MEMORY: ClassVar[dict[str, Any]] = {"capacity": 12_000, "rows": 12_000, "distinct_rows": 12_000, "offline_rows": 20_000}
+    FULL = MEMORY | {"batch": {"rows": 256, "distinct_rows": 254}}
+
+    @pytest.mark.parametrize(
+        ("facts", "expected"),
+        [
+            (
+                {"replay_buffer": FULL | {"capacity": 1}},
+                "1 of 3 learning runs had a replay buffer that is smaller than the run: medium/td3/seed0 (1 of 12,000).",
+            ),
+            (
+                {"replay_buffer": MEMORY | {"batch": {"rows": 256, "distinct_rows": 129}}},
+                "1 of 3 learning runs drew batches of few distinct rows: medium/td3/seed0 (129 of 256).",
+            ),
+            (
+                {"replay_buffer": MEMORY},
+                "1 of 3 learning runs drew batches of few distinct rows: medium/td3/seed0 (0 of 0).",
+            ),
+            (
+                {"updates": {"offline": 50_000, "online": 0, "undone": 0}},
+                "1 of 3 learning runs had no update after the first interaction: medium/td3/seed0.",
+            ),
+            (
+                {"interactions": 7_000},
+                "1 of 3 learning runs ended before 12,000 interactions, so that the curves of their methods end there",
+            ),
+            # What is missing is not taken for a good number
+            ({"updates": ...}, "1 of 3 learning runs did not record all that they were: medium/td3/seed0 (updates)."),
+            ({"replay_buffer": ...}, "did not record all that they were: medium/td3/seed0 (replay_buffer)."),
+            ({"learner_evaluation_steps": ...}, "that they were: medium/td3/seed0 (learner_evaluation_steps)."),
+            # Learners that replay nothing
+            ({"replay_buffer": None}, ""),
+            ({"replay_buffer": FULL}, ""),
+        ],
+    )
+    def test_what_a_run_lacked_is_said(self, facts: dict[str, Any], expected: str, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("offline", "td3"))
+        write_runs(protocol)
+        cell = next(cell for cell in protocol.cells() if not cell.method.frozen)
+        result = result_of(protocol, cell, **facts)
+        result.manifest = {name: fact for name, fact in result.manifest.items() if fact is not ...}
+        write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell)), result)
+        text = words(protocol, "What remains")
+        assert expected in text if expected else "learning runs" not in text
+        write_report(protocol.folder, formats=("csv",))
+        rows = list(csv.DictReader(io.StringIO((protocol.folder / "results.csv").read_text(encoding="utf-8"))))
+        assert [row["method"] for row in rows[:2]] == ["offline", "td3"]
+        manifest = result.manifest
+        memory, updates = manifest.get("replay_buffer") or {}, manifest.get("updates") or {}
+        for column, value in {
+            "interactions": manifest["interactions"], "updates_online": updates.get("online", ""),
+            "updates_undone": updates.get("undone", ""), "replay_capacity": memory.get("capacity", ""),
+            "replay_distinct_rows": memory.get("distinct_rows", ""),
+            "batch_distinct_rows": (memory.get("batch") or {}).get("distinct_rows", ""), "code": "c0de" * 16,
+            "learner_evaluation_steps": manifest.get("learner_evaluation_steps", ""), "last_evaluations": 10,
+        }.items():  # fmt: skip
+            assert rows[1][column] == str(value), column
+
+    def test_many_runs_are_counted_and_some_named(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3bc", "td3", "td3c"))
+        write_runs(protocol, updates={"offline": 50_000, "online": 0, "undone": 0})
+        text = words(protocol, "What remains")
+        assert re.search(r"9 of 9 learning runs had no update after .*: medium/td3bc/seed0, .* and 1 more\.", text)
+
+    def test_guards_that_never_watched_have_no_alarms(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3c-guard"))
+        write_runs(protocol)
+        assert "watched no returns" not in words(protocol)
+        cell = protocol.cells()[0]
+        result = result_of(protocol, cell)
+        episodes = [event | {"phase": "unwatched"} for event in result.events if event["event"] == "episode"]
+        result.events = [result.events[0], {"event": "warning", "timestep": 2_000, "message": "too short"}, *episodes]
+        write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell)), result)
+        expected = "The guard watched no returns in 1 run, so had no alarms: medium/td3c-guard/seed0."
+        assert expected in words(protocol, "What remains")
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        rows = {row[0]: list(row[1:]) for row in guard_table(numbers).rows}
+        assert rows["medium/td3c-guard/seed0"] == ["0 of 60", "0", "0", "0", "0", "1", "\N{EN DASH}"]
+        assert rows["medium/td3c-guard/seed1"][0] == "50 of 60"
+
+    def test_damaged_runs_are_not_called_those_of_other_settings(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
+        write_runs(protocol)
+        (damaged,) = protocol.folder.glob("runs/medium/td3/seed1-*")
+        (damaged / "evaluations.npz").write_bytes(b"")
+        write_report(protocol.folder, formats=("html",))
+        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        assert "of 3 runs 1 run has not finished (1 with damaged files)." in text
+        assert "medium/td3/seed1 its run folder is damaged" in text and "other settings" not in text
+        # Nor those that have another name now
+        write_study(protocol.folder, SMALL | {"methods": {"renamed": METHODS["td3"]}, "reference_method": None})
+        write_report(protocol.folder, formats=("html",))
+        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        assert "(1 with damaged files)" in text and "other settings" not in text
+
+    def test_only_damaged_runs_are_an_error_that_says_so(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
+        write_runs(protocol, protocol.cells()[:1])
+        (damaged,) = protocol.folder.glob("runs/medium/td3/seed0-*")
+        (damaged / "evaluations.npz").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"\(3 runs not finished, 1 of them with damaged files, 0 failed\)"):
+            write_report(protocol.folder)
 
 
 class TestScores:
@@ -426,13 +574,15 @@ class TestPage:
             "Verdict", "Learning curves", "Every seed", "Dips", "Collapses", "Scores", "Probability of improvement of TD3C",
             "Performance profiles", "Paired comparison with TD3C", "How it was measured", "Versions, machines, weights",
             "20 episodes", "bundled:hopper-medium?episodes=20", "as the runs had it",
-            "All 30 runs had the same versions of Python and of all packages.",
+            "All 30 runs had the same versions of numpy, Python, sb3-offline-ft and torch, and the same code.",
+            "code c0dec0dec0de",
             "All runs were made on the same kind of processor.",
             "In all 5 cases in which several methods share dataset, seed and pretraining, they started from exactly the same",
             "python -m pip install torch==2.9.0 numpy==2.3.0",
             "sb3-offline-ft study run 'made up' --workers 2",
             "The first run was begun at 2026-01-01T10:00:00+00:00, the last at 2026-01-05T10:00:00+00:00 (UTC)",
-            "TD3C with guard: 5 alarms, 5 rollbacks, 10 promotions and 0 escalations in 5 runs.",
+            "TD3C with guard: 5 alarms, 5 rollbacks, 10 promotions, 0 escalations and 0 warnings in 5 runs. It watched the "
+            "returns of 700 of 750 episodes.",
         ):  # fmt: skip
             assert expected in text, expected
         assert {"verdict", "data-medium", "across", "guard", "protocol"} <= set(parsed.ids)
@@ -468,7 +618,9 @@ class TestPage:
         (table,) = re.findall(r'<section id="guard">.*?</section>', page, re.DOTALL)
         rows = re.findall(r"<th scope=\"row\">(.*?)</th>((?:<td>.*?</td>)+)", table)
         assert [name for name, _ in rows] == [f"medium/td3c-guard/seed{seed}" for seed in range(5)]
-        assert all(re.findall(r"<td>(.*?)</td>", cells) == ["1", "1", "2", "0", "9,000"] for _, cells in rows)
+        assert all(
+            re.findall(r"<td>(.*?)</td>", cells) == ["140 of 150", "1", "1", "2", "0", "0", "9,000"] for _, cells in rows
+        )
 
 
 class TestFiles:
@@ -637,10 +789,17 @@ class TestUnfinished:
         result = result_of(protocol, short)
         for name in ("timesteps", "returns", "lengths"):
             setattr(result, name, getattr(result, name)[:8])
+        result.manifest["interactions"] = 7_000
         folder = run_folder(protocol.folder, short.dataset, short.method.name, short.seed, protocol.cell_key(short))
         write_result(folder, result)
         numbers = StudyNumbers(study_results(protocol.folder), {})
         assert numbers.datasets[0].groups[0].curve.x[-1] == 7_000
+        expected = (
+            "1 of 3 learning runs ended before 12,000 interactions, so that the curves of their methods end there, and their "
+            "last evaluations are compared with later ones of others: medium/td3c-guard/seed0 (7,000)."
+        )
+        assert expected in words(numbers, "What remains")
+        assert "Mean of the last 5 to 10 evaluations: TD3C with guard" in words(numbers, "On medium")
         assert len(write_report(protocol.folder)) > 4
 
     @pytest.mark.parametrize(
@@ -681,6 +840,60 @@ class TestProvenance:
         assert "Runs were made on 2 kinds of processors" in text
         assert "they did NOT start from the same weights: medium, seed 1" in text
         assert "pip install" not in text
+        assert "# the runs had several versions of torch, see the table above: none are named here" in text
+
+    def test_other_code_is_said_though_versions_are_the_same(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
+        cells = protocol.cells()
+        write_runs(protocol, cells[1:])
+        write_runs(protocol, cells[:1], code="0ther" * 12)
+        (text, *_) = provenance(study_results(protocol.folder).runs)
+        assert text == "Not all runs had the same versions: code differ, see below."
+        assert ["code", "0ther0ther0t (1 run); c0dec0dec0de (2 runs)"] in machines_table(
+            study_results(protocol.folder).runs
+        ).rows
+        write_runs(protocol, code=None)
+        (text, *_) = provenance(study_results(protocol.folder).runs)
+        assert text.endswith("sb3-offline-ft and torch, and whether they had the same code was not recorded.")
+
+    @pytest.mark.parametrize(
+        ("facts", "expected"),
+        [
+            ({"cpu": None}, "The processor of 1 of 3 runs was not recorded: whether all had the same kind cannot be said."),
+            # Older runs do not say of which model
+            ({"cpu_model": None}, "All runs were made on the same kind of processor."),
+            ({"cpu_model": "6/85/7"}, "Runs were made on 2 kinds of processors"),
+            ({"device": "cuda:0"}, "The GPU of 1 of 1 run was not recorded"),
+            ({"device": "cuda:0", "gpu": "Some GPU"}, "All runs were made on the same kind of GPU."),
+        ],
+    )
+    def test_kinds_of_machines_are_said_as_far_as_they_were_recorded(
+        self, facts: dict[str, Any], expected: str, tmp_path: Path
+    ) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
+        cells = protocol.cells()
+        write_runs(protocol, cells[1:])
+        write_runs(protocol, cells[:1], **facts)
+        assert any(text.startswith(expected) for text in provenance(study_results(protocol.folder).runs))
+
+    def test_data_that_was_changed_since_is_not_taken_for_that_of_the_runs(self, tmp_path: Path) -> None:
+        protocol = _study_without_scores(tmp_path, random_return=100.0)
+        write_runs(protocol)
+        runs = study_results(protocol.folder).runs
+        with np.load(tmp_path / "data.npz") as file:
+            columns = dict(file)
+        np.savez(tmp_path / "data.npz", **columns | {"rewards": np.full(60, 7.0)})
+        facts = data_facts(protocol, runs)["own"]
+        assert facts.mean_return == 20 and facts.returns == "mean 20.0"
+        assert facts.fingerprint == runs[0].result.manifest["dataset"]["fingerprint"]
+        assert "NOT what they had" in facts.remark
+
+    def test_hyperparameters_that_a_run_changed_are_said(self, tmp_path: Path) -> None:
+        protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
+        write_runs(protocol)
+        write_runs(protocol, protocol.cells()[:1], changed_hyperparams={"batch_size": 512})
+        runs = study_results(protocol.folder).runs
+        assert "Hyperparameters changed during 1 of 3 runs: batch_size." in provenance(runs)
 
     def test_the_data_need_not_be_here(self, tmp_path: Path) -> None:
         protocol = _study_without_scores(tmp_path, random_return=100.0)
@@ -753,6 +966,16 @@ class TestFactors:
     def test_defaults_that_are_not_written_are_named_too(self, factored: StudyNumbers) -> None:
         levels = factored.factor_levels("ensemble_size", factored.datasets[0])
         assert [value for value, _ in levels["td3"]] == ["2 (as listed)", "5"]
+
+    def test_what_is_not_written_is_what_the_runs_had(self, tmp_path: Path) -> None:
+        changes = SMALL | methods("td3") | {"seeds": 1, "factors": {"ensemble_size": [5], "gamma": [0.9]}}
+        protocol = write_study(tmp_path / "study", changes)
+        # As they were made when the defaults were others
+        write_runs(protocol, hyperparams={"gamma": 0.97, "policy_kwargs": {"n_critics": 3}})
+        numbers = StudyNumbers(study_results(protocol.folder), {})
+        for factor, expected in (("ensemble_size", ["3 (as listed)", "5"]), ("gamma", ["0.97 (as listed)", "0.9"])):
+            levels = numbers.factor_levels(factor, numbers.datasets[0])["td3"]
+            assert [value for value, _ in levels] == expected
 
     def test_they_have_parts_of_their_own(self, factored: StudyNumbers) -> None:
         page = (factored.protocol.folder / "report.html").read_text(encoding="utf-8")

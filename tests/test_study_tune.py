@@ -290,6 +290,9 @@ def test_trials_are_runs_of_the_study_with_the_presets_first(tuned: Tuned) -> No
             assert told["dip_depth"] == pytest.approx((means[0] - free.min()) / unit)
             values.append((means[-2:].mean() - means[0]) / unit - max(0.0, told["dip_depth"]))
             assert told["value"] == pytest.approx(values[-1])
+            # Facts about the run are kept too
+            for fact in ("frozen_until", "interactions", "replay_buffer", "updates", "alarms", "code"):
+                assert told[fact] == result.manifest[fact], fact
         assert trial.value == pytest.approx(np.mean(values))
         assert trial.intermediate_values[12] == trial.value
     assert sorted(folder.glob("*.pt")) == before
@@ -310,6 +313,20 @@ def test_a_tuning_goes_on_where_it_was(tuned: Tuned, tmp_path: Path) -> None:
     claim = longer.claim(list(longer.cells))
     assert claim is not None and claim.key == "slot-3"
     claim.let_go()
+
+
+def test_trials_are_described_by_the_search_that_they_were_drawn_with(tuned: Tuned, tmp_path: Path) -> None:
+    study = Path(shutil.copytree(tuned.result.plan.study.folder.parent, tmp_path / "copy")) / "study"
+    later = tune(settings_for(study, n_trials=4, sampler="random", prune_dip=9.0), console=QUIET)
+    drawn, pruned = "tpe sampler, none pruner, 2 random trials first", "random sampler, none pruner, 2 random trials first"
+    assert later.result.searches == [
+        f"{drawn}; a trial was given up as the pruner says, but never the preset: preset, trial 1 and trial 2.",
+        f"{pruned}; a trial was given up at a dip deeper than 9, or as the pruner says, but never the preset: trial 3.",
+    ]
+    page = (later.files[0].parent / "tuning.html").read_text()
+    assert all(text in page for text in later.result.searches)
+    # All of them had a memory, and were updated
+    assert later.result.shortcomings == []
 
 
 def test_draws_depend_on_the_study_and_the_trials_before_only(study: Path, tuned: Tuned) -> None:
@@ -438,9 +455,10 @@ def test_the_files_say_what_came_out(tuned: Tuned) -> None:
     page = (folder / "tuning.html").read_text()
     assert tuned.result.verdict in page and "cannot be computed from 3 completed trials: it needs 10" in page
     assert "<script" not in page and "src=" not in page
+    assert "tpe sampler, none pruner, 2 random trials first; a trial was given up as the pruner says, but never" in page
     columns, *rows = (folder / "trials.csv").read_text().splitlines()
     params = [f"params_{name}" for name in sorted(SEARCH_SPACES["td3c"].tuned)]
-    facts = ["number", "trial", "state", "value", *params, "scores", "deepest_dip", "datetime_start", "duration"]
+    facts = ["number", "trial", "state", "value", *params, "scores", "search", "deepest_dip", "datetime_start", "duration"]
     assert columns.split(",") == facts and len(rows) == 3
     assert (folder / "history.png").read_bytes().startswith(b"\x89PNG")
 

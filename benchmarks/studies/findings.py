@@ -5,20 +5,26 @@ Write what the studies beside this file say into README.md and docs/findings.md,
 
 Tables are made from each study's ``results.csv``, which `sb3-offline-ft study report` writes, and stand between the comments
 ``<!-- results:<study> begin -->`` and ``<!-- results:<study> end -->``. ``curves.png`` is drawn where the study's runs are
-unpacked. Nothing between the comments is written by hand.
+unpacked. Nothing between the comments is written by hand. Results of other settings than ``study.yml`` has now are an error.
 """
 
 import csv
+import hashlib
 import os
 import re
+import tarfile
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from sb3_offline_ft.study import Protocol, StudyResults, study_results
 from sb3_offline_ft.study.looks import looks_of
+from sb3_offline_ft.study.provenance import remember_data_of_runs
+from sb3_offline_ft.study.run_folder import RUNS
 from sb3_offline_ft.study.words import NONE, number
 
 matplotlib.use("Agg")
@@ -31,7 +37,9 @@ OVERVIEW = "overview"
 """Name of the comments between which all studies share one table."""
 COMPARED = ("td3", "td3bc", "td3c", "td3c-guard")
 DRAWN = ("td3", "td3bc", "td3c")
-RESULTS, CURVES = "results.csv", "curves.png"
+RESULTS, CURVES, ARCHIVE = "results.csv", "curves.png", "runs.tar.xz"
+DRAWN_FROM = "Results"
+"""Text in the picture: the digest of the results that it was drawn with."""
 NOT_YET = "No results of this are in the repository yet, so nothing is claimed."
 BLOCK = re.compile(r"(<!-- results:([\w-]+) begin -->\n).*?(<!-- results:\2 end -->)", re.DOTALL)
 
@@ -56,6 +64,66 @@ def read(study: Path) -> list[Row]:
         return []
     with file.open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
+
+
+def check(study: Path) -> None:
+    """
+    Check that a study's results, if it has some, are of what its file describes now, and its picture of the same runs.
+
+    :param study: Folder of a study
+    :raises ValueError: They are not
+    """
+    rows = read(study)
+    if not rows:
+        return
+    protocol = Protocol.load(study)
+    with tempfile.TemporaryDirectory() as folder:
+        # Facts about data that is not here are in the runs
+        unpacked = study
+        if not (study / RUNS).exists() and (study / ARCHIVE).exists():
+            unpacked = Path(folder)
+            with tarfile.open(study / ARCHIVE) as archive:
+                archive.extractall(unpacked, filter="data")
+        remember_data_of_runs(protocol.changed(folder=unpacked))
+    others = {row["key"] for row in rows} - {protocol.cell_key(cell) for cell in protocol.cells()}
+    if others:
+        raise ValueError(
+            f"{study / RESULTS}: {len(others)} of {len(rows)} runs are of other settings than study.yml: write it again with "
+            f"`sb3-offline-ft study report {study}`, or delete it."
+        )
+    if (study / CURVES).exists():
+        with Image.open(study / CURVES) as picture:
+            drawn_from = picture.info.get(DRAWN_FROM)
+        if drawn_from != digest(study):
+            raise ValueError(f"{study / CURVES} is not of these results: run this script where the runs are, or delete it.")
+
+
+def digest(study: Path) -> str:
+    """
+    :param study: Folder of a study that has results
+    :return: SHA-256 of its results
+    """
+    return hashlib.sha256((study / RESULTS).read_bytes()).hexdigest()
+
+
+def starts(runs: Iterable[Row]) -> dict[str, str]:
+    """
+    :param runs: Runs on a dataset
+    :return: Level of the pretrained policy by seed, from the run that measured it by most evaluations
+    """
+    known = [run for run in runs if run["initial_return"]]
+    known.sort(key=lambda run: -float(run["initial_standard_error"] or "inf"))
+    best = {run["seed"]: run["initial_return"] for run in known}
+    return {seed: best[seed] for seed in sorted(best, key=int)}
+
+
+def last(rows: Iterable[Row]) -> str:
+    """
+    :param rows: Runs
+    :return: How many evaluations their ends are means of, such as ``10`` or ``3 to 10``
+    """
+    counts = sorted({int(row["last_evaluations"]) for row in rows})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def of(rows: Iterable[Row], dataset: str, method: str) -> list[Row]:
@@ -96,13 +164,15 @@ def seeds_table(rows: Sequence[Row], protocol: Protocol, dataset: str) -> str:
     :param dataset: Label of the dataset
     :return: A Markdown table of every seed of every method
     """
-    head = ["method", "collapsed", "dip depth, per seed", "last ten, per seed", "mean", "best kept"]
+    seeds = sorted({row["seed"] for row in rows if row["dataset"] == dataset}, key=int)
+    head = ["method", "collapsed", "dip depth, per seed", f"last {last(rows)}, per seed", "mean", "best kept"]
     body = []
     for method in protocol.methods:
         runs = of(rows, dataset, method.name)
         if runs:
-            dips = ", ".join(_number(run["dip_depth"], 2) for run in runs)
-            ends = ", ".join(_number(run["last_return"]) for run in runs)
+            by_seed = {run["seed"]: run for run in runs}
+            dips = ", ".join(_number(by_seed[seed]["dip_depth"], 2) if seed in by_seed else NONE for seed in seeds)
+            ends = ", ".join(_number(by_seed[seed]["last_return"]) if seed in by_seed else NONE for seed in seeds)
             means = _mean(runs, "last_return"), _mean(runs, "selected_return")
             body.append([method.label, _collapsed(runs), dips, ends, *means])
     return _table(head, body)
@@ -113,22 +183,25 @@ def overview(folders: Mapping[str, Path]) -> str:
     :param folders: Studies by name
     :return: One Markdown table of all studies with results, a row for each dataset; else why there is none
     """
-    body, labels = [], dict.fromkeys(COMPARED, "")
+    body, labels, compared = [], dict.fromkeys(COMPARED, ""), []
     for folder in folders.values():
         rows, protocol = read(folder), Protocol.load(folder / "study.yml")
         labels |= {method.name: method.label for method in protocol.methods if method.name in labels}
         for dataset in protocol.datasets:
             runs = {method: of(rows, dataset, method) for method in COMPARED}
-            any_runs = next((found for found in runs.values() if found), None)
-            if any_runs is not None:
+            all_runs = [run for found in runs.values() for run in found]
+            if all_runs:
                 cells = [f"{_mean(found, 'last_return')} ({_collapsed(found)})" if found else NONE for found in runs.values()]
-                start = _mean(any_runs, "initial_return")
-                body.append([f"{protocol.env}, {dataset}", str(len(any_runs)), start, *cells])
+                levels = starts(row for row in rows if row["dataset"] == dataset)
+                start = _number(str(np.mean([float(level) for level in levels.values()])) if levels else "")
+                body.append([f"{protocol.env}, {dataset}", str(len({run["seed"] for run in all_runs})), start, *cells])
+                compared += all_runs
     if not body:
         return NOT_YET
     words = (
-        "Mean return of the last ten evaluations, and in brackets how many runs collapsed: fell in some evaluation by at "
-        "least three quarters of the way from the pretrained policy to a random one. Means over few seeds, which rank nothing."
+        f"Mean return of the last {last(compared)} evaluations, and in brackets how many runs collapsed: fell in some "
+        "evaluation by at least three quarters of the way from the pretrained policy to a random one. Means over few seeds, "
+        "which rank nothing."
     )
     head = ["environment, data", "seeds", "pretrained policy", *(labels[name] for name in COMPARED)]
     return f"{words}\n\n{_table(head, body)}"
@@ -148,11 +221,11 @@ def single(folder: Path, page: Path) -> str:
         parts.append(f"![Curves of {protocol.name}]({Path(os.path.relpath(folder / CURVES, page.parent)).as_posix()})")
         parts.append("Thin lines are seeds, thick ones their means.")
     for dataset in protocol.datasets:
-        runs = of(rows, dataset, COMPARED[0])
+        runs = [row for row in rows if row["dataset"] == dataset]
         if runs:
-            seeds = ", ".join(run["seed"] for run in runs)
-            starts = ", ".join(_number(run["initial_return"]) for run in runs)
-            parts.append(f"**{dataset}**, seeds {seeds}, J0 {starts}:")
+            seeds = ", ".join(sorted({run["seed"] for run in runs}, key=int))
+            levels = ", ".join(_number(level) for level in starts(runs).values())
+            parts.append(f"**{dataset}**, seeds {seeds}, J0 {levels or NONE}:")
             parts.append(seeds_table(rows, protocol, dataset))
     return "\n\n".join(parts)
 
@@ -164,7 +237,10 @@ def filled(text: str, page: Path, folders: Mapping[str, Path]) -> str:
     :param folders: Studies by name
     :return: The page with what the studies say now
     :raises KeyError: A comment names no study
+    :raises ValueError: Results are of other settings than the study has now
     """
+    for folder in folders.values():
+        check(folder)
 
     def replace(block: re.Match[str]) -> str:
         content = overview(folders) if block[2] == OVERVIEW else single(folders[block[2]], page)
@@ -175,7 +251,7 @@ def filled(text: str, page: Path, folders: Mapping[str, Path]) -> str:
 
 def draw(results: StudyResults) -> None:
     """
-    :param results: A study that has finished, whose curves are drawn
+    :param results: A study with a ``results.csv``, whose curves are drawn
     """
     protocol, looks = results.protocol, looks_of(DRAWN)
     methods = {method.name: method.label for method in protocol.methods if method.name in DRAWN}
@@ -188,28 +264,36 @@ def draw(results: StudyResults) -> None:
         of_dataset = [run for run in results.runs if run.cell.dataset == dataset]
         for name, label in methods.items():
             runs = [run.result for run in of_dataset if run.cell.method.name == name]
-            # A guard may end a run early
+            if not runs:
+                continue
+            # A guard may end a run early: the mean is of what all have
             length = min(len(run.timesteps) for run in runs)
             thousands = runs[0].timesteps[:length] / 1000
             curves = np.stack([run.returns[:length].mean(axis=1) for run in runs])
-            axes.plot(thousands, curves.T, color=looks[name].light, linewidth=0.7, alpha=0.45)
+            for run in runs:
+                means = run.returns.mean(axis=1)
+                axes.plot(run.timesteps / 1000, means, color=looks[name].light, linewidth=0.7, alpha=0.45)
             axes.plot(thousands, curves.mean(axis=0), color=looks[name].light, linewidth=2.4, label=label)
-        warmup = min(run.result.frozen_until for run in of_dataset) / 1000
+        warmup = min((run.result.frozen_until for run in of_dataset), default=0) / 1000
         axes.axvspan(0, warmup, color="0.93", label="warm-up, policy unchanged")
         axes.set(title=f"{protocol.env}, {dataset}", xlabel="interactions (thousands)", xlim=(0, protocol.interactions / 1000))
     panels[0, 0].set_ylabel(f"return, {protocol.evaluation.episodes} episodes")
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * n), frameon=False)
-    figure.savefig(protocol.folder / CURVES, dpi=100, metadata={"Software": None})
+    figure.savefig(protocol.folder / CURVES, dpi=100, metadata={"Software": None, DRAWN_FROM: digest(protocol.folder)})
     plt.close(figure)
 
 
 def main() -> None:
     folders = studies()
     for folder in folders.values():
-        results = study_results(folder)
-        if results.runs and not results.missing:
-            draw(results)
+        # Without runs here, neither is the data, perhaps
+        results = study_results(folder) if (folder / RUNS).exists() else None
+        if results is None or not results.runs:
+            continue
+        if {run.key for run in results.runs} != {row["key"] for row in read(folder)}:
+            raise ValueError(f"{folder / RESULTS} is not of the runs in {folder}: run `sb3-offline-ft study report {folder}`.")
+        draw(results)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         page.write_text(filled(text, page, folders), encoding="utf-8")

@@ -656,6 +656,7 @@ class CollapseGuard(BaseCallback):
                 "`warmup_steps`, or give returns as `baseline=[...]`."
             )
         self._phase = "unwatched"
+        self._report_to_trial()
         message = f"{problem} Returns are not watched in this run, only non-finite values and `secondary_alarms`."
         self._warn(message)
         self._keep_state()
@@ -680,6 +681,7 @@ class CollapseGuard(BaseCallback):
             )
             self._warn(message)
         self._new_candidate()
+        self._report_to_trial()
 
     def _acts_otherwise_than_in_warmup(self) -> bool:
         return self.model.action_noise is not None and not getattr(self.model, "warmup_action_noise", True)
@@ -882,6 +884,7 @@ class CollapseGuard(BaseCallback):
             if trial is not None:
                 trial.set_user_attr("collapse_rollbacks", self.rollbacks)
                 trial.set_user_attr("collapse_alarms", self.alarms)
+                trial.set_user_attr("collapse_watched", self._phase == "monitoring")
 
     # Records, state
 

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,15 @@ from sb3_offline_ft.common.policies import OfflinePolicy
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.evaluation import statistics
 from sb3_offline_ft.evaluation.comparisons import compare_paired, compare_paired_rates, holm
-from sb3_offline_ft.evaluation.finetuning_metrics import DipNoiseFloor, FinetuningMetrics, dip_noise_floor, finetuning_metrics
+from sb3_offline_ft.evaluation.finetuning_metrics import (
+    LAST,
+    DipNoiseFloor,
+    FinetuningMetrics,
+    dip_noise_floor,
+    finetuning_metrics,
+)
 from sb3_offline_ft.evaluation.statistics import Band, Estimate
-from sb3_offline_ft.study.learners import algorithm_class
-from sb3_offline_ft.study.methods import Method, factor_path
+from sb3_offline_ft.study.methods import Method, default_of, factor_path
 from sb3_offline_ft.study.results import Run, StudyResults
 
 SIGNIFICANT = 0.05
@@ -90,9 +95,17 @@ class RunNumbers:
         return np.asarray(self.run.result.returns.mean(axis=1), np.float64)
 
     @property
-    def learner_evaluation_steps(self) -> int:
-        """Environment steps of evaluations that the learner learned from."""
-        return int(self.manifest.get("learner_evaluation_steps", 0))
+    def n_last(self) -> int:
+        """Evaluations that its end is the mean of: the last ones after the warm-up, as many as there are."""
+        result = self.run.result
+        n_free = int((result.timesteps > result.frozen_until).sum())
+        return min(LAST, n_free or result.timesteps.size)
+
+    @property
+    def learner_evaluation_steps(self) -> int | None:
+        """Environment steps of evaluations that the learner learned from, None if they were not recorded."""
+        steps = self.manifest.get("learner_evaluation_steps")
+        return None if steps is None else int(steps)
 
     @property
     def seconds(self) -> float | None:
@@ -117,6 +130,12 @@ class RunNumbers:
         :return: How many there are
         """
         return sum(event.get("event") == kind for event in self.run.result.events)
+
+    @property
+    def watched(self) -> tuple[int, int]:
+        """Training episodes whose returns a guard watched, and all that it saw."""
+        phases = [event.get("phase") for event in self.run.result.events if event.get("event") == "episode"]
+        return phases.count("monitoring"), len(phases)
 
 
 @dataclass(frozen=True)
@@ -345,6 +364,16 @@ class Comparison:
     smallest_p: float
     p_corrected: float
     smallest_p_corrected: float
+
+
+def last_evaluations(runs: Iterable[RunNumbers]) -> str:
+    """
+    :param runs: Runs
+    :return: How many evaluations their ends are the means of, such as ``10`` or ``3 to 10``
+    """
+    counts = [one.n_last for one in runs]
+    low, high = min(counts), max(counts)
+    return str(high) if low == high else f"{low} to {high}"
 
 
 def slug(text: str) -> str:
@@ -611,13 +640,25 @@ class StudyNumbers:
         order = {method.name: position for position, method in enumerate(self.methods)}
         return sorted(made, key=lambda row: order[row.method.name])
 
+    @cached_property
+    def not_compared(self) -> dict[str, list[Method]]:
+        """By metric, the methods that have it, as the reference method has, but fewer than two pairs of runs with it."""
+        reference = self.reference
+        others = [] if reference is None else [method for method in self.methods if method != reference]
+        compared = {(row.metric, row.method.name) for row in self.comparisons}
+        found = {
+            metric: [
+                method for method in others
+                if reference and (metric, method.name) not in compared and _can_be_compared(method, reference, metric)
+                and self._values(method, metric) and self._values(reference, metric)
+            ]
+            for metric in (*self.COMPARED, COLLAPSED)
+        }  # fmt: skip
+        return {metric: methods for metric, methods in found.items() if methods}
+
     def _compare(self, method: Method, reference: Method, metric: str) -> Comparison | None:
-        if metric == "mean_return" and method.pretrained != reference.pretrained:
-            return None  # the first steps from scratch count, those of the warm-up do not
-        if metric in ("dip_depth", COLLAPSED) and (method.frozen or reference.frozen):
-            return None  # a policy that does not change has none: what seems so is noise
-        strata = self._pairs(method, reference, metric)
-        if not strata or sum(map(len, strata)) < 2:
+        strata = self._pairs(method, reference, metric) if _can_be_compared(method, reference, metric) else []
+        if sum(map(len, strata)) < 2:
             return None
         x, y = ([[float(pair[side]) for pair in stratum] for stratum in strata] for side in (0, 1))
         if metric == COLLAPSED:
@@ -681,7 +722,8 @@ class StudyNumbers:
         planned = [method for method in self.protocol.methods if method.base == base]
         listed = next(method for method in planned if not method.variant)
         names = list(dict.fromkeys(name for method in planned for name in method.variant))
-        own = {name: _own_value(listed, name) for name in names}
+        runs_as_listed = [one for group in groups if not group.method.variant for one in group.runs]
+        own = {name: _own_value(listed, name, runs_as_listed) for name in names}
         # The combination that the method has anyway makes no variant
         is_in_grid = all(own[name] in self.protocol.factors[name] for name in names)
         combination = {method.name: dict(method.variant) for method in planned if method.variant}
@@ -695,27 +737,37 @@ class StudyNumbers:
         return [(value, AveragedGroup(listed, tuple(chosen))) for value, chosen in points.items() if chosen]
 
 
+def _can_be_compared(method: Method, reference: Method, metric: str) -> bool:
+    if metric == "mean_return":
+        # The first steps from scratch count, those of the warm-up do not
+        return method.pretrained == reference.pretrained
+    # A policy that does not change has no dip: what seems so is noise
+    return metric not in ("dip_depth", COLLAPSED) or not (method.frozen or reference.frozen)
+
+
 def _levels(factor: str, groups: Sequence[Group]) -> list[tuple[str, Group]]:
     points = [(str(group.method.variant[factor]), group) for group in groups if set(group.method.variant) == {factor}]
-    listed = [(_listed_value(group.method, factor), group) for group in groups if not group.method.variant]
+    listed = [(_listed_value(group, factor), group) for group in groups if not group.method.variant]
     return [*listed, *points] if points else []
 
 
-def _own_value(method: Method, factor: str) -> Any:
-    """The value of a factor that a method has as it is listed: its own, else the default of the constructor."""
-    first, *rest = factor_path(factor)
-    owners = {"policy_kwargs": OfflinePolicy}
-    defaults = inspect.signature(algorithm_class(method.algorithm).__init__).parameters
-    value = method.hyperparams.get(first, defaults[first].default if first in defaults else None)
-    for key in rest:
-        inner = value or {}
-        within = inspect.signature(owners[first].__init__).parameters if first in owners else {}
-        value = inner.get(key, within[key].default if key in within else None)
-    return value
+def _own_value(method: Method, factor: str, runs: Iterable[RunNumbers]) -> Any:
+    """The value of a factor that a method has as it is listed: its own, else what its runs had, else a default."""
+    path = factor_path(factor)
+    for settings in (method.hyperparams, *(one.manifest.get("hyperparams") or {} for one in runs)):
+        value: Any = settings
+        for key in path:
+            value = value[key] if isinstance(value, Mapping) and key in value else ...
+        if value is not ...:
+            return value
+    if len(path) == 1:
+        return default_of(method.algorithm, path[0])
+    within = inspect.signature(OfflinePolicy.__init__).parameters if path[0] == "policy_kwargs" else {}
+    return within[path[1]].default if path[1] in within else None
 
 
-def _listed_value(method: Method, factor: str) -> str:
-    value = _own_value(method, factor)
+def _listed_value(group: Group, factor: str) -> str:
+    value = _own_value(group.method, factor, group.runs)
     return AS_LISTED if value is None or isinstance(value, dict) else f"{value} ({AS_LISTED})"
 
 

@@ -24,6 +24,7 @@ import sb3_offline_ft
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.live import live_arguments, replay_facts
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.recipe import code_digest
 from sb3_offline_ft.pretrained.start import Pretrained
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 MEASURED_STREAM = 10
 REPORT_STEPS = 200
+CPU_MODEL = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
+"""What Linux says of a processor, on x86 or on ARM."""
 PACKAGES = ("stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", "minari", "numpy")
 
 OnStep = Callable[[str, int, int], None]
@@ -187,7 +190,7 @@ class _Run:
             )
             callbacks.append(self.learner_evaluation)
         if self.method.guard is not None:
-            self.guard = CollapseGuard(**{"verbose": 0, **self.method.guard})
+            self.guard = CollapseGuard(**{"verbose": 0, **(self.protocol.guard_arguments(self.method) or {})})
             callbacks.append(self.guard)
         return callbacks
 
@@ -210,7 +213,8 @@ class _Run:
     def frozen_until(self, model: BaseAlgorithm) -> int:
         if not self.method.pretrained:
             return -1
-        return self.protocol.interactions if self.method.frozen else int(getattr(model, "first_warmup_end", 0))
+        assert isinstance(model, OfflineTD3)
+        return self.protocol.interactions if self.method.frozen else model.first_warmup_end
 
 
 def run_cell(
@@ -274,6 +278,7 @@ def run_cell(
             },
             "started": started.isoformat(timespec="seconds"),
             "device": str(model.device),
+            "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
             "threads": th.get_num_threads(),
             **machine,
         }
@@ -354,12 +359,15 @@ def _machine() -> dict[str, Any]:
         "code": code_digest(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        **_cpu(),
     }
 
 
-def _cpu() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def _cpu(information: Path = Path("/proc/cpuinfo")) -> dict[str, str | None]:
+    pairs = (
+        [line.split(":", 1) for line in information.read_text().splitlines() if ":" in line] if information.exists() else []
+    )
+    facts = {name.strip(): value.strip() for name, value in reversed(pairs)}
+    # One name may stand for several models, and ARM's have none
+    model = "/".join(facts[name] for name in CPU_MODEL if name in facts)
+    return {"cpu": facts.get("model name") or platform.processor() or platform.machine(), "cpu_model": model or None}

@@ -1,7 +1,7 @@
 """What the words and numbers of a study's report mean."""
 
 from sb3_offline_ft.evaluation.finetuning_metrics import BAND_SHARE, COLLAPSE_SHARE, CONSECUTIVE, LAST
-from sb3_offline_ft.study.analysis import StudyNumbers
+from sb3_offline_ft.study.analysis import StudyNumbers, last_evaluations
 from sb3_offline_ft.study.words import counted
 
 J0 = "J\N{SUBSCRIPT ZERO}"
@@ -45,9 +45,10 @@ def definitions(numbers: StudyNumbers) -> list[str]:
         "episodes, or returns that are skewed towards low values as those of a policy that rarely falls, the floor is "
         "optimistic: of simulated unchanged policies with such returns 44 % were deeper with 30 episodes of the frozen "
         "policy, and 15 % with 300.",
-        f"The end of a run is the mean of its last {LAST} evaluations. Over time is the mean of all evaluations after the "
-        "warm-up, from scratch of all: what users of the learning policy would have got. Training is the mean return of the "
-        "training episodes, with exploration noise.",
+        f"The end of a run is the mean of its last {LAST} evaluations after the warm-up, or of all if there are fewer: here "
+        f"of {last_evaluations(numbers.runs)}. Over time is the mean of all evaluations after the warm-up, from scratch of "
+        "all: what users of the learning policy would have got. Training is the mean return of the training episodes, with "
+        "exploration noise.",
         "Best kept is what one has at the end who keeps the best evaluated policy so far, the pretrained one included, rather "
         "than the last: half of the episodes of each evaluation choose it, the other half measure it (the mean of both ways "
         "round). It needs evaluations in which a fall does no harm.",

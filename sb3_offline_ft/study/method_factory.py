@@ -11,7 +11,6 @@ from typing import Any
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse import CollapseGuard
-from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.rebrac.rebrac import POLICY_DEFAULTS
 from sb3_offline_ft.study.identity import is_same, method_facts
@@ -21,6 +20,7 @@ from sb3_offline_ft.study.methods import (
     NOISE,
     SET_BY_STUDY,
     Method,
+    default_of,
     factor_path,
     is_ours,
     known_algorithms,
@@ -374,7 +374,7 @@ class MethodFactory:
     def _check_warmup(self, method: Method, key: str) -> None:
         if not method.pretrained or method.frozen:
             return
-        default = inspect.signature(OfflineTD3.__init__).parameters["warmup_steps"].default
+        default = default_of(method.algorithm, "warmup_steps")
         warmup_steps = self.reader.whole(method.hyperparams.get("warmup_steps", default), f"{key}.hyperparams.warmup_steps", 0)
         if warmup_steps >= self.interactions:
             self.reader.fail(

@@ -81,6 +81,16 @@ def known_hyperparams(algorithm: str) -> set[str]:
     return set(inspect.signature(cls.__init__).parameters) - _NEVER | noise
 
 
+def default_of(algorithm: str, name: str) -> Any:
+    """
+    :param algorithm: Name of an algorithm
+    :param name: An argument
+    :return: Its default in this algorithm's own constructor, None if there is no such argument
+    """
+    parameter = inspect.signature(algorithm_class(algorithm).__init__).parameters.get(name)
+    return None if parameter is None else parameter.default
+
+
 def known_algorithms() -> list[str]:
     """
     :return: Names of all algorithms that a study can have.

@@ -299,6 +299,15 @@ class Protocol:
         scores = (self.data_facts(label)["reference_scores"] for label in self.datasets)
         return next((float(pair[0]) for pair in scores if pair is not None), None)
 
+    def guard_arguments(self, method: Method) -> Mapping[str, Any] | None:
+        """
+        :param method: A method
+        :return: Arguments of its guard, whose random policy is the study's if it was given none; None without a guard
+        """
+        if method.guard is None or "random_return" in method.guard or self.random_return is None:
+            return method.guard
+        return {**method.guard, "random_return": self.random_return}
+
     def described(self, cell: Cell) -> dict[str, Any]:
         """
         Say what a cell's result depends on.
@@ -316,7 +325,8 @@ class Protocol:
             "evaluation": asdict(self.evaluation),
             "learner_evaluation": asdict(self.learner_evaluation),
         }
-        return identity.cell_facts(cell.method, self.pretraining.algorithm, data, plan)
+        method = replace(cell.method, guard=self.guard_arguments(cell.method))
+        return identity.cell_facts(method, self.pretraining.algorithm, data, plan)
 
     def cell_key(self, cell: Cell) -> str:
         """

@@ -16,11 +16,13 @@ from sb3_offline_ft.study.protocol import STUDY_FILE, Protocol
 from sb3_offline_ft.study.results import Run
 from sb3_offline_ft.study.run_folder import RUNS, read_result
 from sb3_offline_ft.study.tables import TextTable
-from sb3_offline_ft.study.words import NONE, counted, listed, number
+from sb3_offline_ft.study.words import MOST_NAMED, NONE, counted, listed, number
 
-MOST_NAMED = 8
 OWN = "sb3-offline-ft"
 NOT_RECORDED = "not recorded"
+MACHINE = ("cpu", "cpu_model", "gpu", "platform", "device")
+"""What a manifest says of the machine."""
+CODE_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,24 @@ def data_facts(protocol: Protocol, runs: Iterable[Run]) -> dict[str, DataFacts]:
                 dataset = load_dataset(spec, download=False, trust_pickle=protocol.trust_pickle)
         except (OSError, ValueError, ImportError):
             if known is not None:
-                facts[label] = DataFacts(
-                    known["transitions"], known["episodes"], f"mean {number(known['mean_return'])}", known["mean_return"],
-                    known["fingerprint"], "not readable here: as the runs recorded it",
-                )  # fmt: skip
+                facts[label] = _as_recorded(known, "not readable here: as the runs recorded it")
+            continue
+        if known is not None and known["fingerprint"] != dataset.fingerprint:
+            facts[label] = _as_recorded(known, "as the runs recorded it; the data that is here now is NOT what they had")
             continue
         returns = dataset.episode_returns
         mean, lowest, highest = (number(float(value)) for value in (returns.mean(), returns.min(), returns.max()))
         words = f"mean {mean}, from {lowest} to {highest}"
-        same = known is None or known["fingerprint"] == dataset.fingerprint
-        remark = "as the runs had it" if known is not None else ""
         facts[label] = DataFacts(
             len(dataset), dataset.n_episodes, words, float(np.mean(returns)), dataset.fingerprint,
-            remark if same else "NOT what the runs had: it was changed since",
+            "as the runs had it" if known is not None else "",
         )  # fmt: skip
     return facts
+
+
+def _as_recorded(known: Mapping[str, Any], remark: str) -> DataFacts:
+    mean = known["mean_return"]
+    return DataFacts(known["transitions"], known["episodes"], f"mean {number(mean)}", mean, known["fingerprint"], remark)
 
 
 def data_card(numbers: StudyNumbers, facts: dict[str, DataFacts]) -> TextTable:
@@ -147,7 +152,9 @@ def machines_table(runs: Iterable[Run]) -> TextTable:
 def _machine(run: Run) -> dict[str, str]:
     manifest = run.result.manifest
     machine = {str(name): str(version) for name, version in (manifest.get("versions") or {}).items()}
-    return machine | {name: str(manifest[name]) for name in ("python", "cpu", "platform", "device") if name in manifest}
+    if manifest.get("code"):
+        machine["code"] = str(manifest["code"])[:CODE_DIGITS]
+    return machine | {name: str(manifest[name]) for name in ("python", *MACHINE) if manifest.get(name) is not None}
 
 
 def provenance(runs: Iterable[Run]) -> list[str]:
@@ -157,8 +164,8 @@ def provenance(runs: Iterable[Run]) -> list[str]:
     """
     runs = list(runs)
     machines = [_machine(run) for run in runs]
-    packages = sorted({name for machine in machines for name in machine} - {"cpu", "platform"})
-    different = [name for name in packages if len({machine.get(name) for machine in machines}) > 1]
+    names = sorted({name for machine in machines for name in machine} - {"cpu", "cpu_model", "gpu", "platform"})
+    different = [name for name in names if len({machine.get(name) for machine in machines}) > 1]
     unknown = sum(OWN not in machine for machine in machines)
     if unknown:
         different = [name for name in different if name != OWN]
@@ -168,13 +175,17 @@ def provenance(runs: Iterable[Run]) -> list[str]:
     elif different:
         texts = [f"Not all runs had the same versions: {listed(different)} differ, see below."]
     else:
-        texts = [f"All {counted(len(runs), 'run')} had the same versions of Python and of all packages."]
-    processors = {machine.get("cpu") for machine in machines}
-    texts.append(
-        "All runs were made on the same kind of processor." if len(processors) == 1 else
-        f"Runs were made on {len(processors)} kinds of processors: their rounding differs, and with it long runs."
-    )  # fmt: skip
+        same = ["Python" if name == "python" else name for name in names if name not in ("code", "device")]
+        of_code = "and the same code" if "code" in names else "and whether they had the same code was not recorded"
+        texts = [f"All {counted(len(runs), 'run')} had the same versions of {listed(same)}, {of_code}."]
+    texts += [_kinds_in_words(machines, "cpu", "cpu_model", "processor")]
+    if on_gpu := [machine for machine in machines if machine.get("device", "").startswith("cuda")]:
+        texts.append(_kinds_in_words(on_gpu, "gpu", "", "GPU"))
     texts += _weights_in_words(runs)
+    changed = [run for run in runs if run.result.manifest.get("changed_hyperparams")]
+    if changed:
+        arguments = sorted({name for run in changed for name in run.result.manifest["changed_hyperparams"]})
+        texts.append(f"Hyperparameters changed during {len(changed)} of {counted(len(runs), 'run')}: {listed(arguments)}.")
     started = sorted(str(run.result.manifest["started"]) for run in runs if run.result.manifest.get("started"))
     seconds = [sum(float(value) for value in (run.result.manifest.get("seconds") or {}).values()) for run in runs]
     if started:
@@ -182,6 +193,22 @@ def provenance(runs: Iterable[Run]) -> list[str]:
         time = f"{number(hours, 1)} hours" if hours >= 1 else f"{number(sum(seconds) / 60, 1)} minutes"
         texts.append(f"The first run was begun at {started[0]}, the last at {started[-1]} (UTC); together they took {time}.")
     return texts
+
+
+def _kinds_in_words(machines: list[dict[str, str]], name: str, model: str, noun: str) -> str:
+    """Processors of one name may be of several models; which, older runs do not say."""
+    models: dict[str, set[str]] = {}
+    for machine in machines:
+        if name in machine:
+            models.setdefault(machine[name], set()).update({machine[model]} if model in machine else ())
+    unknown = sum(name not in machine for machine in machines)
+    if unknown:
+        n = counted(len(machines), "run")
+        return f"The {noun} of {unknown} of {n} was not recorded: whether all had the same kind cannot be said."
+    kinds = sum(max(1, len(each)) for each in models.values())
+    if kinds == 1:
+        return f"All runs were made on the same kind of {noun}."
+    return f"Runs were made on {kinds} kinds of {noun}s: their rounding differs, and with it long runs."
 
 
 def _weights_in_words(runs: list[Run]) -> list[str]:
@@ -222,11 +249,12 @@ def commands(numbers: StudyNumbers) -> str:
     machines = [_machine(run) for run in numbers.results.runs]
     name = shlex.quote(numbers.protocol.folder.name or "study")
     lines = []
-    versions = {
-        package: {machine.get(package) for machine in machines}
-        for package in machines[0] if package not in ("python", "cpu", "platform", "device")
-    }  # fmt: skip
-    if all(len(found) == 1 for found in versions.values()):
+    names = dict.fromkeys(name for machine in machines for name in machine if name not in ("python", "code", *MACHINE))
+    versions = {package: {machine.get(package) for machine in machines} for package in names}
+    different = [package for package, found in versions.items() if len(found) > 1]
+    if different:
+        lines.append(f"# the runs had several versions of {listed(different)}, see the table above: none are named here")
+    else:
         fixed = {package: str(found.pop()).partition("+")[0] for package, found in versions.items()}
         own = fixed.pop(OWN, None)
         if own is not None:
@@ -248,7 +276,11 @@ def missing_table(numbers: StudyNumbers) -> TextTable:
     """
     rows = [[cell.name, f"failed: {_last_line(error)}"] for cell, error in numbers.results.failed.items()]
     rows += [[name, f"not measurable: {' '.join(error.split())}"] for name, error in numbers.unusable.items()]
-    rows += [[cell.name, "not finished"] for cell in numbers.results.missing]
+    damaged = numbers.results.damaged
+    rows += [
+        [cell.name, "its run folder is damaged, and made anew by `study run`" if cell in damaged else "not finished"]
+        for cell in numbers.results.missing
+    ]
     return TextTable("missing", ["run", "why"], rows)
 
 

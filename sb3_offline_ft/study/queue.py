@@ -52,6 +52,7 @@ class CellState(StrEnum):
     RUNNING = "running"
     WAITING = "waiting"
     FAILED = "failed"
+    UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)

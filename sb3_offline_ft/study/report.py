@@ -168,7 +168,8 @@ def _check_finished(results: StudyResults) -> None:
     if results.runs:
         return
     protocol = results.protocol
-    counts = f"{counted(len(results.missing), 'run')} not finished, {len(results.failed)} failed"
+    damaged = f", {len(results.damaged)} of them with damaged files" if results.damaged else ""
+    counts = f"{counted(len(results.missing), 'run')} not finished{damaged}, {len(results.failed)} failed"
     why = ""
     if others := _other_runs(results):
         why = f" {others}"
@@ -185,10 +186,12 @@ def _check_finished(results: StudyResults) -> None:
 def _other_runs(results: StudyResults) -> str:
     """Say how many run folders hold results of something else than what the protocol describes now."""
     protocol = results.protocol
-    used = {
-        run_folder(protocol.folder, run.cell.dataset, run.cell.method.name, run.cell.seed, run.key) for run in results.runs
+    # By the end of the name, as methods and datasets may have been called otherwise
+    known = {
+        run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell)).name
+        for cell in protocol.cells()
     }
-    n = sum(file.parent not in used for file in (protocol.folder / RUNS).glob(f"*/*/*/{MANIFEST}"))
+    n = sum(file.parent.name not in known for file in (protocol.folder / RUNS).glob(f"*/*/*/{MANIFEST}"))
     if not n:
         return ""
     verb = "is" if n == 1 else "are"
@@ -330,6 +333,8 @@ def _notices(numbers: StudyNumbers) -> list[str]:
     if results.missing:
         parts.append(f"{counted(len(results.missing), 'run')} have not finished" if len(results.missing) > 1 else
                      "1 run has not finished")  # fmt: skip
+        if results.damaged:
+            parts[-1] += f" ({len(results.damaged)} with damaged files)"
     if results.failed:
         parts.append(f"{len(results.failed)} failed")
     if numbers.unusable:

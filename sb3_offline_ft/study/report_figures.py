@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sb3_offline_ft.common.pages import Picture
 from sb3_offline_ft.common.pictures import INK, inline_svg, picture_files
 from sb3_offline_ft.evaluation.statistics import Estimate
-from sb3_offline_ft.study.analysis import DatasetNumbers, Group, StudyNumbers
+from sb3_offline_ft.study.analysis import DatasetNumbers, Group, StudyNumbers, last_evaluations
 from sb3_offline_ft.study.looks import Look, page_colours
 from sb3_offline_ft.study.words import listed, number, percent, ranged
 
@@ -80,7 +80,8 @@ def draw_curves(numbers: DatasetNumbers, groups: Sequence[Group], looks: Mapping
 
     ends = [f"{group.label} {_estimate(group.estimate('last_return'))}" for group in groups]
     n = max(len(group.runs) for group in groups)
-    words = f"Mean of the last ten evaluations, with 95 % intervals: {listed(ends, ';')}."
+    last = last_evaluations(one for group in groups for one in group.runs)
+    words = f"Mean of the last {last} evaluations, with 95 % intervals: {listed(ends, ';')}."
     if numbers.initial_return is not None:
         words += f" The pretrained policies' mean level is {number(numbers.initial_return)}."
     caption = f"Mean over up to {n} seeds, with 95 % bootstrap intervals." + _level_caption(numbers)
@@ -221,7 +222,8 @@ def draw_aggregates(numbers: StudyNumbers, looks: Mapping[str, Look], name: str)
     words = "; ".join(f"{row.method.label}: IQM {ranged(row.iqm, 1)}, median {ranged(row.median, 1)}, "
                       f"mean {ranged(row.mean, 1)}" for row in rows)  # fmt: skip
     caption = (
-        "Normalised mean of the last ten evaluations over all datasets and seeds, with 95 % stratified bootstrap intervals."
+        f"Normalised mean of the last {last_evaluations(numbers.runs)} evaluations over all datasets and seeds, with 95 % "
+        "stratified bootstrap intervals."
     )
     return Drawing(name, "Scores", caption, f"{words}.", paint, (WIDTH, (0.24 * len(rows) + 0.42) * len(kinds) + 0.4))
 
@@ -280,13 +282,16 @@ def draw_profiles(numbers: StudyNumbers, looks: Mapping[str, Look], name: str) -
     words = "; ".join(
         f"{row.method.label}: half of its runs are above {number(row.median_score)}" for row in rows
     )  # fmt: skip
-    caption = "Share of the runs whose normalised mean of the last ten evaluations is above a score; the higher, the better."
+    last = last_evaluations(numbers.runs)
+    caption = (
+        f"Share of the runs whose normalised mean of the last {last} evaluations is above a score; the higher, the better."
+    )
     height = 3.0 + 0.2 * -(-len(rows) // 2)
     return Drawing(name, "Performance profiles", caption, f"{words}.", paint, (WIDTH, height))
 
 
 FACTOR_METRICS = (
-    ("last_return", "last ten evaluations"),
+    ("last_return", "last {last} evaluations"),
     ("dip_depth", "dip depth"),
     ("collapsed", "collapsed (%)"),
 )
@@ -308,6 +313,7 @@ def draw_factor(
     :return: What changes with the factor
     """
     values = list(dict.fromkeys(value for points in levels.values() for value, _ in points))
+    last = last_evaluations(one for points in levels.values() for _, group in points for one in group.runs)
 
     def paint(figure: Figure) -> None:
         panels = figure.subplots(len(FACTOR_METRICS), 1, sharex=True, squeeze=False)[:, 0]
@@ -319,7 +325,7 @@ def draw_factor(
                     if estimate is not None:
                         factor_of = 100 if metric == "collapsed" else 1
                         _interval(axes, estimate, values.index(value) + shift, look, factor=factor_of, upright=True)
-            axes.set_title(title, fontsize=10, loc="left")
+            axes.set_title(title.format(last=last), fontsize=10, loc="left")
             axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.8)
             axes.margins(y=0.15)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4))

@@ -1,13 +1,13 @@
 """The results of a study, from its run folders and its storage."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sb3_offline_ft.common.io import naming_damage
-from sb3_offline_ft.study.run_folder import KEY_DIGITS, RUNS, CellResult, read_result, run_folder, write_result
+from sb3_offline_ft.study.run_folder import RUNS, CellResult, read_result, run_folder, write_result
 
 if TYPE_CHECKING:
     from sb3_offline_ft.study.protocol import Cell, Protocol
@@ -43,6 +43,15 @@ class StudyResults:
     runs: tuple[Run, ...]
     missing: tuple["Cell", ...]
     failed: Mapping["Cell", str]
+
+    @property
+    def damaged(self) -> tuple["Cell", ...]:
+        """Those of the missing cells that have a run folder, which cannot be read."""
+        return tuple(
+            cell
+            for cell in self.missing
+            if any(folder.exists() for folder in _folders(self.protocol, cell, self.protocol.cell_key(cell)))
+        )
 
 
 def load_results(
@@ -101,12 +110,8 @@ def local_result(protocol: "Protocol", cell: "Cell") -> CellResult | None:
         before; None if there is none
     """
     key = protocol.cell_key(cell)
-    own = _folder(protocol, cell, key)
-    result = _read(own, key)
-    if result is not None:
-        return result
-    others = sorted((protocol.folder / RUNS).glob(f"*/*/seed{cell.seed}-{key[:KEY_DIGITS]}"))
-    return next((result for folder in others if folder != own and (result := _read(folder, key)) is not None), None)
+    folders = _folders(protocol, cell, key)
+    return next((result for folder in folders if (result := _read(folder, key)) is not None), None)
 
 
 def keep_result(protocol: "Protocol", cell: "Cell", result: CellResult) -> CellResult:
@@ -126,6 +131,13 @@ def keep_result(protocol: "Protocol", cell: "Cell", result: CellResult) -> CellR
     result = replace(result, manifest=result.manifest | {"name": cell.name, "label": cell.method.label})
     write_result(folder, result)
     return result
+
+
+def _folders(protocol: "Protocol", cell: "Cell", key: str) -> Iterator[Path]:
+    own = _folder(protocol, cell, key)
+    yield own
+    others = sorted((protocol.folder / RUNS).glob(f"*/*/{own.name}"))
+    yield from (folder for folder in others if folder != own)
 
 
 def _folder(protocol: "Protocol", cell: "Cell", key: str) -> Path:

@@ -17,8 +17,15 @@ from sb3_offline_ft.study.queue import JOURNAL, CellState, CellStatus, StudyQueu
 from sb3_offline_ft.study.reading import NO_DATA
 from sb3_offline_ft.study.results import local_result
 from sb3_offline_ft.study.run_folder import RUNS
+from sb3_offline_ft.study.words import counted
 
-STYLES = {CellState.DONE: "green", CellState.RUNNING: "cyan", CellState.WAITING: "", CellState.FAILED: "red"}
+STYLES = {
+    CellState.DONE: "green",
+    CellState.RUNNING: "cyan",
+    CellState.WAITING: "",
+    CellState.FAILED: "red",
+    CellState.UNKNOWN: "yellow",
+}
 
 
 def show_status(
@@ -55,6 +62,9 @@ def show_status(
             console.print(Text("\n".join(lines)), soft_wrap=True)
     if failed and not errors:
         console.print(Text("`--errors` shows the whole tracebacks; `study run --retry-failed` tries failed cells again."))
+    unknown = sum(each.state is CellState.UNKNOWN for each in statuses)
+    if unknown:
+        console.print(Text(f"Whether {counted(unknown, 'cell')} ran is not known: the data is not here, and no run knows it."))
 
 
 def read_statuses(protocol: Protocol, storage: str | None = None) -> list[CellStatus]:
@@ -88,7 +98,7 @@ def _without_storage(protocol: Protocol) -> list[CellStatus]:
         try:
             statuses.append(_with_run_folder(protocol, status))
         except (OSError, ValueError):
-            statuses.append(status)
+            statuses.append(replace(status, state=CellState.UNKNOWN))
     return statuses
 
 
@@ -102,14 +112,15 @@ def _grid(statuses: list[CellStatus]) -> Table:
     table = Table()
     table.add_column("dataset", overflow="fold")
     table.add_column("method", overflow="fold")
-    for state in CellState:
+    states = [state for state in CellState if state is not CellState.UNKNOWN or any(each.state is state for each in statuses)]
+    for state in states:
         table.add_column(str(state), justify="right", style=STYLES[state])
     counts: dict[tuple[str, str], Counter[CellState]] = {}
     for each in statuses:
         row = (each.cell.dataset or NO_DATA, each.cell.method.name)
         counts.setdefault(row, Counter())[each.state] += 1
     for (dataset, method), count in counts.items():
-        table.add_row(Text(dataset), Text(method), *(str(count[state] or "") for state in CellState))
+        table.add_row(Text(dataset), Text(method), *(str(count[state] or "") for state in states))
     return table
 
 

@@ -2,14 +2,14 @@
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sb3_offline_ft.evaluation.finetuning_metrics import LAST
-from sb3_offline_ft.study.analysis import DatasetNumbers, Group, RunNumbers, StudyNumbers
+from sb3_offline_ft.study.analysis import DatasetNumbers, Group, RunNumbers, StudyNumbers, last_evaluations
 from sb3_offline_ft.study.words import NBSP, NONE, capital, counted, interval, listed, number, percent, probability, ranged
 
 TEST_WORDS = (
@@ -20,7 +20,7 @@ TEST_WORDS = (
     "Not tested: dips and collapses of a policy that does not change, which are noise, and a method from scratch by its mean "
     "over time, which begins with its first step, while that of pretrained methods begins after the warm-up."
 )
-GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation")
+GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation", "warning")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ RETURN_COLUMNS = (
     Column("initial_return", "pretrained J₀"),
     Column("lowest_return", "lowest"),
     Column("best_return", "best"),
-    Column("last_return", f"last {LAST}"),
+    Column("last_return", "last {last}"),
     Column("mean_return", "over time"),
     Column("training_return", "training"),
     Column("selected_return", "best kept"),
@@ -105,7 +105,7 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
     :param numbers: A dataset's results
     :return: Its tables, one row for each method
     """
-    seeds = Column("n", "seeds")
+    return_titles = _titles(RETURN_COLUMNS, [one for group in numbers.groups for one in group.runs])
     returns = [
         [group.label, str(len(group.runs)), *(_mean(group, column) for column in RETURN_COLUMNS)] for group in numbers.groups
     ]
@@ -121,7 +121,7 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
     ]
     tables = [
         TextTable(
-            f"returns-{numbers.slug}", ["method", seeds.title, *(column.title for column in RETURN_COLUMNS)], returns,
+            f"returns-{numbers.slug}", ["method", "seeds", *return_titles], returns,
             f"Returns on {numbers.title}",
             "Means over the seeds, with 95 % bootstrap intervals. Over time is after the warm-up; from scratch it is from the "
             "first step. Best kept is the policy that is best by half of the episodes of each evaluation, measured by the "
@@ -159,7 +159,7 @@ def runs_table(numbers: DatasetNumbers) -> TextTable:
         ]
         for group in numbers.groups for one in group.runs
     ]  # fmt: skip
-    titles = ["run", *(column.title for column in columns), "collapsed"]
+    titles = ["run", *_titles(columns, [one for group in numbers.groups for one in group.runs]), "collapsed"]
     return TextTable(f"runs-{numbers.slug}", titles, rows, f"All runs on {numbers.title}")
 
 
@@ -173,7 +173,11 @@ def guard_words(numbers: StudyNumbers) -> str:
         guarded = [one for one in numbers.runs if one.method == method and one.run.result.events]
         if guarded:
             counts = [counted(sum(one.events(kind) for one in guarded), kind) for kind in GUARD_EVENTS]
-            texts.append(f"{capital(method.label)}: {listed(counts)} in {counted(len(guarded), 'run')}.")
+            watched, episodes = (sum(numbers) for numbers in zip(*(one.watched for one in guarded), strict=True))
+            texts.append(
+                f"{capital(method.label)}: {listed(counts)} in {counted(len(guarded), 'run')}. It watched the returns of "
+                f"{watched:,} of {counted(episodes, 'episode')}."
+            )
     return " ".join(texts)
 
 
@@ -186,9 +190,16 @@ def guard_table(numbers: StudyNumbers) -> TextTable:
         one.run.cell.name: one
         for dataset in numbers.datasets for group in dataset.groups for one in group.runs if one.run.result.events
     }  # fmt: skip
-    rows = [[name, *(str(one.events(kind)) for kind in GUARD_EVENTS), _first(one, "alarm")] for name, one in guarded.items()]
-    titles = ["run", *(f"{kind}s" for kind in GUARD_EVENTS), "first alarm after"]
-    return TextTable("guard", titles, rows, "", "Interactions until the first alarm. The events of a run are in its folder.")
+    rows = [
+        [name, "{:,} of {:,}".format(*one.watched), *(str(one.events(kind)) for kind in GUARD_EVENTS), _first(one, "alarm")]
+        for name, one in guarded.items()
+    ]
+    titles = ["run", "episodes watched", *(f"{kind}s" for kind in GUARD_EVENTS), "first alarm after"]
+    note = (
+        "The baseline's episodes are not watched, and without enough of them none is: then only non-finite values and limits "
+        "of other signals give alarms. Interactions until the first alarm. The events of a run are in its folder."
+    )
+    return TextTable("guard", titles, rows, "", note)
 
 
 def scores_table(numbers: StudyNumbers) -> TextTable:
@@ -213,7 +224,8 @@ def comparison_table(numbers: StudyNumbers) -> TextTable:
     :return: The tests against the reference method
     """
     names = {
-        "last_return": f"last {LAST}", "mean_return": "over time", "dip_depth": "dip depth", "collapsed": "collapsed"
+        "last_return": f"last {last_evaluations(numbers.runs)}", "mean_return": "over time", "dip_depth": "dip depth",
+        "collapsed": "collapsed",
     }  # fmt: skip
     rows = []
     for row in numbers.comparisons:
@@ -248,7 +260,8 @@ def factor_table(numbers: DatasetNumbers, factor: str, levels: dict[str, list[tu
         ]
         for points in levels.values() for value, group in points
     ]  # fmt: skip
-    columns = ["method", factor, "seeds", "collapsed", "dip depth", f"last {LAST}", "over time"]
+    last = last_evaluations(one for points in levels.values() for _, group in points for one in group.runs)
+    columns = ["method", factor, "seeds", "collapsed", "dip depth", f"last {last}", "over time"]
     return TextTable(f"factor-{factor}-{numbers.slug}", columns, rows, f"{factor} on {numbers.title}")
 
 
@@ -257,6 +270,11 @@ CSV_METRICS = (
     "time_below_band", "recovered", "recovery_time", "collapsed", "final_return", "last_return", "best_return",
     "best_sustained_return", "mean_return", "max_drawdown", "training_return", "selected_return", "selected_dip_depth",
 )  # fmt: skip
+
+
+UPDATES = ("offline", "online", "undone")
+REPLAY = ("capacity", "rows", "distinct_rows", "offline_rows")
+BATCH = ("rows", "distinct_rows", "offline_rows")
 
 
 def results_csv(numbers: StudyNumbers) -> bytes:
@@ -270,14 +288,17 @@ def results_csv(numbers: StudyNumbers) -> bytes:
     writer.writerow(
         [
             "dataset", "method", "label", "seed", "key", *(f"factor_{name}" for name in factors), *CSV_METRICS,
-            "dip_noise_quantile", "collapse_noise_probability", "normalized_last_return", "frozen_until",
-            *(f"guard_{kind}s" for kind in GUARD_EVENTS),
+            "dip_noise_quantile", "collapse_noise_probability", "normalized_last_return", "last_evaluations", "frozen_until",
+            "guard_watched", *(f"guard_{kind}s" for kind in GUARD_EVENTS),
+            "interactions", *(f"updates_{name}" for name in UPDATES), *(f"replay_{name}" for name in REPLAY),
+            *(f"batch_{name}" for name in BATCH), "changed_hyperparams", "code",
             "learner_evaluation_steps", "preparation_seconds", "finetuning_seconds", "started",
         ]
     )  # fmt: skip
     for one in numbers.runs:
         cell, manifest, noise = one.run.cell, one.manifest, one.noise
-        seconds = manifest.get("seconds") or {}
+        seconds, updates, memory = (manifest.get(name) or {} for name in ("seconds", "updates", "replay_buffer"))
+        batch = memory.get("batch") or {}
         writer.writerow(
             [
                 cell.dataset or "", cell.method.name, cell.method.label, cell.seed, one.run.key,
@@ -285,8 +306,12 @@ def results_csv(numbers: StudyNumbers) -> bytes:
                 *(_plain(getattr(one.metrics, name)) for name in CSV_METRICS),
                 _plain(None if noise is None else noise.quantile),
                 _plain(None if noise is None else noise.collapse_probability), _plain(numbers.score(one)),
-                one.run.result.frozen_until,
-                *(one.events(kind) for kind in GUARD_EVENTS), one.learner_evaluation_steps,
+                one.n_last, one.run.result.frozen_until,
+                one.watched[0], *(one.events(kind) for kind in GUARD_EVENTS),
+                _plain(manifest.get("interactions")), *(_plain(updates.get(name)) for name in UPDATES),
+                *(_plain(memory.get(name)) for name in REPLAY), *(_plain(batch.get(name)) for name in BATCH),
+                _plain(manifest.get("changed_hyperparams")), _plain(manifest.get("code")),
+                _plain(one.learner_evaluation_steps),
                 _plain(seconds.get("preparation")), _plain(seconds.get("finetuning")), manifest.get("started", ""),
             ]
         )  # fmt: skip
@@ -298,7 +323,13 @@ def _plain(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return json.dumps(value, sort_keys=True) if value else ""
     return str(value)
+
+
+def _titles(columns: Sequence[Column], runs: Sequence[RunNumbers]) -> list[str]:
+    return [column.title.format(last=last_evaluations(runs)) for column in columns]
 
 
 def _cell(value: float | None, column: Column) -> str:

@@ -1,7 +1,6 @@
 """What a tuning searches: which method of a study, on which data and seeds, in which space."""
 
 import hashlib
-import inspect
 import json
 import math
 import warnings
@@ -14,9 +13,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
-from sb3_offline_ft.offline_td3 import OfflineTD3
-from sb3_offline_ft.study.learners import algorithm_class
-from sb3_offline_ft.study.methods import Method
+from sb3_offline_ft.study.methods import Method, default_of
 from sb3_offline_ft.study.protocol import Cell, Protocol
 from sb3_offline_ft.study.strict_yaml import suggestion
 from sb3_offline_ft.study.tuning_objective import Objective, number_of_last
@@ -72,6 +69,17 @@ class TuningSettings(WorkerSettings):
     pruner: str = "median"
     startup_trials: int = 10
     fixed: tuple[str, ...] = ()
+
+    @property
+    def search_facts(self) -> dict[str, Any]:
+        """How trials are drawn and given up, in the form of JSON; no depth of a dip if all are allowed."""
+        deepest = None if math.isinf(self.prune_dip) else self.prune_dip
+        return {
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "startup_trials": self.startup_trials,
+            "prune_dip": deepest,
+        }
 
     def check(self) -> None:
         """
@@ -205,14 +213,12 @@ class TuningPlan:
         last = number_of_last(self.n_evaluations)
         return Objective(self.settings.dip_penalty, self.study.random_return, shortest, last)
 
-    @staticmethod
-    def frozen_until(hyperparams: Mapping[str, Any]) -> int:
+    def frozen_until(self, hyperparams: Mapping[str, Any]) -> int:
         """
         :param hyperparams: Hyperparameters of the finetuning
         :return: Interactions with the pretrained policy
         """
-        default = inspect.signature(OfflineTD3.__init__).parameters["warmup_steps"].default
-        return int(hyperparams.get("warmup_steps", default))
+        return int(hyperparams.get("warmup_steps", default_of(self.method.algorithm, "warmup_steps")))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -246,8 +252,7 @@ class TuningPlan:
         return {name: value for each in hyperparams for name, value in self._parameters_of(each).items()}
 
     def _parameters_of(self, hyperparam: str) -> Hyperparams:
-        parameter = inspect.signature(algorithm_class(self.method.algorithm).__init__).parameters.get(hyperparam)
-        value = self.method.hyperparams.get(hyperparam, None if parameter is None else parameter.default)
+        value = self.method.hyperparams.get(hyperparam, default_of(self.method.algorithm, hyperparam))
         names = [name for name, tuned in self.space.tuned.items() if tuned.hyperparam == hyperparam]
         trial = optuna.trial.FixedTrial({name: _parameter(name, self.space, value) for name in names})
         for attribute, fact in self.facts.items():

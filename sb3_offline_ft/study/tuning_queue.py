@@ -14,7 +14,9 @@ from sb3_offline_ft.study.tuning_pruner import PRESET
 
 JOURNAL = "tune.log"
 SCORES = "scores"
-"""User attribute with the score of each seed that has ended."""
+"""User attribute with the score of each seed that has ended, and facts about its run."""
+SEARCH = "search"
+"""User attribute with how a trial was searched: a later call may ask for another sampler or pruner."""
 GIVEN_UP = "given_up"
 """User attribute that says where a trial was given up."""
 MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)

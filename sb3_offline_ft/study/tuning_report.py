@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from sb3_offline_ft.common.pages import Picture, render_page
 from sb3_offline_ft.common.pictures import inline_svg, picture_files
 from sb3_offline_ft.study.methods import Method
 from sb3_offline_ft.study.queue import CELL
+from sb3_offline_ft.study.shortcomings import shortcomings
 from sb3_offline_ft.study.tuning_entry import write_entry, zoo_command
 from sb3_offline_ft.study.tuning_objective import Score
 from sb3_offline_ft.study.tuning_plan import FEWEST_TO_SHOW, TuningPlan
 from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET
-from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue, best_trial, preset_trial, trial_note
+from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, SEARCH, TuningQueue, best_trial, preset_trial, trial_note
+from sb3_offline_ft.study.words import some
 
 FEWEST_FOR_IMPORTANCE = 10
 BEST_SHOWN = 5
@@ -137,6 +139,24 @@ class TuningResult:
             f"other seeds. `--confirm {FEWEST_TO_SHOW}` runs it and the preset with {FEWEST_TO_SHOW} fresh seeds."
         )
 
+    @property
+    def searches(self) -> list[str]:
+        """How trials were drawn and given up, in a sentence for each way."""
+        ways: dict[str, list[str]] = {}
+        for trial in self.trials:
+            ways.setdefault(_search_words(trial.user_attrs.get(SEARCH)), []).append(_name(trial))
+        return [f"{words}." if len(ways) == 1 else f"{words}: {some(names)}." for words, names in ways.items()]
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """What runs of trials lacked, in sentences."""
+        runs = {
+            f"{_name(trial)}, seed {facts['seed']}": facts
+            for trial in self.trials
+            for facts in trial.user_attrs.get(SCORES, [])
+        }
+        return shortcomings(runs, self.plan.study.interactions)
+
     def shown(self) -> list[FrozenTrial]:
         """
         :return: The best trials, and the preset's
@@ -162,6 +182,16 @@ class TuningResult:
 
 def _name(trial: FrozenTrial) -> str:
     return str(trial.user_attrs[CELL])
+
+
+def _search_words(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return "How trials were searched was not recorded"
+    dip = "" if facts["prune_dip"] is None else f"at a dip deeper than {facts['prune_dip']:g}, or "
+    return (
+        f"{facts['sampler']} sampler, {facts['pruner']} pruner, {facts['startup_trials']} random trials first; a trial was "
+        f"given up {dip}as the pruner says, but never the preset"
+    )
 
 
 def read_result(queue: TuningQueue) -> TuningResult:
@@ -251,7 +281,6 @@ def write_result(
         confirmation=confirmation,
         plan=plan,
         settings=plan.settings,
-        infinity=math.inf,
         columns=columns,
         rows=rows,
         pictures=pictures,
@@ -271,13 +300,13 @@ def _csv(result: TuningResult, queue: TuningQueue) -> str:
     )
     frame = frame[frame["number"].isin([trial.number for trial in result.trials])].copy()
     # Others say where it ran, or what the space must know
-    attributes = {f"user_attrs_{name}": name for name in (SCORES, DEEPEST_DIP, GIVEN_UP)}
+    attributes = {f"user_attrs_{name}": name for name in (SCORES, SEARCH, DEEPEST_DIP, GIVEN_UP)}
     frame = frame.rename(columns={f"user_attrs_{CELL}": "trial"} | attributes)
     parameters = [name for name in frame if name.startswith("params_")]
     columns = ["number", "trial", "state", "value", *parameters, *attributes.values(), "datetime_start", "duration"]
     frame = frame[[name for name in columns if name in frame]]
-    if SCORES in frame:
-        frame[SCORES] = frame[SCORES].map(lambda told: json.dumps(told) if isinstance(told, list) else "")
+    for name in {SCORES, SEARCH} & set(frame):
+        frame[name] = frame[name].map(lambda told: json.dumps(told) if isinstance(told, list | dict) else "")
     return str(frame.to_csv(index=False))
 
 

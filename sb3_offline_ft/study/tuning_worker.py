@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 from optuna import TrialPruned
@@ -16,8 +17,22 @@ from sb3_offline_ft.study.queue import Claim, trying_again
 from sb3_offline_ft.study.tuning_objective import Score, final_score
 from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
 from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET
-from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue, quiet_optuna
+from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, SEARCH, TuningQueue, quiet_optuna
 from sb3_offline_ft.study.worker import TAKEN_OVER, Evaluated, Finished, Interrupts, Worker, last_line, work
+
+KEPT = (
+    "frozen_until",
+    "interactions",
+    "learner_evaluation_steps",
+    "replay_buffer",
+    "updates",
+    "alarms",
+    "rollbacks",
+    "changed_hyperparams",
+    "versions",
+    "code",
+)
+"""What a trial keeps of the manifest of each of its runs."""
 
 
 class TuningWorker(Worker):
@@ -64,6 +79,7 @@ class _TrialRun:
         self.worker, self.plan, self.claim = worker, worker.plan, claim
         self.trial: Trial = trying_again(lambda: worker.queue.trial(claim))
         self.scores: list[Score] = []
+        self.told: list[dict[str, Any]] = []
         self.deepest = -math.inf
         self.timesteps: list[int] = []
         self.means: list[float] = []
@@ -76,6 +92,7 @@ class _TrialRun:
         """
         plan, worker = self.plan, self.worker
         is_preset = PRESET in self.trial.user_attrs
+        trying_again(lambda: self.trial.set_user_attr(SEARCH, plan.settings.search_facts))
         names = plan.preset_parameters() if is_preset else None
         parameters = trying_again(lambda: plan.space.draw(self.trial, names))
         method = plan.tuned(None if is_preset else parameters)
@@ -91,9 +108,10 @@ class _TrialRun:
                 device=worker.settings.device,
             )
             self.scores.append(final_score(plan.objective, result))
-            told = [{"seed": each, **score.to_dict()} for each, score in zip(plan.seeds, self.scores, strict=False)]
+            facts = {name: result.manifest[name] for name in KEPT}
+            self.told.append({"seed": seed, **self.scores[-1].to_dict(), **facts})
             with worker.interrupts.deferred():
-                trying_again(lambda told=told: self.trial.set_user_attr(SCORES, told))  # type: ignore[misc]
+                trying_again(lambda: self.trial.set_user_attr(SCORES, self.told))
         return float(np.mean([score.value for score in self.scores]))
 
     def _progress_of(self, seed: int) -> Callable[[str, int, int], None]:

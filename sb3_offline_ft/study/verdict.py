@@ -7,11 +7,20 @@ from itertools import combinations
 
 import numpy as np
 
-from sb3_offline_ft.evaluation.finetuning_metrics import CONSECUTIVE, LAST
+from sb3_offline_ft.evaluation.finetuning_metrics import CONSECUTIVE
 from sb3_offline_ft.evaluation.statistics import Estimate, rate
-from sb3_offline_ft.study.analysis import COLLAPSED, SIGNIFICANT, Comparison, DatasetNumbers, Group, StudyNumbers
+from sb3_offline_ft.study.analysis import (
+    COLLAPSED,
+    SIGNIFICANT,
+    Comparison,
+    DatasetNumbers,
+    Group,
+    StudyNumbers,
+    last_evaluations,
+)
 from sb3_offline_ft.study.methods import Method
-from sb3_offline_ft.study.words import LEVEL, NBSP, capital, counted, interval, listed, number, percent, probability
+from sb3_offline_ft.study.shortcomings import shortcomings
+from sb3_offline_ft.study.words import LEVEL, NBSP, capital, counted, interval, listed, number, percent, probability, some
 
 FEW_SEEDS = 10
 """With fewer seeds the report says that they are few."""
@@ -39,8 +48,10 @@ def verdict(numbers: StudyNumbers) -> Sections:
 
 def _in_short(numbers: StudyNumbers) -> list[str]:
     texts = [text for one in numbers.datasets for text in _collapses(f"on {one.title}", _outcomes(numbers, one))]
-    if len(numbers.datasets) > 1:
-        texts += _collapses("taking all datasets together", _pooled_outcomes(numbers))
+    pooled = [one for one in numbers.datasets if any(group.outcomes for group in numbers.shown(one))]
+    if len(pooled) > 1:
+        which = "all datasets" if len(pooled) == len(numbers.datasets) else listed(one.title for one in pooled)
+        texts += _collapses(f"taking {which} together", _pooled_outcomes(numbers))
     rows = sorted(numbers.aggregates, key=lambda row: -row.iqm.value)
     if len(rows) > 1:
         over = "over all datasets" if len(numbers.datasets) > 1 else f"on {numbers.datasets[0].title}"
@@ -63,9 +74,10 @@ def _own_evaluations(numbers: StudyNumbers) -> list[str]:
     parts: list[str] = []
     for method in numbers.shown_methods:
         steps = [one.learner_evaluation_steps for one in numbers.runs if one.method.name == method.name]
-        if any(steps):
+        known = [each for each in steps if each is not None]
+        if any(known):
             used = "used on average " if not parts else ""
-            parts.append(f"{method.label} {used}{number(float(np.mean(steps)), 0)}")
+            parts.append(f"{method.label} {used}{number(float(np.mean(known)), 0)}")
     if not parts:
         return []
     whose = "its" if len(parts) == 1 else "their"
@@ -205,7 +217,8 @@ def _ends(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
         levels.append(f"the pretrained policies' mean is {number(one.initial_return)}")
     if one.data_return is not None:
         levels.append(f"the data's {number(one.data_return)}")
-    text = f"mean of the last {LAST} evaluations: {_values(values)}. {_overlaps(values)}"
+    last = last_evaluations(one for group in groups for one in group.runs)
+    text = f"mean of the last {last} evaluations: {_values(values)}. {_overlaps(values)}"
     if levels:
         text = f"{text.rstrip()} For comparison: {listed(levels)}."
     gains = [(group, *group.above_initial) for group, _ in ends]
@@ -258,18 +271,27 @@ def _selected(groups: Sequence[Group]) -> list[str]:
 
 
 _MEASURES: tuple[tuple[str, str, str, str, int | None], ...] = (
-    ("last_return", f"mean of the last {LAST} evaluations", "higher", "lower", None),
+    ("last_return", "mean of the last {last} evaluations", "higher", "lower", None),
     ("mean_return", "mean over the whole run after the warm-up", "higher", "lower", None),
     ("dip_depth", "dips", "deeper", "less deep", 2),
 )
+
+
+_NAMES = {
+    "last_return": "Ends",
+    "mean_return": "Means over the whole run after the warm-up",
+    "dip_depth": "Dips",
+    COLLAPSED: "Collapses",
+}
 
 
 def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
     shown = numbers.shown_methods
     rows = [row for row in numbers.comparisons if row.method in shown]
     texts = []
-    for metric, what, more, less, digits in _MEASURES:
-        text = _one_measure([row for row in rows if row.metric == metric], what, more, less, partial(_size, digits=digits))
+    for metric, words, more, less, digits in _MEASURES:
+        what, size = words.format(last=last_evaluations(numbers.runs)), partial(_size, digits=digits)
+        text = _one_measure([row for row in rows if row.metric == metric], what, more, less, size)
         texts += [text] if text else []
     collapsed = [row for row in rows if row.metric == COLLAPSED and row.only_method + row.only_reference]
     text = _one_measure(
@@ -341,7 +363,14 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
         texts.append(
             "The protocol names no reference_method, so methods are not compared in pairs and nothing is called a difference."
         )
+    for metric, methods in numbers.not_compared.items():
+        if names := [method.label for method in methods if method in shown]:
+            texts.append(f"{_NAMES[metric]} cannot be compared for {listed(names)}: there are fewer than two pairs of runs.")
     texts += _undefined(numbers)
+    texts += shortcomings({one.run.cell.name: one.manifest for one in numbers.runs}, numbers.protocol.interactions)
+    unwatched = [one.run.cell.name for one in numbers.runs if one.run.result.events and one.watched[0] == 0]
+    if unwatched:
+        texts.append(f"The guard watched no returns in {counted(len(unwatched), 'run')}, so had no alarms: {some(unwatched)}.")
     texts += [
         f"There are no normalised scores on {one.title}: {one.why_no_scale}." for one in numbers.datasets if one.why_no_scale
     ]
@@ -365,14 +394,26 @@ def _of_all(n: int, numbers: StudyNumbers) -> str:
 
 
 def _undefined(numbers: StudyNumbers) -> list[str]:
-    unknown = [method.label for method in numbers.shown_methods if not _has_outcomes(numbers, method.name)]
-    if not unknown:
-        return []
-    if numbers.random_return is None:
-        why = "the return of a random policy is not known; random_return in the protocol gives it"
-    else:
-        why = "there is no pretrained policy that they could fall from, or it is no better than a random one"
-    return [f"Dips and collapses are not defined for {listed(unknown)}: {why}."]
+    shown = numbers.shown_methods
+    without = [method.label for method in shown if numbers.random_return is None or not method.pretrained]
+    texts = []
+    if without:
+        why = "there is no pretrained policy that they could fall from"
+        if numbers.random_return is None:
+            why = "the return of a random policy is not known; random_return in the protocol gives it"
+        texts.append(f"Dips and collapses are not defined for {listed(without)}: {why}.")
+    for one in numbers.datasets if numbers.random_return is not None else []:
+        lacking = [
+            f"{group.label} ({len(group.runs) - len(group.outcomes)} of {counted(len(group.runs), 'run')})"
+            for group in one.groups
+            if group.method in shown and group.method.pretrained and len(group.outcomes) < len(group.runs)
+        ]
+        if lacking:
+            texts.append(
+                f"Dips and collapses on {one.title} are not defined for {listed(lacking)}: the pretrained policy is no better "
+                "than a random one."
+            )
+    return texts
 
 
 def _has_outcomes(numbers: StudyNumbers, name: str) -> bool:

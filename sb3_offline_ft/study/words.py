@@ -1,7 +1,7 @@
 """Numbers as a report writes them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sb3_offline_ft.evaluation.statistics import Estimate
 
@@ -9,6 +9,7 @@ NONE = "\N{EN DASH}"
 """Stands where there is no number."""
 NBSP = "\N{NO-BREAK SPACE}"
 LEVEL = f"95{NBSP}%"
+MOST_NAMED = 8
 
 
 def number(value: float | None, digits: int | None = None) -> str:
@@ -72,6 +73,15 @@ def listed(texts: Iterable[str], separator: str = ",") -> str:
     if separator == "," and len(texts) > 1:
         return f"{', '.join(texts[:-1])} and {texts[-1]}"
     return f"{separator} ".join(texts)
+
+
+def some(texts: Sequence[str]) -> str:
+    """
+    :param texts: Texts
+    :return: The first of them, and how many more there are
+    """
+    more = len(texts) - MOST_NAMED
+    return listed([*texts[:MOST_NAMED], *([f"{more} more"] if more > 0 else [])])
 
 
 def counted(n: int, noun: str) -> str:
