@@ -820,8 +820,7 @@ def test_evaluations_can_be_watched_in_place_of_training_episodes(tmp_path: Path
     # The guard comes before the evaluations of a step, so that it does not see the last ones
     assert [event["return"] for event in of(guard, "evaluation")] == returns[:-5]
     phases = [event["phase"] for event in of(guard, "evaluation")]
-    # What follows an alarm in the same evaluation is of the policy that is gone
-    assert phases.count("baseline") == 20 and phases[20] == "monitoring" and 0 < phases.count("ignored") < 5
+    assert phases == ["baseline"] * 20 + ["monitoring"] * (len(returns) - 25)
     assert verdict(guard.events).startswith(f"1 alarm, 1 rollback in {phases.count('monitoring')} monitored evaluation episodes")
 
 

@@ -117,7 +117,7 @@ def test_a_guard_measures_losses_by_the_random_return_that_the_report_uses(
         for name, own in {"data": {}, "own": {"random_return": -900.0}}.items()
     }
     protocol = write_study(
-        tmp_path / "tiny", env=GATED_PENDULUM, methods=methods, interactions=200, hyperparams={"warmup_steps": 20, **NETS}
+        tmp_path / "tiny", env=GATED_PENDULUM, methods=methods, interactions=300, hyperparams={"warmup_steps": 20, **NETS}
     )
     assert protocol.random_return == load_dataset("bundled:pendulum-medium").reference_scores.random  # type: ignore[union-attr]
     first, second = protocol.cells()

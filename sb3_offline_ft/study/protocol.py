@@ -293,6 +293,16 @@ class Protocol:
         scores = (self.data_facts(label)["reference_scores"] for label in self.datasets)
         return next((float(pair[0]) for pair in scores if pair is not None), None)
 
+    def guard_arguments(self, method: Method) -> dict[str, Any] | None:
+        """
+        :param method: A method
+        :return: Arguments of its guard, which measures losses by the same ``random_return`` as the report where it has none of
+            its own; None without a guard
+        """
+        if method.guard is None or "random_return" in method.guard or self.random_return is None:
+            return None if method.guard is None else dict(method.guard)
+        return {"random_return": self.random_return, **method.guard}
+
     def described(self, cell: Cell) -> dict[str, Any]:
         """
         Say what a cell's result depends on.
@@ -310,7 +320,8 @@ class Protocol:
             "evaluation": asdict(self.evaluation),
             "learner_evaluation": asdict(self.learner_evaluation),
         }
-        return identity.cell_facts(cell.method, self.pretraining.algorithm, data, plan)
+        method = replace(cell.method, guard=self.guard_arguments(cell.method))
+        return identity.cell_facts(method, self.pretraining.algorithm, data, plan)
 
     def cell_key(self, cell: Cell) -> str:
         """
