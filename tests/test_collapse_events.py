@@ -410,13 +410,9 @@ def test_figure_leaves_pyplot_alone(monkeypatch):
 def test_verdict():
     # Of 300 episodes 50 are the baseline, and 4 of the others are ignored
     assert verdict(guarded_run(alarms=())) == "No alarm in 246 monitored episodes (of 300)."
-    assert (
-        verdict(guarded_run()) == "2 alarms, 2 rollbacks in 246 monitored episodes (of 300); last rollback to step 22,000."
-    )
+    assert verdict(guarded_run()) == "2 alarms, 2 rollbacks in 246 monitored episodes (of 300); last rollback to step 22,000."
     stopped = verdict(guarded_run(alarms=(80,), escalation="stop"))
-    assert (
-        stopped == "1 alarm, 0 rollbacks in 29 monitored episodes (of 80); at step 8,000 the guard stopped the training."
-    )
+    assert stopped == "1 alarm, 0 rollbacks in 29 monitored episodes (of 80); at step 8,000 the guard stopped the training."
     unfinished = verdict(guarded_run()[:20])
     assert (
         "were not watched, for there was no baseline" in unfinished

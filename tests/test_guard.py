@@ -317,7 +317,7 @@ def test_secondary_alarms_do_not_need_a_baseline() -> None:
 def test_limits_of_signals_that_a_learner_does_not_have_are_refused_at_the_start(tmp_path: Path) -> None:
     guard = CollapseGuard(baseline=BASELINE, secondary_alarms={"action_saturation": 0.9}, path=tmp_path, verbose=0)
     model = make(DQN)
-    with pytest.raises(ValueError, match="`action_saturation`.*DQN.*leave it out"):
+    with pytest.raises(ValueError, match=r"`action_saturation`.*DQN.*leave it out"):
         model.learn(100, callback=guard)
     assert model.num_timesteps == 0 and not list(tmp_path.iterdir())
     model.learn(100, callback=CollapseGuard(baseline=BASELINE, secondary_alarms={"td_error": 1e9}, verbose=0))
@@ -821,7 +821,9 @@ def test_evaluations_can_be_watched_in_place_of_training_episodes(tmp_path: Path
     assert [event["return"] for event in of(guard, "evaluation")] == returns[:-5]
     phases = [event["phase"] for event in of(guard, "evaluation")]
     assert phases == ["baseline"] * 20 + ["monitoring"] * (len(returns) - 25)
-    assert verdict(guard.events).startswith(f"1 alarm, 1 rollback in {phases.count('monitoring')} monitored evaluation episodes")
+    assert verdict(guard.events).startswith(
+        f"1 alarm, 1 rollback in {phases.count('monitoring')} monitored evaluation episodes"
+    )
 
 
 def test_vec_normalize_rewards_are_not_what_is_watched() -> None:

@@ -670,7 +670,7 @@ def test_a_penalty_needs_evaluations_before_and_after_the_warmup(tmp_path: Path)
     settings = UNGUARDED | {"warmup_steps": 100, "tuning_dip_penalty": 1.0}
     # Evaluations after 60 and 120 interactions, the last one of a policy that has just begun to change
     assert optimize(tmp_path / "a", "td3bc", settings, n_trials=1).trials[0].value is not None
-    with pytest.raises(ValueError, match="`warmup_steps` are 120.*no evaluation after them"):
+    with pytest.raises(ValueError, match=r"`warmup_steps` are 120.*no evaluation after them"):
         optimize(tmp_path / "b", "td3bc", settings | {"warmup_steps": 120}, n_trials=1)
 
 

@@ -261,8 +261,8 @@ class CollapseGuard(BaseCallback):
             check_can_thin_out(cast(Any, self.model.replay_buffer))
         for name in sorted(self.secondary_alarms.keys() - set(SignalMonitor(self.model).names)):
             raise ValueError(
-                f"`secondary_alarms` has a limit for `{name}`, which {type(self.model).__name__} does not have with the action "
-                f"space {self.model.action_space}: leave it out."
+                f"`secondary_alarms` has a limit for `{name}`, which {type(self.model).__name__} does not have with the "
+                f"action space {self.model.action_space}: leave it out."
             )
 
     def _on_training_start(self) -> None:

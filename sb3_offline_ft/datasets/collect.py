@@ -549,9 +549,7 @@ def _algorithm_of(file: Path, known: dict[str, Any]) -> str:
     raise ValueError(f"{str(file)!r} does not say which algorithm saved it: name it with --algo, one of {', '.join(known)}.")
 
 
-def _description(
-    env_id: str, agent: _Agent, behaviour: Behaviour, n_steps: int | None, seed: int, command: str | None
-) -> str:
+def _description(env_id: str, agent: _Agent, behaviour: Behaviour, n_steps: int | None, seed: int, command: str | None) -> str:
     if agent.file is None:
         who = "a uniformly random policy"
     else:

@@ -161,8 +161,8 @@ class ObservedTrial:
         if self._dip_penalty > 0 and initial is None:
             # No ValueError, which rl_zoo3 takes for bad luck of a trial
             raise RuntimeError(
-                f"`{TUNING_PREFIX}{DIP_PENALTY}` is {self._dip_penalty:g}, and there was no evaluation of the pretrained policy, "
-                "by step 0 or in the warm-up, that the dip could be measured from."
+                f"`{TUNING_PREFIX}{DIP_PENALTY}` is {self._dip_penalty:g}, and there was no evaluation of the pretrained "
+                "policy, before the first interaction or in the warm-up, that the dip could be measured from."
             )
         dip = 0.0 if initial is None or self._lowest is None else max(0.0, initial - self._lowest)
         return value - self._dip_penalty * dip
