@@ -352,6 +352,20 @@ def test_figure_of_returns_that_are_not_watched():
     assert figure.axes[1].texts[0].get_text() == "no statistic: the returns were not watched"
 
 
+def test_figure_counts_what_was_monitored():
+    figure = draw_events(guarded_run())
+    counts = figure.axes[0].get_title(loc="right")
+    assert counts.startswith("246 monitored episodes (of 300), 2 alarms, 2 rollbacks")
+    # Where evaluations are watched, no training episode is
+    kinds = {"baseline": "evaluation", "monitoring": "evaluation"}
+    watched = [
+        item | {"event": kinds.get(item["phase"], "episode")} if item["event"] == "episode" else item for item in guarded_run()
+    ]
+    figure = draw_events(watched)
+    assert figure.axes[0].get_title(loc="right").startswith("246 monitored evaluation episodes (of 296), 2 alarms")
+    assert len(artists(figure, "episodes monitoring")[0].get_xdata()) == 246 and artists(figure, "statistic")
+
+
 def test_figure_of_an_escalation():
     figure = draw_events(guarded_run(alarms=(80, 120), escalation="stop"))
     assert len(artists(figure, "escalation")) == 2 and "stop" in [text.get_text() for text in figure.axes[0].texts]
@@ -394,15 +408,18 @@ def test_figure_leaves_pyplot_alone(monkeypatch):
 
 
 def test_verdict():
-    assert verdict(guarded_run(alarms=())) == "No alarm in 300 episodes."
-    assert verdict(guarded_run()) == "2 alarms, 2 rollbacks in 300 episodes; last rollback to step 22,000."
+    # Of 300 episodes 50 are the baseline, and 4 of the others are ignored
+    assert verdict(guarded_run(alarms=())) == "No alarm in 246 monitored episodes (of 300)."
+    assert verdict(guarded_run()) == "2 alarms, 2 rollbacks in 246 monitored episodes (of 300); last rollback to step 22,000."
     stopped = verdict(guarded_run(alarms=(80,), escalation="stop"))
-    assert stopped == "1 alarm, 0 rollbacks in 80 episodes; at step 8,000 the guard stopped the training."
+    assert stopped == "1 alarm, 0 rollbacks in 29 monitored episodes (of 80); at step 8,000 the guard stopped the training."
     unfinished = verdict(guarded_run()[:20])
     assert (
         "were not watched, for there was no baseline" in unfinished
         and "no end: the run goes on or was interrupted after step 1,900" in unfinished
     )
+    lost = [item | {"phase": "unwatched"} if item["timestep"] > 25000 else item for item in guarded_run()]
+    assert "in 197 monitored episodes (of 300); last rollback to step 22,000; not watched: 50 episodes." in verdict(lost)
     assert verdict([]).startswith("No episodes yet")
     assert "no end" in verdict([*guarded_run(), event("start", 30000, resumed=True)])
 

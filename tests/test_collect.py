@@ -278,6 +278,10 @@ class TestWhatIsRecorded:
         collect_dataset("my/c-v0", "TestCorridor-v0", algorithm="random", n_steps=50, seed=1)
         data = load_dataset("my/c-v0")
         assert len(data) == 50, "without a time limit the last episode is cut"
+        collect_dataset("my/whole-v0", "TestCorridor-v0", algorithm="random", n_episodes=2, seed=1)
+        cut, whole = (minari.load_dataset(f"my/{name}-v0").storage.metadata["description"] for name in ("c", "whole"))
+        assert "whole episodes, but the last one may be cut once there are 50 steps, seed 1" in cut
+        assert "whole episodes, seed 1" in whole
         assert isinstance(data.observations, dict) and isinstance(data.next_observations, dict)
         position, following = data.observations["position"], data.next_observations["position"]
         # The environment hands out the same array again and again

@@ -13,6 +13,7 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, ReBRAC
+from sb3_offline_ft.common.update import AutogradKernel
 from sb3_offline_ft.testing import CLAUSES, PointEnv, check_algorithm, record
 from sb3_offline_ft.testing.spaces import OTHERS_WITH_DATA, VECTORS, WITHOUT_DATA
 from tests.conftest import REPOSITORY
@@ -151,6 +152,20 @@ class LogsNothing(TD3BC):
         pass
 
 
+class StaysWithAutograd(TD3BC):
+    """Computes all updates in one way, so that there is nothing to compare."""
+
+    def _choose_kernel(self):
+        return AutogradKernel(self.policy)
+
+
+class ForgetsItsRun(TD3BC):
+    """Has a memory of one row."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"buffer_size": 1})
+
+
 MISTAKES = [
     (Unsaved, "resumed_pretraining"),
     (Unsaved, "resumed_finetuning"),
@@ -163,6 +178,8 @@ MISTAKES = [
     (SavesItsData, "files_hold_no_data"),
     (RandomPolicy, "phases"),
     (KernelsDiffer, "kernels_agree"),
+    (StaysWithAutograd, "kernels_agree"),
+    (ForgetsItsRun, "collapse_guard"),
     (SharesItsOptimizer, "parameters"),
     (TakesOfflineRowsAsItLikes, "offline_fraction"),
     (LogsNothing, "logs"),

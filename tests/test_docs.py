@@ -137,16 +137,29 @@ def help_of(*command: str) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("page", sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")))
+def shell_lines() -> Iterator[tuple[str, str]]:
+    for path in sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for block in re.findall(r"^ *```bash\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
+            yield from ((path.relative_to(DOCS).as_posix(), line) for line in block.splitlines())
+
+
+COMMANDS = [(page, line) for page, line in shell_lines() if COMMAND.search(line)]
+
+
+def test_commands_of_ours_are_recognized() -> None:
+    assert len(COMMANDS) >= 50
+    others = [line for page, line in shell_lines() if (page, line) not in COMMANDS and not line.startswith("#")]
+    assert [line for line in others if re.search(r"rl_zoo3|sb3[-_]offline[-_]ft", line)] == []
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _ in COMMANDS}))
 def test_commands_have_the_options_that_are_shown(page: str) -> None:
-    text = (DOCS / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    for block in re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        for line in block.splitlines():
-            command = COMMAND.search(line)
-            if command is None:
-                continue
-            module = [command[1]] if command[1] else ["sb3_offline_ft", *command[2].split()[1:]]
-            # What follows -params are not options
-            shown = re.findall(r"(?<=\s)--?[A-Za-z][\w-]*", line[command.end() :].split("#")[0].split("-params")[0])
-            known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", help_of(*module)))
-            assert [option for option in shown if option not in known] == [], line
+    for line in (line for where, line in COMMANDS if where == page):
+        command = COMMAND.search(line)
+        assert command is not None
+        module = [command[1]] if command[1] else ["sb3_offline_ft", *command[2].split()[1:]]
+        # What follows -params are not options
+        shown = re.findall(r"(?<=\s)--?[A-Za-z][\w-]*", line[command.end() :].split("#")[0].split("-params")[0])
+        known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", help_of(*module)))
+        assert [option for option in shown if option not in known] == [], line

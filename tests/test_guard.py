@@ -1,5 +1,6 @@
 """CollapseGuard: it only watches as long as nothing is wrong, notices a collapse, and puts the whole learner back."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, CusumDetector, LearnerSnapshot, OfflineTD3
 from sb3_offline_ft.collapse.events import read_events
+from sb3_offline_ft.collapse.show import verdict
 from sb3_offline_ft.collapse.signals import SignalMonitor, draw_rows, greedy_actions, observations_at, policy_distance
 
 EPISODE_LENGTH = 10
@@ -312,6 +314,27 @@ def test_secondary_alarms_do_not_need_a_baseline() -> None:
     assert of(guard, "alarm")[0]["reason"] == "action_saturation"
 
 
+def test_limits_of_signals_that_a_learner_does_not_have_are_refused_at_the_start(tmp_path: Path) -> None:
+    guard = CollapseGuard(baseline=BASELINE, secondary_alarms={"action_saturation": 0.9}, path=tmp_path, verbose=0)
+    model = make(DQN)
+    with pytest.raises(ValueError, match=r"`action_saturation`.*DQN.*leave it out"):
+        model.learn(100, callback=guard)
+    assert model.num_timesteps == 0 and not list(tmp_path.iterdir())
+    model.learn(100, callback=CollapseGuard(baseline=BASELINE, secondary_alarms={"td_error": 1e9}, verbose=0))
+    assert set(SignalMonitor(model).names) == {*SignalMonitor.NAMES} - {"action_saturation"}
+
+
+def test_all_settings_are_told_at_the_start() -> None:
+    chosen: dict[str, Any] = {"signal_freq": 70, "update_reference": True, "tolerance": 0.2, "keep_snapshots": 2}
+    guard = CollapseGuard(detector={"cusum": {"drift": 0.25}}, baseline=BASELINE, verbose=0, **chosen)
+    make(TD3).learn(30, callback=guard)
+    (start,) = of(guard, "start")
+    told = start["settings"]
+    assert chosen.items() <= told.items() and told["detector_drift"] == 0.25 and told["detector_clip"] is None
+    names = set(inspect.signature(CollapseGuard.__init__).parameters) - {"self", "path", "verbose"}
+    assert names <= told.keys() | start.keys()
+
+
 def test_signals_tell_what_they_are_named_after() -> None:
     model = make(TD3)
     model.learn(100)
@@ -438,7 +461,10 @@ def test_actor_and_critic_may_share_a_features_extractor() -> None:
     model = make(TD3, policy_kwargs=sharing, learning_rate=1e-4)
     guard = CollapseGuard(baseline=BASELINE - 6, signal_freq=20, remedies=["trust_region"], ratchet=False, verbose=0)
     model.learn(500, callback=[guard, At([300], ruin)])
-    assert guard.rollbacks >= 1 and all(event["policy_shift"] >= 0 for event in of(guard, "signal"))
+    assert guard.rollbacks >= 1
+    shifts = {event["timestep"]: event["policy_shift"] for event in of(guard, "signal")}
+    # The guard's turn at step 300 comes before the ruin
+    assert 0 < shifts[300] < 0.1 and max(shifts.values()) > 0.5
     before = parameters(model)
     SignalMonitor(model).measure(guard._good[0].snapshot.policy_state)
     assert same(before, parameters(model))
@@ -819,6 +845,14 @@ def test_evaluations_can_be_watched_in_place_of_training_episodes(tmp_path: Path
     (alarm,) = of(guard, "alarm")
     assert 300 < alarm["timestep"] <= 361
     assert (tmp_path / "collapse_events.jsonl").exists()
+    returns = [value for results in evaluation.evaluations_results for value in results]
+    # The guard comes before the evaluations of a step, so that it does not see the last ones
+    assert [event["return"] for event in of(guard, "evaluation")] == returns[:-5]
+    phases = [event["phase"] for event in of(guard, "evaluation")]
+    assert phases == ["baseline"] * 20 + ["monitoring"] * (len(returns) - 25)
+    assert verdict(guard.events).startswith(
+        f"1 alarm, 1 rollback in {phases.count('monitoring')} monitored evaluation episodes"
+    )
 
 
 def test_vec_normalize_rewards_are_not_what_is_watched() -> None:

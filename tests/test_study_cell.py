@@ -30,6 +30,7 @@ from sb3_offline_ft.study.learners import algorithm_class, constructor_arguments
 from sb3_offline_ft.study.protocol import Cell, Protocol
 from sb3_offline_ft.study.results import find_result, keep_result, load_results
 from sb3_offline_ft.study.run_folder import CellResult, read_result, run_folder, write_result
+from tests.study_environments import FOLDER_VARIABLE, GATED_PENDULUM
 
 NETS = {"policy_kwargs": {"net_arch": [16, 16]}}
 STUDY = {
@@ -105,6 +106,32 @@ def test_training_episodes_and_steps_of_the_learners_own_evaluations_are_told(re
         assert result.manifest["learner_evaluation_steps"] == (600 if name.startswith("td3c") else 0), name
     assert results["td3c-guard"].manifest["guarded"] and results["td3c-guard"].events
     assert not results["td3c"].manifest["guarded"] and not results["td3c"].events
+
+
+def test_a_guard_measures_losses_by_the_random_return_that_the_report_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an environment of one's own only the data says it."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    baseline = STUDY["methods"]["td3c-guard"]["guard"]["baseline"]  # type: ignore[index]
+    methods = {
+        name: {"algorithm": "td3", "guard": {"baseline": baseline, **own}}
+        for name, own in {"data": {}, "own": {"random_return": -900.0}}.items()
+    }
+    protocol = write_study(
+        tmp_path / "tiny", env=GATED_PENDULUM, methods=methods, interactions=300, hyperparams={"warmup_steps": 20, **NETS}
+    )
+    assert protocol.random_return == load_dataset("bundled:pendulum-medium").reference_scores.random  # type: ignore[union-attr]
+    first, second = protocol.cells()
+    for cell, expected in ((first, protocol.random_return), (second, -900.0)):
+        result = run_cell(protocol, cell, pretrained_folder=tmp_path / "pretrained")
+        assert result.events[0]["settings"]["random_return"] == result.manifest["cell"]["guard"]["random_return"] == expected
+    # Other scores make another run
+    scores = {"medium": protocol.data_facts("medium") | {"reference_scores": [-700.0, 0.0]}}
+    other = Protocol.load(protocol.folder)
+    other.remember_data(scores)
+    assert other.random_return == -700.0
+    assert other.cell_key(first) != protocol.cell_key(first) and other.cell_key(second) == protocol.cell_key(second)
 
 
 def test_running_a_cell_changes_nothing_about_it(

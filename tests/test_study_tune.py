@@ -43,6 +43,7 @@ from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET, DipPruner, m
 from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue
 from sb3_offline_ft.study.tuning_report import parameter_importance
 from sb3_offline_ft.zoo.samplers import SEARCH_SPACES, split_finetuning, split_tuning
+from sb3_offline_ft.zoo.tuning import ObservedTrial
 from tests.conftest import REPOSITORY, RunPython
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM
 from tests.study_runs import environment, wait_until, write_study
@@ -677,6 +678,18 @@ def test_runs_without_optimize_do_not_mind_the_penalty(tmp_path: Path) -> None:
 def test_penalties_that_are_none_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_tuning(given | {"learning_rate": 1e-3})
+
+
+def test_a_penalty_needs_evaluations_before_and_after_the_warmup(tmp_path: Path) -> None:
+    trial = optuna.create_study().ask()
+    with pytest.raises(RuntimeError, match="no evaluation of the pretrained policy"):
+        ObservedTrial(trial, frozen_steps=0, random_return=None, dip_penalty=1.0).report(5.0, 1)
+    ObservedTrial(trial, frozen_steps=0, random_return=None).report(5.0, 1)
+    settings = UNGUARDED | {"warmup_steps": 100, "tuning_dip_penalty": 1.0}
+    # Evaluations after 60 and 120 interactions, the last one of a policy that has just begun to change
+    assert optimize(tmp_path / "a", "td3bc", settings, n_trials=1).trials[0].value is not None
+    with pytest.raises(ValueError, match=r"`warmup_steps` are 120.*no evaluation after them"):
+        optimize(tmp_path / "b", "td3bc", settings | {"warmup_steps": 120}, n_trials=1)
 
 
 def test_a_penalty_needs_a_pretrained_policy(tmp_path: Path) -> None:

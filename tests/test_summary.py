@@ -1,8 +1,14 @@
 """The summary of a run: the numbers it prints are those of the files."""
 
+import dataclasses
+import io
+import shutil
+import warnings
+
 import gymnasium as gym
 import numpy as np
 import pytest
+from rich.console import Console
 from stable_baselines3.common.callbacks import ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
 from typer.testing import CliRunner
@@ -55,8 +61,6 @@ def test_command_prints_and_draws(run, monkeypatch):
 
 
 def test_run_whose_data_is_gone_is_still_summarized(run, tmp_path):
-    import shutil
-
     copy = tmp_path / "td3c" / "Pendulum-v1_1"
     shutil.copytree(run, copy)
     model = TD3C.load(copy / "Pendulum-v1")
@@ -68,9 +72,37 @@ def test_run_whose_data_is_gone_is_still_summarized(run, tmp_path):
     summary.draw(copy / "again.png")
 
 
-def test_run_without_pretraining_has_no_dip(run, tmp_path):
-    import shutil
+def test_data_that_has_changed_since_is_not_taken_for_that_of_the_run(run, tmp_path):
+    copy = tmp_path / "td3c" / "Pendulum-v1_1"
+    shutil.copytree(run, copy)
+    model = TD3C.load(copy / "Pendulum-v1")
+    model.dataset = "bundled:pendulum-medium?episodes=5"
+    model.save(copy / "Pendulum-v1")
+    with pytest.warns(UserWarning, match="pendulum-medium.* is not what the run had.*fingerprint"):
+        summary = summarize_run(copy)
+    assert summary.dataset is None and summary.random_return is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert summarize_run(run).dataset is not None
 
+
+def test_a_dip_that_is_not_known_says_why(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    summary = summarize_run(run)
+    for changes, reason in (
+        ({"dataset": None}, "the mean return of a random policy is not known"),
+        ({"timesteps": summary.timesteps + 300}, "the pretrained policy was not evaluated"),
+        ({"warmup_steps": 600}, "there is no evaluation after the warm-up"),
+    ):
+        changed = dataclasses.replace(summary, **changes)
+        assert changed.dip_depth is None
+        with (console := Console(file=io.StringIO(), width=200)).capture() as shown:
+            console.print(changed.table())
+        (line,) = [line for line in shown.get().splitlines() if "dip depth" in line]
+        assert "not known" in line and reason in line
+
+
+def test_run_without_pretraining_has_no_dip(run, tmp_path):
     copy = tmp_path / "td3c" / "Pendulum-v1_1"
     shutil.copytree(run, copy)
     evaluations = dict(np.load(copy / "evaluations.npz"))
@@ -79,7 +111,11 @@ def test_run_without_pretraining_has_no_dip(run, tmp_path):
     summary = summarize_run(copy)
     assert summary.dip_depth is None
     result = CliRunner().invoke(app, ["summary", str(copy)])
-    assert result.exit_code == 0 and "not pretrained" in result.output and "nan" not in result.output
+    assert result.exit_code == 0 and "not evaluated  (50 steps)" in result.output and "nan" not in result.output
+    model = TD3C.load(copy / "Pendulum-v1")
+    model.offline_steps_done = 0
+    model.save(copy / "Pendulum-v1")
+    assert "not pretrained" in CliRunner().invoke(app, ["summary", str(copy)]).output
 
 
 def test_other_folders_are_refused(tmp_path):

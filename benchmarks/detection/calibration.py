@@ -6,14 +6,14 @@ Measure how often the detectors of collapse alarm although nothing has changed.
 
 Each run draws a fresh reference and a fresh stream from the same population, calibrates a detector and monitors the stream
 up to the horizon. Recorded populations (see record_streams.py) are drawn with replacement from all recorded episodes.
-Results are saved after each cell, and cells that are there are skipped.
+Results are saved after each cell, with what it was measured by, and cells that are there are skipped.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from sb3_offline_ft.collapse.detectors import Detector, make_detector
 from sb3_offline_ft.common.io import atomic_write
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "speed"))
+from machine import manifest  # noqa: E402  # as in the other benchmark
+
 STREAMS, RESULTS = HERE / "streams", HERE / "results"
 N_RUNS = 2000
 N_SEEDS = 20  # of the simulations that a CUSUM threshold comes from, taken in turn
@@ -124,7 +127,7 @@ def measure(
 
     :return: Counts and the exact 95 % confidence interval (Clopper-Pearson)
     """
-    seconds, n_alarms = time.perf_counter(), 0
+    facts, seconds, n_alarms = manifest("scipy"), time.perf_counter(), 0
     label = f"{detector}, {population}, {n_reference}, {rate}/{horizon}"
     n_simulations = N_SIMULATIONS.get((detector, horizon))
     for run in tqdm(range(N_RUNS), desc=label, mininterval=5):
@@ -147,6 +150,7 @@ def measure(
         "low": float(interval.low),
         "high": float(interval.high),
         "seconds": round(time.perf_counter() - seconds, 1),
+        "manifest": facts,
     }
 
 
@@ -157,10 +161,11 @@ def report(cells: dict[str, dict[str, Any]]) -> str:
     :param cells: Results by key
     :return: Markdown
     """
+    n_runs = " or ".join(map(str, sorted({cell["n_runs"] for cell in cells.values()})))
     lines = [
         "# False alarms of the detectors of collapse",
         "",
-        f"Share of {N_RUNS} runs that end in a false alarm within the horizon, with the exact 95 % confidence interval "
+        f"Share of {n_runs} runs that end in a false alarm within the horizon, with the exact 95 % confidence interval "
         "(Clopper-Pearson). Each run has its own reference and stream. A cell whose whole interval is above the promised "
         "rate is marked with **!**.",
     ]
@@ -206,9 +211,8 @@ def main() -> None:
                     if key in cells:
                         continue
                     cells[key] = measure(detector, population, size, rate, horizon, streams)
-                    versions = {name: version(name) for name in ("numpy", "scipy")}
                     with atomic_write(path) as file:
-                        file.write((json.dumps({"versions": versions, "cells": cells}, indent=1) + "\n").encode())
+                        file.write((json.dumps(saved, indent=1) + "\n").encode())
     with atomic_write(RESULTS / "calibration.md") as file:
         file.write(report(cells).encode())
 

@@ -5,7 +5,8 @@ Measure what CollapseGuard costs while nothing is wrong: time per environment st
 
 Runs alternate between with and without, in one process and thread; the time is the process's own (CPU) time. Each ratio is the
 median over rounds of with / without in the same round. Since the difference is smaller than the noise of such ratios, the time
-that is spent inside the guard is measured too: its ratio is total / (total - inside).
+that is spent inside the guard is measured too: its ratio is total / (total - inside). The clock starts when the
+replay buffer has a batch, so that each step is followed by its update.
 """
 
 import json
@@ -38,12 +39,15 @@ def finetuned(train_freq: int) -> OffPolicyAlgorithm:
     return TD3C.load(path, env=Monitor(gym.make(hopper.ENV)), device="cpu", seed=0, warmup_steps=0, train_freq=train_freq)
 
 
-SETTINGS: dict[str, Callable[[], OffPolicyAlgorithm]] = {
-    "TD3C finetuned on Hopper-v5, an update each step": lambda: finetuned(1),
-    "TD3C on Hopper-v5, no updates": lambda: finetuned(STEPS),
-    "SAC from scratch on Hopper-v5 (episodes of about 20 steps), an update each step": lambda: SAC(
-        "MlpPolicy", hopper.ENV, learning_starts=0, device="cpu", seed=0
-    ),
+def from_scratch() -> OffPolicyAlgorithm:
+    return SAC("MlpPolicy", hopper.ENV, learning_starts=0, device="cpu", seed=0)
+
+
+# What makes the learner, and how many updates it must make while it is timed
+SETTINGS: dict[str, tuple[Callable[[], OffPolicyAlgorithm], int]] = {
+    "TD3C finetuned on Hopper-v5, an update each step": (lambda: finetuned(1), STEPS),
+    "TD3C on Hopper-v5, no updates": (lambda: finetuned(STEPS), 1),
+    "SAC from scratch on Hopper-v5 (episodes of about 20 steps), an update each step": (from_scratch, STEPS),
 }
 
 
@@ -69,25 +73,30 @@ class TimedGuard(CollapseGuard):
         self._timed(super().on_rollout_end)
 
 
-def seconds(make: Callable[[], OffPolicyAlgorithm], guard: CollapseGuard | None) -> float:
+def seconds(make: Callable[[], OffPolicyAlgorithm], expected: int, guard: CollapseGuard | None) -> float:
     model = make()
-    if isinstance(model, TD3C):
-        model.load_offline_data()
+    model.learn(model.batch_size, log_interval=10**9)
+    before = model._n_updates
     start = time.process_time()
-    model.learn(STEPS, callback=guard, log_interval=10**9)
-    return time.process_time() - start
+    model.learn(STEPS, callback=guard, log_interval=10**9, reset_num_timesteps=False)
+    taken = time.process_time() - start
+    made = model._n_updates - before
+    if made != expected:
+        raise RuntimeError(f"{made} updates were made, expected {expected}: the time is that of something else.")
+    return taken
 
 
-def measure(make: Callable[[], OffPolicyAlgorithm]) -> dict[str, Any]:
+def measure(make: Callable[[], OffPolicyAlgorithm], expected: int) -> dict[str, Any]:
     without, within, shares = [], [], []
     for _ in range(ROUNDS):
-        without.append(seconds(make, None))
-        within.append(seconds(make, CollapseGuard(**GUARD)))
+        without.append(seconds(make, expected, None))
+        within.append(seconds(make, expected, CollapseGuard(**GUARD)))
         timed = TimedGuard(**GUARD)
-        total = seconds(make, timed)
+        total = seconds(make, expected, timed)
         shares.append(total / (total - timed.inside))
     ratios = np.array(within) / np.array(without)
     return {
+        "updates": expected,
         "microseconds per step without": round(1e6 * float(np.median(without)) / STEPS, 1),
         "microseconds per step with": round(1e6 * float(np.median(within)) / STEPS, 1),
         "ratio with / without": round(float(np.median(ratios)), 4),
@@ -99,9 +108,9 @@ def measure(make: Callable[[], OffPolicyAlgorithm]) -> dict[str, Any]:
 
 def main() -> None:
     th.set_num_threads(1)
-    results: dict[str, Any] = {"rounds": ROUNDS, "steps": STEPS, "time_per_step": {}}
-    for name, make in SETTINGS.items():
-        results["time_per_step"][name] = measure(make)
+    results: dict[str, Any] = {"rounds": ROUNDS, "steps": STEPS, "manifest": hopper.manifest(), "time_per_step": {}}
+    for name, (make, expected) in SETTINGS.items():
+        results["time_per_step"][name] = measure(make, expected)
         print(name, results["time_per_step"][name], flush=True)
     model = finetuned(1)
     model.learn(300)
@@ -122,8 +131,6 @@ def main() -> None:
     }
     path.unlink()
     print(results["snapshot of TD3C, 256x256"])
-    facts = hopper.facts(time.monotonic())
-    results |= {name: facts[name] for name in ("versions", "python", "cpu", "command", "git_commit")}
     with atomic_write(Path(HERE / "results" / "cost.json")) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
 

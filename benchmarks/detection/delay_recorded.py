@@ -12,16 +12,25 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-from calibration import RESULTS
+from calibration import RESULTS, manifest
 from delay_simulated import HORIZON, RATE, adwin_alarm, competitors, first_at_least
 from rescue import RESULTS as RECORDED
 from rescue import WARMUP_STEPS
 
+from sb3_offline_ft import CollapseGuard
 from sb3_offline_ft.collapse.detectors import DETECTORS, Detector, make_detector
+from sb3_offline_ft.collapse.guard import WITHIN_FREQ
+from sb3_offline_ft.collapse.monitor import EpisodeMonitor
 from sb3_offline_ft.common.io import atomic_write
 
-GUARD_RATE, GUARD_HORIZON = 0.005, 1000
-LOOK_EVERY = 5  # steps, as the guard looks at a running episode
+GUARD = CollapseGuard()
+
+
+def first_share() -> float:
+    """The rate with which a guard of default settings begins."""
+    monitor = EpisodeMonitor(GUARD.detector, GUARD.false_alarm_rate, GUARD.tolerance, GUARD.random_return)
+    monitor.begin(np.arange(20.0).tolist())
+    return monitor.detector.false_alarm_rate
 
 
 def alarm_of(detector: Detector, episodes: Sequence[np.ndarray]) -> tuple[int, int] | None:
@@ -33,7 +42,7 @@ def alarm_of(detector: Detector, episodes: Sequence[np.ndarray]) -> tuple[int, i
     steps = 0
     for number, rewards in enumerate(episodes):
         if detector.needs_rewards:
-            for length in range(LOOK_EVERY, len(rewards), LOOK_EVERY):
+            for length in range(WITHIN_FREQ, len(rewards), WITHIN_FREQ):
                 if detector.update_within(rewards[:length]) is not None:
                     return number, steps + length
         steps += len(rewards)
@@ -52,7 +61,7 @@ def measure(seed: int, thresholds: dict[str, float]) -> dict[str, object]:
     early = WARMUP_STEPS - int(ends[n_reference - 1])
     returns = np.array([episode.sum() for episode in episodes])
     alarms: dict[str, tuple[int, int] | None] = {}
-    for rate, horizon in ((RATE, HORIZON), (GUARD_RATE, GUARD_HORIZON)):
+    for rate, horizon in ((RATE, HORIZON), (first_share(), GUARD.horizon_episodes)):
         for name in DETECTORS:
             detector = make_detector(name, rate, horizon)
             detector.calibrate(reference if detector.needs_rewards else returns[:n_reference])
@@ -76,12 +85,13 @@ def measure(seed: int, thresholds: dict[str, float]) -> dict[str, object]:
 
 
 def main() -> None:
+    facts = manifest("scipy", "river")
     simulated = json.loads((RESULTS / "delay_simulated.json").read_text())
     thresholds = simulated["populations"]["normal"]["thresholds"]
     seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in RECORDED.glob("unguarded_seed*.npz"))
     results = [measure(seed, thresholds) for seed in seeds]
     with atomic_write(RESULTS / "delay_recorded.json") as file:
-        file.write((json.dumps({"river": simulated.get("river"), "runs": results}, indent=1) + "\n").encode())
+        file.write((json.dumps({"manifest": facts, "thresholds": thresholds, "runs": results}, indent=1) + "\n").encode())
     lines = [
         "# Delay of alarms, real collapses",
         "",

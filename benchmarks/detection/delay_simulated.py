@@ -14,11 +14,10 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from calibration import RESULTS, STREAMS, as_episodes, load_streams
+from calibration import RESULTS, STREAMS, as_episodes, load_streams, manifest
 from tqdm import tqdm
 
 from sb3_offline_ft.collapse.detectors import DETECTORS, CusumDetector, make_detector
@@ -175,6 +174,7 @@ def measure(population: str, streams: dict[str, list[np.ndarray]]) -> dict[str, 
 
     :return: Thresholds of the competitors, and a summary by detector and scenario
     """
+    facts = manifest("scipy", "river")
     recorded = np.array([rewards.sum() for rewards in streams.get(population, [])])
     deviation = 1.0 if population == "normal" else float(recorded.std())
     thresholds = tune(population, recorded)
@@ -204,6 +204,8 @@ def measure(population: str, streams: dict[str, list[np.ndarray]]) -> dict[str, 
             for name, alarm in result.items():
                 alarms.setdefault(name, {}).setdefault(scenario, []).append(alarm)
     return {
+        "manifest": facts,
+        "n_runs": N_RUNS,
         "thresholds": thresholds,
         "delays": {
             name: {scenario: summary(of, CHANGE, HORIZON) for scenario, of in by_scenario.items()}
@@ -240,7 +242,8 @@ def lorden() -> dict[str, Any]:
     :return: By shift the bound in episodes, and summaries by size of the reference
     """
     average_run_length = HORIZON / -math.log(1 - RATE)
-    results: dict[str, Any] = {"average_run_length": average_run_length, "shifts": {}}
+    facts = manifest("scipy")
+    results: dict[str, Any] = {"manifest": facts, "average_run_length": average_run_length, "shifts": {}}
     for shift in LORDEN_SHIFTS:
         bound = math.log(average_run_length) / (shift**2 / 2)
         entry: dict[str, Any] = {"bound": bound, "known": known_cusum(shift)}
@@ -265,10 +268,13 @@ def report(results: dict[str, Any]) -> str:
 
     :return: Markdown
     """
+    populations = results.get("populations", {})
+    # Once the number of runs was not recorded
+    n_runs = " or ".join(sorted({str(result.get("n_runs", N_RUNS)) for result in populations.values()}))
     lines = [
         "# Delay of alarms, simulated",
         "",
-        f"Change at episode {CHANGE} of {HORIZON}, reference of {N_REFERENCE} episodes, {N_RUNS} runs, false-alarm "
+        f"Change at episode {CHANGE} of {HORIZON}, reference of {N_REFERENCE} episodes, {n_runs} runs, false-alarm "
         f"probability {RATE:.0%} within {HORIZON} episodes. Mean / median number of episodes from the change to the alarm; "
         f"runs without alarm count as {HORIZON - CHANGE}; in brackets the share of runs that noticed the change. Runs with an "
         "alarm before the change are left out (last column: their share).",
@@ -278,7 +284,7 @@ def report(results: dict[str, Any]) -> str:
         "justify. On recorded rewards a decline is a constant taken from each step's reward, which suits the deterioration "
         "detector.",
     ]
-    for population, result in results.get("populations", {}).items():
+    for population, result in populations.items():
         lines += ["", f"## {population}", "", "| detector | " + " | ".join(SCENARIOS) + " | before |"]
         lines += ["|---|" + "---|" * (len(SCENARIOS) + 1)]
         for name, by_scenario in result["delays"].items():
@@ -309,8 +315,8 @@ def report(results: dict[str, Any]) -> str:
                     f"{of['mean']:.1f} / {of['median']:.0f} ({of['noticed']:.0%}), ratio {of['mean'] / entry['bound']:.2f}"
                 )
             lines.append(f"| {shift} SD | {entry['bound']:.1f} | " + " | ".join(row) + " |")
-    if not results.get("river"):
-        lines += ["", "river is not installed: PageHinkley and ADWIN are missing."]
+    if any("river ADWIN" not in result["thresholds"] for result in populations.values()):
+        lines += ["", "Where river was not installed, PageHinkley and ADWIN are missing."]
     return "\n".join(lines) + "\n"
 
 
@@ -327,7 +333,6 @@ def main() -> None:
 
     if not arguments.report:
         streams = load_streams(STREAMS)
-        results["river"] = None if river_drift is None else version("river")
         for population in POPULATIONS:
             if population not in results.setdefault("populations", {}):
                 results["populations"][population] = measure(population, streams)

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import shutil
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def result_path(method: str, seed: int) -> Path:
 
 def finetune(method: str, seed: int) -> str:
     th.set_num_threads(1)
-    start = time.monotonic()
+    started = hopper.begin()
     model = OfflineTD3.load(
         hopper.pretrained_path(seed),
         env=Monitor(gym.make(ENV)),
@@ -113,6 +112,7 @@ def finetune(method: str, seed: int) -> str:
         warmup_action_noise=True,
         offline_fraction=0.5,
     )
+    hopper.check_pretrained(model, seed)
     recorder = Recorder(seed=30_000 + seed)
     callbacks: list[BaseCallback] = [recorder]
     settings = METHODS[method]
@@ -125,19 +125,11 @@ def finetune(method: str, seed: int) -> str:
         callbacks.insert(0, guard)
     model.learn(ONLINE_STEPS, callback=callbacks)
     content |= {
-        "dataset_fingerprint": model.dataset_fingerprint,
         "timesteps": recorder.timesteps,
         "returns": np.mean(recorder.returns, axis=1).tolist(),
         "episode_returns": recorder.returns,
         "training_episode_ends": recorder.ends,
-        **hopper.facts(start),
-        "constants": {
-            "offline_steps": hopper.OFFLINE_STEPS,
-            "online_steps": ONLINE_STEPS,
-            "warmup_steps": WARMUP_STEPS,
-            "eval_episodes": EVAL_EPISODES,
-            "dataset": hopper.DATASET,
-        },
+        **hopper.facts(started, model),
     }
     if settings is None:
         with atomic_write(RESULTS / f"{method}_seed{seed}.npz") as file:
@@ -166,9 +158,10 @@ def measures(run: dict[str, Any]) -> dict[str, Any]:
     """What is reported of one run; all but J0 counts evaluations after the warm-up only."""
     steps, returns = np.array(run["timesteps"]), np.array(run["returns"])
     # The policy is frozen in the warm-up: all evaluations up to its end measure the same policy
-    baseline = float(returns[steps <= WARMUP_STEPS].mean())
+    warmup = hopper.warmup_steps(run)
+    baseline = float(returns[steps <= warmup].mean())
     scale = abs(baseline - hopper.RANDOM_RETURN)
-    returns = returns[steps > WARMUP_STEPS]
+    returns = returns[steps > warmup]
     events_file = RESULTS / f"{run['method']}_seed{run['seed']}" / EVENTS_FILE
     events = read_events(events_file) if events_file.exists() else []
     alarms = [event for event in events if event["event"] == "alarm"]
@@ -184,7 +177,7 @@ def measures(run: dict[str, Any]) -> dict[str, Any]:
         "best": float(returns.max()),
         "end": float(returns[-LAST:].mean()),
         "rollbacks": sum(event["event"] == "rollback" for event in events) if events else None,
-        "first alarm": alarms[0]["timestep"] - WARMUP_STEPS if alarms else None,
+        "first alarm": alarms[0]["timestep"] - warmup if alarms else None,
     }
 
 

@@ -11,12 +11,9 @@ exists, so that an interrupted benchmark goes on where it stopped.
 import argparse
 import json
 import multiprocessing
-import platform
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +30,14 @@ from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.live import live_arguments, replay_facts
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "speed"))
+from machine import manifest  # noqa: E402  # as in the other benchmark
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402
 
 ENV = "Hopper-v5"
 DATASET = "bundled:hopper-medium"
@@ -56,7 +58,6 @@ METHODS: dict[str, tuple[type[OfflineTD3], dict[str, Any]]] = {
 }
 COLORS = {"TD3BC, kept": "tab:gray", "TD3": "tab:red", "TD3C, target": "tab:orange", "TD3C, best": "tab:blue"}
 
-HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "hopper"
 WEIGHTS = HERE / "weights"
 
@@ -105,7 +106,7 @@ class Measure(BaseCallback):
 
 def pretrain(seed: int) -> str:
     th.set_num_threads(1)
-    start = time.monotonic()
+    started = begin()
     model = TD3BC("MlpPolicy", ENV, dataset=DATASET, offline_steps=OFFLINE_STEPS, seed=seed, device="cpu")
     env = Monitor(gym.make(ENV))
     env.reset(seed=10_000 + seed)
@@ -114,13 +115,13 @@ def pretrain(seed: int) -> str:
         model.pretrain(10_000)
         returns[model.offline_steps_done] = float(evaluate_policy(model, env, EVAL_EPISODES)[0])
     model.save(pretrained_path(seed))
-    write_json(RESULTS / f"pretraining_seed{seed}.json", {"seed": seed, "returns": returns, **facts(start)})
+    write_json(RESULTS / f"pretraining_seed{seed}.json", {"seed": seed, "returns": returns, **facts(started, model)})
     return f"pretraining seed {seed}: {' '.join(f'{value:.0f}' for value in returns.values())}"
 
 
 def finetune(method: str, seed: int) -> str:
     th.set_num_threads(1)
-    start = time.monotonic()
+    started = begin()
     algorithm, settings = METHODS[method]
     noise = NormalActionNoise(np.zeros(3), 0.1 * np.ones(3))
     model = algorithm.load(
@@ -133,6 +134,7 @@ def finetune(method: str, seed: int) -> str:
         offline_fraction=0.5,
         **settings,
     )
+    check_pretrained(model, seed)
     eval_env = Monitor(gym.make(ENV))
     eval_env.reset(seed=20_000 + seed)
     measure = Measure(seed=30_000 + seed)
@@ -143,51 +145,51 @@ def finetune(method: str, seed: int) -> str:
         "method": method,
         "settings": settings,
         "seed": seed,
-        "dataset_fingerprint": model.dataset_fingerprint,
         "timesteps": measure.timesteps,
         "returns": returns,
         "episode_returns": measure.returns,
-        **facts(start),
+        **facts(started, model),
     }
     write_json(result_path(method, seed), content)
     return f"{method}, seed {seed}: {' '.join(f'{value:.0f}' for value in returns)}"
 
 
-def facts(start: float) -> dict[str, Any]:
-    packages = ("sb3-offline-ft", "stable-baselines3", "torch", "gymnasium", "mujoco", "minari", "numpy")
+def begin() -> dict[str, Any]:
+    """What a run comes from, before it; ends as part of :func:`facts`."""
+    return {"manifest": manifest("minari"), "clock": time.monotonic()}
+
+
+def facts(started: dict[str, Any], model: OfflineTD3) -> dict[str, Any]:
+    """
+    :param started: What :func:`begin` gave
+    :param model: The learner, after the run: what it has done is read off it, and not what the constants above say
+    """
     return {
-        "seconds": round(time.monotonic() - start, 1),
-        "versions": {name: _version(name) for name in packages},
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "command": " ".join(["python", *sys.argv]),
-        "git_commit": _commit(),
-        "constants": {
-            "offline_steps": OFFLINE_STEPS,
-            "online_steps": ONLINE_STEPS,
-            "warmup_steps": WARMUP_STEPS,
-            "eval_episodes": EVAL_EPISODES,
-            "dataset": DATASET,
+        "seconds": round(time.monotonic() - started["clock"], 1),
+        "manifest": started["manifest"],
+        "learner": {
+            "dataset": model.dataset,
+            "dataset_fingerprint": model.dataset_fingerprint,
+            "offline_steps": model.offline_steps_done,
+            "online_steps": model.num_timesteps,
+            "warmup_steps": model.first_warmup_end,
+            "updates": model._n_updates,
+            "arguments": live_arguments(model),
+            "replay_buffer": replay_facts(model),
         },
     }
 
 
-def _commit() -> str:
-    """The checkout's commit, marked if the working tree differs from it."""
-    process = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    return process.stdout.strip() or "not a git checkout"
+def check_pretrained(model: OfflineTD3, seed: int) -> None:
+    """Weights are kept between runs of this script, and may be those of other settings."""
+    found, expected = (model.offline_steps_done, model.dataset), (OFFLINE_STEPS, DATASET)
+    if found != expected:
+        raise ValueError(f"{pretrained_path(seed)} was pretrained with {found}, expected {expected}: remove the file.")
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except ModuleNotFoundError:
-        return "from source"
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def warmup_steps(run: dict[str, Any]) -> int:
+    """Of a result; older ones have the script's constants in place of what the learner says."""
+    return int((run.get("learner") or run["constants"])["warmup_steps"])
 
 
 def run_missing(seeds: list[int], workers: int) -> None:
@@ -215,9 +217,10 @@ def report() -> None:
     for run in sorted(runs, key=lambda run: (list(METHODS).index(run["method"]), run["seed"])):
         steps, returns = np.array(run["timesteps"]), np.array(run["returns"])
         # The policy is frozen in the warm-up: all evaluations up to its end measure the same policy
-        baseline = returns[steps <= WARMUP_STEPS].mean()
+        warmup = warmup_steps(run)
+        baseline = returns[steps <= warmup].mean()
         scale = abs(baseline - RANDOM_RETURN)
-        steps, returns = steps[steps >= WARMUP_STEPS], returns[steps >= WARMUP_STEPS]
+        steps, returns = steps[steps >= warmup], returns[steps >= warmup]
         rows.append(
             {
                 "method": run["method"],

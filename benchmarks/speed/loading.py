@@ -8,10 +8,8 @@ after one load to warm the file cache; the peak is the growth of the process's r
 pyarrow's pools take some 60 MB whatever the size of the data, which dominates the peak of the small Arrow and Parquet sets.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import manifest
 
 ROUNDS = 5
 
@@ -108,6 +107,7 @@ def write_hopper(data_format: str, copies: int) -> str:
 
 def main() -> None:
     """Measure the specs named on the command line, else the standard ones."""
+    facts = manifest("minari", "h5py", "pyarrow")
     with tempfile.TemporaryDirectory() as folder:
         specs = sys.argv[1:]
         if not specs:
@@ -116,14 +116,7 @@ def main() -> None:
             # Minari sums up the sizes of all files after each episode: ten copies in Arrow would take it half an hour.
             specs += [write_hopper("hdf5", 10), write_hopper("arrow", 1), write_hopper("parquet", 1)]
         results = {Path(spec).name if os.path.exists(spec) else spec: measure(spec) for spec in specs}
-    facts = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "python": platform.python_version(),
-        "minari": importlib.metadata.version("minari"),
-        "rounds": ROUNDS,
-        "load_average": os.getloadavg()[0],
-    }
-    print(json.dumps(facts | {"results": results}, indent=1))
+    print(json.dumps({"manifest": facts, "rounds": ROUNDS, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -53,19 +53,35 @@ def busy_seconds() -> float | None:
     return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
 
 
-def manifest() -> dict[str, Any]:
+def commit() -> str:
     """
+    :return: The checkout's commit, marked as dirty if code differs from it; results that a benchmark writes are no code
+    """
+    git = ["git", "-C", str(HERE)]
+    process = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", ":/*.py", ":/*.yml", ":/constraints.txt"], capture_output=True, text=True
+    )
+    if process.returncode != 0:
+        return "not a git checkout"
+    return process.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def manifest(*more_packages: str) -> dict[str, Any]:
+    """
+    What a result comes from, to be called before the work: code that is edited meanwhile is another one.
+
+    :param more_packages: Packages that matter besides those that always do
     :return: Machine, versions and command; the load average is the one of now
     """
     facts = _cpu_facts()
     present = set((facts.get("flags") or facts.get("Features") or "").split())
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more_packages):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "from source" if package == "sb3-offline-ft" else "not installed"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     return {
         "cpu": cpu_name(),
         "cpu_family_model": "/".join(facts.get(name, "?") for name in ("cpu family", "model", "stepping")),
@@ -75,7 +91,7 @@ def manifest() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": versions,
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
-        "git_commit": git.stdout.strip() or "not a git checkout",
+        "git_commit": commit(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "load_average_before": os.getloadavg()[0],
     }

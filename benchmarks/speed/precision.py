@@ -59,6 +59,7 @@ def run(variant: str, seed: int) -> dict[str, Any]:
     :return: Returns, offline and online
     """
     precision, shift = VARIANTS[variant]
+    facts = manifest("scipy")
     model = TD3C(
         "MlpPolicy",
         "Hopper-v5",
@@ -81,14 +82,18 @@ def run(variant: str, seed: int) -> dict[str, Any]:
     for index in range(ONLINE_STEPS // ONLINE_EVERY):
         model.learn(ONLINE_EVERY, reset_num_timesteps=index == 0)
         online.append(evaluate(model, environment))
-    return {"variant": variant, "seed": seed, "offline": offline, "online": online}
+    return {"variant": variant, "seed": seed, "offline": offline, "online": online, "manifest": facts}
 
 
 def load() -> list[dict[str, Any]]:
     """
-    :return: The runs so far
+    :return: The runs so far, each with the manifest that it was made with
     """
-    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []  # type: ignore[no-any-return]
+    if not RESULTS.exists():
+        return []
+    content = json.loads(RESULTS.read_text())
+    # Once there was one for all runs
+    return [{"manifest": content.get("manifest"), **entry} for entry in content["runs"]]
 
 
 def save(runs: list[dict[str, Any]]) -> None:
@@ -98,7 +103,7 @@ def save(runs: list[dict[str, Any]]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     temporary = RESULTS.with_suffix(".tmp")
     lines = ",\n".join(json.dumps(entry) for entry in runs)
-    temporary.write_text(f'{{"manifest": {json.dumps(manifest())}, "runs": [\n{lines}\n]}}\n')
+    temporary.write_text(f'{{"runs": [\n{lines}\n]}}\n')
     temporary.replace(RESULTS)
 
 

@@ -243,6 +243,17 @@ def _software(content: dict[str, Any]) -> list[str]:
     return [*lines, *([f"update kernels: {shown}"] if shown else [])]
 
 
+def _episodes(content: dict[str, Any]) -> list[str]:
+    """How long episodes were: their resets are part of the steps of `learn()`."""
+    lengths: dict[str, list[float]] = {}
+    for entry in content["measurements"]:
+        found = [value for value in entry["extra"].get("episode_length", []) if value is not None]
+        if found:
+            lengths.setdefault(f"{entry['group']}/{entry['candidate']}", []).extend(found)
+    shown = "; ".join(f"{name} {min(values):.0f} to {max(values):.0f}" for name, values in lengths.items())
+    return [f"mean steps of an episode, lowest to highest turn: {shown}"] if shown else []
+
+
 def facts(content: dict[str, Any]) -> list[str]:
     """
     :param content: What was measured
@@ -262,7 +273,7 @@ def facts(content: dict[str, Any]) -> list[str]:
     for threads, rates in limits(content).items():
         measured = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items())
         lines.append(f"limit with {threads} thread{'' if threads == '1' else 's'}: {measured}")
-    lines += contention(content)
+    lines += _episodes(content) + contention(content)
     if not content["complete"]:
         lines.append("**incomplete**: the run was interrupted")
     return lines
@@ -412,14 +423,14 @@ def fill_readme(results: Path = RESULTS, readme: Path = README) -> None:
         content = json.loads(path.read_text())
         parts.append(f"### What each technique gives, {content['manifest']['cpu']}\n")
         parts.append(ablation_markdown(content))
-    path = results / "precision.json"
-    if path.exists():
+    if (results / "precision.json").exists():
         # Not at the top, since it needs the package
-        from precision import report
+        from precision import load, report
 
-        content = json.loads(path.read_text())
-        parts.append(f"### Does bfloat16 learn as float32 does? {content['manifest']['cpu']}\n")
-        parts.append(f"{PRECISION}\n\n{report(content['runs'])}\n\n![Learning curves]({results.name}/precision.png)\n")
+        runs = load()
+        processors = ", ".join(sorted({run["manifest"]["cpu"] for run in runs}))
+        parts.append(f"### Does bfloat16 learn as float32 does? {processors}\n")
+        parts.append(f"{PRECISION}\n\n{report(runs)}\n\n![Learning curves]({results.name}/precision.png)\n")
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme} has no place for the results: put `{BEGIN}` and `{END}` on lines of their own.")

@@ -174,7 +174,7 @@ def sb3_train(shape: str) -> Session:
     model = TD3("MlpPolicy", vector_env(shape), buffer_size=ROWS, policy_kwargs=policy_kwargs, seed=0, device="cpu")
     silence(model)
     fill_vectors(model.replay_buffer, shape)
-    return Session(lambda steps: model.train(steps, BATCH_SIZE))
+    return Session(updating(model, lambda steps: model.train(steps, BATCH_SIZE)))
 
 
 def sbx_train(shape: str) -> Session:
@@ -257,6 +257,33 @@ def own_algorithm(name: str, keywords: Iterable[str] = ()) -> Any:
     return algorithm
 
 
+def check_updates(model: Any, before: int, expected: int) -> None:
+    """
+    :param model: A model
+    :param before: Its number of updates before
+    :param expected: How many more it should have now
+    :raises CannotMeasureError: It has others: who leaves updates out is fast
+    """
+    made = model._n_updates - before
+    if made != expected:
+        raise CannotMeasureError(f"{made} updates were made, expected {expected}")
+
+
+def updating(model: Any, advance: Callable[[int], object]) -> Callable[[int], None]:
+    """
+    :param model: A model
+    :param advance: Makes a number of its updates
+    :return: The same, which fails if these are others
+    """
+
+    def run(steps: int) -> None:
+        before = model._n_updates
+        advance(steps)
+        check_updates(model, before, steps)
+
+    return run
+
+
 def kernel_facts(model: Any) -> dict[str, Any]:
     """
     :param model: A model of this package
@@ -299,7 +326,7 @@ def pretrain(shape: str, algorithm: str, layer_norm: bool, **keywords: str) -> S
         **keywords,
     )
     model.pretrain(POLICY_DELAY)
-    return Session(lambda steps: model.pretrain(steps) and None, facts=kernel_facts(model))
+    return Session(updating(model, model.pretrain), facts=kernel_facts(model))
 
 
 def learn(
@@ -328,7 +355,7 @@ def learn(
     if algorithm == "TD3C" and dataset:
         settings["constraint_reference"] = "pretrained"
     make: Any = TD3 if algorithm == "TD3" else own_algorithm(algorithm)
-    # The same seed gives the same policy to all of them, hence episodes of similar length
+    # The same seed gives the same policy to all of them; the lengths of episodes, which part as they learn, are reported
     model = make(
         "MlpPolicy",
         Monitor(gym.make("Hopper-v5")),
@@ -350,6 +377,7 @@ def learn(
     def run(steps: int) -> dict[str, float]:
         updates = model._n_updates
         model.learn(steps, reset_num_timesteps=False)
+        check_updates(model, updates, steps * gradient_steps)
         lengths = [episode["l"] for episode in model.ep_info_buffer]
         return {"updates": model._n_updates - updates, "episode_length": float(np.mean(lengths)) if lengths else float(steps)}
 
@@ -396,7 +424,7 @@ def online_train(algorithm: str, network: str) -> Session:
     else:
         fill(model.replay_buffer, observations[:, None], next_observations[:, None], actions, rewards)
     model.train(POLICY_DELAY, batch_size)
-    return Session(lambda steps: model.train(steps, batch_size), facts=kernel_facts(model))
+    return Session(updating(model, lambda steps: model.train(steps, batch_size)), facts=kernel_facts(model))
 
 
 def _as_dicts(observations: Any) -> list[dict[str, Any]]:
@@ -499,7 +527,11 @@ def main() -> None:
         steps = json.loads(line)["steps"]
         gc.collect()
         start, cpu_start = time.perf_counter(), time.process_time()
-        extra = session.run(steps) or {}
+        try:
+            extra = session.run(steps) or {}
+        except CannotMeasureError as error:
+            answers.write(json.dumps({"not_measured": str(error)}) + "\n")
+            return
         seconds, cpu_end = time.perf_counter() - start, time.process_time()
         answer = {
             "steps": steps,

@@ -158,6 +158,11 @@ class Detector(ABC):
         return self._calibrated
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments it was made with, besides rate and horizon."""
+        return {name: value for name, value in self._arguments.items() if name not in ("false_alarm_rate", "horizon")}
+
+    @property
     def statistic(self) -> float:
         """The statistic; it grows towards an alarm, which there is as long as it is at least :attr:`threshold`."""
         return self._statistic

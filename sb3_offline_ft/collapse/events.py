@@ -23,6 +23,9 @@ WORD_FIELDS = frozenset(
     {"action", "algorithm", "detector", "event", "message", "name", "phase", "poisoned_data", "reason", "source"}
 )
 
+EPISODES = ("episode", "evaluation")
+"""Kinds of events that have a return: training episodes, and episodes of evaluations where these are watched."""
+
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 Event = dict[str, Any]
@@ -136,6 +139,20 @@ def read_events(path: Path) -> list[Event]:
     :raises ValueError: Another line is damaged
     """
     return _parse(path)[0]
+
+
+def monitored_words(events: Iterable[Event]) -> str:
+    """
+    Say how many episodes were compared with the baseline, which is not all that there were.
+
+    :param events: The events
+    :return: Such as ``"40 monitored episodes (of 50)"``
+    """
+    by_kind = {kind: [event for event in events if event["event"] == kind] for kind in EPISODES}
+    kind = "evaluation" if by_kind["evaluation"] else "episode"
+    n = sum(event.get("phase", "monitoring") == "monitoring" for event in by_kind[kind])
+    words = f"{n:,} monitored {'evaluation ' if kind == 'evaluation' else ''}episode{'' if n == 1 else 's'}"
+    return words if n == len(by_kind[kind]) else f"{words} (of {len(by_kind[kind]):,})"
 
 
 def encode_events(events: Iterable[Event]) -> bytes:

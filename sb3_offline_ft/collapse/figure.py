@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from sb3_offline_ft.collapse.events import Event
+from sb3_offline_ft.collapse.events import EPISODES, Event, monitored_words
 from sb3_offline_ft.common.io import atomic_write
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart
@@ -60,8 +60,8 @@ def draw_events(events: list[Event], path: Path | None = None) -> Figure:
     return figure
 
 
-def _of(events: list[Event], kind: str) -> list[Event]:
-    return [event for event in events if event["event"] == kind]
+def _of(events: list[Event], *kinds: str) -> list[Event]:
+    return [event for event in events if event["event"] in kinds]
 
 
 def _number(event: Event, name: str) -> float:
@@ -87,10 +87,10 @@ def _segments(events: list[Event]) -> Iterator[list[Event]]:
         kind = event["event"]
         if kind == "rollback":
             rollback_step = _step(event)
-        elif kind == "start" or (kind == "episode" and rollback_step is not None and _step(event) != rollback_step):
+        elif kind == "start" or (kind in EPISODES and rollback_step is not None and _step(event) != rollback_step):
             yield segment
             segment, rollback_step = [], None
-        if kind in ("episode", "alarm"):
+        if kind in (*EPISODES, "alarm"):
             segment.append(event)
     yield segment
 
@@ -110,8 +110,8 @@ def _draw_titles(events: list[Event], axes: Axes) -> None:
     starts = _of(events, "start")
     words = [str(starts[-1][name]) for name in ("algorithm", "detector") if starts and starts[-1].get(name)]
     axes.set_title(": ".join(["Collapse guard", ", ".join(words)]) if words else "Collapse guard", loc="left", fontsize=11)
-    counts = []
-    for kind in ("episode", "alarm", "rollback", "promotion"):
+    counts = [monitored_words(events)]
+    for kind in ("alarm", "rollback", "promotion"):
         n = len(_of(events, kind))
         counts.append(f"{n:,} {kind}{'' if n == 1 else 's'}")
     axes.set_title(", ".join(counts), loc="right", fontsize=9, color="0.35")
@@ -136,9 +136,9 @@ def _draw_baseline_phase(events: list[Event], panels: tuple[Axes, Axes]) -> None
     is_open, before = False, None
     for event in events:
         kind = event["event"]
-        if kind == "start" or (kind == "episode" and _phase(event) in ("monitoring", "unwatched")):
+        if kind == "start" or (kind in EPISODES and _phase(event) in ("monitoring", "unwatched")):
             is_open, before = False, _step(event)
-        elif kind == "episode" and _phase(event) == "baseline":
+        elif kind in EPISODES and _phase(event) == "baseline":
             if not is_open:
                 spans.append([_step(event) if before is None else before, _step(event)])
             spans[-1][1] = max(spans[-1][1], _step(event))
@@ -149,9 +149,10 @@ def _draw_baseline_phase(events: list[Event], panels: tuple[Axes, Axes]) -> None
 
 
 def _draw_returns(events: list[Event], axes: Axes) -> None:
-    episodes = [event for event in _of(events, "episode") if math.isfinite(_number(event, "return"))]
+    found = _of(events, *EPISODES)
+    episodes = [event for event in found if math.isfinite(_number(event, "return"))]
     if not episodes:
-        text = "no episodes yet" if not _of(events, "episode") else "no episode has a finite return"
+        text = "no episodes yet" if not found else "no episode has a finite return"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4", fontsize=13)
         axes.set_yticks([])
         return
@@ -183,7 +184,7 @@ def _draw_median(events: list[Event], axes: Axes, window: int) -> None:
         rows = [
             (_step(event), _number(event, "return"))
             for event in segment
-            if event["event"] == "episode" and _phase(event) != "ignored" and math.isfinite(_number(event, "return"))
+            if event["event"] in EPISODES and _phase(event) != "ignored" and math.isfinite(_number(event, "return"))
         ]
         if len(rows) > 1:
             x, y = np.array(rows).T
@@ -237,7 +238,7 @@ def _draw_ratio(events: list[Event], axes: Axes) -> None:
                 axes.plot(x[beyond], shown[beyond], "D", color="0.25", markersize=4, zorder=4, label=label, gid="beyond")
     if not any(line.get_gid() == "statistic" for line in axes.lines):
         text = "no statistic yet" if _of(events, "baseline") else "no statistic: the detector has no baseline yet"
-        if any(_phase(event) == "unwatched" for event in _of(events, "episode")):
+        if any(_phase(event) == "unwatched" for event in _of(events, *EPISODES)):
             text = "no statistic: the returns were not watched"
         axes.text(0.5, 0.4, text, transform=axes.transAxes, ha="center", va="center", color="0.4")
         axes.set(ylim=(0, 1.25), yticks=[0, 1])

@@ -255,8 +255,15 @@ class CollapseGuard(BaseCallback):
 
     def _init_callback(self) -> None:
         # Before the pretraining that `learn` may begin with
-        if self._poisoned_weight != 1 and isinstance(self.model, OffPolicyAlgorithm):
+        if not isinstance(self.model, OffPolicyAlgorithm):
+            return
+        if self._poisoned_weight != 1:
             check_can_thin_out(cast(Any, self.model.replay_buffer))
+        for name in sorted(self.secondary_alarms.keys() - set(SignalMonitor(self.model).names)):
+            raise ValueError(
+                f"`secondary_alarms` has a limit for `{name}`, which {type(self.model).__name__} does not have with the "
+                f"action space {self.model.action_space}: leave it out."
+            )
 
     def _on_training_start(self) -> None:
         model = self.model
@@ -421,6 +428,10 @@ class CollapseGuard(BaseCallback):
             "remedies": [remedy.name for remedy in self._active_remedies],
             "poisoned_data": self.poisoned_data,
             "secondary_alarms": self.secondary_alarms,
+            "signal_freq": self.signal_freq,
+            "update_reference": self.update_reference,
+            "save_snapshots": self.save_snapshots,
+            **{f"detector_{name}": value for name, value in self._prototype.settings.items()},
         }
 
     def _find_folder(self) -> Path | None:
@@ -579,15 +590,18 @@ class CollapseGuard(BaseCallback):
         alarm = None
         for number, evaluation in enumerate(self._evaluations):
             for returns in evaluation.evaluations_results[self._seen_evaluations[number] :]:
-                for value in np.ravel(returns):
-                    if not math.isfinite(value):
+                for value in np.ravel(returns).tolist():
+                    phase = self._phase if self._phase in ("baseline", "monitoring") else "unwatched"
+                    if alarm is not None or not math.isfinite(value):
+                        phase = "ignored"
                         message = "An evaluation had a non-finite return."
                         alarm = alarm or Alarm("non-finite evaluation", math.inf, 0.0, self._episodes, message)
-                        continue
-                    if self._phase == "baseline":
-                        self._reference.append(float(value))
-                    elif self._phase == "monitoring":
-                        alarm = alarm or self._judge(float(value), float(value))
+                    elif phase == "baseline":
+                        self._reference.append(value)
+                    elif phase == "monitoring":
+                        alarm = self._judge(value, value)
+                    statistic, threshold = self._statistic(), self._threshold()
+                    self._event("evaluation", **{"return": value}, statistic=statistic, threshold=threshold, phase=phase)
             self._seen_evaluations[number] = len(evaluation.evaluations_results)
         return alarm
 
@@ -614,6 +628,7 @@ class CollapseGuard(BaseCallback):
         if self._phase not in ("monitoring", "unwatched"):
             return None
         for name, limit in self.secondary_alarms.items():
+            # A slope is there after two measurements
             value = signals.get(name, -math.inf)
             if not value <= limit:
                 return Alarm(

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sb3_offline_ft.collapse.events import EVENTS_FILE, Event, read_events
+from sb3_offline_ft.collapse.events import EPISODES, EVENTS_FILE, Event, monitored_words, read_events
 
-FREQUENT = ("episode", "signal", "candidate")
+FREQUENT = (*EPISODES, "signal", "candidate")
 COMMON_FIELDS = ("event", "timestep", "episode", "n_updates", "time")
 ESCALATIONS = {"freeze": "froze the policy", "stop": "stopped the training", "continue": "let the training go on"}
 
@@ -55,15 +55,17 @@ def verdict(events: list[Event]) -> str:
     """
     episodes, alarms, rollbacks = (_of(events, kind) for kind in ("episode", "alarm", "rollback"))
     if alarms or rollbacks:
-        facts = [f"{_count(alarms, 'alarm')}, {_count(rollbacks, 'rollback')} in {_count(episodes, 'episode')}"]
+        facts = [f"{_count(alarms, 'alarm')}, {_count(rollbacks, 'rollback')} in {monitored_words(events)}"]
     elif episodes:
-        facts = [f"No alarm in {_count(episodes, 'episode')}"]
+        facts = [f"No alarm in {monitored_words(events)}"]
     else:
         facts = ["No episodes yet"]
     if rollbacks:
         facts.append(f"last rollback to step {_number(rollbacks[-1].get('to_timestep'))}")
     if episodes and not _of(events, "baseline"):
         facts.append("the returns were not watched, for there was no baseline")
+    elif unwatched := [event for event in episodes if event.get("phase") == "unwatched"]:
+        facts.append(f"not watched: {_count(unwatched, 'episode')}")
     for event in _of(events, "escalation")[-1:]:
         facts.append(f"at step {_number(event.get('timestep'))} the guard {_escalation(event)}")
     kinds = [event["event"] for event in events]
@@ -172,7 +174,8 @@ def _start(event: Event) -> str:
 
 
 def _episode(event: Event) -> str:
-    return _join(f"return {_number(event['return'])} in {_number(event['length'])} steps", event["phase"], _level(event))
+    length = f" in {_number(event['length'])} steps" if "length" in event else ""
+    return _join(f"return {_number(event['return'])}{length}", event["phase"], _level(event))
 
 
 def _baseline(event: Event) -> str:
@@ -211,7 +214,7 @@ def _end(event: Event) -> str:
 
 _WORDS: dict[str, Callable[[Event], str]] = {
     "start": _start,
-    "episode": _episode,
+    **dict.fromkeys(EPISODES, _episode),
     "baseline": _baseline,
     "promotion": _promotion,
     "ratchet": lambda event: f"baseline raised from {_number(event['old_mean'])} to {_number(event['new_mean'])}",

@@ -150,6 +150,12 @@ class SignalMonitor:
         self.n_asked = 0
         self.n_measured = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The signals that there are for this learner."""
+        continuous = isinstance(self._model.action_space, spaces.Box)
+        return tuple(name for name in self.NAMES if continuous or name != "action_saturation")
+
     def reset(self) -> None:
         """Forget the measurements of the past, such as after a rollback."""
         self._log_q.clear()
@@ -186,7 +192,7 @@ class SignalMonitor:
             signals["td_error"] = self._td_error(buffer, rows, columns, observations)
             if policy_state is not None:
                 signals["policy_shift"] = policy_distance(actions, greedy_actions(model, observations, policy_state))
-            if isinstance(model.action_space, spaces.Box):
+            if "action_saturation" in self.names:
                 signals["action_saturation"] = float((actions.abs() > SATURATED).double().mean())
         finally:
             model.policy.set_training_mode(training)

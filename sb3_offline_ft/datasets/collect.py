@@ -270,7 +270,7 @@ def collect_dataset(
         scores = None if spec is None else reference_scores_for(spec.id)
         described = {
             "algorithm_name": loaded.name,
-            "description": _description(env_id, loaded, behaviour, seed, command),
+            "description": _description(env_id, loaded, behaviour, n_steps, seed, command),
             "requirements": _requirements(recorder.env),
             **({} if scores is None else {"ref_min_score": scores.random, "ref_max_score": scores.expert}),
             **{key: value for key, value in (facts or {}).items() if value is not None},
@@ -576,7 +576,7 @@ def _algorithm_of(file: Path, known: dict[str, Any]) -> str:
     raise ValueError(f"{str(file)!r} does not say which algorithm saved it: name it with --algo, one of {', '.join(known)}.")
 
 
-def _description(env_id: str, agent: _Agent, behaviour: Behaviour, seed: int, command: str | None) -> str:
+def _description(env_id: str, agent: _Agent, behaviour: Behaviour, n_steps: int | None, seed: int, command: str | None) -> str:
     if agent.file is None:
         who = "a uniformly random policy"
     else:
@@ -589,7 +589,8 @@ def _description(env_id: str, agent: _Agent, behaviour: Behaviour, seed: int, co
             installed.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return f"{env_id} driven by {who}; whole episodes, seed {seed}.{how} Versions: {', '.join(installed)}."
+    cut = "" if n_steps is None else f", but the last one may be cut once there are {n_steps} steps"
+    return f"{env_id} driven by {who}; whole episodes{cut}, seed {seed}.{how} Versions: {', '.join(installed)}."
 
 
 def _requirements(env: gym.Env[Any, Any]) -> list[str]:

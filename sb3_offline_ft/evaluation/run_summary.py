@@ -35,7 +35,7 @@ class RunSummary:
     :param returns: Undiscounted return of each evaluation episode, shape ``(evaluations, episodes)``
     :param training_timesteps: Environment steps at the end of each training episode
     :param training_returns: Undiscounted return of each training episode
-    :param dataset: The data, None if the run had none or it cannot be read any more
+    :param dataset: The data, None if the run had none, or if it cannot be read any more or is another one now
     """
 
     folder: Path
@@ -84,11 +84,19 @@ class RunSummary:
     @property
     def dip_depth(self) -> float | None:
         """``(J0 - lowest J) / |J0 - J_random|``: 0 is no dip, 1 is as bad as a random policy; None if that is not known."""
-        if self.random_return is None or self.finetuning_returns.size == 0 or not self.was_pretrained:
-            return None
-        if self.initial_return == self.random_return:
+        if self._no_dip_since is not None or self.random_return is None:
             return None
         return float((self.initial_return - self.finetuning_returns.min()) / abs(self.initial_return - self.random_return))
+
+    @property
+    def _no_dip_since(self) -> str | None:
+        if not self.was_pretrained:
+            return "the pretrained policy was not evaluated" if self.offline_steps > 0 else "nothing was pretrained"
+        if self.finetuning_returns.size == 0:
+            return "there is no evaluation after the warm-up"
+        if self.random_return is None:
+            return "the mean return of a random policy is not known"
+        return "the pretrained policy is as good as a random one" if self.initial_return == self.random_return else None
 
     def table(self) -> Table:
         """
@@ -103,13 +111,15 @@ class RunSummary:
             table.add_row("mean return of the data", f"{self.dataset.episode_returns.mean():.1f}")
         n_episodes = int(self.is_frozen.sum()) * self.returns.shape[1]
         level = f"{self.initial_return:.1f}  ({self.offline_steps:,} steps, {n_episodes} episodes)"
-        table.add_row("J after pretraining", level if self.was_pretrained else "not pretrained")
+        if not self.was_pretrained:
+            level = f"not evaluated  ({self.offline_steps:,} steps)" if self.offline_steps > 0 else "not pretrained"
+        table.add_row("J after pretraining", level)
         finetuning, steps = self.finetuning_returns, self.timesteps[~self.is_frozen]
         if finetuning.size:
             for name, index in (("lowest", finetuning.argmin()), ("best", finetuning.argmax()), ("last", -1)):
                 table.add_row(f"{name} J while finetuning", f"{finetuning[index]:.1f}  (after {steps[index]:,} interactions)")
-        if self.dip_depth is not None:
-            table.add_row("dip depth", f"{max(0.0, self.dip_depth):.2f}  (0: none, 1: down to a random policy)")
+        known = "" if self.dip_depth is None else f"{max(0.0, self.dip_depth):.2f}  (0: none, 1: down to a random policy)"
+        table.add_row("dip depth", known or f"not known: {self._no_dip_since}")
         best_model = self.folder / "best_model.zip"
         table.add_row("model", str(self.model_file))
         if best_model.exists():
@@ -184,7 +194,7 @@ def summarize_run(folder: Path, trust_pickle: bool = False) -> RunSummary:
         returns=returns,
         training_timesteps=training_timesteps,
         training_returns=training_returns,
-        dataset=_dataset(facts.get("dataset"), trust_pickle),
+        dataset=_dataset(facts.get("dataset"), facts.get("dataset_fingerprint"), trust_pickle),
     )
 
 
@@ -236,14 +246,22 @@ def _evaluations(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floa
     return timesteps.astype(np.int64), returns.astype(np.float64)
 
 
-def _dataset(spec: Any, trust_pickle: bool) -> OfflineDataset | None:
+def _dataset(spec: Any, fingerprint: Any, trust_pickle: bool) -> OfflineDataset | None:
     if not isinstance(spec, str):
         return None
     try:
-        return load_dataset(without_trust(spec), download=False, trust_pickle=trust_pickle)
+        dataset = load_dataset(without_trust(spec), download=False, trust_pickle=trust_pickle)
     except (OSError, ValueError) as error:
         warnings.warn(f"The dataset of the run cannot be read any more: {error}", stacklevel=3)
         return None
+    if fingerprint not in (None, dataset.fingerprint):
+        warnings.warn(
+            f"The dataset {spec!r} is not what the run had: expected the fingerprint {str(fingerprint)[:12]}, found "
+            f"{dataset.fingerprint[:12]}. It is left out of the summary; pass the run's data under its name to have it there.",
+            stacklevel=3,
+        )
+        return None
+    return dataset
 
 
 def _training_episodes(folder: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

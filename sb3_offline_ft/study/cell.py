@@ -189,8 +189,9 @@ class _Run:
                 self._make_env(self.cell.seed), eval_freq=plan.every, n_eval_episodes=plan.episodes, verbose=0, warn=False
             )
             callbacks.append(self.learner_evaluation)
-        if self.method.guard is not None:
-            self.guard = CollapseGuard(**{"verbose": 0, **(self.protocol.guard_arguments(self.method) or {})})
+        guard = self.protocol.guard_arguments(self.method)
+        if guard is not None:
+            self.guard = CollapseGuard(**{"verbose": 0, **guard})
             callbacks.append(self.guard)
         return callbacks
 

@@ -112,6 +112,8 @@ def check_collapse_guard(algorithm: Algorithm, **settings: Any) -> None:
         runs.append(state(model))
     assert guard.alarms == 0, f"{guard.alarms} alarms without a collapse"
     assert any(event["event"] == "baseline" for event in guard.events), "the guard has no baseline from the warm-up"
+    n_signals = sum(event["event"] == "signal" for event in guard.events)
+    assert n_signals >= 2, f"{n_signals} measurements of signals in 300 steps, expected some every 50"
     assert_same(runs[1], runs[0], "a run under guard is the same as without")
     model = make(algorithm, settings, **common)
     guard = CollapseGuard(baseline=np.linspace(99.0, 101.0, 20), tolerance=0.0, max_rollbacks=1, after_max_rollbacks="stop",

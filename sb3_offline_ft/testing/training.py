@@ -12,7 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_offline_ft.common.update import Batch
+from sb3_offline_ft.common.update import AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.testing.clause import clause
 from sb3_offline_ft.testing.learners import (
@@ -345,9 +345,18 @@ def check_kernels_agree(algorithm: Algorithm, **settings: Any) -> None:
         start = state(model)
         model.pretrain(6)
         finals.append(state(model))
+        try:
+            FastKernel.check(model.policy)
+            expected: type[UpdateKernel] = AutogradKernel if kernel == "autograd" else FastKernel
+        except NotSupportedError:
+            expected = AutogradKernel
+        assert isinstance(model._kernel, expected), (
+            f"kernel={kernel!r}: updates by {type(model._kernel).__name__}, expected {expected.__name__}"
+        )
     names = [name for name, value in finals[0].items() if value.is_floating_point()]
     moved = sum(float((finals[0][name] - start[name]).square().sum()) for name in names) ** 0.5
     apart = sum(float((finals[0][name] - finals[1][name]).square().sum()) for name in names) ** 0.5
+    assert moved > 0, "6 gradient steps change nothing"
     assert apart <= 0.02 * moved, f"after 6 gradient steps of length {moved:.2g} the kernels are {apart:.2g} apart"
 
 

@@ -155,8 +155,15 @@ class ObservedTrial:
         """
         :param value: Mean return of an evaluation
         :return: The trial's value if it was the last one: the dip so far, times its weight, is taken off
+        :raises RuntimeError: There is a weight, and no evaluation that the dip is measured from
         """
         initial = self._initial_return
+        if self._dip_penalty > 0 and initial is None:
+            # No ValueError, which rl_zoo3 takes for bad luck of a trial
+            raise RuntimeError(
+                f"`{TUNING_PREFIX}{DIP_PENALTY}` is {self._dip_penalty:g}, and there was no evaluation of the pretrained "
+                "policy, before the first interaction or in the warm-up, that the dip could be measured from."
+            )
         dip = 0.0 if initial is None or self._lowest is None else max(0.0, initial - self._lowest)
         return value - self._dip_penalty * dip
 
@@ -222,7 +229,7 @@ def run_trial(
     :param seed: The study's seed
     :param dip_penalty: Weight of the dip below the pretrained policy's return in the trial's value
     :return: Mean return of the last evaluation; less the dip, times its weight
-    :raises ValueError: There is no pretrained policy to dip below
+    :raises ValueError: There is no pretrained policy to dip below, or nothing after its warm-up
     """
     eval_freq = max(int(manager.n_timesteps / manager.n_evaluations) // manager.n_envs, 1) * manager.n_envs
     trial_seed = derive_seed(derive_seed(seed, TRIALS_STREAM), trial.number)
@@ -253,7 +260,13 @@ def run_trial(
     set_random_seed(trial_seed)
     frozen_steps = -1
     if pretrained is not None:
-        frozen_steps = pretraining.argument("warmup_steps", run._hyperparams | sampled) // eval_freq
+        warmup_steps = pretraining.argument("warmup_steps", run._hyperparams | sampled)
+        frozen_steps = warmup_steps // eval_freq
+        if dip_penalty > 0 and frozen_steps >= manager.n_timesteps // eval_freq:
+            raise ValueError(
+                f"`{TUNING_PREFIX}{DIP_PENALTY}` is {dip_penalty:g}, `warmup_steps` are {warmup_steps:,} of "
+                f"{manager.n_timesteps:,} interactions, and there is no evaluation after them, every {eval_freq:,}: use fewer."
+            )
     scores = None if dataset is None else dataset.reference_scores
     observed = ObservedTrial(trial, frozen_steps, None if scores is None else scores.random, dip_penalty)
     return observed.penalized(objective(run, observed))
