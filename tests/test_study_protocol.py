@@ -288,7 +288,10 @@ def test_defaults_are_those_of_the_methods_own_algorithm(monkeypatch: pytest.Mon
     ]
     monkeypatch.setattr(TD3C.__init__, "__defaults__", tuple(defaults))
     # The preset would say it
-    study = edited(presets={"td3c": {}, "td3bc": {}}, methods={"td3": {"algorithm": "td3"}, "td3c": {"algorithm": "td3c"}})
+    study = edited(
+        presets={name: {"offline_steps": 10} for name in ("td3c", "td3bc")},
+        methods={"td3": {"algorithm": "td3"}, "td3c": {"algorithm": "td3c"}},
+    )
     with pytest.raises(ValueError, match=r"methods\.td3c.* has 7,000 warm-up steps"):
         parse(study)
     longer = parse(study | {"interactions": 9_000})
