@@ -282,13 +282,12 @@ def test_who_learns_from_evaluations() -> None:
 
 
 def test_defaults_are_those_of_the_methods_own_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = list(inspect.signature(TD3C.__init__).parameters.values())
-    defaults = [
-        each.default if each.name != "warmup_steps" else 7_000 for each in parameters if each.default is not each.empty
-    ]
-    monkeypatch.setattr(TD3C.__init__, "__defaults__", tuple(defaults))
+    monkeypatch.setitem(TD3C.__init__.__kwdefaults__, "warmup_steps", 7_000)
     # The preset would say it
-    study = edited(presets={"td3c": {}, "td3bc": {}}, methods={"td3": {"algorithm": "td3"}, "td3c": {"algorithm": "td3c"}})
+    study = edited(
+        presets={name: {"offline_steps": 10} for name in ("td3c", "td3bc")},
+        methods={"td3": {"algorithm": "td3"}, "td3c": {"algorithm": "td3c"}},
+    )
     with pytest.raises(ValueError, match=r"methods\.td3c.* has 7,000 warm-up steps"):
         parse(study)
     longer = parse(study | {"interactions": 9_000})

@@ -439,11 +439,12 @@ class TestShortcomings:
         assert rows["medium/td3c-guard/seed0"] == ["0 of 60", "0", "0", "0", "0", "1", "\N{EN DASH}"]
         assert rows["medium/td3c-guard/seed1"][0] == "50 of 60"
 
+    @pytest.mark.filterwarnings("ignore:.*The cell counts as not run")
     def test_damaged_runs_are_not_called_those_of_other_settings(self, tmp_path: Path) -> None:
         protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
         write_runs(protocol)
         (damaged,) = protocol.folder.glob("runs/medium/td3/seed1-*")
-        (damaged / "evaluations.npz").write_bytes(b"")
+        (damaged / "evaluations.npz").write_bytes(b"damaged")
         write_report(protocol.folder, formats=("html",))
         text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
         assert "of 3 runs 1 run has not finished (1 with damaged files)." in text
@@ -454,11 +455,12 @@ class TestShortcomings:
         text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
         assert "(1 with damaged files)" in text and "other settings" not in text
 
+    @pytest.mark.filterwarnings("ignore:.*The cell counts as not run")
     def test_only_damaged_runs_are_an_error_that_says_so(self, tmp_path: Path) -> None:
         protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
         write_runs(protocol, protocol.cells()[:1])
         (damaged,) = protocol.folder.glob("runs/medium/td3/seed0-*")
-        (damaged / "evaluations.npz").write_bytes(b"")
+        (damaged / "evaluations.npz").write_bytes(b"damaged")
         with pytest.raises(ValueError, match=r"\(3 runs not finished, 1 of them with damaged files, 0 failed\)"):
             write_report(protocol.folder)
 
