@@ -44,9 +44,7 @@ def test_speed() -> None:
     rows = [row for row in result["summary"] if row["group"] == "offline/hopper"]
     ratios = {(row["candidate"], row["threads"]): f"{row['times SB3']['median']:.1f}" for row in rows}
     shown = [ratios[name, threads] for name in ("td3bc-nonorm", "td3bc") for threads in (1, 2)]
-    said = (
-        "updates are {} times as fast as SB3's with one thread and {} times with two, for networks like SB3's; {} and {} times"
-    )
+    said = "are {} times as fast as SB3's with one thread and {} times with two, for networks like SB3's; {} and {} times"
     assert said.format(*shown) in text("README.md")
 
 

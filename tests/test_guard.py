@@ -327,7 +327,8 @@ def test_limits_of_signals_that_a_learner_does_not_have_are_refused_at_the_start
 def test_all_settings_are_told_at_the_start() -> None:
     chosen: dict[str, Any] = {"signal_freq": 70, "update_reference": True, "tolerance": 0.2, "keep_snapshots": 2}
     guard = CollapseGuard(detector={"cusum": {"drift": 0.25}}, baseline=BASELINE, verbose=0, **chosen)
-    make(TD3).learn(30, callback=guard)
+    with pytest.warns(UserWarning, match="moves nothing, since TD3 has no reference policy"):
+        make(TD3).learn(30, callback=guard)
     (start,) = of(guard, "start")
     told = start["settings"]
     assert chosen.items() <= told.items() and told["detector_drift"] == 0.25 and told["detector_clip"] is None
