@@ -286,8 +286,8 @@ class TestCollect:
             "  policy_kwargs: \"dict(net_arch=[8])\"\n  normalize: true\n"
         )  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-        command = ["-m", "rl_zoo3.train", "--algo", "sac", "--env", "Pendulum-v1", "-conf", "sac.yml", "--eval-freq", "-1",
-                   "--device", "cpu", "--verbose", "0"]  # fmt: skip
+        command = ["-m", "rl_zoo3.train", "--algo", "sac", "--env", "Pendulum-v1", "-conf", "sac.yml",
+                   "--eval-freq", "-1", "--seed", "0", "--device", "cpu", "--verbose", "0"]  # fmt: skip
         subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, check=True, timeout=120)
         process = run(
             tmp_path,
