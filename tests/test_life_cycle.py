@@ -259,7 +259,8 @@ class WarmUpAgain(Record):
 def test_a_later_warm_up_is_not_taken_for_the_first(tmp_path):
     noise = NormalActionNoise(np.zeros(1), 0.5 * np.ones(1))
     model = make(offline_steps=10, warmup_steps=20, action_noise=noise)
-    record = WarmUpAgain({40: 20})
+    # The last one is over before the one that is under way
+    record = WarmUpAgain({40: 20, 45: 2})
     model.learn(50, callback=record)
     assert model.first_warmup_end == 20
     model.save(tmp_path / "model")
@@ -313,6 +314,15 @@ def test_a_buffer_that_cannot_hold_the_run_is_said_once(n_envs, settings, expect
     else:
         assert len(told) == 1 and re.search(expected, told[0]), told
         assert printed == 0
+
+
+def test_a_buffer_too_small_for_a_run_in_pieces_is_said_once():
+    model = make(offline_steps=2, buffer_size=10)
+    model.learn(40, log_interval=None)
+    with pytest.warns(UserWarning, match=r"holds the last 10 transitions, and the run has 120 steps") as caught:
+        for _ in range(4):
+            model.learn(40, log_interval=None, reset_num_timesteps=False)
+    assert len(caught) == 1
 
 
 def test_a_batch_that_grows_beyond_the_buffer_is_said_once():

@@ -82,6 +82,54 @@ def test_a_default_of_another_algorithm_is_not_taken_over(tmp_path, saved, given
     assert TD3BC.load(tmp_path / "again").policy_averaging == (0.0 if expected == 0.99 else expected)
 
 
+class MineOfTD3C(TD3C):
+    """An algorithm as the documentation recommends it, which names its own arguments only."""
+
+    def __init__(self, *args, mine=1, **kwargs):
+        self.mine = mine
+        super().__init__(*args, **kwargs)
+
+
+class OtherDefaults(TD3BC):
+    def __init__(self, policy, env, *args, gamma=0.9, buffer_size=500, offline_fraction=0.25, n_steps=3, **kwargs):
+        own = {"gamma": gamma, "buffer_size": buffer_size, "offline_fraction": offline_fraction, "n_steps": n_steps}
+        super().__init__(policy, env, *args, **own, **kwargs)
+
+
+def test_defaults_of_an_algorithm_that_passes_keywords_on_are_known(tmp_path):
+    trained(TD3C).save(tmp_path / "td3c")
+    trained(TD3BC).save(tmp_path / "td3bc")
+    assert MineOfTD3C.load(tmp_path / "td3c").policy_averaging == 0.99
+    with pytest.warns(UserWarning, match="the Lagrange multiplier starts at its initial value"):
+        mine = MineOfTD3C.load(tmp_path / "td3bc")
+    assert mine.policy_averaging == 0.99
+    mine.save(tmp_path / "mine")
+    assert TD3BC.load(tmp_path / "mine").policy_averaging == 0.0
+    with pytest.warns(UserWarning, match="the Lagrange multiplier starts at its initial value"):
+        loaded = TD3C.load(tmp_path / "td3bc", custom_objects={"policy_averaging": 0.25})
+    assert loaded.policy_averaging == 0.25
+
+
+def test_own_defaults_are_what_the_loaded_learner_is_made_with(tmp_path):
+    trained(TD3BC).save(tmp_path / "model")
+    loaded = OtherDefaults.load(tmp_path / "model", env=gym.make(ENV))
+    buffer = loaded.replay_buffer
+    assert (loaded.gamma, loaded.buffer_size, loaded.offline_fraction, loaded.n_steps) == (0.9, 500, 0.25, 3)
+    assert (buffer.gamma, buffer.buffer_size, buffer.offline_fraction, buffer.n_steps) == (0.9, 500, 0.25, 3)
+    stream = io.BytesIO((tmp_path / "model.zip").read_bytes())
+    assert OtherDefaults.load(stream).buffer_size == 500
+    assert TD3BC.load(tmp_path / "model").buffer_size == 1_000_000
+
+
+def test_an_average_that_there_is_goes_on_in_another_algorithm(tmp_path):
+    trained(TD3C).save(tmp_path / "middle")
+    loaded = TD3BC.load(tmp_path / "middle", env=gym.make(ENV))
+    assert loaded.policy_averaging == 0.99
+    loaded.learn(20, reset_num_timesteps=False)
+    learned = loaded._learned_weights.values
+    assert any(not th.equal(value, learned[name]) for name, value in loaded.actor.named_parameters())
+
+
 def test_td3c_takes_up_multiplier_and_reference(tmp_path):
     model = trained(TD3C, epsilon=1e-6, multiplier_learning_rate=0.1)
     model.save(tmp_path / "model")

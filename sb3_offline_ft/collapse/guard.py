@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import HumanOutputFormat
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse.detectors import Alarm, Detector, make_detector
-from sb3_offline_ft.collapse.events import EVENTS_FILE, EventLog
+from sb3_offline_ft.collapse.events import EPISODES, EVENTS_FILE, EventLog
 from sb3_offline_ft.collapse.figure import draw_events
 from sb3_offline_ft.collapse.monitor import EpisodeMonitor
 from sb3_offline_ft.collapse.remedies import PolicyBrake, Remedy, make_remedies
@@ -1032,10 +1032,14 @@ class CollapseGuard(BaseCallback):
         # What the user does with the learner between two runs is not to be held back
         self._the_brake.remove()
         signals = self._signals
-        if signals.n_measured == 0 and (signals.n_asked > 0 or self.secondary_alarms):
+        if signals.n_measured == 0 and self.signal_freq > 0:
             message = f"No signal was measured, {signals.n_asked} times for want of rows in the replay buffer."
             if signals.n_asked == 0:
                 message = f"No signal was measured: `signal_freq={self.signal_freq}` is longer than the run."
+            self._event("warning", message=message)
+            self._say(message)
+        if all(event.get("phase", "monitoring") != "monitoring" for event in self.events if event["event"] in EPISODES):
+            message = "No episode was compared with a baseline: the run ended before one, or there is no baseline."
             self._event("warning", message=message)
             self._say(message)
         counts = {"rollbacks": self.rollbacks, "alarms": self.alarms, "promotions": self.promotions}

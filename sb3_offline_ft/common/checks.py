@@ -45,21 +45,23 @@ def number_pair(value: Any, name: str) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def constructor_arguments(cls: type) -> set[str]:
+def constructor_arguments(cls: type) -> dict[str, Any]:
     """
     :param cls: A class
-    :return: Names of all arguments that its constructor takes, those that it passes on to its bases' included
+    :return: All arguments that its constructor takes, those that it passes on to its bases' included, by name with their
+        defaults; ``inspect.Parameter.empty`` is for none
     """
-    names: set[str] = set()
+    arguments: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        names |= {parameter.name for parameter in parameters if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)}
+        named = {one.name: one.default for one in parameters if one.kind not in (VAR_POSITIONAL, VAR_KEYWORD)}
+        arguments = named | arguments
         # A constructor that takes any keyword passes them on to the next one
         if not any(parameter.kind is VAR_KEYWORD for parameter in parameters):
             break
-    return names
+    return {name: default for name, default in arguments.items() if name != "self"}
 
 
 def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: Iterable[str] = ()) -> None:
@@ -72,7 +74,7 @@ def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: 
     :param excluded: Arguments of the constructor that are not allowed here
     :raises TypeError: One is not
     """
-    known = constructor_arguments(cls) - {"self", *excluded}
+    known = constructor_arguments(cls).keys() - set(excluded)
     for name in keywords:
         if name in known:
             continue

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sb3_offline_ft.common.checks import constructor_arguments
 
 ATTRIBUTES = {"stats_window_size": "_stats_window_size"}
 """Attributes that are not called as the argument is."""
-_ELSEWHERE = frozenset({"self", "env", "policy", "policy_kwargs", "dataset", "_init_setup_model"})
+_ELSEWHERE = frozenset({"env", "policy", "policy_kwargs", "dataset", "_init_setup_model"})
 _NOT_NETWORKS = frozenset({"observation_space", "action_space", "lr_schedule"})
 
 
@@ -25,14 +26,16 @@ def live_arguments(model: BaseAlgorithm) -> dict[str, Any]:
 
     :param model: The learner
     :return: By name, in the form of JSON; ``policy_kwargs`` are those of the policy that there is. Environment and data are
-        not among them
-    :raises AttributeError: The learner does not keep one of its arguments
+        not among them, nor what the learner does not keep, whose names are in ``not_kept``, if there are any
     """
-    names = sorted(constructor_arguments(type(model)) - _ELSEWHERE)
+    names = sorted(constructor_arguments(type(model)).keys() - _ELSEWHERE)
+    kept = {name: attribute for name in names if hasattr(model, attribute := ATTRIBUTES.get(name, name))}
+    not_kept = [name for name in names if name not in kept]
     return {
         "policy": type(model.policy).__name__,
         "policy_kwargs": as_json(network_arguments(model.policy)),
-        **{name: as_json(getattr(model, ATTRIBUTES.get(name, name))) for name in names},
+        **{name: as_json(getattr(model, attribute)) for name, attribute in kept.items()},
+        **({"not_kept": not_kept} if not_kept else {}),
     }
 
 
@@ -61,8 +64,12 @@ def as_json(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, th.device):
         return str(value)
+    if isinstance(value, partial):
+        return {"class": "partial", "function": as_json(value.func), "arguments": as_json([value.args, value.keywords])}
     if hasattr(value, "__name__"):
         return value.__name__
+    if not hasattr(value, "__dict__"):
+        return repr(value)
     # A noise's present value is no setting
     attributes = {name: as_json(entry) for name, entry in vars(value).items() if name != "noise_prev"}
     return {"class": type(value).__name__, **attributes}

@@ -9,6 +9,7 @@ import os
 import pathlib
 import time
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,7 +25,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.save_util import load_from_pkl, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.td3.policies import Actor, TD3Policy
@@ -39,7 +40,7 @@ from sb3_offline_ft.common.callbacks import (
     find_callbacks,
 )
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
-from sb3_offline_ft.common.checks import known_keywords, whole_number
+from sb3_offline_ft.common.checks import constructor_arguments, known_keywords, whole_number
 from sb3_offline_ft.common.frozen import frozen_actor, tensors_to_arrays, weights_from_arrays, weights_to_arrays
 from sb3_offline_ft.common.guide import NOT_SAVED, PRETRAINED, GuideLike, check_guide, find_guide, guide_actions
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, naming_damage
@@ -715,6 +716,8 @@ class OfflineTD3(TD3):
             if self._has_trained_weights:
                 initial_evaluation.evaluations = self._eval_callbacks
             self._begin_finetuning(total_timesteps - self.num_timesteps)
+        else:
+            self._compare_buffer_with_run(total_timesteps, goes_on=True)
         return total_timesteps, started
 
     def _check_dataset_is_there(self) -> None:
@@ -753,6 +756,7 @@ class OfflineTD3(TD3):
             )
         if pretrained:
             self._begin_with_trained_weights(total_timesteps)
+        self._warned_of_buffer = False
         self._compare_buffer_with_run(total_timesteps)
         if self.guide_policy == PRETRAINED:
             self._guide = frozen_actor(self.policy)
@@ -795,10 +799,9 @@ class OfflineTD3(TD3):
             return batch_size
         return batch_size - round(buffer.offline_fraction * batch_size)
 
-    def _compare_buffer_with_run(self, total_timesteps: int) -> None:
-        self._warned_of_buffer = False
+    def _compare_buffer_with_run(self, total_timesteps: int, goes_on: bool = False) -> None:
         capacity = self._capacity
-        if not self._finetuning or capacity >= total_timesteps:
+        if not self._finetuning or capacity >= total_timesteps or self._warned_of_buffer:
             return
         message = (
             f"The replay buffer (`buffer_size={self.buffer_size}`) holds the last {capacity:,} transitions, and the run has "
@@ -807,13 +810,13 @@ class OfflineTD3(TD3):
         if capacity < self._online_part(self.batch_size) or capacity < min(SMALL_BUFFER, SMALL_SHARE * total_timesteps):
             self._warned_of_buffer = True
             warnings.warn(f"{message} To learn from all of them, use `buffer_size={total_timesteps}` or more.", stacklevel=5)
-        elif self.verbose >= 1:
+        elif self.verbose >= 1 and not goes_on:
             print(message)
 
     def begin_warmup(self, steps: int) -> None:
         """
-        From now on let the policy act unchanged, without an update, such as after a rollback. Within the warm-up with which
-        the finetuning run begins, this prolongs it.
+        From now on let the policy of a run in progress act unchanged, without an update, such as after a rollback. Within a
+        warm-up, this can only prolong it.
 
         :param steps: Number of environment steps
         """
@@ -821,7 +824,7 @@ class OfflineTD3(TD3):
         if self.num_timesteps <= self._warmup_end:
             self._warmup_end = max(self._warmup_end, end)
         else:
-            self._later_warmup_end = end
+            self._later_warmup_end = max(self._later_warmup_end, end)
 
     @property
     def first_warmup_end(self) -> int:
@@ -1243,8 +1246,10 @@ class OfflineTD3(TD3):
         known_keywords(cls, kwargs, f"{cls.__name__}.load", excluded=("policy", "env", "device", "_init_setup_model"))
         # Those in the file are written by `save`
         _refuse_keywords(kwargs.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
+        given = {**(custom_objects or {}), **kwargs}
+        kwargs = _defaults_instead_of(path, cls, given) | kwargs
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        if "dataset" not in {**kwargs, **(custom_objects or {})}:
+        if "dataset" not in given:
             # Whoever made the file cannot say that its user trusts the data
             model.dataset = without_trust(model.dataset)
         text = model._extra_state
@@ -1261,23 +1266,11 @@ class OfflineTD3(TD3):
         if model._offline_finished and model.dataset is not None and model.offline_steps > model.offline_steps_done:
             if model.verbose >= 1:
                 print("The loaded model counts as pretrained: no offline steps are left to do. For more, call `pretrain`.")
-        model._take_own_defaults(state, kwargs)
         model._set_extra_state(state)
         if kwargs.get("seed") is not None:
             # A new seed asks for new random streams, not for the saved ones
             model._seed_generators(kwargs["seed"])
         return model
-
-    def _take_own_defaults(self, state: Mapping[str, np.ndarray], given: Mapping[str, Any]) -> None:
-        """What another algorithm left at its default is here at ours, as for a learner that is constructed."""
-        saved, own = json.loads(str(state.get("defaults", "null"))), _own_defaults(type(self))
-        if saved is None:
-            return
-        common = inspect.signature(OfflineTD3.__init__).parameters
-        for name in sorted((saved.keys() | own.keys()) - given.keys()):
-            default = common[name].default
-            if hasattr(self, name) and getattr(self, name) == saved.get(name, default):
-                setattr(self, name, own.get(name, default))
 
     def set_parameters(
         self,
@@ -1350,8 +1343,38 @@ class OfflineTD3(TD3):
 
 def _own_defaults(cls: type[OfflineTD3]) -> dict[str, Any]:
     """Defaults of arguments of :class:`OfflineTD3` that an algorithm changes."""
-    common, own = (inspect.signature(each.__init__).parameters for each in (OfflineTD3, cls))
-    return {name: own[name].default for name in common if name in own and own[name].default != common[name].default}
+    common, own = constructor_arguments(OfflineTD3), constructor_arguments(cls)
+    return {name: own[name] for name in common if name in own and own[name] != common[name]}
+
+
+def _defaults_instead_of(
+    path: str | pathlib.Path | io.BufferedIOBase, cls: type[OfflineTD3], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What another algorithm left at its default in a file is here at ours, as for a learner that is constructed."""
+    settings = _read_settings(path)
+    state = arrays_from_text(settings["_extra_state"]) if settings.get("_extra_state") is not None else {}
+    if "defaults" not in state:
+        return {}
+    saved, own, common = json.loads(str(state["defaults"])), _own_defaults(cls), constructor_arguments(OfflineTD3)
+    # A loaded agent takes no random actions, and an average that there is goes on
+    kept = {"learning_starts"} | ({"policy_averaging"} if weights_from_arrays(state, LEARNED_PREFIX) else set())
+    names = [name for name in common if name in saved.keys() | own.keys() and name not in given.keys() | kept]
+    return {name: own.get(name, common[name]) for name in names if settings.get(name) == saved.get(name, common[name])}
+
+
+def _read_settings(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
+    """The plain settings in a zip file that SB3 saved; nothing is unpickled. Of a damaged one SB3 tells what is wrong."""
+    if not isinstance(path, io.BufferedIOBase):
+        with open_path(path, "r", verbose=0, suffix="zip") as file:
+            return _read_settings(file)
+    start = path.tell()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return dict(json.loads(archive.read("data")))
+    except (zipfile.BadZipFile, KeyError):
+        return {}
+    finally:
+        path.seek(start)
 
 
 def _refuse_keywords(replay_buffer_kwargs: Mapping[str, Any], *refused: str) -> None:

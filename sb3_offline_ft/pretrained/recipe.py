@@ -20,6 +20,7 @@ from stable_baselines3.common.utils import ConstantSchedule, get_device
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_normalize
 
 import sb3_offline_ft
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
 
@@ -64,7 +65,7 @@ SAME_THROUGHOUT = ("policy", "policy_kwargs", "env", "dataset", "offline_steps",
 SHARED_WITH_PRETRAINING = tuple(name for name in SAME_THROUGHOUT if name not in ("env", "dataset", "seed", "device"))
 """Those among them that are hyperparameters."""
 
-_ELSEWHERE = frozenset({"self", "env", "dataset", "seed", "device", "_init_setup_model"})
+_ELSEWHERE = frozenset({"env", "dataset", "seed", "device", "_init_setup_model"})
 _PACKAGES = (sb3_offline_ft, stable_baselines3, th, np)
 _TOLD_OTHERWISE = (sb3_offline_ft.__name__, "builtins", "abc", "typing", "torch", "stable_baselines3")
 """Packages whose code is told by their version, or as a whole."""
@@ -131,8 +132,8 @@ class Recipe:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        parameters = inspect.signature(self.algorithm.__init__).parameters.values()
-        defaults = {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+        arguments = constructor_arguments(self.algorithm)
+        defaults = {name: default for name, default in arguments.items() if default is not inspect.Parameter.empty}
         return {name: value for name, value in defaults.items() if name not in ONLINE_ONLY | _ELSEWHERE} | self.hyperparams
 
     @cached_property

@@ -86,12 +86,13 @@ def start_from(model: OfflineTD3, pretrained: Pretrained, *, generators: bool = 
     """
     snapshot = pretrained.snapshot
     if generators:
-        # Noise acts online only, and may be another one than in the pretraining
-        noise, model.action_noise = model.action_noise, None
+        # They act online only, and may be others than in the pretraining
+        noise, learning_starts = model.action_noise, model.learning_starts
+        model.action_noise = None
         try:
             snapshot.restore(model)
         finally:
-            model.action_noise = noise
+            model.action_noise, model.learning_starts = noise, learning_starts
     else:
         model.set_parameters(snapshot.parameters)
         model._n_updates = snapshot.n_updates

@@ -1,7 +1,6 @@
 """The methods of a study, and what their hyperparameters come from."""
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +13,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_offline_ft.zoo
 from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.study.learners import algorithm_class
 from sb3_offline_ft.zoo.presets import preset_path
@@ -65,10 +65,10 @@ class Method:
     @property
     def learns_from_evaluations(self) -> bool:
         """Whether the learner needs evaluations of its own, as the reference ``"best"`` of TD3C does."""
-        arguments = inspect.signature(algorithm_class(self.algorithm).__init__).parameters
+        arguments = constructor_arguments(algorithm_class(self.algorithm))
         if self.frozen or "constraint_reference" not in arguments:
             return False
-        return bool(self.hyperparams.get("constraint_reference", arguments["constraint_reference"].default) == "best")
+        return bool(self.hyperparams.get("constraint_reference", arguments["constraint_reference"]) == "best")
 
 
 def known_hyperparams(algorithm: str) -> set[str]:
@@ -78,7 +78,7 @@ def known_hyperparams(algorithm: str) -> set[str]:
     """
     cls = algorithm_class(algorithm)
     noise = NOISE if issubclass(cls, OffPolicyAlgorithm) else set()
-    return set(inspect.signature(cls.__init__).parameters) - _NEVER | noise
+    return constructor_arguments(cls).keys() - _NEVER | noise
 
 
 def default_of(algorithm: str, name: str) -> Any:
@@ -87,8 +87,7 @@ def default_of(algorithm: str, name: str) -> Any:
     :param name: An argument
     :return: Its default in this algorithm's own constructor, None if there is no such argument
     """
-    parameter = inspect.signature(algorithm_class(algorithm).__init__).parameters.get(name)
-    return None if parameter is None else parameter.default
+    return constructor_arguments(algorithm_class(algorithm)).get(name)
 
 
 def known_algorithms() -> list[str]:

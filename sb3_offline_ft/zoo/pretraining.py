@@ -1,6 +1,5 @@
 """Where runs and trials of rl_zoo3's ``ExperimentManager`` start from: data loaded once, learners pretrained once."""
 
-import inspect
 from collections.abc import Mapping
 from threading import Lock
 from typing import Any, cast
@@ -8,7 +7,7 @@ from typing import Any, cast
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.common.checks import known_keywords
+from sb3_offline_ft.common.checks import constructor_arguments, known_keywords
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache, default_folder
@@ -86,7 +85,7 @@ class Pretraining:
         :param hyperparams: Arguments that are given
         :return: Its value, given or by default
         """
-        return hyperparams.get(name, inspect.signature(self.algorithm.__init__).parameters[name].default)
+        return hyperparams.get(name, constructor_arguments(self.algorithm)[name])
 
     def recipe(self, hyperparams: Mapping[str, Any], seed: int, env: VecEnv) -> Recipe | None:
         """
