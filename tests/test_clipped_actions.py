@@ -16,7 +16,7 @@ from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.datasets import OfflineDataset, check_compatible, check_spec
 from sb3_offline_ft.datasets.convert import convert_logs
 from sb3_offline_ft.datasets.show import describe_dataset, provenance_rows
-from tests.test_observation_keys import record
+from tests.keyed_environments import record
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 

@@ -493,6 +493,8 @@ def test_command_as_a_module(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "sb3_offline_ft", "guard", "show"]
     process = subprocess.run([*command, tmp_path], env=environment, capture_output=True, text=True, timeout=60)
-    assert process.returncode == 0 and process.stdout.startswith("2 alarms, 2 rollbacks in 246 monitored episodes (of 300)"), process.stderr
+    assert process.returncode == 0 and process.stdout.startswith("2 alarms, 2 rollbacks in 246 monitored episodes (of 300)"), (
+        process.stderr
+    )
     process = subprocess.run([*command, tmp_path / "no"], env=environment, capture_output=True, text=True, timeout=60)
     assert process.returncode == 1 and not process.stdout and process.stderr.startswith("sb3-offline-ft guard show: ")

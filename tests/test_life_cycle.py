@@ -720,3 +720,14 @@ def test_speed_is_logged_while_pretraining(tmp_path):
         rows = list(csv.DictReader(file))
     elapsed = [float(row[name]) for row in rows for name in row if "time_elapsed" in name and row[name]]
     assert elapsed and max(elapsed) < 100
+
+
+class ReadsACopy(BaseCallback):
+    def _on_step(self):
+        copy = dict(self.locals)
+        return bool(copy["dones"].any())
+
+
+def test_a_callback_that_copies_what_it_reads_is_told_too():
+    with pytest.raises(ValueError, match="there are no episodes in `pretrain`"):
+        make(offline_steps=5).pretrain(callback=ReadsACopy())

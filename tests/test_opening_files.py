@@ -3,6 +3,7 @@
 import argparse
 import base64
 import importlib
+import io
 import json
 import os
 import pickle
@@ -31,6 +32,7 @@ from typer.testing import CliRunner
 from sb3_offline_ft import TD3BC, LearnerSnapshot, load_dataset
 from sb3_offline_ft.cli import app
 from sb3_offline_ft.collapse.events import read_events
+from sb3_offline_ft.common.plain_pickle import Name, NotPlainError, load_plain
 from sb3_offline_ft.datasets import check_spec, without_trust
 from sb3_offline_ft.datasets.column_map import ColumnMap
 from sb3_offline_ft.datasets.zoo_files import read_zoo_yaml, saved_hyperparams
@@ -139,6 +141,23 @@ def test_consent_is_taken_out_of_a_spec_and_nothing_else(make_spec: Callable[[st
 @pytest.mark.parametrize("spec", [None, "bundled:pendulum-medium?episodes=3", ["a/b-v0", ["c/d-v0", 2]], "?? no spec"])
 def test_specs_without_consent_stay_as_they_are(spec: Any) -> None:
     assert without_trust(spec) == spec
+
+
+@pytest.mark.parametrize("twice", ["?trust_pickle=1?trust_pickle=1", "?trust_pickle=1&episodes=2?trust_pickle=1&episodes=2"])
+def test_consent_that_a_file_says_twice_is_refused(twice: str, bomb: bytes, tmp_path: Path) -> None:
+    (tmp_path / "data.pkl").write_bytes(bomb)
+    for spec in (f"{tmp_path}/data.pkl{twice}", f"0.5*{tmp_path}/data.pkl{twice} + 0.5*bundled:pendulum-medium"):
+        with pytest.raises(ValueError, match="in the name of the data"):
+            without_trust(spec)
+        run = make_run(tmp_path / f"run{len(spec)}", dataset=spec)
+        with pytest.raises(ValueError, match="in the name of the data"):
+            TD3BC.load(run / ENV, env=gym.make(ENV))
+        assert "Note: The dataset of the run cannot be read any more" in command("summary", run)
+        (tmp_path / "study.yml").write_text(
+            f"env: {ENV}\nseeds: 1\ninteractions: 100\ndatasets: {{a: '{spec}'}}\nmethods: {{td3bc: {{algorithm: td3bc}}}}\n"
+        )
+        with pytest.raises(ValueError, match=r"datasets\.a.*in the name of the data"):
+            Protocol.load(tmp_path)
 
 
 def test_a_saved_model_holds_no_consent_and_gives_none(buffer: Path, tmp_path: Path) -> None:
@@ -397,16 +416,17 @@ def test_a_replay_buffer_beside_an_agent_runs_nothing(bomb: bytes, buffer: Path,
         "-1",
     ]
 
-    def train() -> subprocess.CompletedProcess[str]:
+    def train(**variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *words, "-params", "dataset:None", "callback:None", "learning_starts:100"]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     (tmp_path / "replay_buffer.pkl").write_bytes(bomb)
     refused = train()
-    assert refused.returncode == 1 and "replay_buffer.pkl cannot be read without running code" in refused.stderr
+    assert refused.returncode == 1 and "runs whatever code it holds when it is read" in refused.stderr
     shutil.copy(buffer, tmp_path / "replay_buffer.pkl")
-    went_on = train()
+    assert train().returncode == 1
+    went_on = train(SB3_OFFLINE_FT_TRUST_PICKLE="1")
     assert went_on.returncode == 0, went_on.stderr
 
 
@@ -416,19 +436,18 @@ def test_a_replay_buffer_beside_an_agent_runs_nothing(bomb: bytes, buffer: Path,
 @pytest.mark.parametrize("buffer_class", [None, ReplayBuffer])
 def test_replay_buffers_run_nothing(buffer_class: Any, bomb: bytes, marker: Path, buffer: Path, tmp_path: Path) -> None:
     model = TD3BC("MlpPolicy", ENV, replay_buffer_class=buffer_class, buffer_size=500, **SMALL)
-    hidden = pickle.loads(buffer.read_bytes())
-    hidden.more = Bomb(marker)
-    for content in (bomb, pickle.dumps(hidden)):
+    for content in (bomb, buffer.read_bytes()):
         (tmp_path / "buffer.pkl").write_bytes(content)
         before = model.replay_buffer
-        with pytest.raises(ValueError, match=r"buffer\.pkl cannot be read without running code.*trust_pickle=True"):
-            model.load_replay_buffer(tmp_path / "buffer.pkl")
+        for source in (tmp_path / "buffer.pkl", tmp_path / "buffer", io.BytesIO(content)):
+            with pytest.raises(ValueError, match=r"runs whatever code it holds.*trust_pickle=True"):
+                model.load_replay_buffer(source)
         assert model.replay_buffer is before
     # One of the package's own format with Python objects
     np.savez(tmp_path / "buffer.npz", facts=np.array([Bomb(marker)], dtype=object))
     with pytest.raises(ValueError, match=r"buffer\.npz"):
         model.load_replay_buffer(tmp_path / "buffer.npz")
-    model.load_replay_buffer(buffer)
+    model.load_replay_buffer(buffer, trust_pickle=True)
     assert model.replay_buffer.size() == 400
 
 
@@ -436,7 +455,7 @@ def test_a_replay_buffer_of_an_own_class_needs_consent(tmp_path: Path) -> None:
     settings = {"replay_buffer_class": OwnBuffer, "buffer_size": 500, "learning_starts": 100, **SMALL}
     TD3("MlpPolicy", ENV, **settings).learn(50).save_replay_buffer(tmp_path / "own.pkl")
     model = TD3BC("MlpPolicy", ENV, **settings)
-    with pytest.raises(ValueError, match=r"names .*test_opening_files\.OwnBuffer.*trust_pickle=True"):
+    with pytest.raises(ValueError, match=r"own\.pkl is no replay buffer of this package.*trust_pickle=True"):
         model.load_replay_buffer(tmp_path / "own.pkl")
     model.load_replay_buffer(tmp_path / "own.pkl", trust_pickle=True)
     assert model.replay_buffer.size() == 50
@@ -448,7 +467,7 @@ def test_a_replay_buffer_with_goals_is_read(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="neither a dataset nor pretrained"):
         models[0].learn(20)
     models[0].save_replay_buffer(tmp_path / "goals")
-    models[1].load_replay_buffer(tmp_path / "goals", truncate_last_traj=False)
+    models[1].load_replay_buffer(tmp_path / "goals", truncate_last_traj=False, trust_pickle=True)
     assert models[1].replay_buffer.size() == 20
 
 
@@ -471,14 +490,81 @@ def test_guides_run_nothing(name: str, marker: Path, tmp_path: Path) -> None:
     if name in ("seed", "lr_schedule"):
         learn_guided(tmp_path / "guide")
         return
-    with pytest.raises(ValueError, match=r"guide cannot be read without running code.*posix\.mkdir.*guide_policy=TD3\.load"):
+    if name.endswith("_space"):
+        # Nothing of them is read but the texts beside
+        learn_guided(tmp_path / "guide")
+        return
+    with pytest.raises(
+        ValueError, match=r"guide cannot be read without running code.*calls functions.*guide_policy=TD3\.load"
+    ):
+        learn_guided(tmp_path / "guide")
+
+
+def words(text: str) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+PROGRAMS = {
+    "a call by its name": b"cos\nmkdir\n(V{}\ntR.",
+    "an old instance": b"(V{}\nios\nmkdir\n.",
+    "an old object": b"(cos\nmkdir\nV{}\no.",
+    "a new object": b"\x80\x02cpathlib\nPath\n(V{}\nt\x81.",
+    "a module that is called": b"\x80\x02ctorch.nn.modules.linear\nIdentity\n)R(V{}\ntR.",
+    "a state of a class": b"\x80\x02cstable_baselines3.common.buffers\nReplayBuffer\n(N}" + words("sample") + b"Nstb.",
+    "a persistent name": b"Pos.mkdir\n.",
+    "an extension": b"\x80\x02\x82\x01.",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_pickled_settings_are_read_by_a_machine_without_calls(name: str, marker: Path) -> None:
+    content = PROGRAMS[name].replace(b"{}", str(marker).encode())
+    with pytest.raises(NotPlainError, match="calls functions"):
+        load_plain(content)
+    assert ReplayBuffer.sample is not None
+
+
+def test_plain_settings_are_read() -> None:
+    value = {"net_arch": [6, 5], "a": (1, 2.5, None, True, b"x"), "b": {1, 2}, "long": 2**70}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        told = load_plain(pickle.dumps(value if protocol >= 4 else {**value, "a": (1, 2.5, None, True), "b": [1]}, protocol))
+        assert told["net_arch"] == [6, 5] and told["a"][:4] == (1, 2.5, None, True) and told["long"] == 2**70
+    assert load_plain(pickle.dumps({"activation_fn": th.nn.ELU})) == {
+        "activation_fn": Name("torch.nn.modules.activation", "ELU")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy_class", len),
+        ("policy_kwargs", {"activation_fn": len}),
+        ("policy_kwargs", {"optimizer_class": subprocess.Popen}),
+    ],
+)
+def test_guides_name_parts_of_policies_only(name: str, value: Any, tmp_path: Path) -> None:
+    save_guide(tmp_path / "guide")
+    rewrite_settings(tmp_path / "guide.zip", **{name: pickled(value)})
+    with pytest.raises(ValueError, match=r"guide cannot be read without running code.*names .*guide_policy=TD3\.load"):
+        learn_guided(tmp_path / "guide")
+
+
+@pytest.mark.parametrize(("space", "part", "text"), [("action_space", "high", "[3.]"), ("observation_space", "_shape", [4])])
+def test_a_guide_for_other_spaces_is_refused(space: str, part: str, text: Any, tmp_path: Path) -> None:
+    save_guide(tmp_path / "guide")
+    with zipfile.ZipFile(tmp_path / "guide.zip") as archive:
+        recorded = json.loads(archive.read("data"))[space]
+    rewrite_settings(tmp_path / "guide.zip", **{space: recorded | {part: text}})
+    with pytest.raises(ValueError, match=rf"was made for another {space.replace('_', ' ')} \({part.strip('_')}"):
         learn_guided(tmp_path / "guide")
 
 
 def test_a_guide_that_is_no_policy_is_refused(tmp_path: Path) -> None:
     save_guide(tmp_path / "guide")
     rewrite_settings(tmp_path / "guide.zip", policy_class=pickled(th.nn.Linear))
-    with pytest.raises(ValueError, match=r"guide is damaged or not a zip file.*policy_class must be a policy"):
+    with pytest.raises(
+        ValueError, match=r"guide cannot be read without running code.*names torch\.nn\.modules\.linear\.Linear"
+    ):
         learn_guided(tmp_path / "guide")
 
 

@@ -304,7 +304,7 @@ def test_replay_buffer_of_sb3_is_taken_over(tmp_path):
     td3 = trained(TD3)
     td3.save_replay_buffer(tmp_path / "replay_buffer.pkl")
     model = trained(TD3BC)
-    model.load_replay_buffer(tmp_path / "replay_buffer.pkl")
+    model.load_replay_buffer(tmp_path / "replay_buffer.pkl", trust_pickle=True)
     assert model.replay_buffer.online_size == 40 and model.replay_buffer.offline_size == 20_000
     assert np.allclose(model.replay_buffer.observations[:40], td3.replay_buffer.observations[:40])
 
@@ -329,11 +329,11 @@ def test_replay_buffer_through_streams():
     other = TD3BC("MlpPolicy", "MountainCarContinuous-v0", policy_kwargs=SMALL, device="cpu")
     for stream in (ours, theirs):
         stream.seek(0)
-        fresh.load_replay_buffer(stream)
+        fresh.load_replay_buffer(stream, trust_pickle=stream is theirs)
         assert fresh.replay_buffer.online_size == 40 and fresh.offline_dataset is None
         stream.seek(0)
         with pytest.raises(ValueError, match="observation shape"):
-            other.load_replay_buffer(stream)
+            other.load_replay_buffer(stream, trust_pickle=stream is theirs)
 
 
 def test_damaged_replay_buffers_are_refused_and_change_nothing(tmp_path):

@@ -202,7 +202,7 @@ def test_hindsight_experience_replay(algorithm, strategy, observations, tmp_path
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     loaded = algorithm.load(tmp_path / "model", env=env(), device="cpu")
-    loaded.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False)
+    loaded.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False, trust_pickle=True)
     assert loaded.replay_buffer.size() == model.replay_buffer.size()
     loaded.learn(16, reset_num_timesteps=False)
     assert loaded.num_timesteps == 80 and loaded.replay_buffer.env is loaded.get_env()

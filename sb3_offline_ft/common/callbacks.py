@@ -1,6 +1,7 @@
 """Helpers for callbacks and progress bars."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from stable_baselines3.common import callbacks
@@ -74,6 +75,22 @@ class PretrainingLocals(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
+
+
+@contextmanager
+def telling_of_episodes() -> Iterator[None]:
+    """
+    For a callback that keeps ``locals`` as a dictionary of its own.
+
+    :raises NoEpisodesError: The block asks for what only steps of the environment have
+    """
+    try:
+        yield
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        if isinstance(error, NoEpisodesError) or name not in STEP_NAMES:
+            raise
+        raise NoEpisodesError(f"A callback reads {name!r}, but {NO_EPISODES}") from error
 
 
 def check_needs_no_episodes(callback: MaybeCallback) -> None:

@@ -12,15 +12,25 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import data_to_json
 
 from sb3_offline_ft.common.io import naming_damage
-from sb3_offline_ft.common.plain_pickle import NotPlainError, plain_setting
+from sb3_offline_ft.common.plain_pickle import Name, NotPlainError, plain_setting
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 
 PRETRAINED = "pretrained"
 NOT_SAVED = "<object>"
 """What a saved model holds in place of a guide that was given as an object."""
+POLICIES = ("stable_baselines3", "sb3_contrib", "sb3_offline_ft")
+"""Packages whose policies a file may name."""
+PARTS_OF_POLICIES = (
+    ("torch.nn.modules", "torch.optim", "stable_baselines3.common.torch_layers", "sb3_offline_ft.common.torch_layers"),
+    (th.nn.Module, th.optim.Optimizer),
+)
+"""Where their parts may be from, and of what kind."""
+SPACE_PARTS = (":type:", "_shape", "dtype", "low", "high", "n", "nvec", "spaces")
+"""What SB3 writes of a space in plain text."""
 
 GuideLike = str | os.PathLike[str] | BaseAlgorithm | BasePolicy | None
 """``"pretrained"``, the path of a zip file that an algorithm saved, an algorithm or a policy; None for no guide."""
@@ -77,7 +87,9 @@ def find_guide(
             "or `guide_policy=None, guide_steps=0` to go on without it."
         )
     name = f"`guide_policy` {guide_policy if isinstance(guide_policy, str) else type(guide_policy).__name__}"
-    guide = _policy_from_zip(guide_policy, name, device) if isinstance(guide_policy, str) else guide_policy
+    guide = guide_policy
+    if isinstance(guide, str):
+        guide = _policy_from_zip(guide, name, device, observation_space, action_space)
     assert isinstance(guide, BaseAlgorithm | BasePolicy)
     for what, expected, found in (
         ("observation", observation_space, guide.observation_space),
@@ -94,13 +106,18 @@ def find_guide(
     return guide
 
 
-def _policy_from_zip(path: str, name: str, device: th.device) -> BasePolicy:
+def _policy_from_zip(
+    path: str, name: str, device: th.device, observation_space: spaces.Space[Any], action_space: spaces.Box
+) -> BasePolicy:
     file = next((each for each in (Path(path), Path(f"{path}.zip")) if each.exists()), None)
     if file is None:
         raise FileNotFoundError(f"{name} does not exist: expected 'pretrained' or a zip file that an algorithm saved.")
     try:
         with naming_damage(name, "a zip file saved by a Stable-Baselines3 algorithm"):
-            return _read_policy(file, device)
+            settings, weights = _read_zip(file, device)
+        _check_recorded_spaces(settings, name, observation_space, action_space)
+        with naming_damage(name, "a zip file saved by a Stable-Baselines3 algorithm"):
+            return _make_policy(settings, weights, observation_space, action_space).to(device)
     except ValueError as error:
         if not isinstance(error.__cause__, NotPlainError):
             raise
@@ -110,24 +127,49 @@ def _policy_from_zip(path: str, name: str, device: th.device) -> BasePolicy:
         ) from None
 
 
-def _read_policy(file: Path, device: th.device) -> BasePolicy:
+def _read_zip(file: Path, device: th.device) -> tuple[dict[str, Any], dict[str, Any]]:
     # SB3's own reader unpickles all settings, whatever they hold
     with zipfile.ZipFile(file) as archive:
-        settings = json.loads(archive.read("data"))
+        settings: dict[str, Any] = json.loads(archive.read("data"))
+        if not all(isinstance(settings[key], dict) for key in ("observation_space", "action_space")):
+            raise ValueError("it does not say what its spaces are")
         weights = th.load(io.BytesIO(archive.read("policy.pth")), map_location=device, weights_only=True)
-    names = ("policy_class", "policy_kwargs", "observation_space", "action_space")
-    policy_class, kwargs, *both_spaces = (plain_setting(settings[name]) for name in names)
-    if not (isinstance(policy_class, type) and issubclass(policy_class, BasePolicy)):
-        raise TypeError(f"policy_class must be a policy, found {policy_class!r:.60}")
+    return settings, weights
+
+
+def _check_recorded_spaces(
+    settings: dict[str, Any], name: str, observation_space: spaces.Space[Any], action_space: spaces.Box
+) -> None:
+    """Spaces are pickled in the file, but SB3 writes the texts of their attributes beside."""
+    wanted = {"observation_space": observation_space, "action_space": action_space}
+    for key, expected in json.loads(data_to_json(wanted)).items():
+        found = settings[key]
+        differ = [part for part in SPACE_PARTS if part in expected and found.get(part, expected[part]) != expected[part]]
+        if differ:
+            told = ", ".join(f"{part.strip(':_')} {found[part]}" for part in differ)
+            raise ValueError(
+                f"{name} was made for the {key.replace('_', ' ')} with {told}, the environment has {wanted[key]}: "
+                "use a guide that was trained on this environment."
+            )
+
+
+def _make_policy(
+    settings: dict[str, Any], weights: dict[str, Any], observation_space: spaces.Space[Any], action_space: spaces.Box
+) -> BasePolicy:
+    named, kwargs = plain_setting(settings["policy_class"]), plain_setting(settings["policy_kwargs"])
+    if not isinstance(named, Name):
+        raise TypeError(f"policy_class must be a class, found {named!r:.60}")
+    policy_class = named.find(POLICIES, (BasePolicy,))
+    kwargs = {key: value.find(*PARTS_OF_POLICIES) if isinstance(value, Name) else value for key, value in dict(kwargs).items()}
     if settings.get("use_sde") and "use_sde" not in kwargs:
         # On-policy algorithms pass it beside
         kwargs["use_sde"] = True
     # The learner's random streams shall not depend on where its guide comes from
     with th.random.fork_rng(devices=[]):
-        policy: BasePolicy = policy_class(*both_spaces, lambda _: 0.0, **kwargs)
+        policy: BasePolicy = policy_class(observation_space, action_space, lambda _: 0.0, **kwargs)
     policy.load_state_dict(weights)
     policy.set_training_mode(False)
-    return policy.to(device)
+    return policy
 
 
 def guide_actions(guide: BaseAlgorithm | BasePolicy, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:

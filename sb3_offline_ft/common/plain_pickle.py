@@ -1,81 +1,87 @@
 """
-Pickles of Stable-Baselines3, read without running code that they hold.
+Settings that Stable-Baselines3 has pickled, read without running code that they hold.
 
-A pickle is a program that names functions and calls them. Here it can name only what follows, none of which does more than
-hold data: arrays, random generators, spaces, and the classes of policies, networks, optimizers and replay buffers of
-Stable-Baselines3, sb3-contrib, PyTorch and this package.
+A pickle is a program: it names functions, calls them and writes into objects. The reader here has none of these
+instructions. It puts together texts, numbers, lists, tuples, sets and dictionaries, and keeps names as names.
 """
 
 import base64
-import enum
 import io
 import pickle
-import re
-from typing import IO, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-from gymnasium import spaces
-from stable_baselines3.common.buffers import BaseBuffer
-from torch import nn, optim
-
-_NAMES = {
-    "_codecs": {"encode"},
-    "collections": {"OrderedDict"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.numeric": {"_frombuffer"},
-    "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor", "__randomstate_ctor"},
-    "numpy.random._mt19937": {"MT19937"},
-    "numpy.random._pcg64": {"PCG64"},
-    "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
-    "torch": {"device"},
-}
-_MODULES = re.compile(
-    r"gymnasium\.spaces\.\w+|torch\.nn\.modules\.\w+|torch\.optim\.\w+|(stable_baselines3|sb3_contrib|sb3_offline_ft)\.[\w.]+"
-    r"\.(policies|torch_layers|buffers|her_replay_buffer|goal_selection_strategy)"
-)
-_CLASSES = (spaces.Space, nn.Module, optim.Optimizer, BaseBuffer, enum.Enum)
+_CALLS = "REDUCE BUILD NEWOBJ NEWOBJ_EX INST OBJ EXT1 EXT2 EXT4 PERSID BINPERSID NEXT_BUFFER READONLY_BUFFER".split()
 
 
 class NotPlainError(ValueError):
-    """A pickle names something that could run code."""
+    """A pickle does more than naming classes and holding plain values."""
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles that name nothing else than the module's docstring says."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """
-        :param module: A module that the pickle names
-        :param name: A name in it
-        :return: What has the name
-        :raises NotPlainError: It is none of those that are known to be harmless
-        """
-        # NumPy 1 called it so
-        known = name in _NAMES.get(module.replace("numpy.core.", "numpy._core."), ())
-        if known or (_MODULES.fullmatch(module) and "." not in name):
-            found = super().find_class(module, name)
-            if known or (isinstance(found, type) and issubclass(found, _CLASSES)):
-                return found
-        raise NotPlainError(f"it names {module}.{name}, which could run code")
-
-
-def load_plain(stream: IO[bytes]) -> Any:
+@dataclass(frozen=True)
+class Name:
     """
-    :param stream: A pickle
-    :return: The object
-    :raises NotPlainError: It names something that could run code; nothing has run
+    What a pickle names; nothing has been imported.
+
+    :param module: The module
+    :param name: The name in it
+    """
+
+    module: str
+    name: str
+
+    def find(self, roots: Iterable[str], kinds: tuple[type, ...]) -> type:
+        """
+        Look the class up.
+
+        :param roots: Modules, or packages of which any module may be, that may be imported
+        :param kinds: What it may be a subclass of
+        :return: The class
+        :raises NotPlainError: It is none of these
+        """
+        if any(self.module == root or self.module.startswith(f"{root}.") for root in roots):
+            found = getattr(import_module(self.module), self.name, None)
+            if isinstance(found, type) and issubclass(found, kinds):
+                return found
+        raise NotPlainError(f"it names {self.module}.{self.name}, which could run code")
+
+
+# The one that is written in Python: the other one has its instructions in C
+class _PlainUnpickler(pickle._Unpickler):
+    dispatch = {  # noqa: RUF012  # as in its base class
+        code: action
+        for code, action in pickle._Unpickler.dispatch.items()
+        if bytes([code]) not in {getattr(pickle, name) for name in _CALLS}
+    }
+
+    def find_class(self, module: str, name: str) -> Name:
+        return Name(module, name)
+
+
+def load_plain(content: bytes) -> Any:
+    """
+    :param content: A pickle
+    :return: What it holds, its names as :class:`Name`
+    :raises NotPlainError: It calls something
     :raises Exception: It is damaged: whatever unpickling raises
     """
-    return PlainUnpickler(stream).load()
+    try:
+        return _PlainUnpickler(io.BytesIO(content)).load()
+    except KeyError as error:
+        if error.args and isinstance(error.args[0], int):
+            raise NotPlainError("it calls functions, which could be any") from None
+        raise
 
 
 def plain_setting(setting: Any) -> Any:
     """
     :param setting: One of the settings in a zip file of Stable-Baselines3, as JSON has it
     :return: Its value
-    :raises NotPlainError: It is pickled, and names something that could run code; nothing has run
+    :raises NotPlainError: It is pickled, and calls something
     :raises Exception: It is damaged: whatever unpickling raises
     """
     if isinstance(setting, dict) and ":serialized:" in setting:
-        return load_plain(io.BytesIO(base64.b64decode(setting[":serialized:"])))
+        return load_plain(base64.b64decode(setting[":serialized:"]))
     return setting

@@ -241,7 +241,7 @@ def _one(name: str, columns: Sequence[str], key: str, where: str) -> str:
 
 
 def _by_number(names: Sequence[str]) -> list[str]:
-    parts = [re.split(r"(\d+)", name) for name in names]
+    parts = [re.split(r"(\d+)", name.lower()) for name in names]
     if len({tuple(part[::2]) for part in parts}) == 1:
         return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     return list(names)
@@ -251,7 +251,7 @@ def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str) ->
     families: dict[str, Names] = {}
     for stem in stems:
         exact = [name for name in columns if name.lower() == stem]
-        others = [name for name in columns if re.fullmatch(rf"{stem}[\W\d_].*", name, re.IGNORECASE)]
+        others = [name for name in columns if re.fullmatch(rf"(?i:{stem})([\W\d_]|(?<=[a-z])[A-Z]).*", name)]
         numbered = [name for name in others if not re.search(r"[^\W\d_]", name[len(stem) :])]
         named = [name for name in others if name not in numbered]
         kinds = [kind for kind in (exact, numbered, named) if kind]

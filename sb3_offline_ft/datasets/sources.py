@@ -155,7 +155,7 @@ def without_trust(spec: Any) -> Any:
 
     :param spec: As for :func:`load_dataset`.
     :return: The same spec without ``trust_pickle``.
-    :raises ValueError: as :func:`load_dataset`, if a string in it has such an option and is malformed.
+    :raises ValueError: as :func:`load_dataset`, if a string in it has such an option and is malformed, or has one twice.
     """
     if isinstance(spec, Mapping):
         return {name: without_trust(value) for name, value in spec.items() if name != TRUST}
@@ -164,6 +164,9 @@ def without_trust(spec: Any) -> Any:
     if not isinstance(spec, str) or TRUST not in spec:
         return spec
     parts = parse_spec(spec, {}, False, _ACCEPTED)
+    if any(TRUST in str(part.base) for part in parts):
+        # Whether such a name is a path depends on what is there, now and when it is read
+        raise ValueError(f"{spec!r} has {TRUST!r} in the name of the data: rename it, or leave the second {TRUST!r} out.")
     if not any(part.trust_pickle for part in parts):
         return spec
     return join_specs([part.text(str(part.base), False) for part in parts], [part.weight for part in parts])

@@ -38,6 +38,7 @@ from sb3_offline_ft.common.callbacks import (
     as_list,
     check_needs_no_episodes,
     find_callbacks,
+    telling_of_episodes,
 )
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import constructor_arguments, known_keywords, whole_number
@@ -45,7 +46,6 @@ from sb3_offline_ft.common.frozen import frozen_actor, tensors_to_arrays, weight
 from sb3_offline_ft.common.guide import NOT_SAVED, PRETRAINED, GuideLike, check_guide, find_guide, guide_actions
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, naming_damage
 from sb3_offline_ft.common.logger import OfflineLogger
-from sb3_offline_ft.common.plain_pickle import NotPlainError, load_plain
 from sb3_offline_ft.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OfflinePolicy
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
@@ -63,6 +63,7 @@ from sb3_offline_ft.datasets import (
     spec_text,
     without_trust,
 )
+from sb3_offline_ft.datasets.keys import flattened_space, leaf_spaces
 
 SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
 
@@ -71,6 +72,7 @@ ZIP_MAGIC = b"PK"
 N_STEP_KEYWORDS = ("n_steps", "gamma")
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 GUIDE_PREFIX = "guide_actor."
+TRUST_VARIABLE = "SB3_OFFLINE_FT_TRUST_PICKLE"
 LEARNED_PREFIX = "learned_actor."
 KERNELS = ("auto", "fast", "autograd")
 BATCHES_AT_ONCE = 64
@@ -469,11 +471,30 @@ class OfflineTD3(TD3):
             return dataset
         if self.env is not None:
             dataset = as_flattened_by(dataset, self.env)
-            # For a model that is loaded without an environment
+            # For a model that is loaded without an environment, or gets another one
             self.flattened_keys = list(dataset.observations) if isinstance(dataset.observations, dict) else None
         elif self.flattened_keys is not None and set(self.flattened_keys) == set(dataset.observations):
             dataset = dataset.select_keys(self.flattened_keys)
         return dataset
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Checks the validity of the environment, and if it is coherent, set it as the current environment.
+
+        :param env: The environment for learning a policy
+        :param force_reset: Force call to ``reset()`` before training
+        :raises ValueError: Its spaces are others, or it flattens the keys of its observations in another order than the data
+            was put into
+        """
+        wrapped = self._wrap_env(env, self.verbose)
+        found = flattened_space(wrapped) if self.flattened_keys is not None and self.offline_dataset is not None else None
+        if isinstance(found, spaces.Dict) and (order := list(leaf_spaces(found))) != self.flattened_keys:
+            raise ValueError(
+                f"The environment flattens its observations in the order {', '.join(order)}, and the data was put into the "
+                f"order {', '.join(self.flattened_keys or ())}: use an environment with that order, or load the model with "
+                "this one (`load(path, env=...)`)."
+            )
+        super().set_env(wrapped, force_reset)
 
     def _fit_normalizer(self, dataset: OfflineDataset) -> None:
         vec_normalize = self._vec_normalize_env
@@ -566,7 +587,7 @@ class OfflineTD3(TD3):
         if not self._custom_logger:
             first = self.offline_steps_done == 0
             self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__, first)
-        with self._offline_phase():
+        with self._offline_phase(), telling_of_episodes():
             started = None if callback is None else self._init_callback(callback)
             total_timesteps = self.offline_steps_done + gradient_steps
             if not self.start_time:
@@ -1316,29 +1337,32 @@ class OfflineTD3(TD3):
         """
         Load the online part of the replay buffer. The offline part comes from the dataset and stays.
 
-        A pickle saved by SB3's TD3 is accepted as well, and read without running code that it holds, unless you trust it.
+        A pickle saved by SB3 is accepted as well if you trust it.
 
         :param path: The file or binary stream
         :param truncate_last_traj: For SB3's ``HerReplayBuffer`` only
-        :param trust_pickle: Unpickle whatever the file holds, as SB3 does: that runs code which it holds. Needed for buffers
-            with classes of your own
-        :raises ValueError: It is damaged, or was saved for other spaces or another number of environments; nothing is
-            changed then
+        :param trust_pickle: Whether a pickle may be read: that runs code which it holds. The environment variable
+            ``SB3_OFFLINE_FT_TRUST_PICKLE=1`` says so too, for the file that rl-zoo3 loads beside ``-i``
+        :raises ValueError: It is damaged, or a pickle that is not trusted, or was saved for other spaces or another number of
+            environments; nothing is changed then
         """
         buffer = self.replay_buffer
         if not isinstance(path, io.BufferedIOBase):
             path = _with_suffix(pathlib.Path(path))
-        if not isinstance(buffer, OfflineToOnlineReplayBuffer):
-            content = path.read() if isinstance(path, io.BufferedIOBase) else path.read_bytes()
-            if not trust_pickle:
-                _unpickle_buffer(io.BytesIO(content), str(path), trust_pickle)
-            super().load_replay_buffer(io.BytesIO(content), truncate_last_traj)
-        elif _is_pickle(path):
-            with path.open("rb") if isinstance(path, pathlib.Path) else nullcontext(path) as stream:
-                loaded = _unpickle_buffer(stream, str(path), trust_pickle)
-            buffer.copy_online(loaded, str(path))
-        else:
+        if isinstance(buffer, OfflineToOnlineReplayBuffer) and not _is_pickle(path):
             buffer.load_online(path)  # type: ignore[arg-type]  # a path or a binary stream in all but name
+            return
+        if not (trust_pickle or os.environ.get(TRUST_VARIABLE) == "1"):
+            raise ValueError(
+                f"{path} is no replay buffer of this package but a pickle file, which runs whatever code it holds when it is "
+                "read. If you trust it, say so: `load_replay_buffer(path, trust_pickle=True)`, or set the environment "
+                f"variable {TRUST_VARIABLE}=1 for the file that rl-zoo3 finds beside `-i`; else move it away."
+            )
+        if not isinstance(buffer, OfflineToOnlineReplayBuffer):
+            super().load_replay_buffer(path, truncate_last_traj)
+            return
+        with path.open("rb") if isinstance(path, pathlib.Path) else nullcontext(path) as stream:
+            buffer.copy_online(_unpickle_buffer(stream, str(path)), str(path))
 
 
 def _own_defaults(cls: type[OfflineTD3]) -> dict[str, Any]:
@@ -1406,17 +1430,9 @@ def _is_pickle(path: pathlib.Path | io.BufferedIOBase) -> bool:
         return path.suffix == ".pkl" and file.read(len(ZIP_MAGIC)) != ZIP_MAGIC
 
 
-def _unpickle_buffer(stream: io.BufferedIOBase, name: str, trust_pickle: bool) -> ReplayBuffer:
-    try:
-        with naming_damage(name, "a replay buffer"):
-            loaded = load_from_pkl(stream) if trust_pickle else load_plain(stream)  # type: ignore[arg-type]  # a binary stream
-    except ValueError as error:
-        if not isinstance(error.__cause__, NotPlainError):
-            raise
-        raise ValueError(
-            f"{name} cannot be read without running code that it may hold: {error.__cause__}. If you trust the file, allow it "
-            "in your own code: `load_replay_buffer(path, trust_pickle=True)`."
-        ) from None
+def _unpickle_buffer(stream: io.BufferedIOBase, name: str) -> ReplayBuffer:
+    with naming_damage(name, "a replay buffer"):
+        loaded = load_from_pkl(stream)
     if not isinstance(loaded, ReplayBuffer):
         raise ValueError(f"{name} holds a {type(loaded).__name__}: expected a ReplayBuffer.")
     return loaded
