@@ -348,7 +348,7 @@ def test_damaged_replay_buffers_are_refused_and_change_nothing(tmp_path):
     buffer, state = model.replay_buffer, model.replay_buffer.get_sampler_state()
     for name in ("half.npz", "garbage.pkl", "empty.pkl", "dict.pkl", "array.npy"):
         with pytest.raises(ValueError, match=name):
-            model.load_replay_buffer(tmp_path / name)
+            model.load_replay_buffer(tmp_path / name, trust_pickle=name.endswith("pkl"))
         assert model.replay_buffer is buffer and buffer.online_size == 40 and buffer.get_sampler_state() == state
 
 
@@ -359,7 +359,7 @@ def test_replay_buffer_of_another_shape_is_refused(tmp_path):
     buffer = model.replay_buffer
     for name in ("ours.npz", "theirs.pkl"):
         with pytest.raises(ValueError, match="n_envs 1, this learner has 2"):
-            model.load_replay_buffer(tmp_path / name)
+            model.load_replay_buffer(tmp_path / name, trust_pickle=name == "theirs.pkl")
         assert model.replay_buffer is buffer and buffer.size() == 0
     hopper = TD3BC("MlpPolicy", "MountainCarContinuous-v0", policy_kwargs=SMALL, device="cpu")
     with pytest.raises(ValueError, match="observation shape"):
