@@ -159,6 +159,9 @@ def _make_policy(
     named, kwargs = plain_setting(settings["policy_class"]), plain_setting(settings["policy_kwargs"])
     if not isinstance(named, Name):
         raise TypeError(f"policy_class must be a class, found {named!r:.60}")
+    if not named.module.endswith(".policies"):
+        # Before anything is imported
+        raise NotPlainError(f"it names {named.module}.{named.name}, which is no module of policies")
     policy_class = named.find(POLICIES, (BasePolicy,))
     kwargs = {key: value.find(*PARTS_OF_POLICIES) if isinstance(value, Name) else value for key, value in dict(kwargs).items()}
     if settings.get("use_sde") and "use_sde" not in kwargs:

@@ -1395,7 +1395,7 @@ def _read_settings(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, An
     try:
         with zipfile.ZipFile(path) as archive:
             return dict(json.loads(archive.read("data")))
-    except (zipfile.BadZipFile, KeyError):
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError):
         return {}
     finally:
         path.seek(start)
