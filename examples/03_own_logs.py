@@ -9,8 +9,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_offline_ft import TD3BC
-from sb3_offline_ft.datasets.column_map import ColumnMap
-from sb3_offline_ft.datasets.tables import read_tables
+from sb3_offline_ft.datasets.files.column_map import ColumnMap
+from sb3_offline_ft.datasets.files.tables import read_tables
 
 env = gym.make("Pendulum-v1")
 generator = np.random.default_rng(0)

@@ -3,8 +3,9 @@
 The public names are imported on first use (PEP 562), so that importing the package costs nothing.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from sb3_offline_ft.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
@@ -25,25 +26,6 @@ if TYPE_CHECKING:
     from sb3_offline_ft.zoo import register
 
     __version__: str
-
-_MODULE_OF = {
-    "OfflineTD3": "sb3_offline_ft.offline_td3",
-    "TD3BC": "sb3_offline_ft.td3bc",
-    "TD3C": "sb3_offline_ft.td3c",
-    "ReBRAC": "sb3_offline_ft.rebrac",
-    "OfflineDataset": "sb3_offline_ft.datasets",
-    "load_dataset": "sb3_offline_ft.datasets",
-    "DictOfflineToOnlineReplayBuffer": "sb3_offline_ft.buffers",
-    "OfflineToOnlineReplayBuffer": "sb3_offline_ft.buffers",
-    "Alarm": "sb3_offline_ft.collapse",
-    "BettingDetector": "sb3_offline_ft.collapse",
-    "CollapseGuard": "sb3_offline_ft.collapse",
-    "CusumDetector": "sb3_offline_ft.collapse",
-    "Detector": "sb3_offline_ft.collapse",
-    "DeteriorationDetector": "sb3_offline_ft.collapse",
-    "LearnerSnapshot": "sb3_offline_ft.collapse",
-    "register": "sb3_offline_ft.zoo",
-}
 
 __all__ = [
     "TD3BC",
@@ -75,16 +57,25 @@ def _version() -> str:
         return "0+not.installed"
 
 
-def __getattr__(name: str) -> object:
-    if name == "__version__":
-        value: object = _version()
-    elif name in _MODULE_OF:
-        value = getattr(import_module(_MODULE_OF[name]), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "buffers": ("DictOfflineToOnlineReplayBuffer", "OfflineToOnlineReplayBuffer"),
+        "collapse": (
+            "Alarm",
+            "BettingDetector",
+            "CollapseGuard",
+            "CusumDetector",
+            "Detector",
+            "DeteriorationDetector",
+            "LearnerSnapshot",
+        ),
+        "datasets": ("OfflineDataset", "load_dataset"),
+        "offline_td3": ("OfflineTD3",),
+        "rebrac": ("ReBRAC",),
+        "td3bc": ("TD3BC",),
+        "td3c": ("TD3C",),
+        "zoo": ("register",),
+    },
+    {"__version__": _version},
+)

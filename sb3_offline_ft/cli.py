@@ -97,7 +97,7 @@ def dataset_show(
 ) -> None:
     """Show what is in a dataset."""
     with reporting("dataset show"):
-        from sb3_offline_ft.datasets.show import show_dataset
+        from sb3_offline_ft.datasets.tools.show import show_dataset
 
         show_dataset(
             spec, as_json=as_json, every_dimension=everything, trust_pickle=trust_pickle, progress_bar=sys.stderr.isatty()
@@ -116,7 +116,7 @@ def dataset_report(
     with reporting("dataset report"):
         from rich.console import Console
 
-        from sb3_offline_ft.datasets.report import write_report
+        from sb3_offline_ft.datasets.tools.report import write_report
 
         specs = [spec, *(compare or [])]
         write_report(specs, output, seed=seed, console=Console(stderr=True), trust_pickle=trust_pickle)
@@ -171,8 +171,8 @@ def dataset_convert(
     with reporting("dataset convert"):
         from rich.console import Console
 
-        from sb3_offline_ft.datasets.column_map import ColumnMap
-        from sb3_offline_ft.datasets.convert import convert_logs, load_function
+        from sb3_offline_ft.datasets.files.column_map import ColumnMap
+        from sb3_offline_ft.datasets.tools.convert import convert_logs, load_function
 
         given = {
             "observations": observations, "next_observations": next_observations, "actions": actions, "reward": reward,
@@ -236,7 +236,7 @@ def dataset_collect(
         from rich.console import Console
 
         import sb3_offline_ft.zoo
-        from sb3_offline_ft.datasets.collect import RANDOM, Behaviour, collect_dataset
+        from sb3_offline_ft.datasets.tools.collect import RANDOM, Behaviour, collect_dataset
 
         sb3_offline_ft.zoo.register()
         if random and algo not in (None, RANDOM):

@@ -104,7 +104,7 @@ def check_startup_hook() -> Iterator[Check]:
 
 def check_zoo() -> Iterator[Check]:
     """Which of our algorithms a fresh ``import rl_zoo3`` knows, and whether their presets are there."""
-    from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
+    from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
 
     process = subprocess.run(
         [sys.executable, "-c", "import rl_zoo3; print('ALGOS', *rl_zoo3.ALGOS)"], capture_output=True, text=True
@@ -188,7 +188,7 @@ def check_update_kernel() -> Iterator[Check]:
     """What computes the matrix products of updates on this machine, in each precision."""
     import torch as th
 
-    from sb3_offline_ft.common.update.products import choose_products, has_bfloat16_units
+    from sb3_offline_ft.update.products import choose_products, has_bfloat16_units
 
     yield Check(
         "Updates in float32", "ok", f"{choose_products('float32', th.device('cpu')).name}, {th.get_num_threads()} threads"

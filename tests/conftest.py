@@ -12,7 +12,7 @@ import pytest
 import torch as th
 
 from sb3_offline_ft import OfflineTD3
-from sb3_offline_ft.common.update import Batch
+from sb3_offline_ft.update import Batch
 
 # Small networks: more threads only wait for one another, worst when several tests run at once
 th.set_num_threads(1)

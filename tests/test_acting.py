@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from sb3_offline_ft import OfflineTD3
-from sb3_offline_ft.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, NormalizedFlattenExtractor
+from sb3_offline_ft.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, NormalizedFlattenExtractor
 
 SMALL = {"net_arch": [16, 16]}
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (5,), np.float64)

@@ -14,8 +14,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot, OfflineDataset, load_dataset
-from sb3_offline_ft.common.update import ActorObjective
 from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
+from sb3_offline_ft.update import ActorObjective
 from tests.conftest import draw_batch
 from tests.learning import p_value_of_no_better_than_random
 

@@ -12,7 +12,7 @@ import pytest
 
 from sb3_offline_ft.collapse.events import EVENTS_FILE, read_events
 from sb3_offline_ft.evaluation import dip_noise_floor
-from sb3_offline_ft.study import definitions
+from sb3_offline_ft.study.report import definitions
 from tests.conftest import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"

@@ -14,8 +14,8 @@ from stable_baselines3.common.save_util import save_to_pkl
 
 from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.datasets import OfflineDataset, check_compatible, check_spec
-from sb3_offline_ft.datasets.convert import convert_logs
-from sb3_offline_ft.datasets.show import describe_dataset, provenance_rows
+from sb3_offline_ft.datasets.tools.convert import convert_logs
+from sb3_offline_ft.datasets.tools.show import describe_dataset, provenance_rows
 from tests.keyed_environments import record
 
 pytestmark = pytest.mark.usefixtures("minari_root")

@@ -26,7 +26,7 @@ import sb3_offline_ft.zoo
 from sb3_offline_ft import OfflineDataset, load_dataset
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.datasets import reference_scores_for
-from sb3_offline_ft.datasets.collect import Behaviour, EpisodeRecorder, collect_dataset, stop_on_signals
+from sb3_offline_ft.datasets.tools.collect import Behaviour, EpisodeRecorder, collect_dataset, stop_on_signals
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 

@@ -13,9 +13,9 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, ReBRAC
-from sb3_offline_ft.common.update import AutogradKernel
 from sb3_offline_ft.testing import CLAUSES, PointEnv, check_algorithm, record
 from sb3_offline_ft.testing.spaces import OTHERS_WITH_DATA, VECTORS, WITHOUT_DATA
+from sb3_offline_ft.update import AutogradKernel
 from tests.conftest import REPOSITORY
 
 ALGORITHMS = [OfflineTD3, TD3BC, TD3C, ReBRAC]

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from stable_baselines3 import TD3
 
 from sb3_offline_ft import OfflineDataset, load_dataset
-from sb3_offline_ft.datasets.column_map import ColumnMap
-from sb3_offline_ft.datasets.convert import ConvertedDataset, convert_logs, load_function
-from sb3_offline_ft.datasets.minari_writing import FailsafeFile, write_episodes, write_minari
-from sb3_offline_ft.datasets.tables import read_tables
+from sb3_offline_ft.datasets.files.column_map import ColumnMap
+from sb3_offline_ft.datasets.files.minari_writing import FailsafeFile, write_episodes, write_minari
+from sb3_offline_ft.datasets.files.tables import read_tables
+from sb3_offline_ft.datasets.tools.convert import ConvertedDataset, convert_logs, load_function
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 
@@ -716,7 +716,7 @@ class TestDatasetsWritten:
             buffers[3] = dataclasses.replace(buffers[3], rewards=buffers[3].rewards + 1e-3 * (np.arange(200) == 17))
             return write_episodes(file, buffers)
 
-        monkeypatch.setattr("sb3_offline_ft.datasets.minari_writing.write_episodes", damage)
+        monkeypatch.setattr("sb3_offline_ft.datasets.files.minari_writing.write_episodes", damage)
         with pytest.raises(ValueError, match=r"reads back differently from 'pendulum-medium\?episodes=5': nothing is kept"):
             convert_logs([pendulum], "my/logs-v0", env="Pendulum-v1")
         assert_nothing_left(minari_root)

@@ -11,7 +11,7 @@ from scipy import stats
 from stable_baselines3 import TD3
 
 from sb3_offline_ft import TD3BC, OfflineTD3
-from sb3_offline_ft.common.update import ActorObjective
+from sb3_offline_ft.update import ActorObjective
 from tests.conftest import draw_batch
 from tests.learning import p_value_of_no_better_than_random
 

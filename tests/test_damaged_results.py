@@ -15,7 +15,7 @@ import pytest
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.evaluation import summarize_run
-from sb3_offline_ft.study.run_folder import read_result, write_result
+from sb3_offline_ft.study.engine.run_folder import read_result, write_result
 from tests import made_up_study, study_runs
 from tests.test_opening_files import command, make_run
 

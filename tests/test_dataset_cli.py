@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sb3_offline_ft import OfflineDataset, load_dataset
 from sb3_offline_ft.cli import app
-from sb3_offline_ft.datasets.show import count_duplicates, describe_dataset, number_text
+from sb3_offline_ft.datasets.tools.show import count_duplicates, describe_dataset, number_text
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 

@@ -18,7 +18,7 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from sb3_offline_ft.datasets import OfflineDataset, check_compatible, check_spec, load_dataset, scale_actions
-from sb3_offline_ft.datasets import hub as hub_module
+from sb3_offline_ft.datasets.files import hub as hub_module
 
 BUNDLED_PENDULUM = Path(__file__).parent.parent / "sb3_offline_ft" / "datasets" / "bundled" / "pendulum-medium"
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)

@@ -13,10 +13,10 @@ import pytest
 from gymnasium import spaces
 
 from sb3_offline_ft import OfflineDataset, load_dataset
-from sb3_offline_ft.datasets import report_figures as figures
-from sb3_offline_ft.datasets.diversity import measure_diversity
-from sb3_offline_ft.datasets.report import in_words, is_narrow, write_report
-from sb3_offline_ft.datasets.show import describe_dataset, number_text
+from sb3_offline_ft.datasets.tools import report_figures as figures
+from sb3_offline_ft.datasets.tools.diversity import measure_diversity
+from sb3_offline_ft.datasets.tools.report import in_words, is_narrow, write_report
+from sb3_offline_ft.datasets.tools.show import describe_dataset, number_text
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.special import polygamma
 
 from sb3_offline_ft import OfflineDataset, load_dataset
-from sb3_offline_ft.datasets.diversity import (
+from sb3_offline_ft.datasets.tools.diversity import (
     action_bounds,
     action_noise,
     knn_entropy,

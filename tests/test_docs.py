@@ -19,8 +19,8 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 import sb3_offline_ft.zoo  # noqa: F401  # so that the tables are complete before an example changes them
+from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.study import Protocol
-from sb3_offline_ft.study.strict_yaml import load_yaml
 from tests.conftest import RunPython
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -9,8 +9,8 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 import sb3_offline_ft
+from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.cli import app
-from sb3_offline_ft.zoo.presets import ALGORITHMS
 from tests.conftest import REPOSITORY, Installation
 
 DOCTOR = ("-m", "sb3_offline_ft", "doctor")

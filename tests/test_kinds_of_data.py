@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
 from sb3_offline_ft.common.observations import map_observations
-from sb3_offline_ft.common.update import FastKernel
+from sb3_offline_ft.update import FastKernel
 from tests.test_dict_and_image_data import DrawnPendulum
 
 TINY: dict[str, Any] = {"policy_kwargs": {"net_arch": [16]}, "seed": 0, "device": "cpu"}

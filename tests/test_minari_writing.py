@@ -19,10 +19,10 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from sb3_offline_ft import load_dataset
-from sb3_offline_ft.datasets import minari_writing
-from sb3_offline_ft.datasets.collect import collect_dataset
-from sb3_offline_ft.datasets.convert import convert_logs
-from sb3_offline_ft.datasets.minari_writing import FailsafeFile, write_minari
+from sb3_offline_ft.datasets.files import minari_writing
+from sb3_offline_ft.datasets.files.minari_writing import FailsafeFile, write_minari
+from sb3_offline_ft.datasets.tools.collect import collect_dataset
+from sb3_offline_ft.datasets.tools.convert import convert_logs
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 
@@ -292,7 +292,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_minari_writing import SPACES, episodes
-from sb3_offline_ft.datasets import minari_writing
+from sb3_offline_ft.datasets.files import minari_writing
 
 calls, replace = 0, os.replace
 

@@ -20,9 +20,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.datasets import OfflineDataset, as_flattened_by, check_compatible, check_spec, fit_to_space
-from sb3_offline_ft.datasets.collect import collect_dataset
-from sb3_offline_ft.datasets.convert import convert_logs
-from sb3_offline_ft.datasets.show import describe_dataset
+from sb3_offline_ft.datasets.tools.collect import collect_dataset
+from sb3_offline_ft.datasets.tools.convert import convert_logs
+from sb3_offline_ft.datasets.tools.show import describe_dataset
 from tests.keyed_environments import WIDE, Keyed, record
 from tests.zoo_runs import run
 

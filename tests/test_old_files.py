@@ -44,7 +44,7 @@ def test_old_guard_goes_on_with_its_reference_and_counts() -> None:
     model.learn(write.STEPS_AFTER_LOADING, callback=guard, reset_num_timesteps=False)
     start = next(event for event in guard.events if event["event"] == "start")
     assert start["resumed"]
-    assert [event["episode"] for event in guard.events if event["event"] == "episode"][0] == saved["counts"][0] + 1
+    assert next(event["episode"] for event in guard.events if event["event"] == "episode") == saved["counts"][0] + 1
 
 
 def test_old_snapshot_restores_a_learner() -> None:

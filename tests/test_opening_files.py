@@ -34,12 +34,12 @@ from sb3_offline_ft.cli import app
 from sb3_offline_ft.collapse.events import read_events
 from sb3_offline_ft.common.plain_pickle import Name, NotPlainError, load_plain
 from sb3_offline_ft.datasets import check_spec, without_trust
-from sb3_offline_ft.datasets.column_map import ColumnMap
-from sb3_offline_ft.datasets.zoo_files import read_zoo_yaml, saved_hyperparams
+from sb3_offline_ft.datasets.files.column_map import ColumnMap
+from sb3_offline_ft.datasets.files.zoo import read_zoo_yaml, saved_hyperparams
 from sb3_offline_ft.evaluation import summarize_run
-from sb3_offline_ft.study.protocol import Protocol
-from sb3_offline_ft.study.queue import StudyQueue
-from sb3_offline_ft.study.run_folder import read_result
+from sb3_offline_ft.study.design.protocol import Protocol
+from sb3_offline_ft.study.engine.queue import StudyQueue
+from sb3_offline_ft.study.engine.run_folder import read_result
 from tests import made_up_study, study_runs, zoo_runs
 from tests.conftest import REPOSITORY
 

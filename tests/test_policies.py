@@ -16,7 +16,8 @@ from stable_baselines3.td3 import policies as td3_policies
 from torch import nn
 
 from sb3_offline_ft import OfflineDataset, OfflineTD3
-from sb3_offline_ft.common.policies import (
+from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples
+from sb3_offline_ft.policies.policies import (
     CnnPolicy,
     LayerNormContinuousCritic,
     MlpPolicy,
@@ -25,8 +26,7 @@ from sb3_offline_ft.common.policies import (
     NormalizedFlattenExtractor,
     OfflinePolicy,
 )
-from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples
-from sb3_offline_ft.common.update.kernel import batches_of
+from sb3_offline_ft.update.kernel import batches_of
 
 ACTIONS = spaces.Box(-1.0, 1.0, (2,), np.float32)
 VECTOR = spaces.Box(-np.inf, np.inf, (5,), np.float32)

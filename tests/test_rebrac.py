@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.td3 import policies as td3_policies
 
 from sb3_offline_ft import TD3BC, OfflineDataset, OfflineTD3, ReBRAC, load_dataset
-from sb3_offline_ft.common.update import ActorObjective
+from sb3_offline_ft.update import ActorObjective
 from tests.conftest import draw_batch
 from tests.learning import p_value_of_no_better_than_random
 

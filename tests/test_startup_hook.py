@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sb3_offline_ft.zoo.presets import ALGORITHMS
+from sb3_offline_ft.algorithms import ALGORITHMS
 from tests.conftest import REPOSITORY, Installation, RunPython
 
 # os and site are loaded at any normal start; -I -S keeps a hook that is installed in this Python out of the measurement.

@@ -24,12 +24,12 @@ from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.common.live import as_json
 from sb3_offline_ft.pretrained.recipe import Recipe
 from sb3_offline_ft.pretrained.start import new_pretraining_learner, pretrain
-from sb3_offline_ft.study import cell as cell_module
-from sb3_offline_ft.study.cell import FINETUNING, PRETRAINING, Measure, run_cell
-from sb3_offline_ft.study.learners import algorithm_class, constructor_arguments, pretrained_learner
-from sb3_offline_ft.study.protocol import Cell, Protocol
-from sb3_offline_ft.study.results import find_result, keep_result, load_results
-from sb3_offline_ft.study.run_folder import CellResult, read_result, run_folder, write_result
+from sb3_offline_ft.study.design.protocol import Cell, Protocol
+from sb3_offline_ft.study.engine import cell as cell_module
+from sb3_offline_ft.study.engine.cell import FINETUNING, PRETRAINING, Measure, run_cell
+from sb3_offline_ft.study.engine.learners import algorithm_class, constructor_arguments, pretrained_learner
+from sb3_offline_ft.study.engine.results import find_result, keep_result, load_results
+from sb3_offline_ft.study.engine.run_folder import CellResult, read_result, run_folder, write_result
 from tests.study_environments import FOLDER_VARIABLE, GATED_PENDULUM
 
 NETS = {"policy_kwargs": {"net_arch": [16, 16]}}

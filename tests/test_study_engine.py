@@ -17,9 +17,9 @@ from optuna.trial import TrialState
 from rich.console import Console
 from sqlalchemy import event
 
-from sb3_offline_ft.study import queue as queue_module
-from sb3_offline_ft.study.protocol import Protocol
-from sb3_offline_ft.study.queue import (
+from sb3_offline_ft.study.design.protocol import Protocol
+from sb3_offline_ft.study.engine import queue as queue_module
+from sb3_offline_ft.study.engine.queue import (
     ERROR,
     INTERRUPTED,
     MOST_LOSSES,
@@ -28,9 +28,9 @@ from sb3_offline_ft.study.queue import (
     StudyQueue,
     results_in_storage,
 )
-from sb3_offline_ft.study.run_folder import CellResult
-from sb3_offline_ft.study.status import show_status
-from sb3_offline_ft.zoo.storage import describe_trial, open_storage, without_password
+from sb3_offline_ft.study.engine.run_folder import CellResult
+from sb3_offline_ft.study.engine.status import show_status
+from sb3_offline_ft.tuning.storage import describe_trial, open_storage, without_password
 from tests.study_runs import STUDY, write_study
 
 MakeQueue = Callable[..., StudyQueue]

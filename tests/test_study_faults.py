@@ -17,12 +17,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sb3_offline_ft.cli import app
-from sb3_offline_ft.study.protocol import Protocol
-from sb3_offline_ft.study.queue import ERROR, WORKER, CellState, StudyQueue
-from sb3_offline_ft.study.results import load_results
-from sb3_offline_ft.study.run import StudyRun, run_study
-from sb3_offline_ft.study.run_folder import CellResult
-from sb3_offline_ft.study.worker import Evaluated, Interrupts, Worker, WorkerSettings, _Lines
+from sb3_offline_ft.study.design.protocol import Protocol
+from sb3_offline_ft.study.engine.queue import ERROR, WORKER, CellState, StudyQueue
+from sb3_offline_ft.study.engine.results import load_results
+from sb3_offline_ft.study.engine.run import StudyRun, run_study
+from sb3_offline_ft.study.engine.run_folder import CellResult
+from sb3_offline_ft.study.engine.worker import Evaluated, Interrupts, Worker, WorkerSettings, _Lines
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM
 from tests.study_runs import (
     STUDY,

@@ -13,10 +13,10 @@ from stable_baselines3.common.monitor import load_results
 
 from sb3_offline_ft import TD3BC, CollapseGuard, OfflineTD3
 from sb3_offline_ft.common.seeding import derive_seed
-from sb3_offline_ft.study.cell import MEASURED_STREAM, Measure, run_cell
-from sb3_offline_ft.study.learners import algorithm_class, constructor_arguments
-from sb3_offline_ft.study.protocol import Cell, Protocol
-from sb3_offline_ft.study.run_folder import CellResult
+from sb3_offline_ft.study.design.protocol import Cell, Protocol
+from sb3_offline_ft.study.engine.cell import MEASURED_STREAM, Measure, run_cell
+from sb3_offline_ft.study.engine.learners import algorithm_class, constructor_arguments
+from sb3_offline_ft.study.engine.run_folder import CellResult
 from tests.conftest import RunPython
 
 ENV, DATASET, SEED, INTERACTIONS, EVERY = "Pendulum-v1", "bundled:pendulum-medium", 3, 900, 300
@@ -42,7 +42,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_offline_ft.study.cell import Measure
+from sb3_offline_ft.study.engine.cell import Measure
 
 
 class MeasureAsStudy(Measure):

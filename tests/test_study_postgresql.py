@@ -17,9 +17,9 @@ from urllib.parse import quote
 import pytest
 from rich.console import Console
 
-from sb3_offline_ft.study.protocol import Protocol
-from sb3_offline_ft.study.queue import CellState, StudyQueue, results_in_storage
-from sb3_offline_ft.study.run import run_study
+from sb3_offline_ft.study.design.protocol import Protocol
+from sb3_offline_ft.study.engine.queue import CellState, StudyQueue, results_in_storage
+from sb3_offline_ft.study.engine.run import run_study
 from tests.study_environments import CLOSED, GATED_PENDULUM
 from tests.study_runs import assert_each_done_once, assert_same, study_run, wait_until, write_study
 

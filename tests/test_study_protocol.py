@@ -17,18 +17,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.datasets import load_dataset
-from sb3_offline_ft.study import Protocol, identity, init_study
-from sb3_offline_ft.study.identity import ALGORITHM_VERSIONS, RESULTS_VERSION
-from sb3_offline_ft.study.init import DEFAULT_METHODS, next_steps
-from sb3_offline_ft.study.learners import algorithm_class
-from sb3_offline_ft.study.method_factory import METHOD_KEYS
-from sb3_offline_ft.study.methods import preset
-from sb3_offline_ft.study.protocol import KEYS, Cell
-from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
+from sb3_offline_ft.study import Protocol, init_study
+from sb3_offline_ft.study.design import identity
+from sb3_offline_ft.study.design.identity import ALGORITHM_VERSIONS, RESULTS_VERSION
+from sb3_offline_ft.study.design.init import DEFAULT_METHODS, next_steps
+from sb3_offline_ft.study.design.method_factory import METHOD_KEYS
+from sb3_offline_ft.study.design.methods import preset
+from sb3_offline_ft.study.design.protocol import KEYS, Cell
+from sb3_offline_ft.study.engine.learners import algorithm_class
+from sb3_offline_ft.study.tuning.plan import TuningPlan, TuningSettings
 from sb3_offline_ft.td3c import TD3C
-from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
 
 PENDULUM = "bundled:pendulum-medium"
 STUDY: dict[str, Any] = {

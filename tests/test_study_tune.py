@@ -29,20 +29,20 @@ from sb3_offline_ft.cli import app
 from sb3_offline_ft.datasets import load_dataset
 from sb3_offline_ft.evaluation.comparisons import compare_paired
 from sb3_offline_ft.pretrained.start import pretrain
-from sb3_offline_ft.study.cell import run_cell
-from sb3_offline_ft.study.learners import pretraining_recipe
-from sb3_offline_ft.study.protocol import Cell, Protocol
-from sb3_offline_ft.study.queue import KEY, CellState
-from sb3_offline_ft.study.report import write_report
-from sb3_offline_ft.study.status import read_statuses
-from sb3_offline_ft.study.tune import Tuned, confirm_best, confirmation_text, tune
-from sb3_offline_ft.study.tuning_entry import spec_seen_from, write_entry, zoo_entry
-from sb3_offline_ft.study.tuning_objective import Objective, number_of_last
-from sb3_offline_ft.study.tuning_plan import TuningPlan, TuningSettings
-from sb3_offline_ft.study.tuning_pruner import DEEPEST_DIP, PRESET, DipPruner, make_pruner
-from sb3_offline_ft.study.tuning_queue import GIVEN_UP, SCORES, TuningQueue
-from sb3_offline_ft.study.tuning_report import parameter_importance
-from sb3_offline_ft.zoo.samplers import SEARCH_SPACES, split_finetuning, split_tuning
+from sb3_offline_ft.study.design.protocol import Cell, Protocol
+from sb3_offline_ft.study.engine.cell import run_cell
+from sb3_offline_ft.study.engine.learners import pretraining_recipe
+from sb3_offline_ft.study.engine.queue import KEY, CellState
+from sb3_offline_ft.study.engine.status import read_statuses
+from sb3_offline_ft.study.report.page import write_report
+from sb3_offline_ft.study.tuning.entry import spec_seen_from, write_entry, zoo_entry
+from sb3_offline_ft.study.tuning.objective import Objective, number_of_last
+from sb3_offline_ft.study.tuning.plan import TuningPlan, TuningSettings
+from sb3_offline_ft.study.tuning.pruner import DEEPEST_DIP, PRESET, DipPruner, make_pruner
+from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, TuningQueue
+from sb3_offline_ft.study.tuning.report import parameter_importance
+from sb3_offline_ft.study.tuning.run import Tuned, confirm_best, confirmation_text, tune
+from sb3_offline_ft.tuning.search_spaces import SEARCH_SPACES, split_finetuning, split_tuning
 from sb3_offline_ft.zoo.tuning import ObservedTrial
 from tests.conftest import REPOSITORY, RunPython
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM

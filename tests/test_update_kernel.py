@@ -26,12 +26,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3, OfflineToOnlineReplayBuffer, ReBRAC, load_dataset
 from sb3_offline_ft.collapse.remedies import PolicyBrake
 from sb3_offline_ft.collapse.signals import greedy_actions, policy_distance
-from sb3_offline_ft.common.policies import MlpPolicy
-from sb3_offline_ft.common.update import ActorObjective, Attraction
-from sb3_offline_ft.common.update.adam import FlatAdam
-from sb3_offline_ft.common.update.mlp import MlpPass, Scratch, layer_tensors
-from sb3_offline_ft.common.update.networks import FlatParameters, NotSupportedError, read_layers
-from sb3_offline_ft.common.update.products import NATIVE, choose_products
+from sb3_offline_ft.policies.policies import MlpPolicy
+from sb3_offline_ft.update import ActorObjective, Attraction
+from sb3_offline_ft.update.adam import FlatAdam
+from sb3_offline_ft.update.mlp import MlpPass, Scratch, layer_tensors
+from sb3_offline_ft.update.networks import FlatParameters, NotSupportedError, read_layers
+from sb3_offline_ft.update.products import NATIVE, choose_products
 from tests.conftest import draw_batch
 
 DATASET = "bundled:pendulum-medium"

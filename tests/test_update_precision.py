@@ -14,8 +14,8 @@ import torch as th
 from torch import nn
 
 from sb3_offline_ft import TD3BC
-from sb3_offline_ft.common.update import products
-from sb3_offline_ft.common.update.products import LARGE, NATIVE, Products, choose_products
+from sb3_offline_ft.update import products
+from sb3_offline_ft.update.products import LARGE, NATIVE, Products, choose_products
 from tests.conftest import REPOSITORY
 
 CPU = th.device("cpu")
@@ -167,7 +167,7 @@ def test_the_switch_is_put_back_after_an_interrupt(
 ON_AMD = """
 import torch as th
 from sb3_offline_ft import TD3BC
-from sb3_offline_ft.common.update import products
+from sb3_offline_ft.update import products
 
 products.cpu_vendor = lambda: "AuthenticAMD"
 th.set_num_threads(1)

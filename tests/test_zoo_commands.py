@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sb3_offline_ft import TD3BC, TD3C
-from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
+from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
 from tests.conftest import REPOSITORY, Installation, RunPython
 
 BUNDLED_PENDULUM = REPOSITORY / "sb3_offline_ft" / "datasets" / "bundled" / "pendulum-medium"

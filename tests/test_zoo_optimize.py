@@ -29,12 +29,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_offline_ft
 from sb3_offline_ft import TD3C, LearnerSnapshot, OfflineDataset, OfflineTD3, load_dataset, register
+from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, Recipe, code_digest
 from sb3_offline_ft.pretrained.start import pretrain
-from sb3_offline_ft.zoo.presets import ALGORITHMS
-from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX, SEARCH_SPACES, constructor_arguments
-from sb3_offline_ft.zoo.storage import open_storage
+from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX, SEARCH_SPACES, constructor_arguments
+from sb3_offline_ft.tuning.storage import open_storage
 from tests.conftest import REPOSITORY, Installation, RunPython
 from tests.zoo_runs import SMALL, UNGUARDED, make_manager, run
 

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from worker import columns, fill_vectors, silence, use_cores, vector_env
 
 from sb3_offline_ft import TD3BC, OfflineDataset
-from sb3_offline_ft.common.policies import MlpPolicy
-from sb3_offline_ft.common.update import FastKernel
 from sb3_offline_ft.offline_td3 import offline_td3
+from sb3_offline_ft.policies.policies import MlpPolicy
+from sb3_offline_ft.update import FastKernel
 
 SHAPE = "hopper"
 BATCHES_AT_ONCE = offline_td3.BATCHES_AT_ONCE

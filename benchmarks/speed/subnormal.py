@@ -16,7 +16,7 @@ from report import RESULTS
 from worker import use_cores
 
 from sb3_offline_ft import OfflineTD3
-from sb3_offline_ft.common.update import FastKernel, adam
+from sb3_offline_ft.update import FastKernel, adam
 
 SMALLEST_NORMAL = 1.1754944e-38
 STEPS, REPEATS = 2_000, 50

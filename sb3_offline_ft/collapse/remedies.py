@@ -22,8 +22,8 @@ from sb3_offline_ft.collapse.signals import (
     observations_at,
     policy_distance,
 )
-from sb3_offline_ft.common.averaging import LearnedWeights
 from sb3_offline_ft.common.checks import whole_number
+from sb3_offline_ft.policies.averaging import LearnedWeights
 
 PROBE_SIZE = 256
 PROBE_LIFE = 50

@@ -12,20 +12,20 @@ import numpy as np
 from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from sb3_offline_ft.datasets.hdf5_files import load_hdf5, open_hdf5
-from sb3_offline_ft.datasets.hub import hub_ids
-from sb3_offline_ft.datasets.minari_files import load_minari, open_minari
-from sb3_offline_ft.datasets.minari_writing import restore_replaced
-from sb3_offline_ft.datasets.npz_files import load_npz, open_npz
-from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
-from sb3_offline_ft.datasets.reading import Source
-from sb3_offline_ft.datasets.replay_buffer_files import (
+from sb3_offline_ft.datasets.files.hdf5 import load_hdf5, open_hdf5
+from sb3_offline_ft.datasets.files.hub import hub_ids
+from sb3_offline_ft.datasets.files.minari import load_minari, open_minari
+from sb3_offline_ft.datasets.files.minari_writing import restore_replaced
+from sb3_offline_ft.datasets.files.npz import load_npz, open_npz
+from sb3_offline_ft.datasets.files.reading import Source
+from sb3_offline_ft.datasets.files.replay_buffers import (
     check_trust,
     has_own_format,
     load_own_replay_buffer,
     load_replay_buffer,
     open_own_replay_buffer,
 )
+from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.specs import TRUST, Base, DatasetSpec, PartSpec, join_specs, parse_spec
 from sb3_offline_ft.datasets.validation import with_clipping
 

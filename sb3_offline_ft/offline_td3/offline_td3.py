@@ -31,7 +31,6 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.td3.policies import Actor, TD3Policy
 
 from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
-from sb3_offline_ft.common.averaging import LearnedWeights
 from sb3_offline_ft.common.callbacks import (
     InitialEvaluation,
     PretrainingLocals,
@@ -42,18 +41,11 @@ from sb3_offline_ft.common.callbacks import (
 )
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import constructor_arguments, known_keywords, whole_number
-from sb3_offline_ft.common.frozen import frozen_actor, tensors_to_arrays, weights_from_arrays, weights_to_arrays
-from sb3_offline_ft.common.guide import NOT_SAVED, PRETRAINED, GuideLike, check_guide, find_guide, guide_actions
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, naming_damage
 from sb3_offline_ft.common.logger import OfflineLogger
-from sb3_offline_ft.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OfflinePolicy
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
-from sb3_offline_ft.common.torch_layers import is_vector_space
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
-from sb3_offline_ft.common.update import ActorObjective, AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
-from sb3_offline_ft.common.update.kernel import target_critics_of
-from sb3_offline_ft.common.update.products import UPDATE_PRECISIONS
 from sb3_offline_ft.datasets import (
     DatasetSpec,
     OfflineDataset,
@@ -64,6 +56,14 @@ from sb3_offline_ft.datasets import (
     without_trust,
 )
 from sb3_offline_ft.datasets.keys import flattened_space, leaf_spaces
+from sb3_offline_ft.policies.averaging import LearnedWeights
+from sb3_offline_ft.policies.frozen import frozen_actor, tensors_to_arrays, weights_from_arrays, weights_to_arrays
+from sb3_offline_ft.policies.guide import NOT_SAVED, PRETRAINED, GuideLike, check_guide, find_guide, guide_actions
+from sb3_offline_ft.policies.layers import is_vector_space
+from sb3_offline_ft.policies.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OfflinePolicy
+from sb3_offline_ft.update import ActorObjective, AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
+from sb3_offline_ft.update.kernel import target_critics_of
+from sb3_offline_ft.update.products import UPDATE_PRECISIONS
 
 SelfOfflineTD3 = TypeVar("SelfOfflineTD3", bound="OfflineTD3")
 

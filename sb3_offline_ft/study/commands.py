@@ -40,7 +40,7 @@ def study_init(
     """Write study.yml, which says what is compared, to be edited."""
     with reporting("study init"):
         from sb3_offline_ft.datasets.specs import TRUST
-        from sb3_offline_ft.study.init import init_study, next_steps
+        from sb3_offline_ft.study.design.init import init_study, next_steps
 
         file = init_study(
             folder,
@@ -69,8 +69,8 @@ def study_run(
     shown = shlex.quote(str(folder))
     again = f"interrupted: what is done is kept, the rest waits. `sb3-offline-ft study run {shown}` goes on"
     with reporting("study run", again):
-        from sb3_offline_ft.study.queue import CellState
-        from sb3_offline_ft.study.run import run_study
+        from sb3_offline_ft.study.engine.queue import CellState
+        from sb3_offline_ft.study.engine.run import run_study
 
         counts = run_study(
             folder,
@@ -102,7 +102,7 @@ def study_status(
 ) -> None:
     """Show what is done, running, waiting and failed."""
     with reporting("study status"):
-        from sb3_offline_ft.study.status import show_status
+        from sb3_offline_ft.study.engine.status import show_status
 
         show_status(folder, storage, errors, trust_pickle=trust_pickle)
 
@@ -125,7 +125,7 @@ def study_report(
     with reporting("study report"):
         from rich.console import Console
 
-        from sb3_offline_ft.study.report import FIGURES, FORMATS, write_report
+        from sb3_offline_ft.study.report.page import FIGURES, FORMATS, write_report
 
         with Console(stderr=True).status("") as status:
             files = write_report(
@@ -187,8 +187,8 @@ def study_tune(
     with reporting("study tune", again):
         from rich.console import Console
 
-        from sb3_offline_ft.study.tune import tune
-        from sb3_offline_ft.study.tuning_plan import TuningSettings
+        from sb3_offline_ft.study.tuning.plan import TuningSettings
+        from sb3_offline_ft.study.tuning.run import tune
 
         settings = TuningSettings(
             folder.absolute(), storage, threads, device, algo=algo, method=method, dataset=dataset, n_trials=n_trials,

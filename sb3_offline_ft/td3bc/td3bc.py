@@ -17,13 +17,13 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
 from sb3_offline_ft.common.checks import number_pair
-from sb3_offline_ft.common.guide import GuideLike
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
-from sb3_offline_ft.common.update import ActorObjective, Attraction, Batch
 from sb3_offline_ft.datasets import DatasetSpec
 from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, OfflineTD3
+from sb3_offline_ft.policies.guide import GuideLike
 from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
+from sb3_offline_ft.update import ActorObjective, Attraction, Batch
 
 ADAPTIVE = "adaptive"
 # The weight that is controlled begins with 1

@@ -13,14 +13,14 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch.nn import functional as F
 
-from sb3_offline_ft.common.frozen import frozen_actor, weights_from_arrays, weights_to_arrays
-from sb3_offline_ft.common.guide import GuideLike
 from sb3_offline_ft.common.schedules import make_schedule, scale_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
-from sb3_offline_ft.common.update import ActorObjective, Attraction, Batch
 from sb3_offline_ft.datasets import DatasetSpec
 from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS
+from sb3_offline_ft.policies.frozen import frozen_actor, weights_from_arrays, weights_to_arrays
+from sb3_offline_ft.policies.guide import GuideLike
 from sb3_offline_ft.td3bc.td3bc import TD3BC
+from sb3_offline_ft.update import ActorObjective, Attraction, Batch
 
 CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
 ACTOR = "actor."

@@ -12,7 +12,6 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_offline_ft.common.update import AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.testing.clause import clause
 from sb3_offline_ft.testing.learners import (
@@ -33,6 +32,7 @@ from sb3_offline_ft.testing.learners import (
 )
 from sb3_offline_ft.testing.point_env import VECTOR, PointEnv, record
 from sb3_offline_ft.testing.spaces import OTHERS_WITH_DATA, VECTORS
+from sb3_offline_ft.update import AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
 
 
 def _vec_env(n_envs: int, space: spaces.Space[Any] = VECTOR) -> DummyVecEnv:

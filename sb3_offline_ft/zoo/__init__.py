@@ -4,14 +4,14 @@ import warnings
 from pkgutil import resolve_name
 
 import _sb3_offline_ft_startup
-from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
+from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
 
 __all__ = ["ALGORITHMS", "preset_path", "register"]
 
 
 def _extend_experiment_manager() -> None:
+    from sb3_offline_ft.tuning.search_spaces import register_search_spaces
     from sb3_offline_ft.zoo.experiment import extend_experiment_manager
-    from sb3_offline_ft.zoo.samplers import register_search_spaces
 
     register_search_spaces()
     extend_experiment_manager()

@@ -15,8 +15,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.zoo.presets import ALGORITHMS, preset_path
-from sb3_offline_ft.zoo.samplers import split_finetuning, split_tuning
+from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
+from sb3_offline_ft.tuning.search_spaces import split_finetuning, split_tuning
 
 # Modules that only our own runs need are imported where they are used: this one is loaded with rl_zoo3, whoever uses it.
 
@@ -103,7 +103,7 @@ def _with_dataset_check(original: Method) -> Method:
                 hyperparams["dataset"] = dataset = saved_hyperparams["dataset"]
             check_spec(dataset)
         if _is_ours(self) and self.optimize_hyperparameters and self.storage is not None:
-            from sb3_offline_ft.zoo.storage import open_storage
+            from sb3_offline_ft.tuning.storage import open_storage
 
             open_storage(self.storage, create=True)
         return hyperparams, saved_hyperparams
@@ -115,14 +115,14 @@ def _check_study_arguments(manager: Any) -> None:
     if manager.optimize_hyperparameters and manager.continue_training:
         raise ValueError("`-optimize` pretrains by itself, and cannot start from an agent: leave out `-i`.")
     if manager.storage is not None:
-        from sb3_offline_ft.zoo.storage import with_absolute_path
+        from sb3_offline_ft.tuning.storage import with_absolute_path
 
         manager.storage = with_absolute_path(manager.storage)
     if manager.trial_id is None:
         return
     if not (manager.storage and manager.study_name):
         raise ValueError("`--trial-id` needs the study that the trial is of: give `--storage` and `--study-name`.")
-    from sb3_offline_ft.zoo.storage import describe_trial
+    from sb3_offline_ft.tuning.storage import describe_trial
 
     manager.trial_id = _TrialNumber(manager.trial_id)
     print(describe_trial(manager.storage, manager.study_name, manager.trial_id))

@@ -13,7 +13,7 @@ from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache, default_folder
 from sb3_offline_ft.pretrained.recipe import SAME_THROUGHOUT, Recipe
 from sb3_offline_ft.pretrained.start import Pretrained, pretrain, start_from
-from sb3_offline_ft.zoo.samplers import FINETUNING_PREFIX
+from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 
 class Pretraining:

@@ -22,8 +22,7 @@ from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.start import Pretrained, start_from
-from sb3_offline_ft.zoo.pretraining import Pretraining
-from sb3_offline_ft.zoo.samplers import (
+from sb3_offline_ft.tuning.search_spaces import (
     DIP_PENALTY,
     FINETUNING_PREFIX,
     FIXED,
@@ -35,6 +34,7 @@ from sb3_offline_ft.zoo.samplers import (
     split_finetuning,
     split_tuning,
 )
+from sb3_offline_ft.zoo.pretraining import Pretraining
 
 SEED = "seed"
 TRIALS_STREAM, SAMPLERS_STREAM = 2, 3

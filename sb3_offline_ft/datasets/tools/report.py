@@ -1,0 +1,322 @@
+"""A dataset report: one HTML page that needs nothing else."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+from sb3_offline_ft.datasets.sources import load_dataset
+from sb3_offline_ft.datasets.tools.convert import progress_bar
+from sb3_offline_ft.datasets.tools.diversity import Coverage, Diversity, measure_diversity
+from sb3_offline_ft.datasets.tools.show import DatasetFacts, describe_dataset, number_text, summary_rows
+from sb3_offline_ft.pages.html import Picture, render_page
+
+NARROW_STD, NARROW_SHARE = 0.1, 0.05
+"""Below either, the report calls actions nearly determined by the state; above the next, nearly independent of it."""
+WIDE_SHARE = 0.9
+MUCH_SATURATED = 0.1
+FEW_EPISODES = 20
+SPARSE = 0.9
+
+_PICTURES = 6
+
+
+def write_report(
+    specs: Sequence[str | Path | OfflineDataset],
+    output: str | Path,
+    *,
+    seed: int = 0,
+    console: Console | None = None,
+    **options: Any,
+) -> None:
+    """Write the report on a dataset.
+
+    :param specs: What :func:`load_dataset` takes: the dataset, and others to set beside it in a table.
+    :param output: The HTML file; written whole or not at all. The same data, seed and versions give the same file.
+    :param seed: Seed of the samples that some measures and pictures use.
+    :param console: Where to show the progress; nothing is shown if omitted.
+    :param options: Passed to :func:`load_dataset`.
+    :raises OSError: as :func:`load_dataset`, or if the file cannot be written.
+    :raises ValueError: as :func:`load_dataset`.
+    """
+    console = console or Console(quiet=True)
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=6 * len(specs) + _PICTURES)
+
+        def step(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        columns: list[tuple[DatasetFacts, Diversity]] = []
+        pictures: list[Picture] = []
+        for spec in specs:
+            step(f"loading {spec.name if isinstance(spec, OfflineDataset) else spec}")
+            dataset = load_dataset(spec, **options)
+            step("counting")
+            facts = describe_dataset(dataset)
+            diversity = measure_diversity(dataset, seed=seed, progress=lambda what: step(f"measuring {what}"))
+            columns.append((facts, diversity))
+            # The columns of one dataset at a time are kept in memory
+            pictures = pictures or _pictures(dataset, diversity, seed, step)
+        facts, diversity = columns[0]
+    page = render_page(
+        __package__,
+        "report.html.jinja",
+        facts=facts,
+        rows=summary_rows(facts),
+        paragraphs=in_words(facts, diversity),
+        values=measured_values(diversity),
+        pictures=pictures,
+        comparison=comparison(columns) if len(columns) > 1 else None,
+        number=number_text,
+        seed=seed,
+    )
+    with atomic_write(output) as file:
+        file.write(page)
+
+
+def in_words(facts: DatasetFacts, diversity: Diversity) -> list[tuple[str, list[str]]]:
+    """Say what a dataset is and what that may mean for finetuning.
+
+    :param facts: What :func:`describe_dataset` found.
+    :param diversity: What :func:`measure_diversity` found.
+    :return: Headings with their paragraphs.
+    """
+    sections = [
+        ("What it is", [_what_it_is(facts)]),
+        ("How good it is", [_how_good(facts)]),
+        ("How diverse it is", [_how_diverse(diversity)]),
+        ("What that may mean for finetuning", _what_it_means(facts, diversity)),
+        ("To mind", _remarks(facts)),
+    ]
+    return [section for section in sections if section[1]]
+
+
+def _what_it_is(facts: DatasetFacts) -> str:
+    where = f" of {facts.env_id}" if facts.env_id else ""
+    how = f", recorded with {facts.provenance['algorithm']}" if facts.provenance.get("algorithm") else ""
+    ends = f"{facts.terminated:,} ended in a terminal state, {facts.truncated:,} were cut by a time limit or the recording"
+    return (
+        f"{facts.transitions:,} transitions in {facts.episodes:,} episodes{where}{how}. The median episode has "
+        f"{number_text(facts.lengths.median)} steps; {ends}."
+    )
+
+
+def _how_good(facts: DatasetFacts) -> str:
+    returns, scores = facts.returns, facts.normalized_returns
+    text = (
+        f"The mean return is {number_text(returns.mean)}, with a standard deviation of {number_text(returns.std)} between "
+        f"episodes; the best episode reached {number_text(returns.max)}, the worst {number_text(returns.min)}."
+    )
+    if scores is None:
+        return f"{text} No scores of a random policy and an expert are known, so it cannot be placed between them."
+    return (
+        f"{text} Where a random policy is 0 ({number_text(scores['random'])}) and an expert 100 "
+        f"({number_text(scores['expert'])}), the mean is {scores['mean']:.1f} and the best episode {scores['max']:.1f}. "
+        f"Source of the two scores: {scores['source']}."
+    )
+
+
+def _how_diverse(diversity: Diversity) -> str:
+    noise = diversity.action_noise
+    if noise is None:
+        return "There are too few rows, or no observations but images, to measure it."
+    text = (
+        f"Between similar states, actions differ by a standard deviation of at most about {noise.mean_std:.2f}, where their "
+        f"bounds are -1 and 1; the state leaves at most about {noise.unexplained:.0%} of their variance unexplained."
+    )
+    if is_narrow(diversity):
+        return f"{text} This report calls that narrow: the actions are nearly determined by the state."
+    if noise.unexplained > WIDE_SHARE:
+        return f"{text} The actions hardly depend on the state, as those of a random policy."
+    return f"{text} That is neither nearly determined by the state nor nearly independent of it."
+
+
+def _what_it_means(facts: DatasetFacts, diversity: Diversity) -> list[str]:
+    texts = [
+        "Luo et al. (2023) relate the collapse of pretrained policies at the start of online finetuning to the diversity of "
+        "the data, the algorithm and the online replay; an early loss of performance is reported for many offline-to-online "
+        "algorithms (Fine-Tuning without Performance Degradation, 2025). No threshold is known: this page predicts nothing."
+    ]
+    if is_narrow(diversity):
+        texts.append(
+            "Narrow data shows a critic few actions in each state, so that its values of all others are extrapolated: a "
+            "reason for care. TD3C bounds how far the policy moves, a warm-up with the frozen policy measures its level "
+            "before the first update, and CollapseGuard watches and rolls back."
+        )
+    elif diversity.action_noise is not None:
+        texts.append(
+            "This data is not narrow in the sense of this report. That is no promise that finetuning keeps the level of the "
+            "pretrained policy: measure that level in a warm-up with the frozen policy, and let CollapseGuard watch it."
+        )
+    if facts.returns.max > facts.returns.mean:
+        texts.append(
+            f"The root of the positive-sided variance of the returns is {number_text(_root_rpsv(diversity))}. Hong et al. "
+            "(2023) found that the room for improvement over the behaviour policy goes with this variance, and that data "
+            "dominated by poor episodes holds offline algorithms back. The filter top_fraction, and weights of several "
+            "datasets, change what is sampled."
+        )
+    texts.append(
+        f"After pretraining, compare the policy's return with the mean of the data, {number_text(facts.returns.mean)}: Li et "
+        "al. (2025) propose to preserve whichever of the two is better during finetuning."
+    )
+    return texts
+
+
+def is_narrow(diversity: Diversity) -> bool:
+    """
+    :param diversity: What :func:`measure_diversity` found.
+    :return: Whether actions are nearly determined by the state, by :data:`NARROW_STD` or :data:`NARROW_SHARE`.
+    """
+    noise = diversity.action_noise
+    return noise is not None and (noise.mean_std < NARROW_STD or noise.unexplained < NARROW_SHARE)
+
+
+def _remarks(facts: DatasetFacts) -> list[str]:
+    remarks = []
+    if facts.episodes < FEW_EPISODES:
+        remarks.append(f"There are only {facts.episodes} episodes: everything said of returns is uncertain.")
+    saturated = [index for index, action in enumerate(facts.actions) if (action.at_bounds or 0.0) > MUCH_SATURATED]
+    if saturated:
+        which = ", ".join(f"{index} ({facts.actions[index].at_bounds:.0%})" for index in saturated[:8])
+        more = f" and {len(saturated) - 8} more" if len(saturated) > 8 else ""
+        remarks.append(
+            f"Many actions lie at a bound, in dimension {which}{more}: a policy that ends in tanh comes close to a bound, but "
+            "never reaches it."
+        )
+    if any(action.low is None for action in facts.actions):
+        remarks.append("The bounds of the actions are not known; they were scaled by their own range.")
+    if facts.duplicates:
+        share = facts.duplicates / facts.transitions
+        remarks.append(
+            f"{facts.duplicates:,} transitions ({share:.1%}) equal an earlier one; they count twice in every batch."
+        )
+    if facts.zero_rewards > SPARSE:
+        remarks.append(f"The reward is sparse: {facts.zero_rewards:.1%} of the transitions have a reward of exactly 0.")
+    if facts.provenance.get("lossy_images"):
+        remarks.append("The images were stored as JPEG: they differ from what the environment showed.")
+    shares = [part["share_of_batches"] * facts.transitions / part["transitions"] for part in facts.parts]
+    if max(shares) - min(shares) > 1e-6:
+        remarks.append("Batches take the parts by their shares; everything on this page counts every row once.")
+    constant = [
+        f"{index} of {one.name}" for one in facts.observations if not one.is_image
+        for index, (low, high) in enumerate(zip(one.min, one.max, strict=True)) if low == high
+    ]  # fmt: skip
+    if constant:
+        shown = ", ".join(constant[:5]) + (f" and {len(constant) - 5} more" if len(constant) > 5 else "")
+        remarks.append(f"Constant over all rows: dimension {shown}.")
+    return remarks
+
+
+def measured_values(diversity: Diversity) -> dict[str, list[str]]:
+    """
+    :param diversity: What :func:`measure_diversity` found.
+    :return: The lines that the page says of each measure, the main one first.
+    """
+    none = ["not measured"]
+    quality, noise, vendi = diversity.trajectory_quality, diversity.action_noise, diversity.vendi_score
+    values = {
+        "quality": ["needs reference scores" if quality is None else f"{quality:.3f}"],
+        "variance": [f"{number_text(diversity.positive_sided_variance)} (root {number_text(_root_rpsv(diversity))})"],
+        "coverage": _coverage_in_words(diversity.coverage) + _coverage_in_words(diversity.coarse_coverage) or none,
+        "entropy": none,
+        "vendi": none if vendi is None else [f"{vendi:.1f} effectively different", f"of {diversity.vendi_rows:,} transitions"],
+        "noise": none,
+    }
+    if diversity.state_entropy is not None and diversity.gaussian_entropy is not None:
+        values["entropy"] = [
+            _entropy(diversity.state_entropy),
+            f"in {diversity.state_dimensions} dimensions, from {diversity.entropy_rows:,} rows",
+            f"independent Gaussians: {diversity.gaussian_entropy:.2f} nats",
+        ]
+    if noise is not None:
+        values["noise"] = [
+            f"standard deviation {noise.mean_std:.3f}",
+            f"{noise.unexplained:.1%} of the variance",
+            f"{noise.neighbours} neighbours of {noise.queries:,} among {noise.references:,} rows",
+        ]
+    return values
+
+
+def comparison(columns: Sequence[tuple[DatasetFacts, Diversity]]) -> list[tuple[str, list[str]]]:
+    """
+    :param columns: Facts and measures of several datasets.
+    :return: The rows of a table that sets them side by side.
+    """
+    table: dict[str, list[str]] = {"": [facts.name for facts, _ in columns]}
+
+    def add(name: str, values: list[str | None]) -> None:
+        table[name] = [value or "-" for value in values]
+
+    add("environment", [facts.env_id for facts, _ in columns])
+    add("transitions", [f"{facts.transitions:,}" for facts, _ in columns])
+    add("episodes", [f"{facts.episodes:,}" for facts, _ in columns])
+    add("mean return", [number_text(facts.returns.mean) for facts, _ in columns])
+    add("median return", [number_text(facts.returns.median) for facts, _ in columns])
+    add("best return", [number_text(facts.returns.max) for facts, _ in columns])
+    normalized = [facts.normalized_returns for facts, _ in columns]
+    add("normalised mean return", [None if scores is None else f"{scores['mean']:.1f}" for scores in normalized])
+    add("root of the positive-sided variance", [number_text(_root_rpsv(one)) for _, one in columns])
+    add("mean length", [number_text(facts.lengths.mean) for facts, _ in columns])
+    add("terminated", [f"{facts.terminated / facts.episodes:.0%}" for facts, _ in columns])
+    add("action noise", [None if one.action_noise is None else f"{one.action_noise.mean_std:.3f}" for _, one in columns])
+    add("unexplained", [None if one.action_noise is None else f"{one.action_noise.unexplained:.1%}" for _, one in columns])
+    add("entropy of the states", [None if one.state_entropy is None else _entropy(one.state_entropy) for _, one in columns])
+    add("Vendi score", [None if one.vendi_score is None else f"{one.vendi_score:.1f}" for _, one in columns])
+    for what in ("row", "shuffled", "uniform"):
+        coverages = [one.coarse_coverage for _, one in columns]
+        values = [None if one is None else f"{getattr(one, f'per_{what}'):.3f}" for one in coverages]
+        add(f"coarse coverage, per {what}", values)
+    add("duplicates", [f"{facts.duplicates:,}" for facts, _ in columns])
+    return list(table.items())
+
+
+def _pictures(dataset: OfflineDataset, diversity: Diversity, seed: int, step: Any) -> list[Picture]:
+    from sb3_offline_ft.datasets.tools import report_figures as figures
+
+    step("drawing returns")
+    pictures = [
+        Picture(figures.draw_returns(dataset, "returns"), "Returns", "Undiscounted return of the episodes."),
+        Picture(
+            figures.draw_order(dataset, "order"),
+            "Returns in order",
+            "A trend shows data of a policy that was still learning." + (
+                " Dotted lines part the datasets it was put together from." if len(dataset.sources) > 1 else ""
+            ),
+        ),
+    ]  # fmt: skip
+    step("drawing lengths")
+    pictures.append(Picture(figures.draw_lengths(dataset, "lengths"), "Lengths", "Steps of the episodes, by how they ended."))
+    step("drawing states")
+    states = figures.draw_states(dataset, "states", seed)
+    if states is not None:
+        caption = "Standardised states on their first two principal components. Islands may be different kinds of behaviour."
+        pictures.append(Picture(states, "States visited", caption))
+    step("drawing actions")
+    n_actions = int(np.prod(dataset.actions.shape[1:]))
+    shown = f" The first {figures.MOST_ACTIONS} of {n_actions} dimensions." if n_actions > figures.MOST_ACTIONS else ""
+    caption = f"On the scale where the bounds are -1 and 1.{shown}"
+    pictures.append(Picture(figures.draw_actions(dataset, "actions", seed), "Actions", caption))
+    step("drawing noise")
+    if diversity.action_noise is not None:
+        caption = f"Inner bars: what similar states leave unexplained (an upper estimate).{shown}"
+        pictures.append(Picture(figures.draw_noise(diversity.action_noise, "noise"), "Action noise", caption))
+    return pictures
+
+
+def _coverage_in_words(coverage: Coverage | None) -> list[str]:
+    if coverage is None:
+        return []
+    ratios = f"{coverage.per_row:.3f} per row, {coverage.per_shuffled:.3f} of shuffled, {coverage.per_uniform:.3f} of uniform"
+    return [f"{coverage.bins} bins: {ratios}"]
+
+
+def _root_rpsv(diversity: Diversity) -> float:
+    return float(np.sqrt(diversity.positive_sided_variance))
+
+
+def _entropy(value: float) -> str:
+    return f"{value:.2f} nats" if np.isfinite(value) else "minus infinity: states repeat exactly"

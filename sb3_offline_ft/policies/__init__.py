@@ -1,0 +1,1 @@
+"""Policies, their layers, and how they act."""

@@ -1,0 +1,1 @@
+"""What a study compares: its file, its methods, its cells."""

@@ -1,0 +1,389 @@
+"""Makes the methods of a study: presets, what the study says, variants by factors, and all checks of it."""
+
+import copy
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_offline_ft.algorithms import ALGORITHMS
+from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.strict_yaml import Reader, suggestion
+from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
+from sb3_offline_ft.rebrac.rebrac import POLICY_DEFAULTS
+from sb3_offline_ft.study.design.identity import is_same, method_facts
+from sb3_offline_ft.study.design.methods import (
+    ENSEMBLE_SIZE,
+    NOISE,
+    SET_BY_STUDY,
+    Method,
+    default_of,
+    factor_path,
+    is_ours,
+    known_algorithms,
+    known_hyperparams,
+    preset,
+    set_path,
+)
+from sb3_offline_ft.study.engine.learners import PLAIN_TD3, algorithm_class
+from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
+
+NOISE_TYPES = ("normal", "ornstein-uhlenbeck")
+WITHOUT_EFFECT_FROM_SCRATCH = frozenset(
+    {
+        "offline_steps",
+        "offline_fraction",
+        "warmup_steps",
+        "warmup_action_noise",
+        "critic_warmup_steps",
+        "reset_optimizers",
+        "normalize_observations",
+    }
+)
+_GUARD_PATHS = ("path", "save_snapshots", "verbose")
+
+METHOD_KEYS = ("label", "algorithm", "start", "frozen", "guard", "hyperparams")
+STARTS = ("pretrained", "scratch")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MOST_OF_NAME = 150
+"""Characters in the name of a method: files are called so, with what else their names have, and may have 255."""
+
+
+class MethodFactory:
+    """
+    Makes the methods of a study.
+
+    :param reader: For errors
+    :param env: The environment
+    :param presets: ``presets`` of the study, before those of the package
+    :param shared: ``hyperparams`` of the study
+    :param pretraining_algorithm: Algorithm of the pretraining
+    :param pretraining: ``pretraining.hyperparams`` of the study
+    :param interactions: Interactions of each run
+    :param random_return: ``random_return`` of the study, if it is given
+    :param known_random_return: What is known of the environment, for guards of which nothing is said
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        env: str,
+        presets: Mapping[str, Any],
+        shared: Mapping[str, Any],
+        pretraining_algorithm: str,
+        pretraining: Mapping[str, Any],
+        interactions: int,
+        random_return: float | None = None,
+        known_random_return: float | None = None,
+    ) -> None:
+        self.reader, self.env, self.interactions = reader, env, interactions
+        self.shared, self.pretraining = dict(shared), dict(pretraining)
+        self.pretraining_algorithm = pretraining_algorithm
+        self._random_return, self._known_random_return = random_return, known_random_return
+        self._presets = {name: self._read_preset(name, entry) for name, entry in presets.items()}
+        self._check_pretraining()
+
+    def _read_preset(self, algorithm: str, entry: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        key = f"presets.{algorithm}"
+        if algorithm not in ALGORITHMS:
+            self.reader.fail(key, f"is of no algorithm that has one. {suggestion(algorithm, ALGORITHMS)}")
+        hyperparams = self.reader.mapping(entry, key)
+        guard = self.reader.mapping(hyperparams.pop("guard", None), f"{key}.guard")
+        self._check_hyperparams(hyperparams, key, algorithm)
+        self._check_guard_names(guard, f"{key}.guard")
+        return hyperparams, guard
+
+    def _preset(self, algorithm: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self._presets.get(algorithm) or preset(algorithm, self.env)
+
+    def _check_pretraining(self) -> None:
+        key, algorithm = "pretraining.algorithm", self.pretraining_algorithm
+        if algorithm not in ALGORITHMS:
+            self.reader.fail(
+                key, f"is {algorithm!r}, which is no algorithm that pretrains. {suggestion(algorithm, ALGORITHMS)}"
+            )
+        key = "pretraining.hyperparams"
+        self._check_hyperparams(self.pretraining, key, algorithm)
+        for name in self.pretraining:
+            if name in ONLINE_ONLY | NOISE:
+                self.reader.fail(f"{key}.{name}", "does not act before the first interaction: write it in `hyperparams`.")
+        self.reader.whole(self.pretraining_hyperparams({}).get("offline_steps", 0), f"{key}.offline_steps")
+
+    def _check_hyperparams(self, hyperparams: Mapping[str, Any], key: str, algorithm: str) -> None:
+        known = known_hyperparams(algorithm)
+        for name, value in hyperparams.items():
+            self._check_hyperparam(name, value, f"{key}.{name}", known, algorithm_class(algorithm).__name__)
+
+    def _check_hyperparam(self, name: str, value: Any, key: str, known: Collection[str], owner: str) -> None:
+        if name in SET_BY_STUDY:
+            self.reader.fail(key, f"is no hyperparameter of a study: use {SET_BY_STUDY[name]}.")
+        if name not in known:
+            self.reader.fail(key, f"is no known argument of {owner}. {suggestion(name, known)}")
+        if name == "guide_policy" and value not in (None, "pretrained"):
+            self.reader.fail(key, f"must be 'pretrained' in a study, found {value!r}.")
+        if name == "noise_type" and value not in (None, *NOISE_TYPES):
+            self.reader.fail(key, f"must be one of {', '.join(map(repr, NOISE_TYPES))}, found {value!r}.")
+        if name in ("policy_kwargs", "replay_buffer_kwargs") and not isinstance(value, Mapping | None):
+            self.reader.fail(key, f"must be a mapping, found {value!r}.")
+
+    def check_shared(self, algorithms: Collection[str]) -> None:
+        """
+        Check that each of the study's ``hyperparams`` is an argument of one of our algorithms in it.
+
+        :param algorithms: Names of the study's algorithms
+        :raises ValueError: One is not
+        """
+        ours = [name for name in {*algorithms, self.pretraining_algorithm} if is_ours(name)]
+        known = set().union(*(known_hyperparams(name) for name in ours))
+        owner = " or ".join(sorted(algorithm_class(name).__name__ for name in ours))
+        for name, value in self.shared.items():
+            self._check_hyperparam(name, value, f"hyperparams.{name}", known, owner)
+
+    def pretraining_hyperparams(self, variant: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        :param variant: Values of factors
+        :return: All hyperparameters of the pretraining, without those that act online only
+        """
+        known = known_hyperparams(self.pretraining_algorithm) - ONLINE_ONLY - NOISE
+        made = self._preset(self.pretraining_algorithm)[0] | self.shared | self.pretraining
+        own = copy.deepcopy({name: value for name, value in made.items() if name in known})
+        if self.pretraining_algorithm == "rebrac":
+            # Other algorithms, which go on with its networks, have other defaults
+            own["policy_kwargs"] = POLICY_DEFAULTS | dict(own.get("policy_kwargs") or {})
+        for factor, value in variant.items():
+            path = factor_path(factor)
+            if not factor.startswith(FINETUNING_PREFIX) and path[0] in known:
+                set_path(own, path, value)
+        return own
+
+    def methods(self, entries: Mapping[str, Any], factors: Mapping[str, list[Any]], combined: bool) -> tuple[Method, ...]:
+        """
+        Make all methods, each followed by its variants.
+
+        :param entries: ``methods`` of the study
+        :param factors: ``factors`` of the study
+        :param combined: Whether factors are combined in a full grid
+        :return: The methods
+        :raises ValueError: An entry is wrong
+        """
+        listed = [self._method(name, entry) for name, entry in entries.items()]
+        self.check_shared({method.algorithm for method in listed})
+        for method in listed:
+            self._check_warmup(method, f"methods.{method.name}")
+        self._check_different(listed)
+        made: list[Method] = []
+        used: set[str] = set()
+        for method, entry in zip(listed, entries.values(), strict=True):
+            made.append(method)
+            facts = [self._facts(method)]
+            for variant in self._variants(method, factors, combined):
+                used |= variant.keys()
+                new = self._method(method.name, entry, variant)
+                # A factor's value may be what the method has anyway
+                if not any(is_same(self._facts(new), others) for others in facts):
+                    facts.append(self._facts(new))
+                    self._check_warmup(new, "factors")
+                    made.append(new)
+        for factor in factors:
+            if factor not in used:
+                self._unused_factor(factor, listed)
+        self._check_names(made)
+        return tuple(made)
+
+    def _check_names(self, made: list[Method]) -> None:
+        names: dict[str, Method] = {}
+        labels: dict[str, Method] = {}
+        for method in made:
+            if method.name in names:
+                values = [list(each.variant.values()) for each in (names[method.name], method)]
+                self.reader.fail(
+                    "factors", f"has the values {values[0]} and {values[1]}, which both make {method.name}: leave one."
+                )
+            if len(method.name) > MOST_OF_NAME:
+                key = "factors" if method.variant else f"methods.{method.base}"
+                remedy = "make a method of its own of it in `methods`" if method.variant else "choose a shorter one"
+                self.reader.fail(
+                    key,
+                    f"makes the name {method.name[:40]}..., which has {len(method.name)} characters, and folders are called "
+                    f"so: at most {MOST_OF_NAME}, {remedy}.",
+                )
+            if method.label in labels:
+                self.reader.fail(
+                    f"methods.{method.base}.label",
+                    f"makes {method.label!r}, as methods.{labels[method.label].base} does: "
+                    "give each a label of its own, by which people tell them apart.",
+                )
+            names[method.name] = labels[method.label] = method
+
+    def _facts(self, method: Method) -> dict[str, Any]:
+        return method_facts(method, self.pretraining_algorithm)
+
+    def _check_different(self, listed: list[Method]) -> None:
+        for index, method in enumerate(listed):
+            for other in listed[:index]:
+                if is_same(self._facts(method), self._facts(other)):
+                    self.reader.fail(
+                        f"methods.{method.name}", f"is the same as methods.{other.name}: leave one, or change it."
+                    )
+
+    def _variants(self, method: Method, factors: Mapping[str, list[Any]], combined: bool) -> Iterator[dict[str, Any]]:
+        if method.frozen or not method.pretrained:
+            return
+        known = known_hyperparams(method.algorithm)
+        taken = {name: values for name, values in factors.items() if factor_path(name)[0] in known}
+        if combined:
+            if taken:
+                yield from (dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values()))
+            return
+        for name, values in taken.items():
+            yield from ({name: value} for value in values)
+
+    def _unused_factor(self, factor: str, listed: list[Method]) -> None:
+        ours = [method for method in listed if method.pretrained and not method.frozen]
+        known = set().union({ENSEMBLE_SIZE}, *(known_hyperparams(method.algorithm) for method in ours))
+        who = ", ".join(method.name for method in ours) or "none is pretrained and not frozen"
+        self.reader.fail(
+            f"factors.{factor}", f"is an argument of no method that it can act in ({who}). {suggestion(factor, known)}"
+        )
+
+    def _method(self, name: str, entry: Any, variant: Mapping[str, Any] | None = None) -> Method:
+        key, variant = f"methods.{name}", dict(variant or {})
+        if not _NAME.fullmatch(name):
+            self.reader.fail(key, "must be a name of letters, digits, '.', '_' and '-'.")
+        given = self.reader.mapping(entry, key, METHOD_KEYS)
+        start = given.get("start", "pretrained")
+        if start not in STARTS:
+            self.reader.fail(f"{key}.start", f"must be {' or '.join(STARTS)}, found {start!r}.")
+        pretrained, frozen = start == "pretrained", self.reader.truth(given.get("frozen", False), f"{key}.frozen")
+        algorithm = self._algorithm(given, key, pretrained, frozen)
+        own = self.reader.mapping(given.get("hyperparams"), f"{key}.hyperparams")
+        self._check_own(own, f"{key}.hyperparams", algorithm, pretrained, frozen)
+        label = self.reader.text(given["label"], f"{key}.label") if "label" in given else name
+        suffixes = [f"{factor}={_value_name(value)}" for factor, value in variant.items()]
+        pretraining = self.pretraining_hyperparams(variant)
+        return Method(
+            name="+".join([name, *suffixes]),
+            label=", ".join([label, *(suffix.replace("=", " ") for suffix in suffixes)]),
+            algorithm=algorithm,
+            pretrained=pretrained,
+            frozen=frozen,
+            guard=self._guard(given.get("guard", False), f"{key}.guard", algorithm, pretrained, frozen),
+            hyperparams=pretraining if frozen else self._hyperparams(algorithm, own, pretrained, pretraining, variant),
+            pretraining_hyperparams=pretraining if pretrained else {},
+            variant=variant,
+            base=name,
+        )
+
+    def _algorithm(self, given: Mapping[str, Any], key: str, pretrained: bool, frozen: bool) -> str:
+        if "algorithm" not in given and not pretrained:
+            self.reader.fail(f"{key}.algorithm", "is missing: say which algorithm learns from scratch.")
+        algorithm = self.reader.text(given.get("algorithm", self.pretraining_algorithm), f"{key}.algorithm")
+        known = known_algorithms()
+        if algorithm not in known:
+            self.reader.fail(
+                f"{key}.algorithm", f"is {algorithm!r}, which is no known algorithm. {suggestion(algorithm, known)}"
+            )
+        if pretrained and not is_ours(algorithm):
+            ours = ", ".join([PLAIN_TD3, *ALGORITHMS])
+            self.reader.fail(
+                f"{key}.algorithm",
+                f"is {algorithm}, which cannot start from the pretrained policy as {ours} can: add `start: scratch`.",
+            )
+        if frozen and (not pretrained or algorithm != self.pretraining_algorithm):
+            self.reader.fail(f"{key}.frozen", "is for the pretrained policy as it is: leave out `algorithm` and `start`.")
+        return algorithm
+
+    def _check_own(self, own: Mapping[str, Any], key: str, algorithm: str, pretrained: bool, frozen: bool) -> None:
+        if frozen and own:
+            self.reader.fail(f"{key}", "have no effect on a frozen policy: write them in `pretraining.hyperparams`.")
+        self._check_hyperparams(own, key, algorithm)
+        for name in own:
+            if pretrained and name in SHARED_WITH_PRETRAINING:
+                self.reader.fail(
+                    f"{key}.{name}", "cannot be another one than in the pretraining: write it in `pretraining.hyperparams`."
+                )
+            if not pretrained and name in WITHOUT_EFFECT_FROM_SCRATCH:
+                self.reader.fail(f"{key}.{name}", "has no effect from scratch, without data: leave it out.")
+
+    def _hyperparams(
+        self,
+        algorithm: str,
+        own: Mapping[str, Any],
+        pretrained: bool,
+        pretraining: Mapping[str, Any],
+        variant: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        if not is_ours(algorithm):
+            return {"policy": "MlpPolicy", **copy.deepcopy(dict(own))}
+        known = known_hyperparams(algorithm)
+        made, _ = self._preset(self.pretraining_algorithm if algorithm == PLAIN_TD3 else algorithm)
+        made = {name: value for name, value in made.items() if name not in SHARED_WITH_PRETRAINING}
+        # From scratch too: the networks of the methods shall be comparable
+        made |= {name: pretraining[name] for name in SHARED_WITH_PRETRAINING if name in pretraining}
+        made |= {name: value for name, value in self.shared.items() if name not in SHARED_WITH_PRETRAINING}
+        made = copy.deepcopy({name: value for name, value in made.items() if name in known} | dict(own))
+        for factor, value in variant.items():
+            path = factor_path(factor)
+            if path[0] not in SHARED_WITH_PRETRAINING:
+                set_path(made, path, value)
+        if not pretrained:
+            made = {name: value for name, value in made.items() if name not in WITHOUT_EFFECT_FROM_SCRATCH}
+        return made
+
+    def _guard(self, given: Any, key: str, algorithm: str, pretrained: bool, frozen: bool) -> dict[str, Any] | None:
+        if given is None or given is False:
+            return None
+        own = {} if given is True else self.reader.mapping(given, key)
+        if frozen:
+            self.reader.fail(key, "has nothing to do for a frozen policy: leave it out.")
+        if not issubclass(algorithm_class(algorithm), OffPolicyAlgorithm):
+            self.reader.fail(key, f"needs an off-policy algorithm, found {algorithm}: leave it out.")
+        self._check_guard_names(own, key)
+        source = algorithm if algorithm in ALGORITHMS else self.pretraining_algorithm
+        arguments = {"random_return": self._known_random_return} | self._preset(source)[1]
+        if self._random_return is not None:
+            arguments["random_return"] = self._random_return
+        arguments = {name: value for name, value in (arguments | own).items() if value is not None}
+        self._check_guard(arguments, key, pretrained)
+        return copy.deepcopy(arguments)
+
+    def _check_guard_names(self, own: Mapping[str, Any], key: str) -> None:
+        known = set(inspect.signature(CollapseGuard.__init__).parameters) - {"self", *_GUARD_PATHS}
+        for name in own:
+            if name in _GUARD_PATHS:
+                self.reader.fail(f"{key}.{name}", "is set by the study: leave it out.")
+            if name not in known:
+                self.reader.fail(f"{key}.{name}", f"is no known argument of CollapseGuard. {suggestion(name, known)}")
+
+    def _check_guard(self, arguments: Mapping[str, Any], key: str, pretrained: bool) -> None:
+        baseline = arguments.get("baseline", "warmup")
+        if baseline == "evaluations":
+            self.reader.fail(f"{key}.baseline", "must be 'warmup' or a list of returns in a study, found 'evaluations'.")
+        if not pretrained and baseline == "warmup":
+            self.reader.fail(f"{key}.baseline", "must be a list of returns from scratch, where no policy is there to warm up.")
+        try:
+            CollapseGuard(**arguments)
+        except (ValueError, TypeError) as error:
+            self.reader.fail(key, f"is not possible: {error}")
+
+    def _check_warmup(self, method: Method, key: str) -> None:
+        if not method.pretrained or method.frozen:
+            return
+        default = default_of(method.algorithm, "warmup_steps")
+        warmup_steps = self.reader.whole(method.hyperparams.get("warmup_steps", default), f"{key}.hyperparams.warmup_steps", 0)
+        if warmup_steps >= self.interactions:
+            self.reader.fail(
+                key,
+                f"has {warmup_steps:,} warm-up steps, and `interactions` are {self.interactions:,}: nothing would be learned. "
+                "Set a smaller `hyperparams: {warmup_steps: ...}`, or more interactions.",
+            )
+
+
+def _value_name(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_") or "none"

@@ -1,0 +1,156 @@
+"""The methods of a study, and what their hyperparameters come from."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+import sb3_offline_ft.zoo
+from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.offline_td3 import OfflineTD3
+from sb3_offline_ft.study.engine.learners import algorithm_class
+from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
+
+ENSEMBLE_SIZE = "ensemble_size"
+NOISE = frozenset({"noise_type", "noise_std"})
+SET_BY_STUDY = {
+    "env": "`env` of the study",
+    "dataset": "`datasets` of the study",
+    "seed": "`seeds` of the study",
+    "n_timesteps": "`interactions` of the study",
+    "callback": "`guard` of the method",
+    "action_noise": "`noise_type` and `noise_std`",
+    "device": "`study run --device`",
+}
+"""Names that are no hyperparameters of a study, and what is in their place."""
+_NEVER = {*SET_BY_STUDY, "self", "args", "kwargs", "_init_setup_model", "verbose", "tensorboard_log", "stats_window_size"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way of finetuning.
+
+    :param name: Its name in the study, unique; a variant's is ``<method>+<factor>=<value>``
+    :param label: Its name for people
+    :param algorithm: Name of its algorithm
+    :param pretrained: Whether it starts from the pretrained policy
+    :param frozen: Whether the pretrained policy stays as it is
+    :param guard: Arguments of its :class:`CollapseGuard`, None if it has none
+    :param hyperparams: All hyperparameters that are not the algorithm's defaults, as rl_zoo3 writes them
+    :param pretraining_hyperparams: The same for the pretraining that it starts from
+    :param variant: The values of factors that make it, by the names of the factors; empty for a method as it is listed
+    :param base: The listed method that it is a variant of, or its own name
+    """
+
+    name: str
+    label: str
+    algorithm: str
+    pretrained: bool = True
+    frozen: bool = False
+    guard: Mapping[str, Any] | None = field(default=None, hash=False)
+    hyperparams: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    pretraining_hyperparams: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    variant: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    base: str = ""
+
+    @property
+    def learns_from_evaluations(self) -> bool:
+        """Whether the learner needs evaluations of its own, as the reference ``"best"`` of TD3C does."""
+        arguments = constructor_arguments(algorithm_class(self.algorithm))
+        if self.frozen or "constraint_reference" not in arguments:
+            return False
+        return bool(self.hyperparams.get("constraint_reference", arguments["constraint_reference"]) == "best")
+
+
+def known_hyperparams(algorithm: str) -> set[str]:
+    """
+    :param algorithm: Name of an algorithm
+    :return: The hyperparameters that it has in a study
+    """
+    cls = algorithm_class(algorithm)
+    noise = NOISE if issubclass(cls, OffPolicyAlgorithm) else set()
+    return constructor_arguments(cls).keys() - _NEVER | noise
+
+
+def default_of(algorithm: str, name: str) -> Any:
+    """
+    :param algorithm: Name of an algorithm
+    :param name: An argument
+    :return: Its default in this algorithm's own constructor, None if there is no such argument
+    """
+    return constructor_arguments(algorithm_class(algorithm)).get(name)
+
+
+def known_algorithms() -> list[str]:
+    """
+    :return: Names of all algorithms that a study can have.
+    """
+    sb3_offline_ft.zoo.register()
+    return sorted(ALGOS)
+
+
+def is_ours(algorithm: str) -> bool:
+    """
+    :param algorithm: Name of an algorithm
+    :return: Whether it can start from a pretrained policy
+    """
+    return issubclass(algorithm_class(algorithm), OfflineTD3)
+
+
+@cache
+def _read_preset(algorithm: str) -> dict[str, Any]:
+    presets: dict[str, Any] = yaml.safe_load(Path(preset_path(algorithm)).read_text(encoding="utf-8"))
+    return presets
+
+
+def preset(algorithm: str, env: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Read the preset of an algorithm; an environment without an entry of its own has the default one.
+
+    :param algorithm: One of ours by its name in rl_zoo3
+    :param env: Gymnasium id of an environment, perhaps with the module that it is from
+    :return: The hyperparameters, and the arguments of the guard
+    """
+    presets = _read_preset(algorithm)
+    entry = copy.deepcopy(presets.get(env.rpartition(":")[2], presets["default"]))
+    guard: dict[str, Any] = {}
+    for callback in entry.pop("callback", None) or ():
+        path, arguments = next(iter(callback.items())) if isinstance(callback, Mapping) else (callback, None)
+        if path.rpartition(".")[2] == CollapseGuard.__name__:
+            guard = dict(arguments or {})
+    return {name: value for name, value in entry.items() if name not in ("n_timesteps", "dataset")}, guard
+
+
+def factor_path(factor: str) -> list[str]:
+    """
+    :param factor: Name of a factor
+    :return: The hyperparameter that it sets, and the keys within it
+    """
+    if factor == ENSEMBLE_SIZE:
+        return ["policy_kwargs", "n_critics"]
+    return factor.removeprefix(FINETUNING_PREFIX).split(".")
+
+
+def set_path(hyperparams: dict[str, Any], path: list[str], value: Any) -> None:
+    """
+    Set a value in nested mappings, which are copied.
+
+    :param hyperparams: The outermost mapping, which is changed
+    :param path: Its key, and the keys within
+    :param value: The value
+    """
+    first, *rest = path
+    if rest:
+        inner = dict(hyperparams.get(first) or {})
+        set_path(inner, rest, value)
+        value = inner
+    hyperparams[first] = value

@@ -1,0 +1,1 @@
+"""How a study's cells are run, by workers on any machine, and what they leave behind."""

@@ -1,0 +1,396 @@
+"""The tables of a study: for its page, as Markdown, and one row for each run as CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sb3_offline_ft.study.report.analysis import DatasetNumbers, Group, RunNumbers, StudyNumbers, last_evaluations
+from sb3_offline_ft.study.report.words import (
+    NBSP,
+    NONE,
+    capital,
+    counted,
+    interval,
+    listed,
+    number,
+    percent,
+    probability,
+    ranged,
+)
+
+TEST_WORDS = (
+    "Pairs are runs with the same data and seed, which start from the same pretrained policy; a run without data is paired "
+    "with the mean of those of its seed. Sign-flip permutation tests of the mean difference, for collapses McNemar's exact "
+    "test; two-sided. Holm's correction is for all tests of this table. For collapses the difference is the pairs in which "
+    "only the first : only the second collapsed. A dip depth below 0 counts as 0 here, no dip, but not in the other tables. "
+    "Not tested: dips and collapses of a policy that does not change, which are noise, and a method from scratch by its mean "
+    "over time, which begins with its first step, while that of pretrained methods begins after the warm-up."
+)
+GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation", "warning")
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """
+    A table of texts.
+
+    :param name: Its name
+    :param columns: The columns' headings
+    :param rows: The rows, which begin with their own heading
+    :param title: What stands above it
+    :param note: What stands below it
+    """
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+
+    def untitled(self) -> "TextTable":
+        """
+        :return: The table without its title
+        """
+        return replace(self, name=self.title or self.name, title="")
+
+    def as_markdown(self) -> str:
+        """
+        :return: The table in Markdown, between empty lines
+        """
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+        parts = [f"### {self.title}\n"] if self.title else []
+        parts.append("\n".join([line(self.columns), "|" + " --- |" * len(self.columns), *map(line, self.rows)]))
+        if self.note:
+            parts.append(f"\n{self.note}")
+        return "\n".join(parts) + "\n"
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    A number of runs.
+
+    :param name: Its name, for :meth:`RunNumbers.value` and files
+    :param title: Its heading
+    :param digits: Digits after the point, None for as many as are telling
+    :param factor: What it is multiplied by
+    """
+
+    name: str
+    title: str
+    digits: int | None = None
+    factor: float = 1.0
+
+
+RETURN_COLUMNS = (
+    Column("initial_return", "pretrained J₀"),
+    Column("lowest_return", "lowest"),
+    Column("best_return", "best"),
+    Column("last_return", "last {last}"),
+    Column("mean_return", "over time"),
+    Column("training_return", "training"),
+    Column("selected_return", "best kept"),
+)
+DIP_COLUMNS = (
+    Column("dip_depth", "dip depth", 2),
+    Column("dip_area", "dip area", 3),
+    Column("time_below_band", "time below the band (%)", 0, 100.0),
+    Column("recovery_time", "recovery (interactions)", 0),
+)
+COST_COLUMNS = (
+    Column("learner_evaluation_steps", "steps of own evaluations", 0),
+    Column("seconds", "wall time (min)", 1, 1 / 60),
+)
+
+
+def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
+    """
+    :param numbers: A dataset's results
+    :return: Its tables, one row for each method
+    """
+    return_titles = _titles(RETURN_COLUMNS, [one for group in numbers.groups for one in group.runs])
+    returns = [
+        [group.label, str(len(group.runs)), *(_mean(group, column) for column in RETURN_COLUMNS)] for group in numbers.groups
+    ]
+    dips = [
+        [
+            group.label, _collapsed(group), _by_chance(group), *(_mean(group, column) for column in DIP_COLUMNS[:3]),
+            _recovery(group),
+        ]
+        for group in numbers.groups if group.method.pretrained
+    ]  # fmt: skip
+    costs = [
+        [group.label, *(_mean(group, column, with_interval=False) for column in COST_COLUMNS)] for group in numbers.groups
+    ]
+    tables = [
+        TextTable(
+            f"returns-{numbers.slug}", ["method", "seeds", *return_titles], returns,
+            f"Returns on {numbers.title}",
+            "Means over the seeds, with 95 % bootstrap intervals. Over time is after the warm-up; from scratch it is from the "
+            "first step. Best kept is the policy that is best by half of the episodes of each evaluation, measured by the "
+            "other half.",
+        ),
+        TextTable(
+            f"dips-{numbers.slug}",
+            ["method", "collapsed", "by chance", *(column.title for column in DIP_COLUMNS[:3]), "recovered"], dips,
+            f"Dips on {numbers.title}",
+            "Means over the seeds with 95 % bootstrap intervals; collapse rates with exact ones. By chance: how many runs of "
+            "unchanged policies would count as collapsed. A dip depth below 0: always above the pretrained policy. Recovered: "
+            "of the seeds whose lowest evaluation is below the band, with the median time from it in interactions.",
+        ),
+        TextTable(
+            f"costs-{numbers.slug}", ["method", *(column.title for column in COST_COLUMNS)], costs,
+            f"Costs on {numbers.title}",
+            "Means over the seeds. Own evaluations are environment steps that the learner needs besides its interactions; "
+            "measured evaluations are not among them. Wall time is of finetuning with all evaluations.",
+        ),
+    ]  # fmt: skip
+    return [table for table in tables if table.rows]
+
+
+def runs_table(numbers: DatasetNumbers) -> TextTable:
+    """
+    :param numbers: A dataset's results
+    :return: One row for each run
+    """
+    columns = [*RETURN_COLUMNS, *DIP_COLUMNS, *COST_COLUMNS]
+    rows = [
+        [
+            f"{group.label}, seed {one.seed}",
+            *(_cell(one.value(column.name), column) for column in columns),
+            {True: "yes", False: "no", None: NONE}[one.metrics.collapsed],
+        ]
+        for group in numbers.groups for one in group.runs
+    ]  # fmt: skip
+    titles = ["run", *_titles(columns, [one for group in numbers.groups for one in group.runs]), "collapsed"]
+    return TextTable(f"runs-{numbers.slug}", titles, rows, f"All runs on {numbers.title}")
+
+
+def guard_words(numbers: StudyNumbers) -> str:
+    """
+    :param numbers: A study's results
+    :return: What guards did in all runs of each method
+    """
+    texts = []
+    for method in numbers.methods:
+        guarded = [one for one in numbers.runs if one.method == method and one.run.result.events]
+        if guarded:
+            counts = [counted(sum(one.events(kind) for one in guarded), kind) for kind in GUARD_EVENTS]
+            watched, episodes = (sum(numbers) for numbers in zip(*(one.watched for one in guarded), strict=True))
+            texts.append(
+                f"{capital(method.label)}: {listed(counts)} in {counted(len(guarded), 'run')}. It watched the returns of "
+                f"{watched:,} of {counted(episodes, 'episode')}."
+            )
+    return " ".join(texts)
+
+
+def guard_table(numbers: StudyNumbers) -> TextTable:
+    """
+    :param numbers: A study's results
+    :return: What guards did, one row for each guarded run
+    """
+    guarded = {
+        one.run.cell.name: one
+        for dataset in numbers.datasets for group in dataset.groups for one in group.runs if one.run.result.events
+    }  # fmt: skip
+    rows = [
+        [name, "{:,} of {:,}".format(*one.watched), *(str(one.events(kind)) for kind in GUARD_EVENTS), _first(one, "alarm")]
+        for name, one in guarded.items()
+    ]
+    titles = ["run", "episodes watched", *(f"{kind}s" for kind in GUARD_EVENTS), "first alarm after"]
+    note = (
+        "The baseline's episodes are not watched, and without enough of them none is: then only non-finite values and limits "
+        "of other signals give alarms. Interactions until the first alarm. The events of a run are in its folder."
+    )
+    return TextTable("guard", titles, rows, "", note)
+
+
+def scores_table(numbers: StudyNumbers) -> TextTable:
+    """
+    :param numbers: A study's results
+    :return: Normalised scores of each method, over all datasets
+    """
+    rows = [
+        [row.method.label, *(ranged(estimate, 1) for estimate in (row.iqm, row.median, row.mean))]
+        for row in numbers.aggregates
+    ]
+    n_all = len(numbers.datasets) * len(numbers.protocol.seeds)
+    over = f"Over {len(numbers.scored)} of {counted(n_all, 'pair')} of dataset and seed: those that all of these methods have."
+    return TextTable(
+        "scores", ["method", "IQM", "median", "mean"], rows, "Normalised scores", f"{over} {numbers.scale_words}".rstrip()
+    )
+
+
+def comparison_table(numbers: StudyNumbers) -> TextTable:
+    """
+    :param numbers: A study's results
+    :return: The tests against the reference method
+    """
+    names = {
+        "last_return": f"last {last_evaluations(numbers.runs)}", "mean_return": "over time", "dip_depth": "dip depth",
+        "collapsed": "collapsed",
+    }  # fmt: skip
+    rows = []
+    for row in numbers.comparisons:
+        digits = 2 if row.metric == "dip_depth" else None
+        if row.difference is not None:
+            difference = [number(row.difference.value, digits), interval(row.difference, digits)]
+        else:
+            difference = [f"{row.only_method} : {row.only_reference}", NONE]
+        rows.append(
+            [
+                f"{row.method.label}: {names[row.metric]}", *difference, str(row.n),
+                *(probability(p)[2:].removeprefix(f"={NBSP}") for p in (row.p, row.p_corrected)),
+            ]
+        )  # fmt: skip
+    reference = numbers.reference.label if numbers.reference is not None else ""
+    columns = [f"minus {reference}", "mean difference", "95 % interval", "pairs", "p", "p, Holm"]
+    return TextTable("comparisons", columns, rows, f"Paired comparison with {reference}", TEST_WORDS)
+
+
+def factor_table(numbers: DatasetNumbers, factor: str, levels: dict[str, list[tuple[str, Group]]]) -> TextTable:
+    """
+    :param numbers: A dataset's results
+    :param factor: Name of the factor
+    :param levels: By listed method, the values of the factor and their runs
+    :return: One row for each method and value
+    """
+    rows = [
+        [
+            group.label, value, str(len({one.seed for one in group.runs})),
+            _collapsed(group), *(ranged(group.estimate(name), 2 if name == "dip_depth" else None)
+                                 for name in ("dip_depth", "last_return", "mean_return")),
+        ]
+        for points in levels.values() for value, group in points
+    ]  # fmt: skip
+    last = last_evaluations(one for points in levels.values() for _, group in points for one in group.runs)
+    columns = ["method", factor, "seeds", "collapsed", "dip depth", f"last {last}", "over time"]
+    return TextTable(f"factor-{factor}-{numbers.slug}", columns, rows, f"{factor} on {numbers.title}")
+
+
+CSV_METRICS = (
+    "initial_return", "initial_standard_error", "band", "lowest_return", "lowest_at", "dip_depth", "dip_area",
+    "time_below_band", "recovered", "recovery_time", "collapsed", "final_return", "last_return", "best_return",
+    "best_sustained_return", "mean_return", "max_drawdown", "training_return", "selected_return", "selected_dip_depth",
+)  # fmt: skip
+
+
+UPDATES = ("offline", "online", "undone")
+REPLAY = ("capacity", "rows", "distinct_rows", "offline_rows")
+BATCH = ("rows", "distinct_rows", "offline_rows")
+
+
+def results_csv(numbers: StudyNumbers) -> bytes:
+    """
+    :param numbers: A study's results
+    :return: A CSV file with one row for each run and all metrics, in full precision; what is not defined is empty
+    """
+    factors = sorted({name for one in numbers.runs for name in one.method.variant})
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        [
+            "dataset", "method", "label", "seed", "key", *(f"factor_{name}" for name in factors), *CSV_METRICS,
+            "dip_noise_quantile", "collapse_noise_probability", "normalized_last_return", "last_evaluations", "frozen_until",
+            "guard_watched", *(f"guard_{kind}s" for kind in GUARD_EVENTS),
+            "interactions", *(f"updates_{name}" for name in UPDATES), *(f"replay_{name}" for name in REPLAY),
+            *(f"batch_{name}" for name in BATCH), "changed_hyperparams", "code",
+            "learner_evaluation_steps", "preparation_seconds", "finetuning_seconds", "started",
+        ]
+    )  # fmt: skip
+    for one in numbers.runs:
+        cell, manifest, noise = one.run.cell, one.manifest, one.noise
+        seconds, updates, memory = (manifest.get(name) or {} for name in ("seconds", "updates", "replay_buffer"))
+        batch = memory.get("batch") or {}
+        writer.writerow(
+            [
+                cell.dataset or "", cell.method.name, cell.method.label, cell.seed, one.run.key,
+                *(_plain(cell.method.variant.get(name)) for name in factors),
+                *(_plain(getattr(one.metrics, name)) for name in CSV_METRICS),
+                _plain(None if noise is None else noise.quantile),
+                _plain(None if noise is None else noise.collapse_probability), _plain(numbers.score(one)),
+                one.n_last, one.run.result.frozen_until,
+                one.watched[0], *(one.events(kind) for kind in GUARD_EVENTS),
+                _plain(manifest.get("interactions")), *(_plain(updates.get(name)) for name in UPDATES),
+                *(_plain(memory.get(name)) for name in REPLAY), *(_plain(batch.get(name)) for name in BATCH),
+                _plain(manifest.get("changed_hyperparams")), _plain(manifest.get("code")),
+                _plain(one.learner_evaluation_steps),
+                _plain(seconds.get("preparation")), _plain(seconds.get("finetuning")), manifest.get("started", ""),
+            ]
+        )  # fmt: skip
+    return stream.getvalue().encode("utf-8")
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return json.dumps(value, sort_keys=True) if value else ""
+    return str(value)
+
+
+def _titles(columns: Sequence[Column], runs: Sequence[RunNumbers]) -> list[str]:
+    return [column.title.format(last=last_evaluations(runs)) for column in columns]
+
+
+def _cell(value: float | None, column: Column) -> str:
+    return number(None if value is None else column.factor * value, column.digits)
+
+
+def _mean(group: Group, column: Column, with_interval: bool = True) -> str:
+    estimate = group.estimate(column.name)
+    if estimate is None:
+        return NONE
+    value = _cell(estimate.value, column)
+    if not with_interval or not estimate.has_interval:
+        return value
+    return f"{value} ({_cell(estimate.low, column)} to {_cell(estimate.high, column)})"
+
+
+def _collapsed(group: Group) -> str:
+    rate = group.collapse_rate
+    return NONE if rate is None else f"{sum(group.outcomes)} of {len(group.outcomes)} ({percent(rate)})"
+
+
+def _by_chance(group: Group) -> str:
+    share = group.collapse_probability
+    return NONE if share is None else f"{number(100 * share, 1)}{NBSP}%"
+
+
+def _recovery(group: Group) -> str:
+    known = [one.metrics for one in group.runs if one.metrics.collapsed is not None]
+    below = [metrics for metrics in known if metrics.recovery_time != 0]
+    if not below:
+        return "not needed" if known else NONE
+    times = sorted(one.recovery_time for one in below if one.recovery_time is not None)
+    text = f"{len(times)} of {len(below)}"
+    return f"{text}, after {number(float(np.median(times)), 0)}" if times else text
+
+
+def _first(one: RunNumbers, kind: str) -> str:
+    steps = [event.get("timestep") for event in one.run.result.events if event.get("event") == kind]
+    return f"{steps[0]:,}" if steps else NONE
+
+
+def markdown(title: str, sections: Sequence[tuple[str, Sequence[str]]], tables: Sequence[TextTable]) -> bytes:
+    """
+    :param title: Title of the file
+    :param sections: The verdict: headings with their sentences
+    :param tables: The tables
+    :return: A Markdown file
+    """
+    lines = [f"# {title}\n"]
+    for heading, texts in sections:
+        lines += [f"## {heading}\n", *(f"- {text}" for text in texts), ""]
+    lines += ["## Tables\n", *(table.as_markdown() for table in tables)]
+    return "\n".join(lines).encode("utf-8")

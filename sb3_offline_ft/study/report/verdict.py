@@ -1,0 +1,431 @@
+"""What a study's results say, in words, and what they leave open. Only the paired tests call anything a difference."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+
+from sb3_offline_ft.evaluation.finetuning_metrics import CONSECUTIVE
+from sb3_offline_ft.evaluation.statistics import Estimate, rate
+from sb3_offline_ft.study.design.methods import Method
+from sb3_offline_ft.study.report.analysis import (
+    COLLAPSED,
+    SIGNIFICANT,
+    Comparison,
+    DatasetNumbers,
+    Group,
+    StudyNumbers,
+    last_evaluations,
+)
+from sb3_offline_ft.study.report.shortcomings import shortcomings
+from sb3_offline_ft.study.report.words import (
+    LEVEL,
+    NBSP,
+    capital,
+    counted,
+    interval,
+    listed,
+    number,
+    percent,
+    probability,
+    some,
+)
+
+FEW_SEEDS = 10
+"""With fewer seeds the report says that they are few."""
+RARE = 0.1
+NOISE_CONFIDENCE = 0.95
+"""That of the noise floor of dips."""
+TELLING = 0.01
+"""If an unchanged policy counts as collapsed with a higher probability, the report says so."""
+
+Sections = list[tuple[str, list[str]]]
+
+
+def verdict(numbers: StudyNumbers) -> Sections:
+    """
+    :param numbers: A study's results
+    :return: Headings with their sentences
+    """
+    sections: Sections = [("In short", _in_short(numbers))]
+    if numbers.reference is not None:
+        sections.append((f"Compared with {numbers.reference.label}", _compared(numbers, numbers.reference.label)))
+    sections += [(f"On {one.title}", _on_dataset(numbers, one)) for one in numbers.datasets]
+    sections.append(("What remains uncertain", _uncertain(numbers)))
+    return [(heading, [capital(text) for text in texts]) for heading, texts in sections if texts]
+
+
+def _in_short(numbers: StudyNumbers) -> list[str]:
+    texts = [text for one in numbers.datasets for text in _collapses(f"on {one.title}", _outcomes(numbers, one))]
+    pooled = [one for one in numbers.datasets if any(group.outcomes for group in numbers.shown(one))]
+    if len(pooled) > 1:
+        which = "all datasets" if len(pooled) == len(numbers.datasets) else listed(one.title for one in pooled)
+        texts += _collapses(f"taking {which} together", _pooled_outcomes(numbers))
+    rows = sorted(numbers.aggregates, key=lambda row: -row.iqm.value)
+    if len(rows) > 1:
+        over = "over all datasets" if len(numbers.datasets) > 1 else f"on {numbers.datasets[0].title}"
+        scores = [(row.method.label, row.iqm) for row in rows]
+        text = f"{over}, the interquartile means of the normalised ends are: {_values(scores, 1)}. {_overlaps(scores)}"
+        texts.append(f"{text.rstrip()} {_scored(numbers)}".rstrip())
+    if texts and numbers.comparisons:
+        texts.append("Whether methods differ is for the paired tests below to say, not for intervals.")
+    return texts + _own_evaluations(numbers)
+
+
+def _scored(numbers: StudyNumbers) -> str:
+    n, n_all = len(numbers.scored), len(numbers.datasets) * len(numbers.protocol.seeds)
+    if n == n_all:
+        return ""
+    return f"They are over the {n} of {counted(n_all, 'pair')} of dataset and seed that all of these methods have."
+
+
+def _own_evaluations(numbers: StudyNumbers) -> list[str]:
+    parts: list[str] = []
+    for method in numbers.shown_methods:
+        steps = [one.learner_evaluation_steps for one in numbers.runs if one.method.name == method.name]
+        known = [each for each in steps if each is not None]
+        if any(known):
+            used = "used on average " if not parts else ""
+            parts.append(f"{method.label} {used}{number(float(np.mean(known)), 0)}")
+    if not parts:
+        return []
+    whose = "its" if len(parts) == 1 else "their"
+    interactions = counted(numbers.protocol.interactions, "interaction")
+    return [f"beside the {interactions}, {listed(parts)} environment steps for {whose} own evaluations."]
+
+
+def _values(estimates: Sequence[tuple[str, Estimate]], digits: int | None = None) -> str:
+    """
+    :param estimates: Names with their estimates
+    :param digits: Digits after the point
+    :return: All of them, with their intervals
+    """
+    parts = []
+    first = next((name for name, estimate in estimates if estimate.has_interval), None)
+    for name, estimate in estimates:
+        around = f"{LEVEL} interval {interval(estimate, digits)}" if name == first else interval(estimate, digits)
+        parts.append(f"{name} {number(estimate.value, digits)} ({around})")
+    return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """
+    Which runs collapsed.
+
+    :param method: Their method
+    :param collapsed: Whether each did
+    :param by_chance: The share of them that would count as collapsed if their policies did not change
+    """
+
+    method: Method
+    collapsed: list[bool]
+    by_chance: float | None
+
+
+def _outcomes(numbers: StudyNumbers, one: DatasetNumbers) -> list[_Outcomes]:
+    return [
+        _Outcomes(group.method, group.outcomes, group.collapse_probability) for group in numbers.shown(one) if group.outcomes
+    ]
+
+
+def _pooled_outcomes(numbers: StudyNumbers) -> list[_Outcomes]:
+    """By method, over the datasets and seeds that all methods have which can collapse."""
+    methods = [method for method in numbers.shown_methods if _has_outcomes(numbers, method.name)]
+    common = set(numbers.common(methods))
+    pooled = []
+    for method in methods:
+        runs = [one for one in numbers.runs if one.method.name == method.name and (one.run.cell.dataset, one.seed) in common]
+        if (group := Group(method, tuple(runs))).outcomes:
+            pooled.append(_Outcomes(method, group.outcomes, group.collapse_probability))
+    return pooled
+
+
+def _collapses(where: str, outcomes: Sequence[_Outcomes]) -> list[str]:
+    rates = [(one, rate(sum(one.collapsed), len(one.collapsed))) for one in outcomes]
+    if not any(not one.method.frozen for one in outcomes):
+        return []
+    rates.sort(key=lambda row: -row[1].value)
+    parts = []
+    for index, (one, estimate) in enumerate(rates):
+        label, count, n = one.method.label, sum(one.collapsed), len(one.collapsed)
+        if index == 0:
+            runs = ("seed" if n == 1 else "seeds") if where.startswith("on ") else "runs"
+            parts.append(f"{label} collapsed in {count} of {n} {runs} ({LEVEL} CI {percent(estimate)})")
+        else:
+            parts.append(f"{label} in {count} of {n} ({percent(estimate)})")
+    text = f"{where}, {'; '.join(parts)}."
+    if len(rates) > 1 and rates[0][1].value > 0:
+        text += " " + _overlaps([(one.method.label, estimate) for one, estimate in rates])
+    return [text + _collapses_by_chance(outcomes)]
+
+
+def _collapses_by_chance(outcomes: Sequence[_Outcomes]) -> str:
+    shares = [one.by_chance for one in outcomes if one.by_chance is not None]
+    if not shares or max(shares) <= TELLING:
+        return ""
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    share = high if low == high else f"{low} to {high}"
+    return (
+        f" By the noise of evaluations alone, an unchanged policy would count as collapsed in {share}{NBSP}% of runs: so many "
+        "say nothing of a method."
+    )
+
+
+def _overlaps(estimates: Sequence[tuple[str, Estimate]]) -> str:
+    """
+    :param estimates: Names with their estimates
+    :return: How many intervals overlap; no more, as intervals of single methods are no test of their difference
+    """
+    pairs = list(combinations([one for _, one in estimates if one.has_interval], 2))
+    if not pairs:
+        return ""
+    n = sum(one.low <= other.high and other.low <= one.high for one, other in pairs)
+    if len(pairs) == 1:
+        return f"These intervals {'overlap' if n else 'do not overlap'}; that is no test."
+    if n in (0, len(pairs)):
+        return f"{'All' if n else 'No two'} of these intervals overlap; that is no test."
+    return f"{n} of {len(pairs)} pairs of these intervals overlap; that is no test."
+
+
+def _on_dataset(numbers: StudyNumbers, one: DatasetNumbers) -> list[str]:
+    groups = numbers.shown(one)
+    return [*_dips(one, groups), *_ends(one, groups), *_kept(numbers, groups), *_selected(groups)]
+
+
+def _dips(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
+    known = [group for group in groups if group.values("dip_depth")]
+    if all(group.method.frozen for group in known):
+        return []
+    known.sort(key=lambda group: -max(group.values("dip_depth")))
+    parts, n_learning = [], 0
+    for index, group in enumerate(known):
+        deep, n = group.deeper_than_noise
+        n_learning += n if not group.method.frozen else 0
+        words = f" {'seed' if n == 1 else 'seeds'} deeper than the noise of an unchanged policy" if index == 0 else ""
+        noise = f" ({deep} of {n}{words})" if n else ""
+        parts.append(f"{group.label} {number(max(*group.values('dip_depth'), 0.0), 2)}{noise}")
+    text = f"deepest dip of any seed, where 1 is down to a random policy and 0 is none: {'; '.join(parts)}."
+    if one.noise_floor is not None:
+        floor = number(max(one.noise_floor, 0.0), 2)
+        expected = number((1 - NOISE_CONFIDENCE) * n_learning, 1)
+        text += (
+            f" {LEVEL} of the runs of an unchanged policy seem to dip by no more than {floor}, by noise alone: of "
+            f"{counted(n_learning, 'learning run')} about {expected} would be deeper by chance, and more if returns are "
+            "skewed towards low values."
+        )
+    return [text]
+
+
+def _ends(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
+    ends = [(group, estimate) for group in groups if (estimate := group.estimate("last_return")) is not None]
+    ends.sort(key=lambda pair: -pair[1].value)
+    values = [(group.label, estimate) for group, estimate in ends]
+    levels = []
+    if one.initial_return is not None:
+        levels.append(f"the pretrained policies' mean is {number(one.initial_return)}")
+    if one.data_return is not None:
+        levels.append(f"the data's {number(one.data_return)}")
+    last = last_evaluations(one for group in groups for one in group.runs)
+    text = f"mean of the last {last} evaluations: {_values(values)}. {_overlaps(values)}"
+    if levels:
+        text = f"{text.rstrip()} For comparison: {listed(levels)}."
+    gains = [(group, *group.above_initial) for group, _ in ends]
+    above = [f"{group.label} in {count} of {n}" for group, count, n in gains if n]
+    texts = [text.rstrip()]
+    if any(n and not group.method.frozen for group, _, n in gains):
+        texts.append(
+            f"seeds that ended above the pretrained policy they started from: {'; '.join(above)}. {_unchanged(groups)} does "
+            "in about half of the seeds, by noise."
+        )
+    return texts
+
+
+def _unchanged(groups: Sequence[Group]) -> str:
+    frozen = [group.label for group in groups if group.method.frozen]
+    return f"A policy that does not change ({listed(frozen)})" if frozen else "A policy that does not change"
+
+
+def _kept(numbers: StudyNumbers, groups: Sequence[Group]) -> list[str]:
+    random = numbers.random_return
+    if random is None:
+        return []
+    parts = []
+    for group in groups:
+        metrics = [one.metrics for one in group.runs]
+        best = float(np.mean([one.best_sustained_return for one in metrics])) - random
+        if best > 0:
+            held = max(0.0, float(np.mean([one.last_return for one in metrics])) - random) / best
+            parts.append(f"{group.label} {100 * held:.0f}{NBSP}%")
+        else:
+            parts.append(f"{group.label} never above a random policy")
+    if all(group.method.frozen for group in groups):
+        return []
+    return [
+        f"held at the end of the best {CONSECUTIVE} evaluations in a row, both from the random policy's level, means over the "
+        f"seeds: {'; '.join(parts)}. {_unchanged(groups)} has less than 100{NBSP}% too, since the best of many is partly luck."
+    ]
+
+
+def _selected(groups: Sequence[Group]) -> list[str]:
+    values = [(group, estimate) for group in groups if (estimate := group.estimate("selected_return")) is not None]
+    if all(group.method.frozen for group, _ in values):
+        return []
+    values.sort(key=lambda pair: -pair[1].value)
+    return [
+        "if the best evaluated policy is kept rather than the last one, chosen by half of the episodes of each evaluation and "
+        f"measured by the others: {_values([(group.label, estimate) for group, estimate in values])}. This needs evaluations "
+        "in which a fall does no harm."
+    ]
+
+
+_MEASURES: tuple[tuple[str, str, str, str, int | None], ...] = (
+    ("last_return", "mean of the last {last} evaluations", "higher", "lower", None),
+    ("mean_return", "mean over the whole run after the warm-up", "higher", "lower", None),
+    ("dip_depth", "dips", "deeper", "less deep", 2),
+)
+
+
+_NAMES = {
+    "last_return": "Ends",
+    "mean_return": "Means over the whole run after the warm-up",
+    "dip_depth": "Dips",
+    COLLAPSED: "Collapses",
+}
+
+
+def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
+    shown = numbers.shown_methods
+    rows = [row for row in numbers.comparisons if row.method in shown]
+    texts = []
+    for metric, words, more, less, digits in _MEASURES:
+        what, size = words.format(last=last_evaluations(numbers.runs)), partial(_size, digits=digits)
+        text = _one_measure([row for row in rows if row.metric == metric], what, more, less, size)
+        texts += [text] if text else []
+    collapsed = [row for row in rows if row.metric == COLLAPSED and row.only_method + row.only_reference]
+    text = _one_measure(
+        collapsed, "collapses", "more often", "less often", lambda row: f"{row.only_method} : {row.only_reference} pairs"
+    )
+    if text:
+        texts.append(f"{text} The pairs are those in which only the first : only the second of the two collapsed.")
+    if texts:
+        texts.insert(
+            0,
+            f"pairs are runs with the same data and seed. Numbers are mean differences to {reference}, p-values are after "
+            f"Holm's correction for all {counted(len(numbers.comparisons), 'test')} of the study, and one below "
+            f"{SIGNIFICANT:g} is called a difference. So a study of methods that are all alike shows any with a probability "
+            f"of at most {100 * SIGNIFICANT:g}{NBSP}%.",
+        )
+    return texts
+
+
+def _size(row: Comparison, digits: int | None) -> str:
+    assert row.difference is not None
+    sign = "+" if row.difference.value > 0 else ""
+    return f"{sign}{number(row.difference.value, digits)}"
+
+
+def _one_measure(rows: Sequence[Comparison], what: str, more: str, less: str, size: Callable[[Comparison], str]) -> str | None:
+    if not rows:
+        return None
+
+    def named(chosen: Sequence[Comparison]) -> str:
+        return "; ".join(f"{row.method.label} ({size(row)}, {probability(row.p_corrected)})" for row in chosen)
+
+    def sign(row: Comparison) -> float:
+        return row.difference.value if row.difference is not None else row.only_method - row.only_reference
+
+    certain = [row for row in rows if row.p_corrected < SIGNIFICANT]
+    parts = []
+    for words, chosen in (
+        (more, [row for row in certain if sign(row) > 0]),
+        (less, [row for row in certain if sign(row) <= 0]),
+        ("no difference shown", [row for row in rows if row.p_corrected >= SIGNIFICANT]),
+    ):
+        if chosen:
+            parts.append(f"{words} for {named(chosen)}")
+    return f"{what}: {'. '.join([parts[0], *map(capital, parts[1:])])}."
+
+
+def _uncertain(numbers: StudyNumbers) -> list[str]:
+    texts = []
+    n = numbers.fewest_seeds
+    if n == 1:
+        texts.append("Some methods have only 1 seed: nothing can be said of how much seeds differ.")
+    elif n < FEW_SEEDS:
+        texts.append(
+            f"{n} seeds are few: bootstrap intervals are too narrow, and a collapse that happens in one run of ten is missed "
+            f"with probability {100 * (1 - RARE) ** n:.0f}{NBSP}%."
+        )
+    shown = numbers.shown_methods
+    tested = [row for row in numbers.comparisons if row.method in shown]
+    weak = [row for row in tested if row.smallest_p_corrected >= SIGNIFICANT]
+    if weak:
+        row = min(weak, key=lambda one: one.n)
+        which = "" if len(weak) == len(tested) else f", as for {listed(dict.fromkeys(one.method.label for one in weak))}"
+        texts.append(
+            f"With {counted(row.n, 'pair')} of runs{which}, a paired test cannot give a p-value below {row.smallest_p:.2g}, "
+            f"and Holm's correction for {counted(len(numbers.comparisons), 'test')} makes {row.smallest_p_corrected:.2g} of "
+            "it: no difference, however large, can be called significant. More seeds or fewer methods would help."
+        )
+    if numbers.reference is None and len(numbers.methods) > 1:
+        texts.append(
+            "The protocol names no reference_method, so methods are not compared in pairs and nothing is called a difference."
+        )
+    for metric, methods in numbers.not_compared.items():
+        if names := [method.label for method in methods if method in shown]:
+            texts.append(f"{_NAMES[metric]} cannot be compared for {listed(names)}: there are fewer than two pairs of runs.")
+    texts += _undefined(numbers)
+    texts += shortcomings({one.run.cell.name: one.manifest for one in numbers.runs}, numbers.protocol.interactions)
+    unwatched = [one.run.cell.name for one in numbers.runs if one.run.result.events and one.watched[0] == 0]
+    if unwatched:
+        texts.append(f"The guard watched no returns in {counted(len(unwatched), 'run')}, so had no alarms: {some(unwatched)}.")
+    texts += [
+        f"There are no normalised scores on {one.title}: {one.why_no_scale}." for one in numbers.datasets if one.why_no_scale
+    ]
+    missing, failed, unusable = len(numbers.results.missing), len(numbers.results.failed), len(numbers.unusable)
+    if missing:
+        texts.append(f"{_of_all(missing, numbers)} not finished: what is said may change.")
+    if failed + unusable:
+        texts.append(
+            f"{_of_all(failed + unusable, numbers)} left out, as {'it' if failed + unusable == 1 else 'they'} failed or "
+            "cannot be measured: if the learner diverged, the method looks better here than it is."
+        )
+    texts.append(
+        "All runs are of one environment, with these data and hyperparameters: other environments, data and hyperparameters "
+        "may say otherwise."
+    )
+    return texts
+
+
+def _of_all(n: int, numbers: StudyNumbers) -> str:
+    return f"{n} of {counted(numbers.n_cells, 'run')} {'is' if n == 1 else 'are'}"
+
+
+def _undefined(numbers: StudyNumbers) -> list[str]:
+    shown = numbers.shown_methods
+    without = [method.label for method in shown if numbers.random_return is None or not method.pretrained]
+    texts = []
+    if without:
+        why = "there is no pretrained policy that they could fall from"
+        if numbers.random_return is None:
+            why = "the return of a random policy is not known; random_return in the protocol gives it"
+        texts.append(f"Dips and collapses are not defined for {listed(without)}: {why}.")
+    for one in numbers.datasets if numbers.random_return is not None else []:
+        lacking = [
+            f"{group.label} ({len(group.runs) - len(group.outcomes)} of {counted(len(group.runs), 'run')})"
+            for group in one.groups
+            if group.method in shown and group.method.pretrained and len(group.outcomes) < len(group.runs)
+        ]
+        if lacking:
+            texts.append(
+                f"Dips and collapses on {one.title} are not defined for {listed(lacking)}: the pretrained policy is no better "
+                "than a random one."
+            )
+    return texts
+
+
+def _has_outcomes(numbers: StudyNumbers, name: str) -> bool:
+    return any(group.outcomes for one in numbers.datasets for group in one.groups if group.method.name == name)

@@ -1,0 +1,1 @@
+"""Hyperparameters tuned in the conditions of a study."""

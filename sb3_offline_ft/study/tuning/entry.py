@@ -1,0 +1,158 @@
+"""What was tuned, as a configuration of rl_zoo3."""
+
+import inspect
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.datasets.specs import join_specs, parse_spec
+from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
+from sb3_offline_ft.study.design.methods import NOISE, Method, known_hyperparams
+from sb3_offline_ft.study.design.protocol import Protocol
+from sb3_offline_ft.study.engine.learners import algorithm_class
+from sb3_offline_ft.study.tuning.plan import TuningPlan
+from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
+
+SAME_PRETRAINING = ({"td3bc", "td3c"},)
+"""Algorithms with the same objective offline."""
+GUARD = "sb3_offline_ft.CollapseGuard"
+
+
+def spec_seen_from(study: Protocol, label: str, folder: Path) -> str:
+    """
+    Write the spec of a study's dataset for a file in another folder, with no path of this machine that the study has not.
+
+    :param study: A study
+    :param label: Label of the dataset
+    :param folder: The other folder
+    :return: The spec as it is in the study's file, but that relative paths lead from that folder to the same data
+    """
+    written = study.specs[label]
+
+    def seen(base: str) -> str:
+        path = Path(base)
+        if path.is_relative_to(study.folder) and base not in written:
+            start, path = study.folder, path.relative_to(study.folder)
+        elif not path.is_absolute() and (base.startswith(".") or path.is_file()):
+            start = Path.cwd()
+        else:
+            return base
+        try:
+            # Where a folder is a link, the system looks for `..` in what it links to
+            way = Path(os.path.relpath(os.path.realpath(start), os.path.realpath(folder)))
+        except ValueError:
+            # Another drive on Windows
+            return str(start / path)
+        return f"{way.as_posix()}/{path.as_posix()}"
+
+    parts = parse_spec(study.datasets[label], {}, False, "")
+    texts = [part.text(seen(str(part.base)), part.trust_pickle) for part in parts]
+    return join_specs(texts, [part.weight for part in parts]) or texts[0]
+
+
+def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
+    """
+    Write a method as rl_zoo3 has it: what acts in the pretraining keeps the value that it was tuned with, and is given once
+    more with the prefix ``finetuning_`` where the finetuning differs.
+
+    :param plan: The tuning
+    :param method: The method
+    :param folder: Where rl_zoo3 shall be run
+    :return: The hyperparameters
+    """
+    known = known_hyperparams(method.algorithm)
+    parameters = inspect.signature(algorithm_class(plan.study.pretraining.algorithm).__init__).parameters
+    offline = {
+        name: value
+        for name, value in method.pretraining_hyperparams.items()
+        if name in known and name not in ONLINE_ONLY | NOISE
+    }
+    entry: dict[str, Any] = {
+        "policy": "MlpPolicy",
+        "n_timesteps": plan.study.interactions,
+        "dataset": spec_seen_from(plan.study, plan.dataset, folder),
+        **offline,
+    }
+    for name, value in method.hyperparams.items():
+        if name in SHARED_WITH_PRETRAINING:
+            continue
+        if name in ONLINE_ONLY | NOISE:
+            entry[name] = value
+            continue
+        default = parameters[name].default if name in parameters else value
+        if value != offline.get(name, default):
+            entry[FINETUNING_PREFIX + name] = value
+        else:
+            entry[name] = value
+    callback = _callback(plan, method)
+    return entry | ({} if callback is None else {"callback": callback})
+
+
+def _callback(plan: TuningPlan, method: Method) -> Any:
+    if method.guard is not None:
+        return [{GUARD: dict(method.guard)}]
+    presets = yaml.safe_load(Path(preset_path(method.algorithm)).read_text(encoding="utf-8"))
+    return presets.get(_env_id(plan), presets["default"]).get("callback")
+
+
+def _env_id(plan: TuningPlan) -> str:
+    return plan.study.env.rpartition(":")[2]
+
+
+def pretrains_alike(one: str, other: str) -> bool:
+    """
+    :param one: Name of an algorithm
+    :param other: Name of another one
+    :return: Whether both do the same offline
+    """
+    return one == other or any({one, other} <= group for group in SAME_PRETRAINING)
+
+
+def zoo_command(plan: TuningPlan, file: Path) -> str:
+    """
+    :param plan: The tuning
+    :param file: The configuration
+    :return: How to train with it, in its folder
+    """
+    module, _, env = plan.study.env.rpartition(":")
+    evaluation = plan.study.learner_evaluation
+    words = ["python", "-m", "rl_zoo3.train", "--algo", plan.method.algorithm, "--env", env, "-conf", file.name]
+    words += ["--eval-freq", str(evaluation.every), "--eval-episodes", str(evaluation.episodes)]
+    return shlex.join([*words, *(["--gym-packages", module] if module else [])])
+
+
+def write_entry(plan: TuningPlan, method: Method, file: Path, facts: Mapping[str, str]) -> str:
+    """
+    Write a configuration file of rl_zoo3.
+
+    :param plan: The tuning
+    :param method: The method
+    :param file: The file, ending in ``.yml`` or ``.yaml``
+    :param facts: What else to say in it, as comments
+    :return: What is in the file
+    """
+    pretraining = plan.study.pretraining.algorithm
+    lines = [f"Tuned with `sb3-offline-ft study tune` for {plan.study.env} on {plan.study.specs[plan.dataset]}"]
+    lines += [f"{name}: {text}" for name, text in facts.items()]
+    if method.guard is None and _callback(plan, method) is not None:
+        lines.append("The callbacks are the preset's, and were not there in the trials.")
+    if not pretrains_alike(method.algorithm, pretraining):
+        lines.append(
+            f"The trials started from policies pretrained by {pretraining}; rl_zoo3 pretrains by {method.algorithm}, so the "
+            "result may be another one."
+        )
+    entry = zoo_entry(plan, method, file.absolute().parent)
+    is_moved = entry["dataset"] != plan.study.specs[plan.dataset]
+    lines.append(f"In this file's folder{', from which `dataset` leads to the data' if is_moved else ''}:")
+    lines.append(zoo_command(plan, file))
+    comment = "".join(f"# {line}\n" for line in lines)
+    text = comment + yaml.safe_dump({_env_id(plan): entry}, sort_keys=False, allow_unicode=True)
+    with atomic_write(file) as stream:
+        stream.write(text.encode("utf-8"))
+    return text

@@ -1,0 +1,1 @@
+"""What tuning stands on: storages and search spaces."""
