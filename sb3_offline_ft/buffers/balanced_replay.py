@@ -14,11 +14,10 @@ from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_offline_ft.buffers.observation_keys import by_key, kind_of
 from sb3_offline_ft.buffers.sampling import SourceShares, SumTree
 from sb3_offline_ft.buffers.transitions import OfflineTransitions, OnlineTransitions, Transitions
 from sb3_offline_ft.common.checks import whole_number
-from sb3_offline_ft.common.observations import Observations, mean_and_std
+from sb3_offline_ft.common.observations import Observations, by_key, kind_of, mean_and_std
 from sb3_offline_ft.datasets.spaces import flatten_rows
 
 Array = npt.NDArray[Any]

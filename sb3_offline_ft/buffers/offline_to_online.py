@@ -16,11 +16,10 @@ from sb3_offline_ft.buffers.augmentation import Augmentation, make_augmentation
 from sb3_offline_ft.buffers.balanced_replay import BalancedReplay
 from sb3_offline_ft.buffers.batch_columns import BatchColumns, empty_rows, gather, gather_observations
 from sb3_offline_ft.buffers.files import File, damaged, read_arrays, write_arrays
-from sb3_offline_ft.buffers.observation_keys import by_key, kind_of
 from sb3_offline_ft.buffers.sampling import SourceShares
 from sb3_offline_ft.buffers.transitions import OfflineTransitions, OnlineTransitions, RingReturns, Transitions, n_step_rows
 from sb3_offline_ft.common.checks import known_keywords, whole_number
-from sb3_offline_ft.common.observations import Observations, map_observations, mean_and_std
+from sb3_offline_ft.common.observations import Observations, by_key, kind_of, map_observations, mean_and_std
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples, Schedule, ScheduleLike

@@ -1,15 +1,15 @@
 """YAML files that are read strictly: whatever is not understood is an error that says where, and what was meant."""
 
-import difflib
 import math
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from sb3_offline_ft.common.checks import whole_number
+from sb3_offline_ft.common.suggestions import suggestion
 
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 _MERGE = "tag:yaml.org,2002:merge"
@@ -49,28 +49,6 @@ def load_yaml(text: str, file: Path) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = "" if mark is None else f", line {mark.line + 1}"
         raise ValueError(f"{file}{where}: {problem or error}.") from None
-
-
-def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """
-    :param name: What was written
-    :param known: What can be meant
-    :param most: Number of answers
-    :return: The known names that are most like it, perhaps none
-    """
-    plain = {each.lower().replace("-", "_"): each for each in known}
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=most)
-    return [plain[each] for each in near]
-
-
-def suggestion(name: str, known: Collection[str]) -> str:
-    """
-    :param name: What was written
-    :param known: What can be meant
-    :return: A sentence with the nearest known names, or all of them
-    """
-    near = nearest(name, known, 3)
-    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known are {', '.join(sorted(known))}."
 
 
 class Reader:

@@ -13,7 +13,7 @@ from gymnasium.spaces.utils import flatten_space
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.common.observations import Observations, named_arrays
+from sb3_offline_ft.common.observations import Observations, by_key, named_arrays
 from sb3_offline_ft.datasets.columns import as_observations
 from sb3_offline_ft.datasets.keys import dict_of, fitting_orders, flattened_space, format_keys, leaf_spaces
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
@@ -84,7 +84,7 @@ def fit_to_space(dataset: OfflineDataset, observation_space: spaces.Space[Any]) 
     order = _flattened_order(dataset, observation_space)
     if order is not None:
         return _flatten(dataset, order, observation_space)
-    columns = _by_key(dataset.observations)
+    columns = by_key(dataset.observations)
     wanted = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
     keys = {key for key, column in columns.items() if key in wanted and _is_transposed(column, wanted[key])}
     return _transpose(dataset, keys) if keys else dataset
@@ -302,7 +302,7 @@ def _transpose(dataset: OfflineDataset, keys: set[str]) -> OfflineDataset:
     def transpose(column: Observations) -> Observations:
         arrays = {
             key: np.ascontiguousarray(np.moveaxis(array, -1, 1)) if key in keys else array
-            for key, array in _by_key(column).items()
+            for key, array in by_key(column).items()
         }
         return arrays if isinstance(column, dict) else arrays[""]
 
@@ -320,7 +320,7 @@ def _flatten(dataset: OfflineDataset, order: list[str], wanted: spaces.Space[Any
     subspaces = space.spaces if isinstance(space, spaces.Dict) else dict.fromkeys(order, wanted)
 
     def flatten(column: Observations) -> Observations:
-        columns = _by_key(column)
+        columns = by_key(column)
         return np.concatenate([flatten_rows(columns[key], subspaces[key]) for key in order], axis=1)
 
     if isinstance(space, spaces.Dict):
@@ -340,10 +340,6 @@ def _without_key(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> OfflineD
     if column.shape[1:] != wanted.shape and not _is_transposed(column, wanted):
         return dataset
     return _with_observations(dataset, lambda columns: columns[key], inner)
-
-
-def _by_key(observations: Observations) -> dict[str, npt.NDArray[Any]]:
-    return observations if isinstance(observations, dict) else {"": observations}
 
 
 def _flattened_order(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> list[str] | None:

@@ -11,7 +11,8 @@ import yaml
 
 from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.common.io import atomic_write
-from sb3_offline_ft.common.strict_yaml import load_yaml, suggestion
+from sb3_offline_ft.common.strict_yaml import load_yaml
+from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.study.design.methods import is_ours, known_algorithms, preset
 from sb3_offline_ft.study.design.protocol import STUDY_FILE, Protocol

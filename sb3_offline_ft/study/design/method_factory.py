@@ -12,7 +12,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.collapse import CollapseGuard
-from sb3_offline_ft.common.strict_yaml import Reader, suggestion
+from sb3_offline_ft.common.strict_yaml import Reader
+from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.rebrac.rebrac import POLICY_DEFAULTS
 from sb3_offline_ft.study.design.identity import is_same, method_facts

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from sb3_offline_ft.common.strict_yaml import Reader, load_yaml, suggestion
+from sb3_offline_ft.common.strict_yaml import Reader, load_yaml
+from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.study.design import identity

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
-from sb3_offline_ft.common.strict_yaml import suggestion
+from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.study.design.methods import Method, default_of
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine.worker import WorkerSettings
