@@ -272,7 +272,7 @@ class CollapseGuard(BaseCallback):
                 f"CollapseGuard needs an off-policy algorithm (TD3BC, TD3C, TD3, DDPG, SAC, DQN, TQC, ...), found "
                 f"{type(model).__name__}: it has no replay buffer to go on from after a rollback."
             )
-        if getattr(model, "_pretraining", False):
+        if getattr(getattr(model, "life_cycle", None), "is_pretraining", False):
             raise ValueError("CollapseGuard watches interactions, of which `pretrain` has none: pass it to `learn`.")
         self._siblings = self.locals.get("callback")
         if sum(1 for _ in find_callbacks(self._siblings, CollapseGuard)) > 1:

@@ -150,7 +150,7 @@ class PolicyBrake:
     @property
     def _learned_weights(self) -> LearnedWeights | None:
         """What the actor has during a step in place of the average that acts; None if it acts itself."""
-        learned: LearnedWeights | None = getattr(self._model, "_learned_weights", None)
+        learned: LearnedWeights | None = getattr(getattr(self._model, "acting", None), "learned_weights", None)
         return learned if learned is not None and learned.average else None
 
     @th.no_grad()

@@ -134,8 +134,9 @@ class LearnerSnapshot:
                 for name, optimizer in optimizers.items()
             },
             "variables": variables,
-            "extra": extended._get_extra_state() if _has_extra_state(model) else {},
-            "counters": {name: getattr(model, name) for name in _counters(model)},
+            "extra": extended.extra_state() if _has_extra_state(model) else {},
+            "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)}
+            | (extended.position() if _has_extra_state(model) else {}),
             "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env()),
             "action_noise": _noise_state(model.action_noise),
             "generators": _generator_state(model),
@@ -165,12 +166,12 @@ class LearnerSnapshot:
             for name, variable in variables.items():
                 variable.copy_(content["variables"][name])
         if _has_extra_state(model):
-            skipped = () if generators else getattr(model, "_generator_state_names", ())
             extended: Any = model
-            extended._set_extra_state({name: value for name, value in content["extra"].items() if name not in skipped})
-        for name, value in content["counters"].items():
-            if hasattr(model, name):
-                setattr(model, name, value)
+            extended.load_extra_state(content["extra"], generators)
+            extended.set_position(content["counters"])
+        for name in COUNTERS:
+            if name in content["counters"] and hasattr(model, name):
+                setattr(model, name, content["counters"][name])
         _restore_vec_normalize(content["vec_normalize"], model.get_vec_normalize_env())
         model.action_noise = noise
         _restore_noise(content["action_noise"], noise, generators)
@@ -277,11 +278,7 @@ def _parts_of(
 
 
 def _has_extra_state(model: OffPolicyAlgorithm) -> bool:
-    return hasattr(model, "_get_extra_state") and hasattr(model, "_set_extra_state")
-
-
-def _counters(model: OffPolicyAlgorithm) -> list[str]:
-    return [name for name in (*COUNTERS, *getattr(model, "_position_names", ())) if hasattr(model, name)]
+    return hasattr(model, "extra_state")
 
 
 # Copies

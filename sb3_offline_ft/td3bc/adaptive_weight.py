@@ -1,7 +1,7 @@
 """The weight of behavior cloning, controlled by the returns of training episodes (Zhao et al. 2022)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -117,27 +117,30 @@ class AdaptiveWeight:
                 )
             self.zero, self.one = self.average - abs(self.average), self.average
 
-    def get_state(self) -> np.ndarray:
+    def state_dict(self) -> dict[str, np.ndarray]:
         """
-        :return: What :meth:`set_state` takes up
+        :return: The state as arrays
         """
         state = (self.weight, self.average, self.zero, self.one, self._expected, self._frozen_sum, self._n_frozen)
-        return np.array(state, dtype=np.float64)
+        return {"adaptive_weight": np.array(state, dtype=np.float64)}
 
-    def set_state(self, state: np.ndarray) -> None:
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """
         Take up a state, but keep what it does not know yet of the pretrained policy, which cannot be measured again.
 
-        :param state: What :meth:`get_state` returned
+        :param state: What :meth:`state_dict` returned
         """
-        self.weight, average, zero, one, expected, frozen_sum = map(float, state[:-1])
-        n_frozen, has_average = int(state[-1]), not math.isnan(self.average)
+        if "adaptive_weight" not in state:
+            return
+        *numbers, n_frozen = map(float, state["adaptive_weight"])
+        self.weight, average, zero, one, expected, frozen_sum = numbers
+        has_average = not math.isnan(self.average)
         if has_average and math.isnan(average):
             self.average = self._pretrained_return
         else:
             self.average = average
             if not math.isnan(average) or n_frozen > self._n_frozen:
-                self._frozen_sum, self._n_frozen = frozen_sum, n_frozen
+                self._frozen_sum, self._n_frozen = frozen_sum, int(n_frozen)
             if not math.isnan(expected):
                 self._expected = expected
         if not math.isnan(zero):

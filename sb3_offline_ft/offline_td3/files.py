@@ -1,0 +1,229 @@
+"""What saving and loading translate: a learner's parts to a file's names and back, and files of others to ours."""
+
+import io
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file, open_path
+from stable_baselines3.td3.policies import TD3Policy
+
+from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, naming_damage
+from sb3_offline_ft.datasets import load_dataset, without_trust
+from sb3_offline_ft.offline_td3.acting import LEARNED_PREFIX
+from sb3_offline_ft.offline_td3.data import N_STEP_KEYWORDS, has_own_buffer_class, refuse_keywords
+from sb3_offline_ft.offline_td3.life_cycle import SAVED_AS
+from sb3_offline_ft.policies.frozen import weights_from_arrays
+from sb3_offline_ft.policies.guide import NOT_SAVED
+from sb3_offline_ft.policies.policies import OfflinePolicy
+
+if TYPE_CHECKING:
+    from sb3_offline_ft.offline_td3.offline_td3 import OfflineTD3
+
+File = str | pathlib.Path | io.BufferedIOBase
+ZIP_MAGIC = b"PK"
+TRUST_VARIABLE = "SB3_OFFLINE_FT_TRUST_PICKLE"
+
+
+# Models
+
+
+@contextmanager
+def as_in_file(learner: "OfflineTD3") -> Iterator[None]:
+    """For the duration of the block, the learner's attributes are what a file shall hold, under the names that it has there."""
+    cycle = learner.life_cycle
+    # A file whose pretraining is complete counts as pretrained, whatever `offline_steps` a preset gives to `load`
+    cycle.offline_is_finished |= learner.offline_steps_done > 0 and learner.remaining_offline_steps == 0
+    facts = {
+        "has_trained_weights": np.array(learner.has_trained_weights),
+        "defaults": np.array(json.dumps(_own_defaults(type(learner)), default=repr)),
+    }
+    shown: dict[str, Any] = {
+        **cycle.state_dict(),
+        "_episode_steps": learner.acting.episode_steps,
+        "_extra_state": arrays_to_text(learner.extra_state() | facts),
+    }
+    if learner.dataset is not None and not isinstance(learner.dataset, str):
+        given = learner.offline_dataset or load_dataset(learner.dataset)
+        # Without the fingerprint the file would not tell that there was data
+        learner.dataset_fingerprint = learner.dataset_fingerprint or given.fingerprint
+        shown["dataset"] = given.spec
+    elif learner.dataset is not None:
+        shown["dataset"] = without_trust(learner.dataset)
+    if has_own_buffer_class(learner) and learner.n_steps > 1:
+        # So that SB3's TD3, too, makes the buffer for n-step returns
+        n_step = {"n_steps": learner.n_steps, "gamma": learner.gamma}
+        shown["replay_buffer_kwargs"] = {**learner.replay_buffer_kwargs, **n_step}
+    if learner.guide_policy is not None and not isinstance(learner.guide_policy, str):
+        shown["guide_policy"] = NOT_SAVED
+    if cycle.environment_steps is not None:
+        shown["num_timesteps"] = cycle.environment_steps
+    live = {name: vars(learner)[name] for name in shown.keys() & vars(learner).keys()}
+    vars(learner).update(shown)
+    try:
+        yield
+    finally:
+        for name in shown:
+            del vars(learner)[name]
+        vars(learner).update(live)
+
+
+def take_up(learner: "OfflineTD3", replaced: Mapping[str, Any], is_dataset_given: bool) -> None:
+    """
+    Turn what SB3 has read from a file into the learner's parts.
+
+    :param learner: The learner that SB3 made
+    :param replaced: Arguments that were given instead of the file's
+    :param is_dataset_given: Whether the dataset is not the file's
+    """
+    read, cycle = vars(learner), learner.life_cycle
+    text = read.pop("_extra_state", None)
+    state = {} if text is None else arrays_from_text(text)
+    cycle.load_state_dict({name: read.pop(name) for name in SAVED_AS if name in read})
+    learner.acting.episode_steps = read.pop("_episode_steps", learner.acting.episode_steps)
+    # Former versions wrote it here too
+    read.pop("_best_mean_reward", None)
+    # What SB3's TD3 saved is pretrained elsewhere
+    cycle.offline_is_finished |= text is None
+    cycle.is_pretrained = bool(state.get("has_trained_weights", True))
+    if not is_dataset_given:
+        # Whoever made the file cannot say that its user trusts the data
+        learner.dataset = without_trust(learner.dataset)
+    if "dataset" in replaced and replaced["dataset"] is None:
+        learner.dataset_fingerprint = None
+    if cycle.is_pretrained and "learning_starts" not in replaced:
+        # Random actions were for the saved run's beginning, not for weights that are trained
+        learner.learning_starts = 0
+    if cycle.offline_is_finished and learner.dataset is not None and learner.offline_steps > cycle.offline_steps_done:
+        if learner.verbose >= 1:
+            print("The loaded model counts as pretrained: no offline steps are left to do. For more, call `pretrain`.")
+    learner.load_extra_state(state)
+
+
+def arguments_for(cls: type["OfflineTD3"], path: File, replaced: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What another algorithm left at its default in a file is here at ours, as for a learner that is constructed.
+
+    :param cls: The class that reads the file
+    :param path: The file
+    :param replaced: Arguments that are given instead of the file's
+    :param given: They and SB3's ``custom_objects``
+    :return: All arguments that shall replace the file's
+    """
+    # Those in the file are written by `save`
+    refuse_keywords(replaced.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
+    if cls.policy_defaults and "policy_kwargs" in replaced:
+        stored, _, _ = load_from_zip_file(path, custom_objects=dict(given), device="cpu")
+        complete = None if stored is None else with_policy_defaults(cls, stored["policy_class"], replaced["policy_kwargs"])
+        if stored is not None and complete == stored["policy_kwargs"]:
+            replaced = replaced | {"policy_kwargs": complete}
+    settings = _read_settings(path)
+    state = arrays_from_text(settings["_extra_state"]) if settings.get("_extra_state") is not None else {}
+    if "defaults" not in state:
+        return replaced
+    saved, own, common = json.loads(str(state["defaults"])), _own_defaults(cls), _common_arguments()
+    # A loaded agent takes no random actions, and an average that there is goes on
+    kept = {"learning_starts"} | ({"policy_averaging"} if weights_from_arrays(state, LEARNED_PREFIX) else set())
+    names = [name for name in common if name in saved.keys() | own.keys() and name not in given.keys() | kept]
+    return {
+        name: own.get(name, common[name]) for name in names if settings.get(name) == saved.get(name, common[name])
+    } | replaced
+
+
+def with_policy_defaults(
+    cls: type["OfflineTD3"], policy: str | type[TD3Policy], policy_kwargs: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The arguments of a policy, with the algorithm's own defaults if it is one of this package's."""
+    if cls.policy_defaults and (isinstance(policy, str) or issubclass(policy, OfflinePolicy)):
+        return {**cls.policy_defaults, **(policy_kwargs or {})}
+    return policy_kwargs
+
+
+def _common_arguments() -> dict[str, Any]:
+    from sb3_offline_ft.offline_td3.offline_td3 import OfflineTD3
+
+    return constructor_arguments(OfflineTD3)
+
+
+def _own_defaults(cls: type["OfflineTD3"]) -> dict[str, Any]:
+    """Defaults of arguments of :class:`OfflineTD3` that an algorithm changes."""
+    own = constructor_arguments(cls)
+    return {name: own[name] for name, default in _common_arguments().items() if name in own and own[name] != default}
+
+
+def _read_settings(path: File) -> dict[str, Any]:
+    """The plain settings in a zip file that SB3 saved; nothing is unpickled. Of a damaged one SB3 tells what is wrong."""
+    if not isinstance(path, io.BufferedIOBase):
+        with open_path(path, "r", verbose=0, suffix="zip") as file:
+            return _read_settings(file)
+    start = path.tell()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return dict(json.loads(archive.read("data")))
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError):
+        return {}
+    finally:
+        path.seek(start)
+
+
+# Replay buffers
+
+
+def buffer_file(path: File) -> File:
+    """What a path means under which a replay buffer is saved: without a suffix, a file of ours."""
+    if isinstance(path, io.BufferedIOBase):
+        return path
+    path = pathlib.Path(path)
+    return path if path.suffix else path.with_suffix(".npz")
+
+
+def existing_buffer_file(path: File) -> File:
+    """What a path means under which a replay buffer was saved: without a suffix, our file, or else SB3's."""
+    if isinstance(path, io.BufferedIOBase) or pathlib.Path(path).suffix or pathlib.Path(path).exists():
+        return path if isinstance(path, io.BufferedIOBase) else pathlib.Path(path)
+    ours, theirs = pathlib.Path(path).with_suffix(".npz"), pathlib.Path(path).with_suffix(".pkl")
+    return theirs if theirs.exists() and not ours.exists() else ours
+
+
+def is_pickle(path: File) -> bool:
+    """Whether a replay buffer is SB3's: rl-zoo3 names ours ``.pkl`` too."""
+    if isinstance(path, io.BufferedIOBase):
+        start = path.read(len(ZIP_MAGIC))
+        path.seek(-len(start), io.SEEK_CUR)
+        return start != ZIP_MAGIC
+    with open(path, "rb") as file:
+        return pathlib.Path(path).suffix == ".pkl" and file.read(len(ZIP_MAGIC)) != ZIP_MAGIC
+
+
+def check_is_trusted(path: File, trust_pickle: bool) -> None:
+    """
+    :param path: A pickle
+    :param trust_pickle: Whether the caller trusts it
+    :raises ValueError: Neither the caller nor the environment variable ``SB3_OFFLINE_FT_TRUST_PICKLE`` says so
+    """
+    if not (trust_pickle or os.environ.get(TRUST_VARIABLE) == "1"):
+        raise ValueError(
+            f"{path} is no replay buffer of this package but a pickle file, which runs whatever code it holds when it is "
+            "read. If you trust it, say so: `load_replay_buffer(path, trust_pickle=True)`, or set the environment "
+            f"variable {TRUST_VARIABLE}=1 for the file that rl-zoo3 finds beside `-i`; else move it away."
+        )
+
+
+def unpickle_buffer(path: File) -> ReplayBuffer:
+    """
+    :param path: A pickle that is trusted
+    :return: The replay buffer in it
+    :raises ValueError: It is damaged or holds something else
+    """
+    with naming_damage(str(path), "a replay buffer"):
+        loaded = load_from_pkl(path)
+    if not isinstance(loaded, ReplayBuffer):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}: expected a ReplayBuffer.")
+    return loaded
