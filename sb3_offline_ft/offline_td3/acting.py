@@ -15,7 +15,7 @@ from sb3_offline_ft.policies.frozen import frozen_actor, tensors_to_arrays, weig
 from sb3_offline_ft.policies.guide import PRETRAINED, GuideLike, find_guide, guide_actions
 
 if TYPE_CHECKING:
-    from sb3_offline_ft.offline_td3.offline_td3 import OfflineTD3
+    from sb3_offline_ft.offline_td3.learner import OfflineLearner
 
 GUIDE_PREFIX = "guide_actor."
 LEARNED_PREFIX = "learned_actor."
@@ -40,7 +40,7 @@ class Acting:
         self.episode_steps = np.zeros(0, dtype=int)
         """How far the current episodes are, shape ``(n_envs,)``."""
 
-    def prepare(self, learner: "OfflineTD3") -> None:
+    def prepare(self, learner: "OfflineLearner") -> None:
         """
         Find the guide, before anything else is done, so that one that cannot be used costs no time.
 
@@ -74,7 +74,7 @@ class Acting:
         """
         self.episode_steps = np.where(dones, 0, self.episode_steps + 1)
 
-    def others(self, learner: "OfflineTD3", progress_remaining: float) -> tuple[np.ndarray, np.ndarray] | None:
+    def others(self, learner: "OfflineLearner", progress_remaining: float) -> tuple[np.ndarray, np.ndarray] | None:
         """
         :param learner: The learner
         :param progress_remaining: Progress of the run, from 1 to 0

@@ -20,7 +20,7 @@ from sb3_offline_ft.policies.layers import is_vector_space
 from sb3_offline_ft.policies.policies import OfflinePolicy
 
 if TYPE_CHECKING:
-    from sb3_offline_ft.offline_td3.offline_td3 import OfflineTD3
+    from sb3_offline_ft.offline_td3.learner import OfflineLearner
 
 N_STEP_KEYWORDS = ("n_steps", "gamma")
 SMALL_BUFFER, SMALL_SHARE = 100_000, 0.1
@@ -30,18 +30,18 @@ SMALL_BUFFER, SMALL_SHARE = 100_000, 0.1
 # The class of the replay buffer
 
 
-def has_own_buffer_class(learner: "OfflineTD3") -> bool:
+def has_own_buffer_class(learner: "OfflineLearner") -> bool:
     """Whether the replay buffer is one of this package."""
     return learner.replay_buffer_class is not None and issubclass(learner.replay_buffer_class, OfflineToOnlineReplayBuffer)
 
 
-def _is_chosen_by_sb3(learner: "OfflineTD3") -> bool:
+def _is_chosen_by_sb3(learner: "OfflineLearner") -> bool:
     """Whether no class was asked for: a zip saved by SB3's TD3 names the one that SB3 chose itself."""
     n_step = learner.n_steps > 1 and learner.replay_buffer_kwargs.get("n_steps") == learner.n_steps
     return learner.replay_buffer_class in [None, ReplayBuffer, DictReplayBuffer, *([NStepReplayBuffer] if n_step else [])]
 
 
-def choose_buffer_class(learner: "OfflineTD3") -> None:
+def choose_buffer_class(learner: "OfflineLearner") -> None:
     """Set the class of the replay buffer if none was asked for, and check the keywords that it gets."""
     if _is_chosen_by_sb3(learner) and not learner.optimize_memory_usage:
         if isinstance(learner.observation_space, spaces.Box):
@@ -64,8 +64,8 @@ def choose_buffer_class(learner: "OfflineTD3") -> None:
         learner.replay_buffer_kwargs = {name: value for name, value in kwargs.items() if name not in N_STEP_KEYWORDS}
 
 
-def check_buffer_keywords(learner: "OfflineTD3") -> None:
-    """Check that the keywords of the replay buffer are none that the algorithm sets; in a file there are such for SB3's sake."""
+def check_buffer_keywords(learner: "OfflineLearner") -> None:
+    """Check that the algorithm sets none of the replay buffer's keywords itself; in a file there are such, for SB3's sake."""
     refuse_keywords(learner.replay_buffer_kwargs, "offline_fraction", "seed")
     own_class = learner.replay_buffer_class is None or has_own_buffer_class(learner)
     if own_class and "_extra_state" not in vars(learner):
@@ -85,7 +85,7 @@ def refuse_keywords(replay_buffer_kwargs: Mapping[str, object], *refused: str) -
 # The dataset
 
 
-def check_dataset(learner: "OfflineTD3") -> None:
+def check_dataset(learner: "OfflineLearner") -> None:
     """
     Check the spec of the dataset, whose paths become absolute so that a saved model finds it from any folder.
 
@@ -118,7 +118,7 @@ def check_dataset(learner: "OfflineTD3") -> None:
         raise ValueError(f"With a dataset, {problem}. Change it, or leave out `dataset`.")
 
 
-def load_into_buffer(learner: "OfflineTD3") -> None:
+def load_into_buffer(learner: "OfflineLearner") -> None:
     """Load the learner's dataset into its replay buffer, and fit the policy's normalizer if nothing has been trained yet."""
     buffer = learner.replay_buffer
     assert isinstance(buffer, OfflineToOnlineReplayBuffer) and learner.dataset is not None
@@ -147,7 +147,7 @@ def load_into_buffer(learner: "OfflineTD3") -> None:
         _fit_normalizer(learner, fitted)
 
 
-def _in_order_of_environment(learner: "OfflineTD3", dataset: OfflineDataset) -> OfflineDataset:
+def _in_order_of_environment(learner: "OfflineLearner", dataset: OfflineDataset) -> OfflineDataset:
     if not isinstance(dataset.observations, dict) or isinstance(learner.observation_space, spaces.Dict):
         return dataset
     if learner.env is not None:
@@ -159,7 +159,7 @@ def _in_order_of_environment(learner: "OfflineTD3", dataset: OfflineDataset) -> 
     return dataset
 
 
-def check_order_of_keys(learner: "OfflineTD3", env: VecEnv) -> None:
+def check_order_of_keys(learner: "OfflineLearner", env: VecEnv) -> None:
     """
     :param learner: A learner whose data may have been put into the order of an environment
     :param env: Another environment
@@ -178,7 +178,7 @@ def check_order_of_keys(learner: "OfflineTD3", env: VecEnv) -> None:
 # Normalization
 
 
-def _fit_normalizer(learner: "OfflineTD3", dataset: OfflineDataset) -> None:
+def _fit_normalizer(learner: "OfflineLearner", dataset: OfflineDataset) -> None:
     vec_normalize = learner.get_vec_normalize_env()
     if vec_normalize is not None and vec_normalize.norm_obs:
         # The policy sees what VecNormalize returns, to which the dataset's statistics do not apply
@@ -195,7 +195,7 @@ def _fit_normalizer(learner: "OfflineTD3", dataset: OfflineDataset) -> None:
         )
 
 
-def check_vec_normalize(learner: "OfflineTD3") -> None:
+def check_vec_normalize(learner: "OfflineLearner") -> None:
     """
     Warn if ``VecNormalize`` gives the data another meaning at each step.
 
@@ -230,7 +230,7 @@ def check_vec_normalize(learner: "OfflineTD3") -> None:
 # A run's needs
 
 
-def check_dataset_is_there(learner: "OfflineTD3") -> None:
+def check_dataset_is_there(learner: "OfflineLearner") -> None:
     """
     Warn if a loaded model goes on without the data that it was pretrained on.
 
@@ -252,7 +252,7 @@ def check_dataset_is_there(learner: "OfflineTD3") -> None:
     )
 
 
-def check_augmentation(learner: "OfflineTD3") -> None:
+def check_augmentation(learner: "OfflineLearner") -> None:
     """
     :param learner: The learner
     :raises ValueError: Its augmentation is in units of a dataset, and there is none
@@ -273,7 +273,7 @@ class Room:
         self._has_warned = False
 
     @staticmethod
-    def capacity(learner: "OfflineTD3") -> int:
+    def capacity(learner: "OfflineLearner") -> int:
         """
         :param learner: The learner
         :return: Number of transitions that the online part of its replay buffer can hold
@@ -285,7 +285,7 @@ class Room:
         """Warn anew."""
         self._has_warned = False
 
-    def compare_with_run(self, learner: "OfflineTD3", total_timesteps: int, goes_on: bool = False) -> None:
+    def compare_with_run(self, learner: "OfflineLearner", total_timesteps: int, goes_on: bool = False) -> None:
         """
         :param learner: The learner
         :param total_timesteps: Length of its run
@@ -295,8 +295,8 @@ class Room:
         if not learner.life_cycle.is_finetuning or capacity >= total_timesteps or self._has_warned:
             return
         message = (
-            f"The replay buffer (`buffer_size={learner.buffer_size}`) holds the last {capacity:,} transitions, and the run has "
-            f"{total_timesteps:,} steps: older transitions are forgotten, those of the warm-up first."
+            f"The replay buffer (`buffer_size={learner.buffer_size}`) holds the last {capacity:,} transitions, and the run "
+            f"has {total_timesteps:,} steps: older transitions are forgotten, those of the warm-up first."
         )
         n_online = _online_part(learner, learner.batch_size)
         if capacity < n_online or capacity < min(SMALL_BUFFER, SMALL_SHARE * total_timesteps):
@@ -305,7 +305,7 @@ class Room:
         elif learner.verbose >= 1 and not goes_on:
             print(message)
 
-    def has_a_batch(self, learner: "OfflineTD3", batch_size: int) -> bool:
+    def has_a_batch(self, learner: "OfflineLearner", batch_size: int) -> bool:
         """
         :param learner: The learner
         :param batch_size: Number of transitions in a batch
@@ -326,7 +326,7 @@ class Room:
         return buffer.size() * buffer.n_envs >= min(n_online, capacity)
 
 
-def _online_part(learner: "OfflineTD3", batch_size: int) -> int:
+def _online_part(learner: "OfflineLearner", batch_size: int) -> int:
     """Number of online transitions in the next batch."""
     buffer = learner.replay_buffer
     if not isinstance(buffer, OfflineToOnlineReplayBuffer) or buffer.offline_size == 0:

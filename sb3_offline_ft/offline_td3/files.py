@@ -1,32 +1,37 @@
 """What saving and loading translate: a learner's parts to a file's names and back, and files of others to ours."""
 
+import copy
 import io
 import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file, open_path
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import TD3Policy
 
-from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+from sb3_offline_ft.common.checks import constructor_arguments, known_keywords
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, naming_damage
 from sb3_offline_ft.datasets import load_dataset, without_trust
 from sb3_offline_ft.offline_td3.acting import LEARNED_PREFIX
 from sb3_offline_ft.offline_td3.data import N_STEP_KEYWORDS, has_own_buffer_class, refuse_keywords
+from sb3_offline_ft.offline_td3.learner import OfflineLearner
 from sb3_offline_ft.offline_td3.life_cycle import SAVED_AS
+from sb3_offline_ft.policies.averaging import LearnedWeights
 from sb3_offline_ft.policies.frozen import weights_from_arrays
 from sb3_offline_ft.policies.guide import NOT_SAVED
 from sb3_offline_ft.policies.policies import OfflinePolicy
 
-if TYPE_CHECKING:
-    from sb3_offline_ft.offline_td3.offline_td3 import OfflineTD3
-
+SelfSavedLearner = TypeVar("SelfSavedLearner", bound="SavedLearner")
 File = str | pathlib.Path | io.BufferedIOBase
 ZIP_MAGIC = b"PK"
 TRUST_VARIABLE = "SB3_OFFLINE_FT_TRUST_PICKLE"
@@ -36,8 +41,8 @@ TRUST_VARIABLE = "SB3_OFFLINE_FT_TRUST_PICKLE"
 
 
 @contextmanager
-def as_in_file(learner: "OfflineTD3") -> Iterator[None]:
-    """For the duration of the block, the learner's attributes are what a file shall hold, under the names that it has there."""
+def as_in_file(learner: "SavedLearner") -> Iterator[None]:
+    """For the duration of the block, the learner's attributes are what a file shall hold, under their names there."""
     cycle = learner.life_cycle
     # A file whose pretraining is complete counts as pretrained, whatever `offline_steps` a preset gives to `load`
     cycle.offline_is_finished |= learner.offline_steps_done > 0 and learner.remaining_offline_steps == 0
@@ -75,7 +80,7 @@ def as_in_file(learner: "OfflineTD3") -> Iterator[None]:
         vars(learner).update(live)
 
 
-def take_up(learner: "OfflineTD3", replaced: Mapping[str, Any], is_dataset_given: bool) -> None:
+def take_up(learner: "SavedLearner", replaced: Mapping[str, Any], is_dataset_given: bool) -> None:
     """
     Turn what SB3 has read from a file into the learner's parts.
 
@@ -107,7 +112,7 @@ def take_up(learner: "OfflineTD3", replaced: Mapping[str, Any], is_dataset_given
     learner.load_extra_state(state)
 
 
-def arguments_for(cls: type["OfflineTD3"], path: File, replaced: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_for(cls: type["SavedLearner"], path: File, replaced: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """
     What another algorithm left at its default in a file is here at ours, as for a learner that is constructed.
 
@@ -128,7 +133,7 @@ def arguments_for(cls: type["OfflineTD3"], path: File, replaced: dict[str, Any],
     state = arrays_from_text(settings["_extra_state"]) if settings.get("_extra_state") is not None else {}
     if "defaults" not in state:
         return replaced
-    saved, own, common = json.loads(str(state["defaults"])), _own_defaults(cls), _common_arguments()
+    saved, own, common = json.loads(str(state["defaults"])), _own_defaults(cls), _common_arguments(cls)
     # A loaded agent takes no random actions, and an average that there is goes on
     kept = {"learning_starts"} | ({"policy_averaging"} if weights_from_arrays(state, LEARNED_PREFIX) else set())
     names = [name for name in common if name in saved.keys() | own.keys() and name not in given.keys() | kept]
@@ -138,7 +143,7 @@ def arguments_for(cls: type["OfflineTD3"], path: File, replaced: dict[str, Any],
 
 
 def with_policy_defaults(
-    cls: type["OfflineTD3"], policy: str | type[TD3Policy], policy_kwargs: dict[str, Any] | None
+    cls: type["SavedLearner"], policy: str | type[TD3Policy], policy_kwargs: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """The arguments of a policy, with the algorithm's own defaults if it is one of this package's."""
     if cls.policy_defaults and (isinstance(policy, str) or issubclass(policy, OfflinePolicy)):
@@ -146,16 +151,15 @@ def with_policy_defaults(
     return policy_kwargs
 
 
-def _common_arguments() -> dict[str, Any]:
-    from sb3_offline_ft.offline_td3.offline_td3 import OfflineTD3
+def _common_arguments(cls: type["SavedLearner"]) -> dict[str, Any]:
+    """The arguments that all algorithms share, those of :class:`OfflineTD3`, with its defaults."""
+    return constructor_arguments([base for base in cls.__mro__ if issubclass(base, SavedLearner)][-2])
 
-    return constructor_arguments(OfflineTD3)
 
-
-def _own_defaults(cls: type["OfflineTD3"]) -> dict[str, Any]:
+def _own_defaults(cls: type["SavedLearner"]) -> dict[str, Any]:
     """Defaults of arguments of :class:`OfflineTD3` that an algorithm changes."""
     own = constructor_arguments(cls)
-    return {name: own[name] for name, default in _common_arguments().items() if name in own and own[name] != default}
+    return {name: own[name] for name, default in _common_arguments(cls).items() if name in own and own[name] != default}
 
 
 def _read_settings(path: File) -> dict[str, Any]:
@@ -227,3 +231,154 @@ def unpickle_buffer(path: File) -> ReplayBuffer:
     if not isinstance(loaded, ReplayBuffer):
         raise ValueError(f"{path} holds a {type(loaded).__name__}: expected a ReplayBuffer.")
     return loaded
+
+
+class SavedLearner(OfflineLearner):
+    """A learner whose files hold its parts, and are exchanged with those of Stable-Baselines3's TD3."""
+
+    policy_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Defaults that ``policy_kwargs`` have with the policies of this package."""
+
+    def _excluded_save_params(self) -> list[str]:
+        parts = ["life_cycle", "updater", "evaluations", "room", "acting", "_noise_generator", "_guide_steps_schedule"]
+        return [*super()._excluded_save_params(), *parts]
+
+    def _stateful_parts(self) -> dict[str, Any]:
+        """
+        What a learner keeps besides networks, optimizers and counters, by name: objects with ``state_dict()``, which returns
+        arrays by names that no other part has, and ``load_state_dict(state)``, which is given the arrays of all parts, or none
+        of a file of another algorithm.
+        """
+        return {"randomness": self._randomness, "evaluations": self.evaluations, "acting": self.acting}
+
+    def extra_state(self) -> dict[str, np.ndarray]:
+        """
+        :return: The state of what a learner keeps besides networks, optimizers and counters; its memory may be the learner's
+        """
+        return {name: array for part in self._stateful_parts().values() for name, array in part.state_dict().items()}
+
+    def load_extra_state(self, state: Mapping[str, np.ndarray], generators: bool = True) -> None:
+        """
+        :param state: What :meth:`extra_state` of this or a related algorithm returned; empty for a file saved by SB3's TD3
+        :param generators: Whether to restore the streams of random numbers too
+        """
+        for name, part in self._stateful_parts().items():
+            if generators or name != "randomness":
+                part.load_state_dict(state)
+
+    def position(self) -> dict[str, Any]:
+        """
+        :return: What says how updates are done, but for what counts progress
+        """
+        return {"learning_starts": self.learning_starts, **self.life_cycle.position()}
+
+    def set_position(self, position: Mapping[str, Any]) -> None:
+        """
+        :param position: What :meth:`position` returned; other names are ignored
+        """
+        self.learning_starts = position.get("learning_starts", self.learning_starts)
+        self.life_cycle.load_state_dict(position)
+
+    def save(self, path: File, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file.
+
+        The dataset is not in it, only its fingerprint and its spec, without any ``trust_pickle``. SB3's ``TD3.load`` and the
+        ``load`` of the other algorithms of this package open the file too.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        with as_in_file(self):
+            super().save(path, exclude, include)
+
+    @classmethod
+    def load(
+        cls: type[SelfSavedLearner],
+        path: File,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfSavedLearner:
+        """
+        Load a model saved by this class, by another algorithm of this package or by SB3's TD3.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on (can be None if you only need prediction)
+        :param device: Device on which the code should run.
+        :param custom_objects: Dictionary of objects to replace upon loading.
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training
+        :param kwargs: constructor arguments that shall replace the saved ones
+        :return: new model instance with loaded parameters
+        :raises TypeError: A keyword is not an argument of the constructor
+        """
+        known_keywords(cls, kwargs, f"{cls.__name__}.load", excluded=("policy", "env", "device", "_init_setup_model"))
+        given = {**(custom_objects or {}), **kwargs}
+        kwargs = arguments_for(cls, path, kwargs, given)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        take_up(model, kwargs, "dataset" in given)
+        if kwargs.get("seed") is not None:
+            # A new seed asks for new random streams, not for the saved ones
+            model._randomness.seed(kwargs["seed"])
+        return model
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary, as in SB3. The agent counts as pretrained then.
+
+        :param load_path_or_dict: Location of the saved data, or a nested dictionary (see ``get_parameters``)
+        :param exact_match: Whether the parameters of each module must be given
+        :param device: Device on which the code should run.
+        """
+        if isinstance(load_path_or_dict, dict):
+            # Optimizers keep the tensors that they are given, which may be those of another learner
+            load_path_or_dict = copy.deepcopy(load_path_or_dict)
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        self.life_cycle.is_pretrained = True
+        if self.acting.learned_weights is not None:
+            self.acting.learned_weights = LearnedWeights(self.actor)
+
+    def save_replay_buffer(self, path: File) -> None:
+        """
+        Save the online part of the replay buffer and the state of the offline sampler, without pickle.
+
+        :param path: The file, to which ``.npz`` is added if it has no suffix, or a binary stream
+        """
+        if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            # A binary stream is one in all but name
+            self.replay_buffer.save_online(buffer_file(path))  # type: ignore[arg-type]
+        else:
+            super().save_replay_buffer(path)
+
+    def load_replay_buffer(self, path: File, truncate_last_traj: bool = True, trust_pickle: bool = False) -> None:
+        """
+        Load the online part of the replay buffer. The offline part comes from the dataset and stays.
+
+        A pickle saved by SB3 is accepted as well if you trust it.
+
+        :param path: The file or binary stream
+        :param truncate_last_traj: For SB3's ``HerReplayBuffer`` only
+        :param trust_pickle: Whether a pickle may be read: that runs code which it holds. The environment variable
+            ``SB3_OFFLINE_FT_TRUST_PICKLE=1`` says so too, for the file that rl-zoo3 loads beside ``-i``
+        :raises ValueError: It is damaged, or a pickle that is not trusted, or was saved for other spaces or another number of
+            environments; nothing is changed then
+        """
+        path, buffer = existing_buffer_file(path), self.replay_buffer
+        if isinstance(buffer, OfflineToOnlineReplayBuffer) and not is_pickle(path):
+            buffer.load_online(path)  # type: ignore[arg-type]
+            return
+        check_is_trusted(path, trust_pickle)
+        if isinstance(buffer, OfflineToOnlineReplayBuffer):
+            buffer.copy_online(unpickle_buffer(path), str(path))
+        else:
+            super().load_replay_buffer(path, truncate_last_traj)

@@ -1,4 +1,4 @@
-"""How gradient steps are done: batches are drawn, the update kernel is chosen, and what is logged is kept until it is asked for."""
+"""How gradient steps are done: drawing batches, choosing the update kernel, rewinding, means for the log."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from sb3_offline_ft.update import AutogradKernel, Batch, FastKernel, NotSupporte
 from sb3_offline_ft.update.products import UPDATE_PRECISIONS
 
 if TYPE_CHECKING:
-    from sb3_offline_ft.offline_td3.offline_td3 import OfflineTD3
+    from sb3_offline_ft.offline_td3.learner import OfflineLearner
 
 KERNELS = ("auto", "fast", "autograd")
 BATCHES_AT_ONCE = 64
@@ -120,7 +120,7 @@ class Updater:
 
     # The kernel
 
-    def check(self, learner: "OfflineTD3") -> None:
+    def check(self, learner: "OfflineLearner") -> None:
         """
         Say before the first update that the fast kernel cannot be used where it must.
 
@@ -133,7 +133,7 @@ class Updater:
             except NotSupportedError as error:
                 self._fall_back(learner, error)
 
-    def choose_kernel(self, learner: "OfflineTD3") -> UpdateKernel:
+    def choose_kernel(self, learner: "OfflineLearner") -> UpdateKernel:
         """
         :param learner: The learner
         :return: The kernel for the next updates: the one in use if it still serves
@@ -141,7 +141,7 @@ class Updater:
         self.kernel = self._chosen(learner)
         return self.kernel
 
-    def _chosen(self, learner: "OfflineTD3") -> UpdateKernel:
+    def _chosen(self, learner: "OfflineLearner") -> UpdateKernel:
         policy, precision = learner.policy, learner.update_precision
         kernel = self.kernel if self.kernel is not None and self.kernel.policy is policy else None
         if learner.kernel == "autograd":
@@ -156,7 +156,7 @@ class Updater:
             print(f"Update kernel: fast ({kernel.products.name})")
         return kernel
 
-    def _fall_back(self, learner: "OfflineTD3", error: NotSupportedError) -> UpdateKernel:
+    def _fall_back(self, learner: "OfflineLearner", error: NotSupportedError) -> UpdateKernel:
         if _is_fast_demanded(learner):
             precision = f"update_precision={learner.update_precision!r}"
             option = "kernel='fast'" if learner.kernel == "fast" else precision
@@ -171,7 +171,7 @@ class Updater:
 
     # Batches
 
-    def draw_batch(self, learner: "OfflineTD3", batch_size: int) -> Batch:
+    def draw_batch(self, learner: "OfflineLearner", batch_size: int) -> Batch:
         """
         Draw a batch as for the next update, and make it the one that the kernel works on.
 
@@ -183,7 +183,7 @@ class Updater:
         ((rows, n_rows),) = _draw_rows(learner, 1, batch_size)
         return next(kernel.batches(rows, n_rows))
 
-    def run(self, learner: "OfflineTD3", gradient_steps: int, batch_size: int, update: Callable[[Batch], None]) -> None:
+    def run(self, learner: "OfflineLearner", gradient_steps: int, batch_size: int, update: Callable[[Batch], None]) -> None:
         """
         Do gradient steps with the kernel that was chosen.
 
@@ -213,11 +213,11 @@ class Updater:
                 raise
 
 
-def _is_fast_demanded(learner: "OfflineTD3") -> bool:
+def _is_fast_demanded(learner: "OfflineLearner") -> bool:
     return learner.kernel == "fast" or learner.update_precision != "float32"
 
 
-def _draw_rows(learner: "OfflineTD3", n_batches: int, batch_size: int) -> Iterator[tuple[Batch, int]]:
+def _draw_rows(learner: "OfflineLearner", n_batches: int, batch_size: int) -> Iterator[tuple[Batch, int]]:
     """Batches, one behind the other in as few pieces as the buffer allows, and the number of rows of each."""
     buffer, env = learner.replay_buffer, learner.get_vec_normalize_env()
     fraction = 1.0 if learner.life_cycle.is_pretraining else None

@@ -9,8 +9,7 @@ from typing import Any
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.policies.policies import OfflinePolicy
-from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY
-from sb3_offline_ft.study.design.methods import NOISE, Method, is_ours
+from sb3_offline_ft.study.design.methods import Method, is_ours, online_only
 from sb3_offline_ft.study.engine.learners import algorithm_class
 
 RESULTS_VERSION = 2
@@ -63,7 +62,7 @@ def _pretraining_facts(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[s
     chosen = _chosen(algorithm, hyperparams)
     return {
         "algorithm": algorithm,
-        "hyperparams": {name: value for name, value in chosen.items() if name not in ONLINE_ONLY | NOISE},
+        "hyperparams": {name: value for name, value in chosen.items() if name not in online_only(algorithm)},
     }
 
 

@@ -16,6 +16,7 @@ from sb3_offline_ft.algorithms import preset_path
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.offline_td3 import OfflineTD3
+from sb3_offline_ft.pretrained.recipe import online_only_arguments
 from sb3_offline_ft.study.engine.learners import algorithm_class
 from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
@@ -79,6 +80,14 @@ def known_hyperparams(algorithm: str) -> set[str]:
     cls = algorithm_class(algorithm)
     noise = NOISE if issubclass(cls, OffPolicyAlgorithm) else set()
     return constructor_arguments(cls).keys() - _NEVER | noise
+
+
+def online_only(algorithm: str) -> frozenset[str]:
+    """
+    :param algorithm: Name of an algorithm
+    :return: The hyperparameters that do not act before the first interaction
+    """
+    return online_only_arguments(algorithm_class(algorithm)) | NOISE
 
 
 def default_of(algorithm: str, name: str) -> Any:

@@ -12,8 +12,8 @@ import yaml
 from sb3_offline_ft.algorithms import preset_path
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
-from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
-from sb3_offline_ft.study.design.methods import NOISE, Method, known_hyperparams
+from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
+from sb3_offline_ft.study.design.methods import Method, known_hyperparams, online_only
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.engine.learners import algorithm_class
 from sb3_offline_ft.study.tuning.plan import TuningPlan
@@ -66,13 +66,9 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     :param folder: Where rl_zoo3 shall be run
     :return: The hyperparameters
     """
-    known = known_hyperparams(method.algorithm)
+    known, left_out = known_hyperparams(method.algorithm), online_only(method.algorithm)
     parameters = inspect.signature(algorithm_class(plan.study.pretraining.algorithm).__init__).parameters
-    offline = {
-        name: value
-        for name, value in method.pretraining_hyperparams.items()
-        if name in known and name not in ONLINE_ONLY | NOISE
-    }
+    offline = {name: value for name, value in method.pretraining_hyperparams.items() if name in known - left_out}
     entry: dict[str, Any] = {
         "policy": "MlpPolicy",
         "n_timesteps": plan.study.interactions,
@@ -82,7 +78,7 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     for name, value in method.hyperparams.items():
         if name in SHARED_WITH_PRETRAINING:
             continue
-        if name in ONLINE_ONLY | NOISE:
+        if name in left_out:
             entry[name] = value
             continue
         default = parameters[name].default if name in parameters else value
