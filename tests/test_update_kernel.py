@@ -114,7 +114,7 @@ def assert_identical(first: TD3, second: TD3) -> None:
 
 
 def is_fast(model: OfflineTD3) -> bool:
-    return model._kernel.name == "fast"
+    return model.updater.kernel.name == "fast"
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_critics_that_agree_share_the_gradient_of_the_actor(actor_value: str) ->
                 critic.load_state_dict(critics[1].state_dict())
             for critic in (critics[0], critics[3]):
                 critic[-1].bias.add_(10.0)
-        model._pretraining = True
+        model.life_cycle.environment_steps = 0
         batch = draw_batch(model, 32)
         model._update_actor(batch)
         gradients.append({name: value.grad.double().clone() for name, value in model.actor.named_parameters()})
@@ -338,15 +338,15 @@ def test_steps_of_different_discounts_and_further_columns_are_cut_into_batches()
     for kernel in ("fast", "autograd"):
         model = make(ReBRAC, kernel=kernel, critic_bc_coef=0.5, policy_kwargs=SMALL)
         model.load_offline_data()
-        model._pretraining = True
-        ((rows, n_rows),) = model._sample_rows(1, 48)
+        model.life_cycle.environment_steps = 0
+        rows = model.replay_buffer.sample(48, offline_fraction=1.0)
         generator = th.Generator().manual_seed(1)
         discounts = 0.9 ** th.randint(1, 4, (48, 1), generator=generator)
         rows = rows._replace(discounts=discounts, returns=th.randn(48, 1, generator=generator))
-        model._kernel = model._choose_kernel()
+        model.updater.choose_kernel(model)
         seen = []
-        for batch in model._kernel.batches(rows, 16):
-            assert n_rows == 48 and len(batch.next_actions) == len(batch.has_next_actions) == len(batch.is_offline) == 16
+        for batch in model.updater.kernel.batches(rows, 16):
+            assert len(batch.next_actions) == len(batch.has_next_actions) == len(batch.is_offline) == 16
             assert batch.has_returns is None
             seen.append((batch.discounts, batch.returns))
             model._update(batch)
@@ -361,14 +361,14 @@ def test_the_actions_of_the_next_values_are_told() -> None:
     for kernel in ("fast", "autograd"):
         model = make(kernel=kernel)
         model.load_offline_data()
-        model._pretraining = True
+        model.life_cycle.environment_steps = 0
         batch = draw_batch(model, 16)
         noise = th.linspace(-3, 3, 16)[:, None]
-        values = model._kernel.next_q_values(noise, th.tensor([1]))
+        values = model.updater.kernel.next_q_values(noise, th.tensor([1]))
         with th.no_grad():
             actions = (model.actor_target(batch.next_observations) + noise).clamp(-1, 1)
             expected = model.critic_target(batch.next_observations, actions)[1]
-        assert th.allclose(model._kernel.next_actions, actions, atol=1e-6) and values.shape == (16, 1)
+        assert th.allclose(model.updater.kernel.next_actions, actions, atol=1e-6) and values.shape == (16, 1)
         assert th.allclose(values, expected, atol=1e-4)
         assert float(actions.abs().max()) == 1
 
@@ -1072,9 +1072,9 @@ def run_changed(change: Callable[[Any], None], kernel: str, when: str, n_steps: 
         model.pretrain(4)
         model.kernel = kernel
         # The fast kernel has read the networks and worked on a batch
-        model._pretraining = True
+        model.life_cycle.environment_steps = 0
         draw_batch(model, 16)
-        model._pretraining = False
+        model.life_cycle.environment_steps = None
     th.manual_seed(3)
     change(model)
     # Its own stream would go on where pretraining stops: dropout draws from the global one
@@ -1305,9 +1305,11 @@ class Biased(TD3BC):
 
     def _target_q_values(self, batch: Any) -> th.Tensor:
         noise = th.full_like(batch.actions, 0.1)
-        q_values = self._kernel.next_q_values(noise)
+        q_values = self.updater.kernel.next_q_values(noise)
         return (
-            batch.rewards + 0.9 * q_values.mean(dim=1, keepdim=True) - 0.1 * self._kernel.next_q_values(-noise).amax(1, True)
+            batch.rewards
+            + 0.9 * q_values.mean(dim=1, keepdim=True)
+            - 0.1 * self.updater.kernel.next_q_values(-noise).amax(1, True)
         )
 
 
@@ -1589,7 +1591,7 @@ def test_padding_between_layers_stays_zero() -> None:
     """Parameters are in one piece of memory whose gaps belong to nobody; weight decay and Adam find zeros there."""
     kwargs = {**SMALL, "optimizer_kwargs": {"weight_decay": 0.1}}
     model = make(kernel="fast", policy_kwargs=kwargs).pretrain(6)
-    for parameters in model._kernel.parameters:
+    for parameters in model.updater.kernel.parameters:
         used = sum(parameter.numel() for parameter in parameters.parameters)
         assert parameters.size > used
         memory = parameters.values.clone()
@@ -1601,11 +1603,11 @@ def test_padding_between_layers_stays_zero() -> None:
 def test_draw_batch_is_what_train_works_on() -> None:
     model = make(kernel="fast")
     model.load_offline_data()
-    model._pretraining = True
+    model.life_cycle.environment_steps = 0
     batch = draw_batch(model, 16)
     direct = model.critic(batch.observations, batch.actions)
     losses = [float(((values.detach() - 1) ** 2).mean()) for values in direct]
-    assert float(model._kernel.update_critics(th.ones(16, 1))) == pytest.approx(sum(losses), rel=1e-5)
+    assert float(model.updater.kernel.update_critics(th.ones(16, 1))) == pytest.approx(sum(losses), rel=1e-5)
 
 
 def test_moments_of_dead_units_do_not_become_subnormal() -> None:

@@ -153,7 +153,7 @@ def assert_same_extra_state(found: OfflineTD3, expected: OfflineTD3, what: str) 
     :param what: What is promised, for the message
     :raises AssertionError: What they keep beyond networks and optimizers differs
     """
-    assert_same_arrays(found._get_extra_state(), expected._get_extra_state(), what)
+    assert_same_arrays(found.extra_state(), expected.extra_state(), what)
 
 
 def assert_same_arrays(found: ExtraState, expected: ExtraState, what: str) -> None:

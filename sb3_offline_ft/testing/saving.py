@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3 import TD3
 
 from sb3_offline_ft.collapse import LearnerSnapshot
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.testing.clause import clause
 from sb3_offline_ft.testing.learners import (
@@ -35,8 +36,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 def _settings_of(model: OfflineTD3) -> dict[str, Any]:
     """The plain ones among the constructor's arguments that are kept under their own names."""
-    constructors = [vars(cls)["__init__"] for cls in type(model).__mro__ if "__init__" in vars(cls) and cls is not object]
-    names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    names = constructor_arguments(type(model))
     return {name: value for name, value in vars(model).items() if name in names and isinstance(value, PLAIN)}
 
 
@@ -49,14 +49,14 @@ def _trained(algorithm: Algorithm, settings: dict[str, Any], steps: int = 30, **
 def check_save_load(algorithm: Algorithm, **settings: Any) -> None:
     """A loaded model is the saved one: networks, optimizers, settings, counters, what it keeps besides, predictions."""
     model = _trained(algorithm, settings)
-    before, extra = state(model), copy.deepcopy(model._get_extra_state())
+    before, extra = state(model), copy.deepcopy(model.extra_state())
     with folder() as path:
         model.save(path / "model")
         stream = io.BytesIO()
         model.save(stream)
         stream.seek(0)
         assert_same(state(model), before, "saving changes nothing")
-        assert_same_arrays(model._get_extra_state(), extra, "saving changes nothing")
+        assert_same_arrays(model.extra_state(), extra, "saving changes nothing")
         assert isinstance(model.dataset, type(vector_data())), "saving takes the dataset from the model"
         loaded = {
             "a file": algorithm.load(path / "model", device="cpu"),
@@ -230,7 +230,7 @@ def check_snapshot(algorithm: Algorithm, **settings: Any) -> None:
     def go_on() -> tuple[dict[str, th.Tensor], dict[str, np.ndarray]]:
         for _ in range(9):
             model.train(1, model.batch_size)
-        return state(model), copy.deepcopy(model._get_extra_state())
+        return state(model), copy.deepcopy(model.extra_state())
 
     expected, extra = go_on()
     assert differs(expected, taken), "nine gradient steps change nothing"

@@ -151,12 +151,6 @@ def _observed(model: OfflineTD3) -> list[Batch]:
     return batches
 
 
-def _a_batch(model: OfflineTD3) -> Batch:
-    model._kernel = model._choose_kernel()
-    ((rows, n_rows),) = model._sample_rows(1, model.batch_size)
-    return next(model._kernel.batches(rows, n_rows))
-
-
 @clause
 def check_targets(algorithm: Algorithm, **settings: Any) -> None:
     """The critics' targets are finite, bootstrap from no terminal state, and discount n-step returns as the batch says."""
@@ -164,22 +158,22 @@ def check_targets(algorithm: Algorithm, **settings: Any) -> None:
         model = make(
             algorithm, settings, dataset=vector_data(), n_steps=n_steps, target_policy_noise=0.0, batch_size=64
         ).pretrain(5)
-        model._pretraining = True
-        batch = _a_batch(model)
-        targets = model._target_q_values(batch)
+        with model.life_cycle.pretraining():
+            batch = model.draw_batch(model.batch_size)
+            targets = model._target_q_values(batch)
+            ended = model._target_q_values(batch._replace(dones=th.ones_like(batch.dones)))
+            undiscounted = model._target_q_values(batch._replace(dones=th.zeros_like(batch.dones)))
         assert targets.shape == (64, 1), f"targets have the shape {tuple(targets.shape)}, expected (64, 1)"
         assert not targets.requires_grad and bool(th.isfinite(targets).all()), "targets are not finite constants"
-        ended = model._target_q_values(batch._replace(dones=th.ones_like(batch.dones)))
         assert th.allclose(ended, batch.rewards, atol=1e-6), "the target at a terminal state is not the reward alone"
-        undiscounted = model._target_q_values(batch._replace(dones=th.zeros_like(batch.dones)))
         if n_steps > 1:
             assert batch.discounts is not None, f"with n_steps={n_steps} batches have no discounts"
             expected = {round(model.gamma**k, 4) for k in range(1, n_steps + 1)}
             found = {round(float(value), 4) for value in batch.discounts.ravel()}
             assert found <= expected and len(found) > 1, f"discounts are {found}, expected powers of gamma: {expected}"
-            short = model._target_q_values(
-                batch._replace(dones=th.zeros_like(batch.dones), discounts=th.zeros_like(batch.discounts))
-            )
+            none = batch._replace(dones=th.zeros_like(batch.dones), discounts=th.zeros_like(batch.discounts))
+            with model.life_cycle.pretraining():
+                short = model._target_q_values(none)
             assert th.allclose(short, batch.rewards, atol=1e-6), "`batch.discounts` is not what the bootstrap is discounted by"
             assert not th.allclose(undiscounted, short), "targets do not bootstrap"
 
@@ -350,8 +344,8 @@ def check_kernels_agree(algorithm: Algorithm, **settings: Any) -> None:
             expected: type[UpdateKernel] = AutogradKernel if kernel == "autograd" else FastKernel
         except NotSupportedError:
             expected = AutogradKernel
-        assert isinstance(model._kernel, expected), (
-            f"kernel={kernel!r}: updates by {type(model._kernel).__name__}, expected {expected.__name__}"
+        assert isinstance(model.updater.kernel, expected), (
+            f"kernel={kernel!r}: updates by {type(model.updater.kernel).__name__}, expected {expected.__name__}"
         )
     names = [name for name, value in finals[0].items() if value.is_floating_point()]
     moved = sum(float((finals[0][name] - start[name]).square().sum()) for name in names) ** 0.5
