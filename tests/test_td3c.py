@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot
+from sb3_offline_ft.td3c.multiplier import Multiplier
 from tests import hooks
 
 DATASET = "bundled:pendulum-medium"
@@ -478,3 +479,29 @@ def test_scheduled_epsilon(tmp_path):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+def test_a_multiplier_is_adam_on_log_scale() -> None:
+    """Against torch's own Adam on the logarithm, with bounds; a state goes on where it was."""
+    multiplier = Multiplier(2.0, 0.3, 0.5, 7.0)
+    logarithm = th.tensor(math.log(2.0), dtype=th.float64, requires_grad=True)
+    optimizer = th.optim.Adam([logarithm], lr=0.3)
+    other, violations = Multiplier(1.0, 0.3, 0.5, 7.0), [0.5, -0.1, 2.0, 2.0, 2.0, 2.0, -3.0, -3.0]
+    for step, violation in enumerate(violations):
+        logarithm.grad = th.tensor(-violation, dtype=th.float64)
+        optimizer.step()
+        with th.no_grad():
+            logarithm.clamp_(math.log(0.5), math.log(7.0))
+        multiplier.step(th.tensor(violation))
+        assert float(multiplier) == pytest.approx(math.exp(logarithm.item()), rel=1e-6)
+        assert not multiplier.value.requires_grad and float(multiplier.value) == pytest.approx(float(multiplier))
+        if step == 3:
+            other.load_state_dict(multiplier.state_dict() | {"something": np.zeros(2)})
+        if step >= 3:
+            assert float(other) == float(multiplier)
+            other.step(th.tensor(violations[step + 1] if step + 1 < len(violations) else 0.0))
+    unchanged = float(other)
+    with pytest.warns(UserWarning, match="starts at its initial value"):
+        other.load_state_dict({})
+    assert float(other) == unchanged
+    assert Multiplier(1.0, 0.3, 0.5, 7.0).state_dict().keys() == {"log_multiplier"}

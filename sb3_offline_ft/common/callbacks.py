@@ -145,23 +145,17 @@ class BestEvaluation:
         self.mean_reward = self._best
 
     def has_new(self) -> bool:
-        """
-        :return: Whether there is a better one since the last call
-        """
+        """Whether there is a better one since the last call."""
         has_new = self._best > self.mean_reward
         self.mean_reward = max(self.mean_reward, self._best)
         return has_new
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """
-        :return: The state as arrays
-        """
+        """The state as arrays."""
         return {"best_mean_reward": np.array(self.mean_reward)}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """
-        :param state: What :meth:`state_dict` returned. What has been found since then was another policy's
-        """
+        """Take up a state; what has been found since then was another policy's."""
         if "best_mean_reward" in state:
             self.mean_reward = max(self.mean_reward, float(state["best_mean_reward"]), self._best)
 

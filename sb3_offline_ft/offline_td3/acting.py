@@ -41,12 +41,7 @@ class Acting:
         """How far the current episodes are, shape ``(n_envs,)``."""
 
     def prepare(self, learner: "OfflineLearner") -> None:
-        """
-        Find the guide, before anything else is done, so that one that cannot be used costs no time.
-
-        :param learner: The learner
-        :raises ValueError: The guide is for other spaces, cannot be read, or is a policy that has not been trained
-        """
+        """Find the guide, before anything else is done, so that one that cannot be used costs no time."""
         if self._guide_policy is None:
             self.guide = None
         elif self._guide_policy != PRETRAINED:
@@ -59,19 +54,13 @@ class Acting:
             )
 
     def begin_run(self, averages: bool) -> None:
-        """
-        Begin a finetuning run with the policy as it is.
-
-        :param averages: Whether what acts is the average of what gradient steps make of it
-        """
+        """Begin a finetuning run with the policy as it is; what acts may be the average of what gradient steps make of it."""
         if self._guide_policy == PRETRAINED:
             self.guide = frozen_actor(self._policy)
         self.learned_weights = LearnedWeights(self._policy.actor) if averages else None
 
     def count_steps(self, dones: np.ndarray) -> None:
-        """
-        :param dones: Which episodes ended in the last step, shape ``(n_envs,)``
-        """
+        """Tell which episodes ended in the last step, shape ``(n_envs,)``."""
         self.episode_steps = np.where(dones, 0, self.episode_steps + 1)
 
     def others(self, learner: "OfflineLearner", progress_remaining: float) -> tuple[np.ndarray, np.ndarray] | None:
@@ -98,9 +87,7 @@ class Acting:
         return (acting, actions) if acting.any() else None
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """
-        :return: As arrays, the guide if it is a copy of the policy, and what gradient steps change
-        """
+        """As arrays, the guide if it is a copy of the policy, and what gradient steps change."""
         state: dict[str, np.ndarray] = {}
         if self._guide_policy == PRETRAINED and isinstance(self.guide, Actor):
             state |= weights_to_arrays(self.guide, GUIDE_PREFIX)
@@ -109,9 +96,7 @@ class Acting:
         return state
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """
-        :param state: What :meth:`state_dict` returned, perhaps of another learner
-        """
+        """Take up a state, perhaps that of another learner."""
         guide, learned = weights_from_arrays(state, GUIDE_PREFIX), weights_from_arrays(state, LEARNED_PREFIX)
         if self._guide_policy == PRETRAINED:
             self.guide = frozen_actor(self._policy) if guide else None

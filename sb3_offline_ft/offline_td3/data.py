@@ -73,11 +73,7 @@ def check_buffer_keywords(learner: "OfflineLearner") -> None:
 
 
 def refuse_keywords(replay_buffer_kwargs: Mapping[str, object], *refused: str) -> None:
-    """
-    :param replay_buffer_kwargs: Keyword arguments of the replay buffer
-    :param refused: Those that the algorithm sets itself
-    :raises ValueError: One of them is there
-    """
+    """Check that keywords of the replay buffer are none of those that the algorithm sets itself."""
     for name in sorted(replay_buffer_kwargs.keys() & set(refused)):
         raise ValueError(f"`replay_buffer_kwargs` has {name!r}, which the algorithm sets: use its own `{name}`.")
 
@@ -86,13 +82,7 @@ def refuse_keywords(replay_buffer_kwargs: Mapping[str, object], *refused: str) -
 
 
 def check_dataset(learner: "OfflineLearner") -> None:
-    """
-    Check the spec of the dataset, whose paths become absolute so that a saved model finds it from any folder.
-
-    :param learner: The learner
-    :raises TypeError: It is no spec
-    :raises ValueError: The environment or the replay buffer cannot go with a dataset
-    """
+    """Check the dataset's spec, whose paths become absolute so that a saved model finds it anywhere, and what goes with it."""
     if learner.dataset is None:
         return
     if isinstance(learner.dataset, os.PathLike):
@@ -160,11 +150,7 @@ def _in_order_of_environment(learner: "OfflineLearner", dataset: OfflineDataset)
 
 
 def check_order_of_keys(learner: "OfflineLearner", env: VecEnv) -> None:
-    """
-    :param learner: A learner whose data may have been put into the order of an environment
-    :param env: Another environment
-    :raises ValueError: It flattens the keys of its observations in another order
-    """
+    """Check that another environment flattens the keys of its observations in the order that the data was put into."""
     known = learner.flattened_keys
     found = flattened_space(env) if known is not None and learner.offline_dataset is not None else None
     if isinstance(found, spaces.Dict) and (order := list(leaf_spaces(found))) != known:
@@ -196,12 +182,7 @@ def _fit_normalizer(learner: "OfflineLearner", dataset: OfflineDataset) -> None:
 
 
 def check_vec_normalize(learner: "OfflineLearner") -> None:
-    """
-    Warn if ``VecNormalize`` gives the data another meaning at each step.
-
-    :param learner: The learner
-    :raises ValueError: It would normalize observations a second time
-    """
+    """Refuse a ``VecNormalize`` that normalizes a second time; warn if it gives the data another meaning at each step."""
     vec_normalize = learner.get_vec_normalize_env()
     if vec_normalize is None:
         return
@@ -231,12 +212,7 @@ def check_vec_normalize(learner: "OfflineLearner") -> None:
 
 
 def check_dataset_is_there(learner: "OfflineLearner") -> None:
-    """
-    Warn if a loaded model goes on without the data that it was pretrained on.
-
-    :param learner: The learner
-    :raises ValueError: There is pretraining left to do
-    """
+    """Warn if a loaded model goes on without the data that it was pretrained on; refuse it if pretraining is left to do."""
     if learner.dataset is not None or learner.dataset_fingerprint is None:
         return
     left = learner.offline_steps - learner.offline_steps_done
@@ -253,10 +229,7 @@ def check_dataset_is_there(learner: "OfflineLearner") -> None:
 
 
 def check_augmentation(learner: "OfflineLearner") -> None:
-    """
-    :param learner: The learner
-    :raises ValueError: Its augmentation is in units of a dataset, and there is none
-    """
+    """Refuse an augmentation that is in units of a dataset if there is none."""
     buffer = learner.replay_buffer
     if isinstance(buffer, OfflineToOnlineReplayBuffer) and buffer.needs_offline_data:
         name = learner.replay_buffer_kwargs["augmentation"]
@@ -274,10 +247,7 @@ class Room:
 
     @staticmethod
     def capacity(learner: "OfflineLearner") -> int:
-        """
-        :param learner: The learner
-        :return: Number of transitions that the online part of its replay buffer can hold
-        """
+        """Number of transitions that the online part of the replay buffer can hold."""
         assert learner.replay_buffer is not None
         return learner.replay_buffer.buffer_size * learner.replay_buffer.n_envs
 
@@ -286,11 +256,7 @@ class Room:
         self._has_warned = False
 
     def compare_with_run(self, learner: "OfflineLearner", total_timesteps: int, goes_on: bool = False) -> None:
-        """
-        :param learner: The learner
-        :param total_timesteps: Length of its run
-        :param goes_on: Whether the run has begun before
-        """
+        """Warn if the replay buffer cannot hold the transitions of a run, which may have begun before."""
         capacity = self.capacity(learner)
         if not learner.life_cycle.is_finetuning or capacity >= total_timesteps or self._has_warned:
             return
@@ -306,11 +272,7 @@ class Room:
             print(message)
 
     def has_a_batch(self, learner: "OfflineLearner", batch_size: int) -> bool:
-        """
-        :param learner: The learner
-        :param batch_size: Number of transitions in a batch
-        :return: Whether the replay buffer holds the online ones among them
-        """
+        """Whether the replay buffer holds the online transitions of a batch, or as many of them as it can."""
         buffer, capacity, n_online = learner.replay_buffer, self.capacity(learner), _online_part(learner, batch_size)
         assert buffer is not None
         if learner.life_cycle.is_finetuning and n_online > capacity and not self._has_warned:

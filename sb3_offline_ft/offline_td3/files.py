@@ -81,13 +81,7 @@ def as_in_file(learner: "SavedLearner") -> Iterator[None]:
 
 
 def take_up(learner: "SavedLearner", replaced: Mapping[str, Any], is_dataset_given: bool) -> None:
-    """
-    Turn what SB3 has read from a file into the learner's parts.
-
-    :param learner: The learner that SB3 made
-    :param replaced: Arguments that were given instead of the file's
-    :param is_dataset_given: Whether the dataset is not the file's
-    """
+    """Turn what SB3 has read from a file into the learner's parts; some arguments were given instead of the file's."""
     read, cycle = vars(learner), learner.life_cycle
     text = read.pop("_extra_state", None)
     state = {} if text is None else arrays_from_text(text)
@@ -114,13 +108,8 @@ def take_up(learner: "SavedLearner", replaced: Mapping[str, Any], is_dataset_giv
 
 def arguments_for(cls: type["SavedLearner"], path: File, replaced: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What another algorithm left at its default in a file is here at ours, as for a learner that is constructed.
-
-    :param cls: The class that reads the file
-    :param path: The file
-    :param replaced: Arguments that are given instead of the file's
-    :param given: They and SB3's ``custom_objects``
-    :return: All arguments that shall replace the file's
+    All arguments that shall replace a file's: those that are given, and what another algorithm left at its default, which is
+    here at ours, as for a learner that is constructed.
     """
     # Those in the file are written by `save`
     refuse_keywords(replaced.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
@@ -207,11 +196,7 @@ def is_pickle(path: File) -> bool:
 
 
 def check_is_trusted(path: File, trust_pickle: bool) -> None:
-    """
-    :param path: A pickle
-    :param trust_pickle: Whether the caller trusts it
-    :raises ValueError: Neither the caller nor the environment variable ``SB3_OFFLINE_FT_TRUST_PICKLE`` says so
-    """
+    """Check that the caller or the environment variable says that a pickle is trusted."""
     if not (trust_pickle or os.environ.get(TRUST_VARIABLE) == "1"):
         raise ValueError(
             f"{path} is no replay buffer of this package but a pickle file, which runs whatever code it holds when it is "
@@ -221,11 +206,7 @@ def check_is_trusted(path: File, trust_pickle: bool) -> None:
 
 
 def unpickle_buffer(path: File) -> ReplayBuffer:
-    """
-    :param path: A pickle that is trusted
-    :return: The replay buffer in it
-    :raises ValueError: It is damaged or holds something else
-    """
+    """The replay buffer in a pickle that is trusted."""
     with naming_damage(str(path), "a replay buffer"):
         loaded = load_from_pkl(path)
     if not isinstance(loaded, ReplayBuffer):
@@ -252,9 +233,7 @@ class SavedLearner(OfflineLearner):
         return {"randomness": self._randomness, "evaluations": self.evaluations, "acting": self.acting}
 
     def extra_state(self) -> dict[str, np.ndarray]:
-        """
-        :return: The state of what a learner keeps besides networks, optimizers and counters; its memory may be the learner's
-        """
+        """The state of what a learner keeps besides networks, optimizers and counters; its memory may be the learner's."""
         return {name: array for part in self._stateful_parts().values() for name, array in part.state_dict().items()}
 
     def load_extra_state(self, state: Mapping[str, np.ndarray], generators: bool = True) -> None:
@@ -267,15 +246,11 @@ class SavedLearner(OfflineLearner):
                 part.load_state_dict(state)
 
     def position(self) -> dict[str, Any]:
-        """
-        :return: What says how updates are done, but for what counts progress
-        """
+        """What says how updates are done, but for what counts progress."""
         return {"learning_starts": self.learning_starts, **self.life_cycle.position()}
 
     def set_position(self, position: Mapping[str, Any]) -> None:
-        """
-        :param position: What :meth:`position` returned; other names are ignored
-        """
+        """Take up what :meth:`position` returned; other names are ignored."""
         self.learning_starts = position.get("learning_starts", self.learning_starts)
         self.life_cycle.load_state_dict(position)
 

@@ -263,6 +263,7 @@ class OfflineLearner(TD3):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._check_run(goes_on=self.life_cycle.went_online and not reset_num_timesteps)
         data.check_dataset_is_there(self)
         self.acting.prepare(self)
         self.load_offline_data()
@@ -301,6 +302,9 @@ class OfflineLearner(TD3):
         else:
             self.room.compare_with_run(self, total_timesteps, goes_on=True)
         return total_timesteps, started
+
+    def _check_run(self, goes_on: bool) -> None:
+        """Called before anything is done in ``learn``: whether the run can be what is asked, goes on or begins."""
 
     def _begin_finetuning(self, total_timesteps: int) -> None:
         pretrained = self.life_cycle.begin_run(

@@ -34,6 +34,7 @@ SAVED_AS = {
     "_warmup_end": "first_warmup_end",
     "_later_warmup_end": "later_warmup_end",
     "_critic_warmup_end": "critic_warmup_end",
+    "_constrained": "is_constrained",
 }
 """Names in saved models and snapshots."""
 PROGRESS = ("offline_steps_done", "_warmup_end", "_later_warmup_end")
@@ -53,6 +54,7 @@ class LifeCycle:
     :param first_warmup_end: Environment steps until which its policy is not updated at all
     :param later_warmup_end: The same for a later pause of the updates
     :param critic_warmup_end: Gradient steps until which only the critics are updated
+    :param is_constrained: Whether an algorithm that can do so holds the policy of that run near another
     :param environment_steps: While pretraining, where ``num_timesteps`` counts gradient steps, the environment's; else None
     """
 
@@ -64,14 +66,11 @@ class LifeCycle:
     first_warmup_end: int = 0
     later_warmup_end: int = 0
     critic_warmup_end: int = 0
+    is_constrained: bool = False
     environment_steps: int | None = None
 
     def phase(self, num_timesteps: int, n_updates: int) -> Phase:
-        """
-        :param num_timesteps: Environment steps so far
-        :param n_updates: Gradient steps so far
-        :return: The phase
-        """
+        """The phase after so many steps of the environment and gradient steps."""
         if self.is_pretraining:
             return Phase.PRETRAINING
         if not self.went_online:
@@ -98,19 +97,12 @@ class LifeCycle:
         return max(self.first_warmup_end, self.later_warmup_end)
 
     def has_trained_weights(self, n_updates: int) -> bool:
-        """
-        :param n_updates: Gradient steps so far
-        :return: Whether the weights are worth keeping
-        """
+        """Whether the weights are worth keeping after so many gradient steps."""
         return self.is_pretrained or n_updates > 0
 
     @contextmanager
     def pretraining(self, num_timesteps: int = 0) -> Iterator[None]:
-        """
-        For the duration of the block, updates are offline ones.
-
-        :param num_timesteps: Environment steps so far
-        """
+        """For the duration of the block, after so many steps of the environment, updates are offline ones."""
         self.environment_steps = num_timesteps
         try:
             yield
@@ -118,16 +110,7 @@ class LifeCycle:
             self.environment_steps = None
 
     def begin_run(self, num_timesteps: int, n_updates: int, has_data: bool, warmup_steps: int, critic_steps: int) -> bool:
-        """
-        Begin to act.
-
-        :param num_timesteps: Environment steps so far
-        :param n_updates: Gradient steps so far
-        :param has_data: Whether there is a dataset
-        :param warmup_steps: Length of the warm-up that trained weights get
-        :param critic_steps: Number of gradient steps of the critics alone that they get
-        :return: Whether the weights are trained ones
-        """
+        """Begin a run, with both warm-ups if the weights are trained ones, and return whether they are."""
         is_trained = self.has_trained_weights(n_updates)
         self.went_online = self.offline_is_finished = True
         self.is_finetuning = is_trained or has_data
@@ -137,31 +120,20 @@ class LifeCycle:
         return is_trained
 
     def begin_warmup(self, num_timesteps: int, steps: int) -> None:
-        """
-        Pause the updates; within the first warm-up, which is kept apart from later ones, this can only prolong it.
-
-        :param num_timesteps: Environment steps so far
-        :param steps: For how many more
-        """
+        """Pause the updates for so many steps; within the first warm-up, which is kept apart, this can only prolong it."""
         name = "first_warmup_end" if num_timesteps <= self.first_warmup_end else "later_warmup_end"
         setattr(self, name, max(getattr(self, name), num_timesteps + steps))
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        :return: What is saved, by the names that files have
-        """
+        """What is saved, by the names that files have."""
         return {saved: getattr(self, name) for saved, name in SAVED_AS.items()}
 
     def position(self) -> dict[str, Any]:
-        """
-        :return: The part of it that says how updates are done
-        """
+        """The part of it that says how updates are done."""
         return {saved: value for saved, value in self.state_dict().items() if saved not in PROGRESS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """
-        :param state: What :meth:`state_dict` or :meth:`position` returned; other names are ignored
-        """
+        """Take up what :meth:`state_dict` or :meth:`position` returned; other names are ignored."""
         for saved, name in SAVED_AS.items():
             if saved in state:
                 setattr(self, name, state[saved])

@@ -12,11 +12,7 @@ from sb3_offline_ft.update import ActorObjective, Attraction
 
 
 def check_alpha(alpha: Any) -> float:
-    """
-    :param alpha: Weight of the value against behavior cloning
-    :return: It as a float
-    :raises ValueError: It is no number of at least 0
-    """
+    """Check the weight of the value against behavior cloning."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not float(alpha) >= 0:
         raise ValueError(f"`alpha` must be a number of at least 0, found {alpha!r}.")
     return float(alpha)

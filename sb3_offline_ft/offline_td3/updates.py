@@ -36,24 +36,18 @@ class OfflineRandomness:
         self._buffer = buffer if isinstance(buffer, OfflineToOnlineReplayBuffer) else None
 
     def seed(self, seed: int | None) -> None:
-        """
-        :param seed: The learner's seed; None for any
-        """
+        """Begin the streams of a seed, or of any."""
         self.generator.manual_seed(derive_seed(seed, stream=1))
         if self._buffer is not None:
             self._buffer.seed_sampler(seed)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """
-        :return: The state as arrays
-        """
+        """The state as arrays."""
         sampler = {} if self._buffer is None else {"offline_sampler": np.array(self._buffer.get_sampler_state())}
         return {"noise_generator": self.generator.get_state().numpy(), **sampler}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """
-        :param state: What :meth:`state_dict` returned
-        """
+        """Go on with the streams of a state."""
         # The state of a generator on another kind of device has another size, and its stream cannot go on here
         if "noise_generator" in state and state["noise_generator"].size == self.generator.get_state().numel():
             self.generator.set_state(th.from_numpy(state["noise_generator"].copy()))
@@ -62,11 +56,7 @@ class OfflineRandomness:
 
 
 def check_kernel(kernel: str, precision: str) -> None:
-    """
-    :param kernel: How gradient steps are computed, one of ``KERNELS``
-    :param precision: One of ``UPDATE_PRECISIONS``
-    :raises ValueError: There is no such kernel or precision, or not both together
-    """
+    """Check the options by which a kernel is chosen."""
     for name, value, known in (("kernel", kernel, KERNELS), ("update_precision", precision, UPDATE_PRECISIONS)):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, found {value!r}.")
@@ -87,30 +77,18 @@ class Updater:
     # Logging
 
     def log(self, name: str, value: th.Tensor | float) -> None:
-        """
-        Note a value of the current gradient step.
-
-        :param name: Its name
-        :param value: The value
-        """
+        """Note a value of the current gradient step."""
         # Tensors are kept as they are: reading their values here would stall each gradient step
         self._logged.setdefault(name, []).append(value.detach() if isinstance(value, th.Tensor) else value)
 
     def pop_means(self) -> dict[str, float]:
-        """
-        :return: The means of what has been noted since the last call
-        """
+        """The means of what has been noted since the last call."""
         means = {name: _mean(values) for name, values in self._logged.items()}
         self._logged.clear()
         return means
 
     def record(self, buffer: ReplayBuffer | None, logger: Logger) -> None:
-        """
-        Give the logger the means of what was noted, and how many rows each source of the data gave.
-
-        :param buffer: The replay buffer
-        :param logger: The logger
-        """
+        """Give the logger the means of what was noted, and how many rows each source of the data gave."""
         for name, mean in self.pop_means().items():
             logger.record(name, mean)
         rows = buffer.sampled_rows_by_source() if isinstance(buffer, OfflineToOnlineReplayBuffer) else {}
@@ -121,12 +99,7 @@ class Updater:
     # The kernel
 
     def check(self, learner: "OfflineLearner") -> None:
-        """
-        Say before the first update that the fast kernel cannot be used where it must.
-
-        :param learner: The learner
-        :raises ValueError: It cannot
-        """
+        """Say before the first update that the fast kernel cannot be used where it must."""
         if _is_fast_demanded(learner):
             try:
                 FastKernel.check(learner.policy)
@@ -134,10 +107,7 @@ class Updater:
                 self._fall_back(learner, error)
 
     def choose_kernel(self, learner: "OfflineLearner") -> UpdateKernel:
-        """
-        :param learner: The learner
-        :return: The kernel for the next updates: the one in use if it still serves
-        """
+        """Choose the kernel for the next updates: the one in use if it still serves."""
         self.kernel = self._chosen(learner)
         return self.kernel
 
@@ -172,26 +142,13 @@ class Updater:
     # Batches
 
     def draw_batch(self, learner: "OfflineLearner", batch_size: int) -> Batch:
-        """
-        Draw a batch as for the next update, and make it the one that the kernel works on.
-
-        :param learner: The learner
-        :param batch_size: Number of transitions
-        :return: The batch
-        """
+        """Draw a batch as for the next update, and make it the one that the kernel works on."""
         kernel = self.choose_kernel(learner)
         ((rows, n_rows),) = _draw_rows(learner, 1, batch_size)
         return next(kernel.batches(rows, n_rows))
 
     def run(self, learner: "OfflineLearner", gradient_steps: int, batch_size: int, update: Callable[[Batch], None]) -> None:
-        """
-        Do gradient steps with the kernel that was chosen.
-
-        :param learner: The learner
-        :param gradient_steps: Their number
-        :param batch_size: Number of transitions in a batch
-        :param update: Does one of them, and counts it first
-        """
+        """Do gradient steps with the kernel that was chosen, each by ``update``, which counts it first."""
         buffer, at_once = learner.replay_buffer, BATCHES_AT_ONCE
         ours = buffer if isinstance(buffer, OfflineToOnlineReplayBuffer) else None
         if ours is not None:

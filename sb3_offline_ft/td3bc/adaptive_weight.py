@@ -2,11 +2,29 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
+from gymnasium.wrappers import RecordEpisodeStatistics
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
+from sb3_offline_ft.common.checks import number_pair
+
+NO_RETURNS = (
+    "`online_bc='adaptive'` needs the returns of training episodes, which this environment does not report: "
+    "wrap it in SB3's `Monitor`, or a vectorized one in `VecMonitor`."
+)
 AVERAGE_DECAY = 0.95
 """Of the running average of returns, as in the authors' code."""
+
+
+def check_returns_are_reported(env: VecEnv) -> None:
+    """Check that an environment tells the returns of episodes, before a run that needs them."""
+    reports = (env.env_is_wrapped(wrapper) for wrapper in (Monitor, RecordEpisodeStatistics))
+    if not is_vecenv_wrapped(env, VecMonitor) and not all(map(any, zip(*reports, strict=True))):
+        raise ValueError(NO_RETURNS)
 
 
 class AdaptiveWeight:
@@ -25,12 +43,22 @@ class AdaptiveWeight:
     :param target: The target, in these units
     :param gains: ``k_p`` and ``k_d``, per environment step
     :param unit: The returns that are 0 and 1; None to take those of :meth:`begin`
+    :raises ValueError: A number is out of range
     """
 
     def __init__(self, target: float, gains: Sequence[float], unit: Sequence[float] | None = None) -> None:
-        self.target = target
-        self.gains = gains
-        self._given_unit = unit
+        if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
+            raise ValueError(f"`adaptive_bc_target` must be a finite number, found {target!r}.")
+        self.target = float(target)
+        self.gains = number_pair(gains, "adaptive_bc_gains")
+        if min(self.gains) < 0:
+            raise ValueError(f"`adaptive_bc_gains` must be at least 0, found {self.gains}.")
+        self._given_unit = None if unit is None else number_pair(unit, "adaptive_bc_returns")
+        if self._given_unit is not None and not self._given_unit[0] < self._given_unit[1]:
+            raise ValueError(
+                "`adaptive_bc_returns` must be the return of a random policy and the larger one of an expert, found "
+                f"{self._given_unit}."
+            )
         self.begin(None)
 
     def begin(self, unit: Sequence[float] | None) -> None:
@@ -48,19 +76,12 @@ class AdaptiveWeight:
         self._frozen_sum, self._n_frozen = 0.0, 0
 
     def offer_unit(self, unit: Sequence[float] | None) -> None:
-        """
-        Use a unit for returns if none is known yet.
-
-        :param unit: The returns that are 0 and 1; None for none
-        """
+        """Use the returns that are 0 and 1 if none are known yet."""
         if unit is not None and math.isnan(self.zero):
             self.zero, self.one = unit
 
     def normalized(self, episode_return: float) -> float:
-        """
-        :param episode_return: An undiscounted return
-        :return: It in the units of the target
-        """
+        """A return in the units of the target."""
         return (episode_return - self.zero) / (self.one - self.zero)
 
     @property
@@ -69,12 +90,16 @@ class AdaptiveWeight:
         return self.normalized(self.average)
 
     def expect(self, mean_return: float) -> None:
-        """
-        Tell what the pretrained policy achieves, for want of episodes in which it acts unchanged.
-
-        :param mean_return: A mean undiscounted return
-        """
+        """Tell the mean return of the pretrained policy, for want of episodes in which it acts unchanged."""
         self._expected = mean_return
+
+    def observe_ended(self, infos: Sequence[Mapping[str, Any]], dones: np.ndarray, is_frozen: bool) -> None:
+        """Take the episodes into account that ended in the last step of the environments."""
+        for done, info in zip(dones, infos, strict=True):
+            if done and "episode" not in info:
+                raise ValueError(NO_RETURNS)
+            if done:
+                self.observe(float(info["episode"]["r"]), int(info["episode"]["l"]), is_frozen)
 
     def observe(self, episode_return: float, length: int, is_frozen: bool) -> None:
         """
@@ -118,18 +143,12 @@ class AdaptiveWeight:
             self.zero, self.one = self.average - abs(self.average), self.average
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """
-        :return: The state as arrays
-        """
+        """The state as arrays."""
         state = (self.weight, self.average, self.zero, self.one, self._expected, self._frozen_sum, self._n_frozen)
         return {"adaptive_weight": np.array(state, dtype=np.float64)}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """
-        Take up a state, but keep what it does not know yet of the pretrained policy, which cannot be measured again.
-
-        :param state: What :meth:`state_dict` returned
-        """
+        """Take up a state, but keep what it does not know yet of the pretrained policy, which cannot be measured again."""
         if "adaptive_weight" not in state:
             return
         *numbers, n_frozen = map(float, state["adaptive_weight"])

@@ -1,33 +1,23 @@
 """TD3 with behavior cloning (Fujimoto & Gu 2021), offline and online."""
 
 import math
-from numbers import Real
 from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch as th
-from gymnasium.wrappers import RecordEpisodeStatistics
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import TD3Policy
 
-from sb3_offline_ft.common.checks import number_pair
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 from sb3_offline_ft.offline_td3 import OfflineTD3, OfflineTD3Arguments
 from sb3_offline_ft.offline_td3.objective import behavior_cloning, check_alpha
-from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
+from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight, check_returns_are_reported
 from sb3_offline_ft.update import ActorObjective, Batch
 
 ADAPTIVE = "adaptive"
 # The weight that is controlled begins with 1
 ONLINE_BC_WORDS = {"keep": 1.0, "drop": 0.0, ADAPTIVE: 1.0}
-NO_RETURNS = (
-    "`online_bc='adaptive'` needs the returns of training episodes, which this environment does not report: "
-    "wrap it in SB3's `Monitor`, or a vectorized one in `VecMonitor`."
-)
 
 
 class TD3BC(OfflineTD3):
@@ -82,50 +72,15 @@ class TD3BC(OfflineTD3):
         super()._check_settings()
         self.alpha = check_alpha(self.alpha)
         self._online_bc_schedule: Schedule = make_schedule(self.online_bc, "online_bc", words=ONLINE_BC_WORDS)
-        self.adaptive_weight: AdaptiveWeight | None = self._make_adaptive_weight()
+        self.adaptive_weight: AdaptiveWeight | None = None
+        if self.online_bc == ADAPTIVE:
+            self.adaptive_weight = AdaptiveWeight(self.adaptive_bc_target, self.adaptive_bc_gains, self.adaptive_bc_returns)
 
-    def _make_adaptive_weight(self) -> AdaptiveWeight | None:
-        if self.online_bc != ADAPTIVE:
-            return None
-        target = self.adaptive_bc_target
-        if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
-            raise ValueError(f"`adaptive_bc_target` must be a finite number, found {target!r}.")
-        self.adaptive_bc_gains = number_pair(self.adaptive_bc_gains, "adaptive_bc_gains")
-        if min(self.adaptive_bc_gains) < 0:
-            raise ValueError(f"`adaptive_bc_gains` must be at least 0, found {self.adaptive_bc_gains}.")
-        if self.adaptive_bc_returns is not None:
-            self.adaptive_bc_returns = number_pair(self.adaptive_bc_returns, "adaptive_bc_returns")
-            if not self.adaptive_bc_returns[0] < self.adaptive_bc_returns[1]:
-                raise ValueError(
-                    "`adaptive_bc_returns` must be the return of a random policy and the larger one of an expert, found "
-                    f"{self.adaptive_bc_returns}."
-                )
-        return AdaptiveWeight(float(target), self.adaptive_bc_gains, self.adaptive_bc_returns)
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        goes_on = self.life_cycle.went_online and not reset_num_timesteps
-        if self.life_cycle.is_finetuning if goes_on else self.dataset is not None or self.has_trained_weights:
-            self._check_returns_are_reported()
-        started = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if self.adaptive_weight is not None:
-            # The run may have begun with another `online_bc`
-            self.adaptive_weight.offer_unit(self._reference_returns)
-        return started
-
-    def _check_returns_are_reported(self) -> None:
-        env = self.env
-        if self.adaptive_weight is None or env is None or is_vecenv_wrapped(env, VecMonitor):
-            return
-        reports = (env.env_is_wrapped(wrapper) for wrapper in (Monitor, RecordEpisodeStatistics))
-        if not all(map(any, zip(*reports, strict=True))):
-            raise ValueError(NO_RETURNS)
+    def _check_run(self, goes_on: bool) -> None:
+        super()._check_run(goes_on)
+        finetunes = self.life_cycle.is_finetuning if goes_on else self.dataset is not None or self.has_trained_weights
+        if finetunes and self.adaptive_weight is not None and self.env is not None:
+            check_returns_are_reported(self.env)
 
     @property
     def _reference_returns(self) -> tuple[float, float] | None:
@@ -146,13 +101,9 @@ class TD3BC(OfflineTD3):
             # The one before the first interaction is the pretrained policy's
             if self.num_timesteps == self.n_envs and math.isfinite(evaluation.last_mean_reward):
                 self.adaptive_weight.expect(float(evaluation.last_mean_reward))
-        for done, info in zip(dones, infos, strict=True):
-            if not done:
-                continue
-            if "episode" not in info:
-                raise ValueError(NO_RETURNS)
-            episode, is_frozen = info["episode"], self.num_timesteps <= self.life_cycle.frozen_until
-            self.adaptive_weight.observe(float(episode["r"]), int(episode["l"]), is_frozen)
+        # The run may have begun with another `online_bc`
+        self.adaptive_weight.offer_unit(self._reference_returns)
+        self.adaptive_weight.observe_ended(infos, dones, is_frozen=self.num_timesteps <= self.life_cycle.frozen_until)
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         if self.life_cycle.is_plain_td3:

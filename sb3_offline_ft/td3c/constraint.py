@@ -1,10 +1,12 @@
 """What a constrained policy stays near, and how far it is from there."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.td3.policies import Actor, TD3Policy
+from torch.nn import functional as F
 
 from sb3_offline_ft.policies.frozen import frozen_actor, weights_from_arrays, weights_to_arrays
 
@@ -19,10 +21,11 @@ class Constraint:
     A reference policy of its own, if there is one, and the distance of the learner's policy, all on the learner's device.
 
     :param policy: The learner's policy
+    :param has_reference: Whether there can be one
     """
 
-    def __init__(self, policy: TD3Policy) -> None:
-        self._policy = policy
+    def __init__(self, policy: TD3Policy, has_reference: bool) -> None:
+        self._policy, self._has_reference = policy, has_reference
         self.begin_run()
 
     def begin_run(self) -> None:
@@ -37,9 +40,9 @@ class Constraint:
         return th.tensor(value, dtype=th.float64, device=self._policy.device)
 
     def set_reference(self, policy_state: Mapping[str, th.Tensor] | None = None) -> None:
-        """
-        :param policy_state: Parameters and statistics of a policy, by default of the current one
-        """
+        """Make a policy the reference, by default the current one, if there can be one."""
+        if not self._has_reference:
+            return
         self.mean_distance = self._number(0.0)
         if self.reference is None:
             self.reference = frozen_actor(self._policy)
@@ -48,20 +51,26 @@ class Constraint:
         self.reference.load_state_dict(actor)
 
     def observe(self, distance: th.Tensor) -> None:
-        """
-        :param distance: The distance in a batch
-        """
+        """Take the distance in a batch into account."""
         self.mean_distance = self.mean_distance + DISTANCE_WEIGHT * (distance.double() - self.mean_distance)
 
     def scale_of(self, next_q_values: th.Tensor) -> th.Tensor:
-        """
-        :param next_q_values: Values of next observations
-        :return: The mean absolute value of the first ones that were finite
-        """
+        """The mean absolute value of the first values of next observations that were finite."""
         # Once: a scale that follows negative values lets them grow without bound
         measured = next_q_values.abs().mean().to(self.value_scale.dtype)
         self.value_scale = th.where(self.value_scale.isfinite(), self.value_scale, measured)
         return self.value_scale
+
+    def distance_of(self, weights: Mapping[str, th.Tensor], reference: Actor, observations: Any) -> th.Tensor:
+        """The distance that the learner's policy would have with other weights."""
+        actor = self._policy.actor
+        training = actor.training
+        actor.set_training_mode(False)
+        try:
+            actions = th.func.functional_call(actor, dict(weights), (observations,))
+        finally:
+            actor.set_training_mode(training)
+        return F.mse_loss(actions, reference(observations)).double()
 
     @staticmethod
     def move_back(
@@ -85,22 +94,18 @@ class Constraint:
         return is_outside
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """
-        :return: The state as arrays
-        """
+        """The state as arrays."""
         state = {"mean_distance": self.mean_distance.cpu().numpy()}
         if not self.value_scale.isnan():
             state["critic_penalty_scale"] = self.value_scale.cpu().numpy()
         return state | ({} if self.reference is None else weights_to_arrays(self.reference, REFERENCE_PREFIX))
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """
-        :param state: What :meth:`state_dict` returned; from before the scale was measured, it leaves that as it is
-        """
+        """Take up a state; one from before the scale was measured leaves that as it is."""
         self.mean_distance = self._number(float(state.get("mean_distance", 0.0)))
         self.value_scale = self._number(float(state.get("critic_penalty_scale", self.value_scale)))
         weights = weights_from_arrays(state, REFERENCE_PREFIX)
-        if not weights:
+        if not weights or not self._has_reference:
             self.reference = None
             return
         if self.reference is None:

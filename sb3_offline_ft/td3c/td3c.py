@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import Actor, TD3Policy
@@ -89,25 +88,15 @@ class TD3C(OfflineTD3):
         self.max_multiplier = max_multiplier
         self.trust_region = trust_region
         self.critic_penalty = critic_penalty
-        self._constrained = False
         super().__init__(policy, env, *args, policy_averaging=policy_averaging, **kwargs)
 
     def _check_settings(self) -> None:
         super()._check_settings()
         self.alpha = check_alpha(self.alpha)
         if self.constraint_reference not in CONSTRAINT_REFERENCES:
-            raise ValueError(
-                f"`constraint_reference` must be one of {', '.join(map(repr, CONSTRAINT_REFERENCES))}, "
-                f"found {self.constraint_reference!r}."
-            )
+            known = ", ".join(map(repr, CONSTRAINT_REFERENCES))
+            raise ValueError(f"`constraint_reference` must be one of {known}, found {self.constraint_reference!r}.")
         self._epsilon_schedule: Schedule = make_schedule(self.epsilon, "epsilon")
-        if not 0 < self.min_multiplier <= self.initial_multiplier <= self.max_multiplier < math.inf:
-            raise ValueError(
-                "Expected 0 < min_multiplier <= initial_multiplier <= max_multiplier < inf, found "
-                f"{self.min_multiplier!r}, {self.initial_multiplier!r}, {self.max_multiplier!r}."
-            )
-        if not 0 <= self.multiplier_learning_rate < math.inf:
-            raise ValueError(f"`multiplier_learning_rate` must be at least 0, found {self.multiplier_learning_rate!r}.")
         if self.trust_region is not None and not 1 <= self.trust_region < math.inf:
             raise ValueError(
                 "`trust_region` must be at least 1, as it is in multiples of `epsilon`, or None for none, found "
@@ -123,12 +112,9 @@ class TD3C(OfflineTD3):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.constraint = Constraint(self.policy)
-        self._multiplier = self._new_multiplier()
-
-    def _new_multiplier(self) -> Multiplier:
-        bounds = self.min_multiplier, self.max_multiplier
-        return Multiplier(self.initial_multiplier, self.multiplier_learning_rate, *bounds, self.device)
+        self.constraint = Constraint(self.policy, has_reference=self.constraint_reference != "target")
+        rates = self.initial_multiplier, self.multiplier_learning_rate
+        self._multiplier = Multiplier(*rates, self.min_multiplier, self.max_multiplier, self.device)
 
     @property
     def multiplier(self) -> float:
@@ -152,8 +138,7 @@ class TD3C(OfflineTD3):
         :param policy_state: Its parameters and statistics by name, as in ``policy.state_dict()`` or in
             ``LearnerSnapshot.policy_state``; by default those of the current policy
         """
-        if self.constraint_reference != "target":
-            self.constraint.set_reference(policy_state)
+        self.constraint.set_reference(policy_state)
 
     def scale_epsilon(self, factor: float) -> None:
         """
@@ -167,18 +152,17 @@ class TD3C(OfflineTD3):
     def _on_finetuning_start(self, pretrained: bool) -> None:
         super()._on_finetuning_start(pretrained)
         self.constraint.begin_run()
-        self._multiplier = self._new_multiplier()
-        self._constrained = pretrained
-        if not pretrained:
-            if self.life_cycle.is_finetuning:
-                warnings.warn(
-                    "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
-                    "Pretrain with `offline_steps` or `pretrain()`.",
-                    stacklevel=6,
-                )
-            return
-        self.set_reference_policy()
-        if self.constraint_reference == "best" and not self.evaluations.callbacks:
+        self._multiplier.reset()
+        self.life_cycle.is_constrained = pretrained
+        if pretrained:
+            self.set_reference_policy()
+        elif self.life_cycle.is_finetuning:
+            warnings.warn(
+                "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
+                "Pretrain with `offline_steps` or `pretrain()`.",
+                stacklevel=6,
+            )
+        if pretrained and self.constraint_reference == "best" and not self.evaluations.callbacks:
             warnings.warn(
                 "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference "
                 "stays the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained'.",
@@ -192,7 +176,7 @@ class TD3C(OfflineTD3):
     @property
     def _reference(self) -> Actor | None:
         """The policy to stay near, None if there is none."""
-        if not self._constrained or self.life_cycle.is_pretraining:
+        if not self.life_cycle.is_constrained or self.life_cycle.is_pretraining:
             return None
         if self.constraint_reference == "target":
             return self.actor_target
@@ -228,18 +212,9 @@ class TD3C(OfflineTD3):
         average = {} if self.acting.learned_weights is None else self.acting.learned_weights.average
         if average and self._n_updates // self.policy_delay % AVERAGE_FREQ == 0:
             # What acts lags behind what is learned, and may be outside when that is not, such as after a fall of epsilon
-            distance = self._distance_of(average, batch, reference)
+            distance = constraint.distance_of(average, reference, batch.observations)
             is_outside = is_outside | constraint.move_back(average.values(), reference, distance, *bounds)
         self._log("train/moved_back", is_outside.double())
-
-    def _distance_of(self, weights: dict[str, th.Tensor], batch: Batch, reference: Actor) -> th.Tensor:
-        training = self.actor.training
-        self.actor.set_training_mode(False)
-        try:
-            actions = th.func.functional_call(self.actor, weights, (batch.observations,))
-        finally:
-            self.actor.set_training_mode(training)
-        return F.mse_loss(actions, reference(batch.observations)).double()
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         self._distance: th.Tensor | None = None
@@ -272,31 +247,3 @@ class TD3C(OfflineTD3):
 
     def _stateful_parts(self) -> dict[str, Any]:
         return super()._stateful_parts() | {"multiplier": self._multiplier, "constraint": self.constraint}
-
-    def position(self) -> dict[str, Any]:
-        """
-        :return: What says how updates are done, but for what counts progress
-        """
-        return super().position() | {"_constrained": self._constrained}
-
-    def set_position(self, position: Mapping[str, Any]) -> None:
-        """
-        :param position: What :meth:`position` returned; other names are ignored
-        """
-        super().set_position(position)
-        self._constrained = position.get("_constrained", self._constrained)
-
-    def load_extra_state(self, state: Mapping[str, np.ndarray], generators: bool = True) -> None:
-        """
-        :param state: What :meth:`extra_state` of this or a related algorithm returned; empty for a file saved by SB3's TD3
-        :param generators: Whether to restore the streams of random numbers too
-        """
-        super().load_extra_state(state, generators)
-        if self.constraint_reference == "target":
-            self.constraint.reference = None
-        if "log_multiplier" not in state:
-            warnings.warn(
-                "The file was not saved by TD3C: the Lagrange multiplier starts at its initial value "
-                f"{self.initial_multiplier:g}, and the loaded policy will be the reference of the constraint.",
-                stacklevel=4,
-            )
