@@ -7,7 +7,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
@@ -207,8 +207,10 @@ def check_is_trusted(path: File, trust_pickle: bool) -> None:
 
 def unpickle_buffer(path: File) -> ReplayBuffer:
     """The replay buffer in a pickle that is trusted."""
-    with naming_damage(str(path), "a replay buffer"):
-        loaded = load_from_pkl(path)
+    # SB3 leaves a file open that it cannot read
+    with open(path, "rb") if isinstance(path, str | pathlib.Path) else nullcontext(path) as stream:
+        with naming_damage(str(path), "a replay buffer"):
+            loaded = load_from_pkl(stream)
     if not isinstance(loaded, ReplayBuffer):
         raise ValueError(f"{path} holds a {type(loaded).__name__}: expected a ReplayBuffer.")
     return loaded

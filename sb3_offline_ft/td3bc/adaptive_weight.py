@@ -49,11 +49,13 @@ class AdaptiveWeight:
     def __init__(self, target: float, gains: Sequence[float], unit: Sequence[float] | None = None) -> None:
         if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
             raise ValueError(f"`adaptive_bc_target` must be a finite number, found {target!r}.")
-        self.target = float(target)
-        self.gains = number_pair(gains, "adaptive_bc_gains")
+        self.target: float = float(target)
+        self.gains: tuple[float, float] = number_pair(gains, "adaptive_bc_gains")
         if min(self.gains) < 0:
             raise ValueError(f"`adaptive_bc_gains` must be at least 0, found {self.gains}.")
-        self._given_unit = None if unit is None else number_pair(unit, "adaptive_bc_returns")
+        self._given_unit: tuple[float, float] | None = None
+        if unit is not None:
+            self._given_unit = number_pair(unit, "adaptive_bc_returns")
         if self._given_unit is not None and not self._given_unit[0] < self._given_unit[1]:
             raise ValueError(
                 "`adaptive_bc_returns` must be the return of a random policy and the larger one of an expert, found "
