@@ -1,14 +1,17 @@
 """Small studies that tests of the report share, and what their verdicts say."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sb3_offline_ft.study import Protocol, study_results
+from sb3_offline_ft.study import Cell, CellResult, Protocol, study_results
+from sb3_offline_ft.study.engine.run_folder import run_folder, write_result
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.verdict import verdict
 from tests.made_up_study import STUDY, write_study
+from tests.test_dataset_report import Page
 
 ONE_DATASET = {"datasets": {"medium": "bundled:hopper-medium?episodes=20"}}
 SMALL = ONE_DATASET | {"interactions": 12_000, "seeds": 3}
@@ -21,6 +24,21 @@ def methods(*names: str) -> dict[str, Any]:
 
 def numbers_of(protocol: Protocol) -> StudyNumbers:
     return StudyNumbers(study_results(protocol.folder), {})
+
+
+def report_page(protocol: Protocol) -> Page:
+    return Page((protocol.folder / "report.html").read_text(encoding="utf-8"))
+
+
+def results_rows(protocol: Protocol) -> list[dict[str, str]]:
+    with (protocol.folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_run(protocol: Protocol, cell: Cell, result: CellResult) -> None:
+    """Write a result into the cell's run folder, in place of what is there."""
+    folder = run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell))
+    write_result(folder, result)
 
 
 def words(of: Protocol | StudyNumbers, heading: str = "") -> str:

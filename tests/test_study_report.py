@@ -1,12 +1,11 @@
 """The report on a study: it says what the results say, needs nothing else, and can be read anywhere."""
 
-import csv
 import html
-import io
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,13 +21,23 @@ from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine.cell import run_cell
 from sb3_offline_ft.study.engine.provenance import data_facts, machines_table, provenance
 from sb3_offline_ft.study.engine.queue import StudyQueue
-from sb3_offline_ft.study.engine.run_folder import run_folder, write_result
+from sb3_offline_ft.study.engine.run_folder import run_folder
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.looks import USUAL, looks_of
 from sb3_offline_ft.study.report.page import study_results, write_report
-from sb3_offline_ft.study.report.tables import CSV_METRICS
 from tests.made_up_study import J_RANDOM, level, result_of, write_runs, write_study
-from tests.reported_studies import METHODS, ONE_DATASET, SMALL, methods, numbers_of, study_without_scores, words
+from tests.reported_studies import (
+    METHODS,
+    ONE_DATASET,
+    SMALL,
+    methods,
+    numbers_of,
+    report_page,
+    results_rows,
+    study_without_scores,
+    words,
+    write_run,
+)
 from tests.test_dataset_report import SVG, Page
 
 
@@ -84,7 +93,9 @@ class TestPage:
         parsed = Page(page)
         text = parsed.text
         for expected in (
-            "Verdict", "On medium, plain TD3 collapsed in 5 of 5 seeds (95 % CI 48\N{EN DASH}100 %);", "Learning curves", "Every seed", "Dips", "Collapses", "Scores", "Probability of improvement of TD3C",
+            "Verdict",
+            "On medium, plain TD3 collapsed in 5 of 5 seeds (95 % CI 48\N{EN DASH}100 %);",
+            "Learning curves", "Every seed", "Dips", "Collapses", "Scores", "Probability of improvement of TD3C",
             "Performance profiles", "Paired comparison with TD3C", "How it was measured", "Versions, machines, weights",
             "20 episodes", "bundled:hopper-medium?episodes=20", "as the runs had it",
             "All 30 runs had the same versions of numpy, Python, sb3-offline-ft and torch, and the same code.",
@@ -110,7 +121,7 @@ class TestPage:
         protocol = write_study(tmp_path / "study", changes)
         write_runs(protocol)
         write_report(protocol.folder, formats=("html", "md"))
-        parsed = Page((protocol.folder / "report.html").read_text(encoding="utf-8"))
+        parsed = report_page(protocol)
         assert label in parsed.text and "Study: <script>" in parsed.text
 
     def test_dollars_are_no_formulas(self, tmp_path: Path) -> None:
@@ -144,11 +155,11 @@ class TestFiles:
         names = [path.name.lower() for path in write_report(protocol.folder)]
         assert len(names) == len(set(names))
         assert {"curves-v1-0.png", "curves-v1-0-2.png", "curves-v1-0-3.png"} <= set(names)
-        parsed = Page((protocol.folder / "report.html").read_text(encoding="utf-8"))
+        parsed = report_page(protocol)
         assert len(parsed.ids) == len(set(parsed.ids)) and {"data-v1-0", "data-v1-0-2", "data-V1-0-3"} <= set(parsed.ids)
 
     def test_results_have_a_row_for_each_run_with_all_metrics(self, study: Protocol) -> None:
-        rows = list(csv.DictReader(io.StringIO((study.folder / "results.csv").read_text(encoding="utf-8"))))
+        rows = results_rows(study)
         runs = study_results(study.folder).runs
         assert len(rows) == len(runs) == 30
         for row, run in zip(rows, runs, strict=True):
@@ -158,8 +169,7 @@ class TestFiles:
                 result.timesteps, result.returns, result.frozen_until, J_RANDOM, result.training_timesteps,
                 result.training_returns,
             )  # fmt: skip
-            for name in CSV_METRICS:
-                value = getattr(metrics, name)
+            for name, value in asdict(metrics).items():
                 if value is None or isinstance(value, bool):
                     assert row[name] == ("" if value is None else str(value).lower())
                 else:
@@ -226,7 +236,7 @@ class TestUnfinished:
         assert claim is not None and claim.cell.name == "medium/td3/seed2"
         claim.fail('Traceback (most recent call last):\n  File "x.py"\nValueError: actions are nan\n')
         write_report(protocol.folder, formats=("html", "csv"))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "This study is not complete: of 9 runs 1 run has not finished and 1 failed." in text
         assert "medium/td3/seed2 failed: ValueError: actions are nan" in text and "medium/td3c/seed1 not finished" in text
         assert "plain TD3 collapsed in 2 of 2 seeds" in text
@@ -248,7 +258,7 @@ class TestUnfinished:
         assert result.exit_code == 1 and "3 run folders in runs are of other settings" in result.output
         write_runs(changed, changed.cells()[:2])
         write_report(changed.folder, formats=("html",))
-        text = Page((changed.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(changed).text
         assert "of 3 runs 1 run has not finished" in text and "3 run folders in runs are of other settings" in text
 
     def test_results_are_read_from_a_storage_elsewhere(self, tmp_path: Path) -> None:
@@ -284,7 +294,7 @@ class TestUnfinished:
         protocol = write_study(tmp_path / "study", SMALL | methods("td3"))
         write_runs(protocol, curve=curve)
         write_report(protocol.folder, formats=("html",))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "plain TD3 collapsed in 2 of 2 seeds" in text and "of 3 runs 1 cannot be measured" in text
         assert re.search("medium/td3/seed1 not measurable: The evaluation at timestep .* has returns", text)
 
@@ -292,7 +302,7 @@ class TestUnfinished:
         protocol = write_study(tmp_path / "study", methods("td3", "td3c") | {"interactions": 12_000, "seeds": 2})
         write_runs(protocol, [cell for cell in protocol.cells() if cell.dataset == "medium" or cell.method.name == "td3c"])
         write_report(protocol.folder, formats=("html",))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "Not among the scores, as they have no finished run on some dataset: plain TD3." in text
 
     def test_a_run_that_a_guard_ended_early_is_drawn_as_far_as_it_goes(self, tmp_path: Path) -> None:
@@ -303,8 +313,7 @@ class TestUnfinished:
         for name in ("timesteps", "returns", "lengths"):
             setattr(result, name, getattr(result, name)[:8])
         result.manifest["interactions"] = 7_000
-        folder = run_folder(protocol.folder, short.dataset, short.method.name, short.seed, protocol.cell_key(short))
-        write_result(folder, result)
+        write_run(protocol, short, result)
         numbers = numbers_of(protocol)
         assert numbers.datasets[0].groups[0].curve.x[-1] == 7_000
         expected = (
@@ -347,7 +356,7 @@ class TestProvenance:
             pretrained={"recipe": "medium-1-" + str(dict(cells[0].method.pretraining_hyperparams)), "weights_sha256": "other"},
         )
         write_report(protocol.folder, formats=("html",))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "Not all runs had the same versions: torch differ, see below." in text
         assert "2.8.0 (3 runs); 2.9.0+cpu (3 runs)" in text
         assert "Runs were made on 2 kinds of processors" in text
@@ -413,7 +422,7 @@ class TestProvenance:
         write_runs(protocol)
         (tmp_path / "data.npz").unlink()
         write_report(protocol.folder, formats=("html",))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "60 in 3 episodes mean 20.0" in text and "not readable here: as the runs recorded it" in text
         assert "6 runs had the same versions" in text
 
@@ -445,7 +454,7 @@ class TestProvenance:
         write_runs(protocol, cells[n_unknown:])
         write_runs(protocol, cells[:n_unknown], versions={"torch": "2.9.0+cpu", "numpy": "2.3.0"})
         write_report(protocol.folder, formats=("html",))
-        text = " ".join(Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text.split())
+        text = " ".join(report_page(protocol).text.split())
         assert f"The version of sb3-offline-ft{which} was not recorded: whether all runs had the same cannot be said." in text
         assert "had the same versions of Python" not in text
         assert ("sb3-offline-ft not recorded" if n_unknown == 6 else "0.1.0 (3 runs); not recorded (3 runs)") in text
@@ -558,19 +567,17 @@ class TestARealStudy:
         }
         protocol = write_study(tmp_path / "study", changes)
         for cell in protocol.cells():
-            result = run_cell(protocol, cell, pretrained_folder=protocol.folder / "pretrained")
-            folder = run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell))
-            write_result(folder, result)
+            write_run(protocol, cell, run_cell(protocol, cell, pretrained_folder=protocol.folder / "pretrained"))
         answer = CliRunner().invoke(app, ["study", "report", str(protocol.folder)])
         assert answer.exit_code == 0, answer.output
         assert "Report:" in answer.output and "14 figures in" in answer.output
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "they started from exactly the same weights" in text
         versions = [run.result.manifest["versions"] for run in study_results(protocol.folder).runs]
         recorded = all("sb3-offline-ft" in one for one in versions)
         assert ("All 12 runs had the same versions" if recorded else "sb3-offline-ft was not recorded") in text
         assert "as the runs had it" in text and "0 is a random policy (-1,309)" in text
-        rows = list(csv.DictReader(io.StringIO((protocol.folder / "results.csv").read_text(encoding="utf-8"))))
+        rows = results_rows(protocol)
         own = {row["method"]: int(row["learner_evaluation_steps"]) for row in rows}
         # An evaluation of Pendulum-v1 has 200 steps
         assert own["td3c"] > 0 and own["td3c"] % 200 == 0 and own["td3"] == 0

@@ -1,7 +1,5 @@
 """The verdict on a study says what its results say, and the numbers that it is made of are those of the runs."""
 
-import csv
-import io
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +13,23 @@ from scipy import stats
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.study.design.protocol import Cell
 from sb3_offline_ft.study.engine.results import Run, StudyResults
-from sb3_offline_ft.study.engine.run_folder import run_folder, write_result
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.factors import factor_levels
 from sb3_offline_ft.study.report.page import write_report
 from sb3_offline_ft.study.report.tables import guard_table
 from tests.made_up_study import COLLAPSED_TO, END, J0, J_RANDOM, WARMUP, level, result_of, write_runs, write_study
-from tests.reported_studies import METHODS, ONE_DATASET, SMALL, methods, numbers_of, study_without_scores, words
-from tests.test_dataset_report import Page
+from tests.reported_studies import (
+    METHODS,
+    ONE_DATASET,
+    SMALL,
+    methods,
+    numbers_of,
+    report_page,
+    results_rows,
+    study_without_scores,
+    words,
+    write_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +130,13 @@ class TestVerdict:
             rng, result = np.random.default_rng([cell.seed, len(cell.method.name)]), result_of(protocol, cell)
             # Three of four episodes fail: an evaluation of ten in which all do has a probability of 0.06
             result.returns = np.where(rng.random(result.returns.shape) < 0.25, 300.0, 20.0) + rng.normal(0, 1, (31, 10))
-            write_result(
-                run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell)), result
-            )
+            write_run(protocol, cell, result)
         text = words(protocol, "In short")
         assert re.search(r"offline policy as it is (collapsed )?in \d of 5", text)
         (share,) = re.findall(r"an unchanged policy would count as collapsed in (\d+)(?: to \d+)? % of runs", text)
         assert int(share) == pytest.approx(100 * (1 - (1 - 0.75**10) ** 28), abs=20)
         write_report(protocol.folder, formats=("csv",))
-        rows = list(csv.DictReader(io.StringIO((protocol.folder / "results.csv").read_text(encoding="utf-8"))))
+        rows = results_rows(protocol)
         assert all(0.1 < float(row["collapse_noise_probability"]) < 1 for row in rows)
 
     def test_steps_of_own_evaluations_are_said_beside_the_interactions(self, numbers: StudyNumbers) -> None:
@@ -261,7 +266,7 @@ class TestVerdict:
         protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3", "td3c") | {"seeds": 2, "interactions": 8_000})
         write_runs(protocol)
         write_report(protocol.folder)
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "Mean of the last 6 evaluations" in text and "or of all if there are fewer: here of 6." in text
         assert "last 6" in (protocol.folder / "tables.md").read_text(encoding="utf-8").split("### Returns")[1]
         assert "last ten" not in text and not re.search(r"last 10\b(?! evaluations after the warm-up, or of all)", text)
@@ -348,11 +353,11 @@ class TestShortcomings:
         cell = next(cell for cell in protocol.cells() if not cell.method.frozen)
         result = result_of(protocol, cell, **facts)
         result.manifest = {name: fact for name, fact in result.manifest.items() if fact is not ...}
-        write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell)), result)
+        write_run(protocol, cell, result)
         text = words(protocol, "What remains")
         assert expected in text if expected else "learning runs" not in text
         write_report(protocol.folder, formats=("csv",))
-        rows = list(csv.DictReader(io.StringIO((protocol.folder / "results.csv").read_text(encoding="utf-8"))))
+        rows = results_rows(protocol)
         assert [row["method"] for row in rows[:2]] == ["offline", "td3"]
         manifest = result.manifest
         memory, updates = manifest.get("replay_buffer") or {}, manifest.get("updates") or {}
@@ -379,7 +384,7 @@ class TestShortcomings:
         result = result_of(protocol, cell)
         episodes = [event | {"phase": "unwatched"} for event in result.events if event["event"] == "episode"]
         result.events = [result.events[0], {"event": "warning", "timestep": 2_000, "message": "too short"}, *episodes]
-        write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell)), result)
+        write_run(protocol, cell, result)
         expected = "The guard watched no returns in 1 run, so had no alarms: medium/td3c-guard/seed0."
         assert expected in words(protocol, "What remains")
         numbers = numbers_of(protocol)
@@ -394,13 +399,13 @@ class TestShortcomings:
         (damaged,) = protocol.folder.glob("runs/medium/td3/seed1-*")
         (damaged / "evaluations.npz").write_bytes(b"damaged")
         write_report(protocol.folder, formats=("html",))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "of 3 runs 1 run has not finished (1 with damaged files)." in text
         assert "medium/td3/seed1 its run folder is damaged" in text and "other settings" not in text
         # Nor those that have another name now
         write_study(protocol.folder, SMALL | {"methods": {"renamed": METHODS["td3"]}, "reference_method": None})
         write_report(protocol.folder, formats=("html",))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "(1 with damaged files)" in text and "other settings" not in text
 
     @pytest.mark.filterwarnings("ignore:.*The cell counts as not run")
@@ -442,7 +447,7 @@ class TestScores:
         expected = "There are no normalised scores on own: 100 would not be above 0 (0 is a random policy (1,500"
         assert expected in words(numbers, "What remains") and "normalised ends" not in words(numbers)
         write_report(protocol.folder, formats=("html",))
-        text = Page((protocol.folder / "report.html").read_text(encoding="utf-8")).text
+        text = report_page(protocol).text
         assert "There are no normalised scores. On own, 100 would not be above 0" in text
 
     def test_the_environments_scores_are_checked_too(self, tmp_path: Path) -> None:
@@ -519,12 +524,11 @@ class TestFactors:
             assert [value for value, _ in levels] == expected
 
     def test_they_have_parts_of_their_own(self, factored: StudyNumbers) -> None:
-        page = (factored.protocol.folder / "report.html").read_text(encoding="utf-8")
-        parsed = Page(page)
+        parsed = report_page(factored.protocol)
         assert {"factor-offline_fraction", "factor-ensemble_size"} <= set(parsed.ids)
         assert "Factor: offline_fraction" in parsed.text and "offline_fraction on medium" in parsed.text
         assert "The pictures leave out" in parsed.text and "Some variants need a pretraining of their own" in parsed.text
-        rows = list(csv.DictReader(io.StringIO((factored.protocol.folder / "results.csv").read_text(encoding="utf-8"))))
+        rows = results_rows(factored.protocol)
         assert {row["factor_offline_fraction"] for row in rows} == {"", "0.0", "0.25", "lin_0.5_0.0"}
 
     def test_combined_factors_are_averaged_over_each_other(self, tmp_path: Path) -> None:
@@ -552,7 +556,7 @@ class TestFactors:
         sizes_of = factor_levels(protocol, "ensemble_size", numbers.datasets[0].groups)["td3"]
         assert [(value, len(group.runs)) for value, group in sizes_of] == [("2", 4), ("5", 4), ("10", 4)]
         write_report(protocol.folder, formats=("html",))
-        parsed = Page((protocol.folder / "report.html").read_text(encoding="utf-8"))
+        parsed = report_page(protocol)
         assert {"factor-offline_fraction", "factor-ensemble_size"} <= set(parsed.ids)
         assert "each value is averaged over all values of the others" in parsed.text
         assert not re.search(r"\bnan\b", parsed.text)

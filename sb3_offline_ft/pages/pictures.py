@@ -134,9 +134,9 @@ def save_png(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
-def panels(figure: Figure, n: int, n_columns: int, **shared: bool) -> list[Axes]:
-    """The first panels of a grid with so many columns; the rest of the last row is left empty."""
-    grid = list(figure.subplots(-(-n // n_columns), n_columns, squeeze=False, **shared).flat)
+def panels(figure: Figure, n: int, n_columns: int = 1, sharey: bool = False) -> list[Axes]:
+    """The first panels of a grid with so many columns and one x axis; the rest of the last row is left empty."""
+    grid = list(figure.subplots(-(-n // n_columns), n_columns, squeeze=False, sharex=True, sharey=sharey).flat)
     for axes in grid[n:]:
         axes.set_visible(False)
     return grid[:n]

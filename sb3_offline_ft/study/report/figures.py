@@ -1,6 +1,7 @@
 """The pictures of a study's report."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.pictures import INK, Drawing, label_rows, level, panels, shade
+from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
 from sb3_offline_ft.study.report.comparisons import COLLAPSED
 from sb3_offline_ft.study.report.factors import Levels
@@ -56,7 +58,7 @@ def draw_seeds(numbers: DatasetNumbers, groups: Sequence[Group], looks: Looks) -
     n_rows = -(-len(groups) // n_columns)
 
     def paint(figure: Figure) -> None:
-        grid = panels(figure, len(groups), n_columns, sharex=True, sharey=True)
+        grid = panels(figure, len(groups), n_columns, sharey=True)
         for index, (axes, group) in enumerate(zip(grid, groups, strict=True)):
             look, curve, is_lowest = looks[group.method.name], group.curve, index >= len(groups) - n_columns
             if group.method.pretrained:
@@ -117,15 +119,13 @@ def draw_dips(numbers: DatasetNumbers, shown: Sequence[Group], looks: Looks) -> 
 
 def draw_collapses(numbers: DatasetNumbers, shown: Sequence[Group], looks: Looks) -> Drawing | None:
     """The collapse rates, None if they are not defined for any method."""
-    rated = [(group, group.collapse_rate) for group in shown if group.collapse_rate is not None]
+    rated = [(group, rate) for group in shown if (rate := group.collapse_rate) is not None]
     if not rated:
         return None
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for position, (group, rate) in enumerate(rated):
-            _interval(axes, rate, position, looks[group.method.name], factor=100)
-        label_rows(axes, [group.label for group, _ in rated])
+        _intervals(axes, [(group.method, rate) for group, rate in rated], looks, factor=100)
         _grid(axes, "x")
         axes.set(xlabel="collapsed runs (%)", xlim=(-3, 103))
 
@@ -143,11 +143,9 @@ def draw_aggregates(numbers: StudyNumbers, looks: Looks) -> Drawing | None:
     kinds = {"iqm": "IQM", "median": "median", "mean": "mean"}
 
     def paint(figure: Figure) -> None:
-        grid = panels(figure, len(kinds), 1, sharex=True)
+        grid = panels(figure, len(kinds))
         for axes, (kind, title) in zip(grid, kinds.items(), strict=True):
-            for position, row in enumerate(rows):
-                _interval(axes, getattr(row, kind), position, looks[row.method.name])
-            label_rows(axes, [row.method.label for row in rows])
+            _intervals(axes, [(row.method, getattr(row, kind)) for row in rows], looks)
             axes.set_title(title, fontsize=10, loc="left")
             _grid(axes, "x")
         grid[-1].set_xlabel("normalised score")
@@ -173,9 +171,7 @@ def draw_improvement(numbers: StudyNumbers, looks: Looks) -> Drawing | None:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.axvline(0.5, color=INK, linewidth=1, linestyle=":")
-        for position, row in enumerate(rows):
-            _interval(axes, row.probability, position, looks[row.method.name])
-        label_rows(axes, [row.method.label for row in rows])
+        _intervals(axes, [(row.method, row.probability) for row in rows], looks)
         axes.set(xlabel=f"P({reference.label} > the other)", xlim=(-0.03, 1.03))
 
     words = "; ".join(f"over {row.method.label} {ranged(row.probability, 2)}" for row in rows)
@@ -219,7 +215,7 @@ def draw_factor(numbers: DatasetNumbers, factor: str, levels: Levels, looks: Loo
     last = last_evaluations(one for points in levels.values() for _, group in points for one in group.runs)
 
     def paint(figure: Figure) -> None:
-        grid = panels(figure, len(FACTOR_METRICS), 1, sharex=True)
+        grid = panels(figure, len(FACTOR_METRICS))
         for axes, (metric, title) in zip(grid, FACTOR_METRICS.items(), strict=True):
             for index, (base, points) in enumerate(levels.items()):
                 shift = 0.14 * (index - (len(levels) - 1) / 2)
@@ -256,6 +252,13 @@ def _estimate(group: Group, metric: str) -> str:
     return "not defined" if estimate is None else ranged(estimate)
 
 
+def _intervals(axes: Axes, rows: Sequence[tuple[Method, Estimate]], looks: Looks, factor: float = 1.0) -> None:
+    """A row for each method, the first at the top."""
+    for position, (method, estimate) in enumerate(rows):
+        _interval(axes, estimate, position, looks[method.name], factor)
+    label_rows(axes, [method.label for method, _ in rows])
+
+
 def _interval(
     axes: Axes, estimate: Estimate | None, position: float, look: Look, factor: float = 1.0, upright: bool = False
 ) -> None:
@@ -279,7 +282,7 @@ def _legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=2, fontsize=9, handlelength=3.2, columnspacing=1.2)
 
 
-def _grid(axes: Axes, axis: str) -> None:
+def _grid(axes: Axes, axis: Literal["x", "y"]) -> None:
     axes.grid(axis=axis, color=INK, alpha=0.12, linewidth=0.8)
 
 

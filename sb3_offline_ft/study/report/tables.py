@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -254,11 +254,6 @@ def factor_table(numbers: DatasetNumbers, factor: str, levels: Levels) -> TextTa
     return TextTable(f"factor-{factor}-{numbers.slug}", columns, rows, f"{factor} on {numbers.title}")
 
 
-CSV_METRICS = (
-    "initial_return", "initial_standard_error", "band", "lowest_return", "lowest_at", "dip_depth", "dip_area",
-    "time_below_band", "recovered", "recovery_time", "collapsed", "final_return", "last_return", "best_return",
-    "best_sustained_return", "mean_return", "max_drawdown", "training_return", "selected_return", "selected_dip_depth",
-)  # fmt: skip
 UPDATES = ("offline", "online", "undone")
 REPLAY = ("capacity", "rows", "distinct_rows", "offline_rows")
 BATCH = ("rows", "distinct_rows", "offline_rows")
@@ -286,7 +281,7 @@ def _csv_row(numbers: StudyNumbers, one: RunNumbers, factors: Iterable[str]) -> 
         "seed": cell.seed,
         "key": one.run.key,
         **{f"factor_{name}": cell.method.variant.get(name) for name in factors},
-        **{name: getattr(one.metrics, name) for name in CSV_METRICS},
+        **asdict(one.metrics),
         "dip_noise_quantile": None if noise is None else noise.quantile,
         "collapse_noise_probability": None if noise is None else noise.collapse_probability,
         "normalized_last_return": numbers.score(one),

@@ -55,18 +55,16 @@ def _in_short(numbers: StudyNumbers) -> list[str]:
     if len(rows) > 1:
         over = "over all datasets" if len(numbers.datasets) > 1 else f"on {numbers.datasets[0].title}"
         scores = [(row.method.label, row.iqm) for row in rows]
-        text = f"{over}, the interquartile means of the normalised ends are: {_values(scores, 1)}. {_overlaps(scores)}"
-        texts.append(f"{text.rstrip()} {_scored(numbers)}".rstrip())
+        text = (
+            f"{over}, the interquartile means of the normalised ends are: {_values(scores, 1)}. {_overlaps(scores)}".rstrip()
+        )
+        n, n_all = len(numbers.scored), len(numbers.datasets) * len(numbers.protocol.seeds)
+        if n < n_all:
+            text += f" They are over the {n} of {counted(n_all, 'pair')} of dataset and seed that all of these methods have."
+        texts.append(text)
     if texts and numbers.comparisons:
         texts.append("Whether methods differ is for the paired tests below to say, not for intervals.")
     return texts + _own_evaluations(numbers)
-
-
-def _scored(numbers: StudyNumbers) -> str:
-    n, n_all = len(numbers.scored), len(numbers.datasets) * len(numbers.protocol.seeds)
-    if n == n_all:
-        return ""
-    return f"They are over the {n} of {counted(n_all, 'pair')} of dataset and seed that all of these methods have."
 
 
 def _own_evaluations(numbers: StudyNumbers) -> list[str]:
@@ -99,18 +97,13 @@ def _pooled(numbers: StudyNumbers) -> list[Group]:
     names = {group.method.name for one in numbers.datasets for group in one.groups if group.outcomes}
     methods = [method for method in numbers.shown_methods if method.name in names]
     common = set(numbers.common(methods))
-    return [
-        Group(
-            method,
-            tuple(one for one in numbers.runs if one.method.name == method.name and (one.dataset, one.seed) in common),
-        )
-        for method in methods
-    ]
+    runs = [one for one in numbers.runs if (one.dataset, one.seed) in common]
+    return [Group(method, tuple(one for one in runs if one.method.name == method.name)) for method in methods]
 
 
 def _collapses(where: str, groups: Sequence[Group], noun: str) -> list[str]:
     """Which runs collapsed, of the groups for which that is defined."""
-    rates = [(group, group.collapse_rate) for group in groups if group.collapse_rate is not None]
+    rates = [(group, rate) for group in groups if (rate := group.collapse_rate) is not None]
     if all(group.method.frozen for group, _ in rates):
         return []
     rates.sort(key=lambda row: -row[1].value)
