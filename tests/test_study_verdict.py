@@ -164,7 +164,7 @@ class TestVerdict:
         assert "With 5 pairs of runs, a paired test cannot give a p-value below 0.062" in words(numbers, "What remains")
 
     def test_what_is_not_alike_is_not_compared(self, numbers: StudyNumbers) -> None:
-        compared = {name: {row.metric for row in numbers.comparisons if row.method.name == name} for name in METHODS}
+        compared = {name: {row.metric for row in numbers.tests.comparisons if row.method.name == name} for name in METHODS}
         assert compared["scratch"] == {"last_return"}
         assert compared["offline"] == {"last_return", "mean_return"}
         assert compared["td3"] == {"last_return", "mean_return", "dip_depth", "collapsed"} and not compared["td3c"]
@@ -479,7 +479,7 @@ class TestScores:
         done = [cell for cell in protocol.cells() if cell.dataset != "best" or cell.seed < 3]
         write_runs(protocol, done)
         numbers = numbers_of(protocol)
-        (row,) = numbers.comparisons
+        (row,) = numbers.tests.comparisons
         assert row.n == 3
         scratch, td3c = numbers.aggregates
         assert (scratch.iqm.n, td3c.iqm.n) == (5, 8)

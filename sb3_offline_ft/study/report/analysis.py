@@ -12,7 +12,7 @@ from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.evaluation.statistics import Band, Estimate, aggregate, performance_profile
 from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.engine.results import StudyResults
-from sb3_offline_ft.study.report.comparisons import Comparison, Improvement, PairedTests, improvement
+from sb3_offline_ft.study.report.comparisons import Improvement, PairedTests, improvement
 from sb3_offline_ft.study.report.runs import Group, RunNumbers, frozen_returns, measure_runs, started_from
 
 NO_DATA_TITLE = "no data"
@@ -23,13 +23,7 @@ PROFILE_POINTS = 101
 
 @dataclass(frozen=True)
 class Scale:
-    """
-    What normalised scores are measured between.
-
-    :param random: Return of a random policy: 0
-    :param top: Return of an expert, or of the pretrained policies: 100
-    :param words: Where the two are from
-    """
+    """Returns with the normalised scores 0 and 100: of a random policy, and of an expert or the pretrained policies."""
 
     random: float
     top: float
@@ -64,6 +58,12 @@ class DatasetNumbers:
     def title(self) -> str:
         """Its name for people."""
         return self.label or NO_DATA_TITLE
+
+    @property
+    def shown(self) -> list[Group]:
+        """The methods that pictures and sentences are about: all, or of many those that are no variants."""
+        plain = [group for group in self.groups if not group.method.variant]
+        return plain if len(self.groups) > MOST_TOGETHER and plain else list(self.groups)
 
     @property
     def runs(self) -> list[RunNumbers]:
@@ -171,11 +171,6 @@ class StudyNumbers:
     def fewest_seeds(self) -> int:
         """Fewest runs of any method on any dataset."""
         return min(len(group.runs) for one in self.datasets for group in one.groups)
-
-    def shown(self, one: DatasetNumbers) -> list[Group]:
-        """The methods that pictures and sentences on a dataset are about: all, or of many those that are no variants."""
-        plain = [group for group in one.groups if not group.method.variant]
-        return plain if len(one.groups) > MOST_TOGETHER and plain else list(one.groups)
 
     @property
     def shown_methods(self) -> list[Method]:
@@ -302,18 +297,9 @@ class StudyNumbers:
         return [row for row in rows if row is not None]
 
     @cached_property
-    def _tests(self) -> PairedTests:
-        return PairedTests(self.runs, self.methods, self.reference, self.protocol.seeds)
-
-    @property
-    def comparisons(self) -> list[Comparison]:
+    def tests(self) -> PairedTests:
         """Paired tests of all methods against the reference method."""
-        return self._tests.comparisons
-
-    @property
-    def not_compared(self) -> dict[str, list[Method]]:
-        """By metric, the methods that have it, but fewer than two pairs of runs with it."""
-        return self._tests.not_compared
+        return PairedTests(self.runs, self.methods, self.reference, self.protocol.seeds)
 
 
 def _random_return(results: StudyResults) -> float | None:

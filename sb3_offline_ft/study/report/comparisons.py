@@ -57,13 +57,14 @@ class Comparison:
     smallest_p_corrected: float = 1.0
 
 
+@dataclass(frozen=True)
 class PairedTests:
     """Paired tests of methods against a reference method, None if there is none."""
 
-    def __init__(
-        self, runs: Sequence[RunNumbers], methods: Sequence[Method], reference: Method | None, seeds: Sequence[int]
-    ) -> None:
-        self.runs, self.methods, self.reference, self.seeds = runs, methods, reference, seeds
+    runs: Sequence[RunNumbers]
+    methods: Sequence[Method]
+    reference: Method | None
+    seeds: Sequence[int]
 
     @cached_property
     def comparisons(self) -> list[Comparison]:

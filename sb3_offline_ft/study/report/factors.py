@@ -16,13 +16,7 @@ Levels = dict[str, list[tuple[str, Group]]]
 
 
 def factor_levels(protocol: Protocol, factor: str, groups: Sequence[Group]) -> Levels:
-    """
-    :param protocol: The study's protocol
-    :param factor: A factor
-    :param groups: The runs of all methods on a dataset
-    :return: The values of the factor alone; the method as it is listed comes first. If factors were combined, each value is
-        averaged over the values of the others.
-    """
+    """The values of a factor, after the method as it is listed; each averaged over other factors if they were combined."""
     levels = {}
     for base in dict.fromkeys(group.method.base for group in groups if factor in group.method.variant):
         of_base = [group for group in groups if group.method.base == base]

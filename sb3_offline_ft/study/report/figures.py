@@ -26,8 +26,9 @@ Looks = Mapping[str, Look]
 """Of methods, by name."""
 
 
-def draw_curves(numbers: DatasetNumbers, groups: Sequence[Group], looks: Looks) -> Drawing:
+def draw_curves(numbers: DatasetNumbers, looks: Looks) -> Drawing:
     """The learning curves of all methods."""
+    groups = numbers.shown
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -52,8 +53,9 @@ def draw_curves(numbers: DatasetNumbers, groups: Sequence[Group], looks: Looks) 
     return Drawing(f"curves-{numbers.slug}", "Learning curves", caption, words, paint, (WIDTH, height))
 
 
-def draw_seeds(numbers: DatasetNumbers, groups: Sequence[Group], looks: Looks) -> Drawing:
+def draw_seeds(numbers: DatasetNumbers, looks: Looks) -> Drawing:
     """The runs of each method in a panel of its own."""
+    groups = numbers.shown
     n_columns = min(2, len(groups))
     n_rows = -(-len(groups) // n_columns)
 
@@ -81,9 +83,9 @@ def draw_seeds(numbers: DatasetNumbers, groups: Sequence[Group], looks: Looks) -
     return Drawing(f"seeds-{numbers.slug}", "Every seed", caption, words, paint, (WIDTH, 1.75 * n_rows + 0.45))
 
 
-def draw_dips(numbers: DatasetNumbers, shown: Sequence[Group], looks: Looks) -> Drawing | None:
+def draw_dips(numbers: DatasetNumbers, looks: Looks) -> Drawing | None:
     """The dip depth of every run, None if no method has one."""
-    groups = [group for group in shown if group.values("dip_depth")]
+    groups = [group for group in numbers.shown if group.values("dip_depth")]
     if not groups:
         return None
     floor = numbers.noise_floor
@@ -117,9 +119,9 @@ def draw_dips(numbers: DatasetNumbers, shown: Sequence[Group], looks: Looks) -> 
     return Drawing(f"dips-{numbers.slug}", "Dips", caption, words, paint, (WIDTH, 0.38 * len(groups) + 1.25))
 
 
-def draw_collapses(numbers: DatasetNumbers, shown: Sequence[Group], looks: Looks) -> Drawing | None:
+def draw_collapses(numbers: DatasetNumbers, looks: Looks) -> Drawing | None:
     """The collapse rates, None if they are not defined for any method."""
-    rated = [(group, rate) for group in shown if (rate := group.collapse_rate) is not None]
+    rated = [(group, rate) for group in numbers.shown if (rate := group.collapse_rate) is not None]
     if not rated:
         return None
 

@@ -39,17 +39,7 @@ PAGE, FIGURES, RESULTS, TABLES = "report.html", "figures", "results.csv", "table
 
 @dataclass
 class Part:
-    """
-    A part of the page.
-
-    :param id: Its name on the page
-    :param title: Its heading
-    :param text: What stands first
-    :param drawings: Its pictures, yet to be drawn
-    :param tables: Its tables
-    :param folded: Tables that are shown when asked for
-    :param pictures: Its pictures on the page
-    """
+    """A part of the page: a text, pictures that are yet to be drawn, tables, and tables that are shown when asked for."""
 
     id: str
     title: str
@@ -201,16 +191,16 @@ def _drawn(drawings: Iterable[Drawing | None]) -> list[Drawing]:
 
 
 def _dataset_part(numbers: StudyNumbers, one: DatasetNumbers) -> Part:
-    looks, groups = looks_of(method.name for method in numbers.methods), numbers.shown(one)
+    looks = looks_of(method.name for method in numbers.methods)
     draw = (figures.draw_curves, figures.draw_seeds, figures.draw_dips, figures.draw_collapses)
     texts = []
     without_data = [group.label for group in one.groups if not group.method.pretrained]
     if without_data and len(numbers.datasets) > 1:
         texts.append(f"{listed(without_data)}: the same runs are shown with every dataset, as they use none.")
-    if len(groups) < len(one.groups):
-        texts.append(f"The pictures leave out {counted(len(one.groups) - len(groups), 'variant')}; the tables have all.")
+    if left_out := len(one.groups) - len(one.shown):
+        texts.append(f"The pictures leave out {counted(left_out, 'variant')}; the tables have all.")
     return Part(
-        f"data-{one.slug}", f"On {one.title}", " ".join(texts), _drawn(draw_one(one, groups, looks) for draw_one in draw),
+        f"data-{one.slug}", f"On {one.title}", " ".join(texts), _drawn(draw_one(one, looks) for draw_one in draw),
         tables.dataset_tables(one), [tables.runs_table(one)],
     )  # fmt: skip
 

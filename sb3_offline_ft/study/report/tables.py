@@ -39,15 +39,7 @@ GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation", "warning")
 
 @dataclass(frozen=True)
 class TextTable:
-    """
-    A table of texts.
-
-    :param name: Its name
-    :param columns: The columns' headings
-    :param rows: The rows, which begin with their own heading
-    :param title: What stands above it
-    :param note: What stands below it
-    """
+    """A table of texts, whose rows begin with their own heading; the title stands above it, the note below."""
 
     name: str
     columns: Sequence[str]
@@ -71,14 +63,7 @@ class TextTable:
 
 @dataclass(frozen=True)
 class Column:
-    """
-    A number of runs.
-
-    :param name: Its name, for :meth:`RunNumbers.value` and files
-    :param title: Its heading
-    :param digits: Digits after the point, None for as many as are telling
-    :param factor: What it is multiplied by
-    """
+    """A number that :meth:`RunNumbers.value` gives, its heading, its digits after the point, and what it is multiplied by."""
 
     name: str
     title: str
@@ -231,7 +216,7 @@ def comparison_table(numbers: StudyNumbers) -> TextTable:
             f"{row.method.label}: {titles[row.metric].format(last=last)}", *difference(row), str(row.n),
             *(probability(p)[2:].removeprefix(f"={NBSP}") for p in (row.p, row.p_corrected)),
         ]
-        for row in numbers.comparisons
+        for row in numbers.tests.comparisons
     ]  # fmt: skip
     reference = numbers.reference.label if numbers.reference is not None else ""
     columns = [f"minus {reference}", "mean difference", "95 % interval", "pairs", "p", "p, Holm"]

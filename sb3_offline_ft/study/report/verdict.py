@@ -46,8 +46,8 @@ def verdict(numbers: StudyNumbers) -> Sections:
 
 
 def _in_short(numbers: StudyNumbers) -> list[str]:
-    texts = [text for one in numbers.datasets for text in _collapses(f"on {one.title}", numbers.shown(one), "seed")]
-    pooled = [one for one in numbers.datasets if any(group.outcomes for group in numbers.shown(one))]
+    texts = [text for one in numbers.datasets for text in _collapses(f"on {one.title}", one.shown, "seed")]
+    pooled = [one for one in numbers.datasets if any(group.outcomes for group in one.shown)]
     if len(pooled) > 1:
         which = "all datasets" if len(pooled) == len(numbers.datasets) else listed(one.title for one in pooled)
         texts += _collapses(f"taking {which} together", _pooled(numbers), "run")
@@ -62,7 +62,7 @@ def _in_short(numbers: StudyNumbers) -> list[str]:
         if n < n_all:
             text += f" They are over the {n} of {counted(n_all, 'pair')} of dataset and seed that all of these methods have."
         texts.append(text)
-    if texts and numbers.comparisons:
+    if texts and numbers.tests.comparisons:
         texts.append("Whether methods differ is for the paired tests below to say, not for intervals.")
     return texts + _own_evaluations(numbers)
 
@@ -147,7 +147,7 @@ def _overlaps(estimates: Sequence[tuple[str, Estimate]]) -> str:
 
 
 def _on_dataset(numbers: StudyNumbers, one: DatasetNumbers) -> list[str]:
-    groups = numbers.shown(one)
+    groups = one.shown
     return [*_dips(one, groups), *_ends(one, groups), *_kept(numbers, groups), *_selected(groups)]
 
 
@@ -253,7 +253,7 @@ MEASURES = {
 
 
 def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
-    rows = [row for row in numbers.comparisons if row.method in numbers.shown_methods]
+    rows = [row for row in numbers.tests.comparisons if row.method in numbers.shown_methods]
     texts = []
     for metric, (words, _, more, less) in MEASURES.items():
         of_metric = [row for row in rows if row.metric == metric and (row.difference or row.only_method or row.only_reference)]
@@ -265,7 +265,7 @@ def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
         texts.insert(
             0,
             f"pairs are runs with the same data and seed. Numbers are mean differences to {reference}, p-values are after "
-            f"Holm's correction for all {counted(len(numbers.comparisons), 'test')} of the study, and one below "
+            f"Holm's correction for all {counted(len(numbers.tests.comparisons), 'test')} of the study, and one below "
             f"{SIGNIFICANT:g} is called a difference. So a study of methods that are all alike shows any with a probability "
             f"of at most {100 * SIGNIFICANT:g}{NBSP}%.",
         )
@@ -306,21 +306,22 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
             f"with probability {100 * (1 - RARE) ** n:.0f}{NBSP}%."
         )
     shown = numbers.shown_methods
-    tested = [row for row in numbers.comparisons if row.method in shown]
+    tested = [row for row in numbers.tests.comparisons if row.method in shown]
     weak = [row for row in tested if row.smallest_p_corrected >= SIGNIFICANT]
     if weak:
         row = min(weak, key=lambda one: one.n)
         which = "" if len(weak) == len(tested) else f", as for {listed(dict.fromkeys(one.method.label for one in weak))}"
         texts.append(
             f"With {counted(row.n, 'pair')} of runs{which}, a paired test cannot give a p-value below {row.smallest_p:.2g}, "
-            f"and Holm's correction for {counted(len(numbers.comparisons), 'test')} makes {row.smallest_p_corrected:.2g} of "
-            "it: no difference, however large, can be called significant. More seeds or fewer methods would help."
+            f"and Holm's correction for {counted(len(numbers.tests.comparisons), 'test')} makes "
+            f"{row.smallest_p_corrected:.2g} of it: no difference, however large, can be called significant. "
+            "More seeds or fewer methods would help."
         )
     if numbers.reference is None and len(numbers.methods) > 1:
         texts.append(
             "The protocol names no reference_method, so methods are not compared in pairs and nothing is called a difference."
         )
-    for metric, methods in numbers.not_compared.items():
+    for metric, methods in numbers.tests.not_compared.items():
         if names := listed(method.label for method in methods if method in shown):
             texts.append(f"{MEASURES[metric][1]} cannot be compared for {names}: there are fewer than two pairs of runs.")
     texts += _undefined(numbers)
