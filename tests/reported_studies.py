@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_offline_ft.study import Cell, CellResult, Protocol, study_results
-from sb3_offline_ft.study.engine.run_folder import run_folder, write_result
+from sb3_offline_ft.study import Protocol, study_results
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.verdict import verdict
 from tests.made_up_study import STUDY, write_study
@@ -33,12 +32,6 @@ def report_page(protocol: Protocol) -> Page:
 def results_rows(protocol: Protocol) -> list[dict[str, str]]:
     with (protocol.folder / "results.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write_run(protocol: Protocol, cell: Cell, result: CellResult) -> None:
-    """Write a result into the cell's run folder, in place of what is there."""
-    folder = run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell))
-    write_result(folder, result)
 
 
 def words(of: Protocol | StudyNumbers, heading: str = "") -> str:

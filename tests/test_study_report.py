@@ -17,15 +17,13 @@ from typer.testing import CliRunner
 
 from sb3_offline_ft.cli import app
 from sb3_offline_ft.evaluation.finetuning_metrics import finetuning_metrics
-from sb3_offline_ft.study.design.protocol import Cell, Protocol
+from sb3_offline_ft.study import Cell, Protocol, study_results, write_report
 from sb3_offline_ft.study.engine.cell import run_cell
 from sb3_offline_ft.study.engine.provenance import data_facts, machines_table, provenance
 from sb3_offline_ft.study.engine.queue import StudyQueue
-from sb3_offline_ft.study.engine.run_folder import run_folder
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.looks import USUAL, looks_of
-from sb3_offline_ft.study.report.page import study_results, write_report
-from tests.made_up_study import J_RANDOM, level, result_of, write_runs, write_study
+from tests.made_up_study import J_RANDOM, level, result_of, write_run, write_runs, write_study
 from tests.reported_studies import (
     METHODS,
     ONE_DATASET,
@@ -36,7 +34,6 @@ from tests.reported_studies import (
     results_rows,
     study_without_scores,
     words,
-    write_run,
 )
 from tests.test_dataset_report import SVG, Page
 
@@ -582,7 +579,7 @@ class TestARealStudy:
         # An evaluation of Pendulum-v1 has 200 steps
         assert own["td3c"] > 0 and own["td3c"] % 200 == 0 and own["td3"] == 0
         for row, cell in zip(rows, protocol.cells(), strict=True):
-            folder = run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, row["key"])
+            (folder,) = protocol.folder.glob(f"runs/*/{cell.method.name}/seed{cell.seed}-*")
             with np.load(folder / "evaluations.npz") as file:
                 means = dict(zip(file["timesteps"].tolist(), file["results"].mean(axis=1).tolist(), strict=True))
             assert list(means) == [0, 200, 400]

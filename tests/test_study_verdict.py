@@ -11,13 +11,11 @@ import yaml
 from scipy import stats
 
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
-from sb3_offline_ft.study.design.protocol import Cell
-from sb3_offline_ft.study.engine.results import Run, StudyResults
+from sb3_offline_ft.study import Cell, Run, StudyResults, write_report
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.factors import factor_levels
-from sb3_offline_ft.study.report.page import write_report
 from sb3_offline_ft.study.report.tables import guard_table
-from tests.made_up_study import COLLAPSED_TO, END, J0, J_RANDOM, WARMUP, level, result_of, write_runs, write_study
+from tests.made_up_study import COLLAPSED_TO, END, J0, J_RANDOM, WARMUP, level, result_of, write_run, write_runs, write_study
 from tests.reported_studies import (
     METHODS,
     ONE_DATASET,
@@ -28,7 +26,6 @@ from tests.reported_studies import (
     results_rows,
     study_without_scores,
     words,
-    write_run,
 )
 
 
