@@ -142,6 +142,11 @@ def write_study(folder: Path, changes: Mapping[str, Any] | None = None) -> Proto
     return Protocol.load(folder)
 
 
+def write_run(protocol: Protocol, cell: Cell, result: CellResult) -> None:
+    """Write a result into the cell's run folder, in place of what is there."""
+    write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, result.manifest["key"]), result)
+
+
 def write_runs(protocol: Protocol, cells: Iterable[Cell] | None = None, curve: Curve = level, **facts: Any) -> None:
     """
     :param protocol: The study's protocol
@@ -150,5 +155,4 @@ def write_runs(protocol: Protocol, cells: Iterable[Cell] | None = None, curve: C
     :param facts: What all manifests say besides, or otherwise
     """
     for cell in protocol.cells() if cells is None else cells:
-        result = result_of(protocol, cell, curve, **facts)
-        write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, result.manifest["key"]), result)
+        write_run(protocol, cell, result_of(protocol, cell, curve, **facts))

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.tools.diversity import ActionNoise, sample_rows, scaled_actions, standardized, state_matrix
-from sb3_offline_ft.pages.pictures import INK, inline_svg
+from sb3_offline_ft.pages.pictures import INK, inline_svg, panels
 
 # Of the colours of Okabe and Ito, those that stand out on white and on black
 BLUE, ORANGE, GREEN, VERMILLION = "#3B8FD0", "#E69F00", "#009E73", "#D55E00"
@@ -152,11 +152,7 @@ def draw_actions(dataset: OfflineDataset, name: str, seed: int = 0) -> str:
     n_rows = -(-actions.shape[1] // n_columns)
 
     def paint(figure: Figure) -> None:
-        panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True)
-        for index, axes in enumerate(panels.flat):
-            if index >= actions.shape[1]:
-                axes.set_visible(False)
-                continue
+        for index, axes in enumerate(panels(figure, actions.shape[1], n_columns)):
             axes.hist(np.clip(actions[:, index], -1, 1), bins=np.linspace(-1, 1, 41).tolist(), color=GREEN)
             axes.set(yticks=[], xlim=(-1.05, 1.05), xticks=[-1, 0, 1])
             axes.spines["left"].set_visible(False)

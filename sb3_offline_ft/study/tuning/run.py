@@ -20,7 +20,7 @@ from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.engine.queue import CellState, fault_text, results_in_storage
 from sb3_offline_ft.study.engine.run import StudyRun, run_study
 from sb3_offline_ft.study.engine.worker import DISK_FULL
-from sb3_offline_ft.study.report.analysis import SIGNIFICANT
+from sb3_offline_ft.study.report.comparisons import SIGNIFICANT
 from sb3_offline_ft.study.tuning.entry import spec_seen_from
 from sb3_offline_ft.study.tuning.objective import final_score
 from sb3_offline_ft.study.tuning.plan import FEWEST_SEEDS, FEWEST_TO_SHOW, TuningPlan, TuningSettings
