@@ -11,6 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets.files.zoo import ARGUMENTS, read_zoo_yaml, saved_hyperparams
 from sb3_offline_ft.datasets.tools.recorder import EpisodeEnds, EpisodeRecorder
 
@@ -111,33 +112,21 @@ class SavedAgent:
 def find_agent(
     env_id: str, algorithm: str | None, log_folder: Path, file: Path | None, exp_id: int, load_best: bool
 ) -> SavedAgent:
-    """
-    Find an agent, and what rl-zoo3 wrote beside it.
-
-    :param env_id: Gymnasium id of the environment
-    :param algorithm: rl-zoo3's name of its algorithm; found out from ``file`` if omitted
-    :param log_folder: rl-zoo3's folder with trained agents
-    :param file: Its ``.zip``, instead of one in ``log_folder``
-    :param exp_id: rl-zoo3's number of the run
-    :param load_best: Take the run's best model instead of the last one
-    :return: The agent; nothing of it is unpickled yet
-    :raises FileNotFoundError: There is none
-    :raises ValueError: Its algorithm is not known, or what is beside it cannot be read
-    """
+    """Find an agent in rl-zoo3's folder, or a file, and what rl-zoo3 wrote beside it; nothing of it is unpickled yet."""
     from huggingface_sb3 import EnvironmentName  # type: ignore[import-untyped]
     from rl_zoo3 import ALGOS
     from rl_zoo3.utils import get_model_path
 
-    env_name, known = EnvironmentName(env_id), ", ".join([RANDOM, *ALGOS])
+    env_name, known = EnvironmentName(env_id), [RANDOM, *ALGOS]
     if file is not None:
         file = file.expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"No agent {str(file.absolute())!r}: expected a .zip saved by SB3's model.save().")
         algorithm, folder = algorithm or _algorithm_of(file, ALGOS), file.parent
     elif algorithm is None:
-        raise ValueError(f"Name the agent's algorithm, one of {known}, or its file.")
+        raise ValueError(f"Name the agent's algorithm, one of {', '.join(known)}, or its file.")
     if algorithm not in ALGOS:
-        raise ValueError(f"Unknown algorithm {algorithm!r}: expected one of {known}.")
+        raise ValueError(f"Unknown algorithm {algorithm!r}. {suggestion(algorithm, known)}")
     if file is None:
         try:
             _, path, log_path = get_model_path(exp_id, str(log_folder), algorithm, env_name, load_best)

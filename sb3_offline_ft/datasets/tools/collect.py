@@ -285,11 +285,7 @@ class _Rollout:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """
-    Let SIGINT (Ctrl-C) and SIGTERM ask for an end instead of ending the program at once; a second one does.
-
-    :return: Says whether an end was asked for. Outside the main thread, signals do what they did before
-    """
+    """Let the first SIGINT (Ctrl-C) or SIGTERM ask for an end instead of making one; what comes says whether it did."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

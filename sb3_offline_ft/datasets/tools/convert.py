@@ -153,14 +153,7 @@ def convert_logs(
 
 
 def find_logs(logs: Sequence[Log]) -> tuple[list[Path], list[Log]]:
-    """
-    Tell tables from what :func:`load_dataset` takes.
-
-    :param logs: As for :func:`convert_logs`
-    :return: The tables, folders and wildcards replaced by the files in them, and the others
-    :raises FileNotFoundError: There is no such table
-    :raises ValueError: There are no logs
-    """
+    """Tell tables, in place of folders and wildcards the files in them, from what :func:`load_dataset` takes."""
     tables: list[Path] = []
     others: list[Log] = []
     for log in logs:
@@ -190,13 +183,7 @@ def find_logs(logs: Sequence[Log]) -> tuple[list[Path], list[Log]]:
 
 
 def load_function(name: str) -> RewardFunction:
-    """
-    Import a reward function.
-
-    :param name: ``module:function``; the module may lie in the working directory
-    :return: The function
-    :raises ValueError: There is no such function
-    """
+    """Import a reward function ``module:function``; the module may lie in the working directory."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise ValueError(f"The reward function must be given as module:function, found {name!r}.")

@@ -365,12 +365,8 @@ def measure_diversity(
 
 def state_matrix(dataset: OfflineDataset, rows: Any = slice(None)) -> npt.NDArray[np.float32]:
     """
-    Bring the vectors of the observations into one matrix.
-
-    :param dataset: The dataset
-    :param rows: Which rows
-    :return: ``(N, S)``, every observation but images flattened, one after the other, ``Discrete`` ones as one-hot vectors;
-        ``S`` may be 0
+    ``(N, S)``, every observation but images flattened, one after the other, ``Discrete`` ones as one-hot vectors; ``S`` may be
+    0.
     """
     length = len(dataset.rewards[rows])
     columns = [np.zeros((length, 0), np.float32)]
@@ -420,12 +416,7 @@ def standardized(rows: npt.NDArray[Any]) -> Array:
 
 
 def row_hashes(*columns: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """
-    Hash rows, so that equal rows are found by equal numbers.
-
-    :param columns: Arrays of ``N`` rows each
-    :return: ``(N,)``. Two different rows get the same hash with a probability of about 2**-64
-    """
+    """``(N,)``, numbers that are equal for equal rows, and for others with a probability of about 2**-64."""
     import pandas as pd
 
     flat = [column.reshape(len(column), -1) for column in columns]

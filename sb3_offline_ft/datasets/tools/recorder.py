@@ -58,11 +58,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, bool(terminated), bool(truncated), info
 
     def end(self, terminated: bool) -> None:
-        """
-        End the running episode here, if it has steps. Without a reset the next one begins at its last observation.
-
-        :param terminated: Whether it is a termination, else a truncation
-        """
+        """End the running episode here, if it has steps. Without a reset the next one begins at its last observation."""
         length = len(self._rewards)
         if not length:
             return

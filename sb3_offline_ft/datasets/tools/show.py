@@ -217,8 +217,6 @@ def show_dataset(
     :param every_dimension: Show every dimension of observations and actions, not only the first :data:`MOST_DIMENSIONS`
     :param console: Where to print
     :param options: Passed to :func:`load_dataset`
-    :raises OSError: As :func:`load_dataset`
-    :raises ValueError: As :func:`load_dataset`
     """
     console = console or Console()
     facts = describe_dataset(load_dataset(spec, **options))
@@ -386,12 +384,7 @@ def _part_facts(dataset: OfflineDataset) -> Iterator[dict[str, Any]]:
 
 
 def number_text(value: float) -> str:
-    """
-    Write a number with four significant digits, or one decimal if that is more; no exponent within 1e-4 to 1e6.
-
-    :param value: The number
-    :return: Its text
-    """
+    """A number with four significant digits, or one decimal if that is more; no exponent within 1e-4 to 1e6."""
     if abs(value) >= 1000:
         return f"{value:,.1f}".removesuffix(".0") if abs(value) < 1e9 else f"{value:.3g}"
     return f"{value:.4g}"
