@@ -59,13 +59,8 @@ def _monitored(space: spaces.Space[Any]) -> Monitor[Any, Any]:
 
 def make(algorithm: Algorithm, settings: Mapping[str, Any], env: GymEnv | str | None = None, **wanted: Any) -> OfflineTD3:
     """
-    Make a learner.
-
-    :param algorithm: Its class
-    :param settings: The caller's arguments of the constructor
-    :param env: The environment, a :class:`PointEnv` by default
-    :param wanted: The clause's arguments, which prevail; of ``policy_kwargs`` each entry by itself
-    :return: The learner; it has the policy that the environment's observations need, unless ``policy`` is given
+    Make a learner with the caller's settings, where the clause's prevail; of ``policy_kwargs`` each entry by itself. It has
+    the policy that the environment's observations need, unless ``policy`` is given.
     """
     env = PointEnv() if env is None else env
     arguments = DEFAULTS | dict(settings) | wanted
@@ -100,7 +95,7 @@ def folder() -> Iterator[pathlib.Path]:
 
 
 def reloaded(model: OfflineTD3, env: GymEnv | None = None, with_buffer: bool = False, **options: Any) -> OfflineTD3:
-    """The learner as it comes back from a file, perhaps with the replay buffer of another."""
+    """The learner as it comes back from a file, perhaps with its replay buffer."""
     with folder() as path:
         model.save(path / "model")
         loaded = type(model).load(path / "model", env=env, device="cpu", **options)
@@ -153,12 +148,7 @@ def extra_state(model: OfflineTD3) -> ExtraState:
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """
-    :param found: Tensors or arrays by name
-    :param expected: The same names
-    :param what: What is promised, for the message
-    :raises AssertionError: A name is missing or a value differs, be it by a bit
-    """
+    """Tensors or arrays by name must be the same to the bit; ``what`` is promised."""
     assert found.keys() == expected.keys(), f"{what}: the names differ in {sorted(found.keys() ^ expected.keys())}"
     # NaN is equal to itself here
     different = [name for name, value in expected.items() if _bytes(value) != _bytes(found[name])]
@@ -211,13 +201,7 @@ def actions_of(model: TD3, n: int = 5) -> npt.NDArray[Any]:
 
 
 def expect_error(kinds: tuple[type[Exception], ...], mentions: str, call: Callable[[], object], what: str) -> None:
-    """
-    :param kinds: Kinds of errors that are right
-    :param mentions: What the message must contain, whatever the case
-    :param call: What must fail
-    :param what: What it does
-    :raises AssertionError: It does not fail, or its message lacks that
-    """
+    """The call must fail with an error of such a kind whose message mentions this, whatever the case."""
     try:
         call()
     except kinds as error:
