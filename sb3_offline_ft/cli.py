@@ -233,7 +233,8 @@ def dataset_collect(
         from rich.console import Console
 
         import sb3_offline_ft.zoo
-        from sb3_offline_ft.datasets.tools.collect import RANDOM, Behaviour, collect_dataset
+        from sb3_offline_ft.datasets.tools.agents import RANDOM
+        from sb3_offline_ft.datasets.tools.collect import Behaviour, collect_dataset
 
         sb3_offline_ft.zoo.register()
         if random and algo not in (None, RANDOM):
