@@ -24,13 +24,13 @@ from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.evaluation.finetuning_metrics import finetuning_metrics
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine.cell import run_cell
-from sb3_offline_ft.study.engine.provenance import data_facts, machines_table, provenance
+from sb3_offline_ft.study.engine.folder import run_folder, write_result
 from sb3_offline_ft.study.engine.queue import StudyQueue
-from sb3_offline_ft.study.engine.results import Run, StudyResults
-from sb3_offline_ft.study.engine.run_folder import run_folder, write_result
+from sb3_offline_ft.study.engine.results import Run, StudyResults, study_results
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.looks import USUAL, looks_of
-from sb3_offline_ft.study.report.page import study_results, write_report
+from sb3_offline_ft.study.report.page import write_report
+from sb3_offline_ft.study.report.provenance import data_facts, machines_table, provenance
 from sb3_offline_ft.study.report.tables import CSV_METRICS, guard_table
 from sb3_offline_ft.study.report.verdict import verdict
 from tests.made_up_study import COLLAPSED_TO, END, J0, J_RANDOM, STUDY, WARMUP, level, result_of, write_runs, write_study

@@ -47,9 +47,7 @@ class StudyRun:
     """
 
     _work: Callable[[Any, Connection], None] = staticmethod(work)
-    """What a worker's process does."""
-    _unit = "cell"
-    """What workers run, in words."""
+    _unit = "cell"  # what workers run, in words
 
     def __init__(self, settings: WorkerSettings, workers: int, console: Console) -> None:
         self.settings = settings
@@ -84,8 +82,7 @@ class StudyRun:
         """
         Run cells until none waits or runs, here or elsewhere.
 
-        :param retry_failed: Whether to try cells again that have failed
-        :return: Numbers of cells
+        :return: Numbers of cells by their states
         :raises OSError: The disk is full, or the storage was lost; what was done is kept
         :raises KeyboardInterrupt: Ctrl-C; all workers were stopped, and their cells wait
         """
@@ -106,18 +103,14 @@ class StudyRun:
         return self.counts()
 
     def file_has_changed(self) -> bool:
-        """
-        :return: Whether the study's file is another one than when the run began
-        """
+        """Whether the study's file is another one than when the run began."""
         try:
             return study_file(self.settings.folder).read_text(encoding="utf-8") != self.protocol.text
         except (OSError, UnicodeDecodeError):
             return True
 
     def counts(self) -> Counter[CellState]:
-        """
-        :return: Numbers of cells, of those that were asked for
-        """
+        """Numbers of cells by their states, of those that were asked for."""
         return Counter(status.state for status in self.queue.statuses(self.keys))
 
     def _look(self) -> None:

@@ -1,7 +1,6 @@
 """Makes the methods of a study: presets, what the study says, variants by factors, and all checks of it."""
 
 import copy
-import inspect
 import itertools
 import json
 import re
@@ -12,11 +11,14 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.strict_yaml import Reader
 from sb3_offline_ft.common.suggestions import suggestion
+from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.rebrac.rebrac import POLICY_DEFAULTS
 from sb3_offline_ft.study.design.identity import is_same, method_facts
+from sb3_offline_ft.study.design.learners import NOISES, PLAIN_TD3, algorithm_class
 from sb3_offline_ft.study.design.methods import (
     ENSEMBLE_SIZE,
     NOISE,
@@ -30,10 +32,8 @@ from sb3_offline_ft.study.design.methods import (
     preset,
     set_path,
 )
-from sb3_offline_ft.study.engine.learners import PLAIN_TD3, algorithm_class
 from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
-NOISE_TYPES = ("normal", "ornstein-uhlenbeck")
 WITHOUT_EFFECT_FROM_SCRATCH = frozenset(
     {
         "offline_steps",
@@ -59,33 +59,23 @@ class MethodFactory:
     Makes the methods of a study.
 
     :param reader: For errors
+    :param given: The study's file
     :param env: The environment
-    :param presets: ``presets`` of the study, before those of the package
-    :param shared: ``hyperparams`` of the study
-    :param pretraining_algorithm: Algorithm of the pretraining
-    :param pretraining: ``pretraining.hyperparams`` of the study
     :param interactions: Interactions of each run
     :param random_return: ``random_return`` of the study, if it is given
-    :param known_random_return: What is known of the environment, for guards of which nothing is said
     """
 
     def __init__(
-        self,
-        reader: Reader,
-        *,
-        env: str,
-        presets: Mapping[str, Any],
-        shared: Mapping[str, Any],
-        pretraining_algorithm: str,
-        pretraining: Mapping[str, Any],
-        interactions: int,
-        random_return: float | None = None,
-        known_random_return: float | None = None,
+        self, reader: Reader, given: Mapping[str, Any], env: str, interactions: int, random_return: float | None
     ) -> None:
-        self.reader, self.env, self.interactions = reader, env, interactions
-        self.shared, self.pretraining = dict(shared), dict(pretraining)
-        self.pretraining_algorithm = pretraining_algorithm
-        self._random_return, self._known_random_return = random_return, known_random_return
+        self.reader, self.given, self.env, self.interactions = reader, given, env, interactions
+        measured = reference_scores_for(env.rpartition(":")[2])
+        self._random_return, self._known_random_return = random_return, None if measured is None else measured.random
+        pretraining = reader.mapping(given.get("pretraining"), "pretraining", ("algorithm", "hyperparams"))
+        self.pretraining_algorithm = reader.text(pretraining.get("algorithm", "td3bc"), "pretraining.algorithm")
+        self.pretraining = reader.mapping(pretraining.get("hyperparams"), "pretraining.hyperparams")
+        self.shared = reader.mapping(given.get("hyperparams"), "hyperparams")
+        presets = reader.mapping(given.get("presets"), "presets")
         self._presets = {name: self._read_preset(name, entry) for name, entry in presets.items()}
         self._check_pretraining()
 
@@ -127,18 +117,13 @@ class MethodFactory:
             self.reader.fail(key, f"is no known argument of {owner}. {suggestion(name, known)}")
         if name == "guide_policy" and value not in (None, "pretrained"):
             self.reader.fail(key, f"must be 'pretrained' in a study, found {value!r}.")
-        if name == "noise_type" and value not in (None, *NOISE_TYPES):
-            self.reader.fail(key, f"must be one of {', '.join(map(repr, NOISE_TYPES))}, found {value!r}.")
+        if name == "noise_type" and value not in (None, *NOISES):
+            self.reader.fail(key, f"must be one of {', '.join(map(repr, NOISES))}, found {value!r}.")
         if name in ("policy_kwargs", "replay_buffer_kwargs") and not isinstance(value, Mapping | None):
             self.reader.fail(key, f"must be a mapping, found {value!r}.")
 
-    def check_shared(self, algorithms: Collection[str]) -> None:
-        """
-        Check that each of the study's ``hyperparams`` is an argument of one of our algorithms in it.
-
-        :param algorithms: Names of the study's algorithms
-        :raises ValueError: One is not
-        """
+    def _check_shared(self, algorithms: Collection[str]) -> None:
+        """Check that each of the study's ``hyperparams`` is an argument of one of our algorithms in it."""
         ours = [name for name in {*algorithms, self.pretraining_algorithm} if is_ours(name)]
         known = set().union(*(known_hyperparams(name) for name in ours))
         owner = " or ".join(sorted(algorithm_class(name).__name__ for name in ours))
@@ -146,10 +131,7 @@ class MethodFactory:
             self._check_hyperparam(name, value, f"hyperparams.{name}", known, owner)
 
     def pretraining_hyperparams(self, variant: Mapping[str, Any]) -> dict[str, Any]:
-        """
-        :param variant: Values of factors
-        :return: All hyperparameters of the pretraining, without those that act online only
-        """
+        """All hyperparameters of the pretraining with values of factors, without those that act online only."""
         known = known_hyperparams(self.pretraining_algorithm) - ONLINE_ONLY - NOISE
         made = self._preset(self.pretraining_algorithm)[0] | self.shared | self.pretraining
         own = copy.deepcopy({name: value for name, value in made.items() if name in known})
@@ -162,18 +144,14 @@ class MethodFactory:
                 set_path(own, path, value)
         return own
 
-    def methods(self, entries: Mapping[str, Any], factors: Mapping[str, list[Any]], combined: bool) -> tuple[Method, ...]:
-        """
-        Make all methods, each followed by its variants.
-
-        :param entries: ``methods`` of the study
-        :param factors: ``factors`` of the study
-        :param combined: Whether factors are combined in a full grid
-        :return: The methods
-        :raises ValueError: An entry is wrong
-        """
+    def methods(self, factors: Mapping[str, list[Any]]) -> tuple[Method, ...]:
+        """All methods of the study, each followed by its variants by the factors."""
+        entries = self.reader.mapping(self.given["methods"], "methods")
+        if not entries:
+            self.reader.fail("methods", "must have at least one method.")
+        combined = self.reader.truth(self.given.get("factors_combined", False), "factors_combined")
         listed = [self._method(name, entry) for name, entry in entries.items()]
-        self.check_shared({method.algorithm for method in listed})
+        self._check_shared({method.algorithm for method in listed})
         for method in listed:
             self._check_warmup(method, f"methods.{method.name}")
         self._check_different(listed)
@@ -237,12 +215,10 @@ class MethodFactory:
             return
         known = known_hyperparams(method.algorithm)
         taken = {name: values for name, values in factors.items() if factor_path(name)[0] in known}
-        if combined:
-            if taken:
-                yield from (dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values()))
-            return
-        for name, values in taken.items():
-            yield from ({name: value} for value in values)
+        if combined and taken:
+            yield from (dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values()))
+        elif not combined:
+            yield from ({name: value} for name, values in taken.items() for value in values)
 
     def _unused_factor(self, factor: str, listed: list[Method]) -> None:
         ours = [method for method in listed if method.pretrained and not method.frozen]
@@ -354,7 +330,7 @@ class MethodFactory:
         return copy.deepcopy(arguments)
 
     def _check_guard_names(self, own: Mapping[str, Any], key: str) -> None:
-        known = set(inspect.signature(CollapseGuard.__init__).parameters) - {"self", *_GUARD_PATHS}
+        known = constructor_arguments(CollapseGuard).keys() - {*_GUARD_PATHS}
         for name in own:
             if name in _GUARD_PATHS:
                 self.reader.fail(f"{key}.{name}", "is set by the study: leave it out.")
