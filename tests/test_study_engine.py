@@ -23,6 +23,7 @@ from sb3_offline_ft.study.engine.folder import CellResult
 from sb3_offline_ft.study.engine.queue import (
     ERROR,
     INTERRUPTED,
+    KEY,
     MOST_LOSSES,
     SUPERSEDED,
     CellState,
@@ -115,13 +116,12 @@ def test_what_was_enqueued_twice_is_run_once(make_queue: MakeQueue) -> None:
     first, second = make_queue(), make_queue()
     key = next(iter(first.cells))
     # Both saw that there was none
-    first._enqueue(key)
-    second._enqueue(key)
-    second._enqueue(key)
+    for queue in (first, second, second):
+        queue.study.enqueue_trial({}, user_attrs={KEY: key})
     claim = first.claim([key])
     assert claim is not None and claim.number == 0
     assert second.claim([key]) is None
-    # One that was taken before the other was looked at is put back
+    # One that was taken before the other was looked at is put back; only of two processes at once one takes the second
     assert second._take(key, 1) is None
     second.enqueue([key])
     claim.finish(a_result(first, key))

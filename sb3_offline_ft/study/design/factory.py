@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -237,24 +238,21 @@ class MethodFactory:
         if start not in STARTS:
             self.reader.fail(f"{key}.start", f"must be {' or '.join(STARTS)}, found {start!r}.")
         pretrained, frozen = start == "pretrained", self.reader.truth(given.get("frozen", False), f"{key}.frozen")
-        algorithm = self._algorithm(given, key, pretrained, frozen)
-        own = self.reader.mapping(given.get("hyperparams"), f"{key}.hyperparams")
-        self._check_own(own, f"{key}.hyperparams", algorithm, pretrained, frozen)
         label = self.reader.text(given["label"], f"{key}.label") if "label" in given else name
         suffixes = [f"{factor}={_value_name(value)}" for factor, value in variant.items()]
         pretraining = self.pretraining_hyperparams(variant)
-        return Method(
+        method = Method(
             name="+".join([name, *suffixes]),
             label=", ".join([label, *(suffix.replace("=", " ") for suffix in suffixes)]),
-            algorithm=algorithm,
+            algorithm=self._algorithm(given, key, pretrained, frozen),
             pretrained=pretrained,
             frozen=frozen,
-            guard=self._guard(given.get("guard", False), f"{key}.guard", algorithm, pretrained, frozen),
-            hyperparams=pretraining if frozen else self._hyperparams(algorithm, own, pretrained, pretraining, variant),
             pretraining_hyperparams=pretraining if pretrained else {},
             variant=variant,
             base=name,
         )
+        hyperparams = self._hyperparams(method, given, pretraining)
+        return replace(method, hyperparams=hyperparams, guard=self._guard(method, given.get("guard")))
 
     def _algorithm(self, given: Mapping[str, Any], key: str, pretrained: bool, frozen: bool) -> str:
         if "algorithm" not in given and not pretrained:
@@ -275,58 +273,54 @@ class MethodFactory:
             self.reader.fail(f"{key}.frozen", "is for the pretrained policy as it is: leave out `algorithm` and `start`.")
         return algorithm
 
-    def _check_own(self, own: Mapping[str, Any], key: str, algorithm: str, pretrained: bool, frozen: bool) -> None:
-        if frozen and own:
-            self.reader.fail(f"{key}", "have no effect on a frozen policy: write them in `pretraining.hyperparams`.")
-        self._check_hyperparams(own, key, algorithm)
+    def _hyperparams(self, method: Method, given: Mapping[str, Any], pretraining: dict[str, Any]) -> dict[str, Any]:
+        """Those of the preset, then of the pretraining, the study, the method itself, and its variant."""
+        key = f"methods.{method.base}.hyperparams"
+        own = self.reader.mapping(given.get("hyperparams"), key)
+        if method.frozen and own:
+            self.reader.fail(key, "have no effect on a frozen policy: write them in `pretraining.hyperparams`.")
+        self._check_hyperparams(own, key, method.algorithm)
         for name in own:
-            if pretrained and name in SHARED_WITH_PRETRAINING:
+            where = f"{key}.{name}"
+            if method.pretrained and name in SHARED_WITH_PRETRAINING:
                 self.reader.fail(
-                    f"{key}.{name}", "cannot be another one than in the pretraining: write it in `pretraining.hyperparams`."
+                    where, "cannot be another one than in the pretraining: write it in `pretraining.hyperparams`."
                 )
-            if not pretrained and name in WITHOUT_EFFECT_FROM_SCRATCH:
-                self.reader.fail(f"{key}.{name}", "has no effect from scratch, without data: leave it out.")
-
-    def _hyperparams(
-        self,
-        algorithm: str,
-        own: Mapping[str, Any],
-        pretrained: bool,
-        pretraining: Mapping[str, Any],
-        variant: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        if not is_ours(algorithm):
-            return {"policy": "MlpPolicy", **copy.deepcopy(dict(own))}
-        known = known_hyperparams(algorithm)
-        made, _ = self._preset(self.pretraining_algorithm if algorithm == PLAIN_TD3 else algorithm)
+            if not method.pretrained and name in WITHOUT_EFFECT_FROM_SCRATCH:
+                self.reader.fail(where, "has no effect from scratch, without data: leave it out.")
+        if method.frozen:
+            return pretraining
+        if not is_ours(method.algorithm):
+            return {"policy": "MlpPolicy", **copy.deepcopy(own)}
+        made = self._preset(self.pretraining_algorithm if method.algorithm == PLAIN_TD3 else method.algorithm)[0] | self.shared
         made = {name: value for name, value in made.items() if name not in SHARED_WITH_PRETRAINING}
         # From scratch too: the networks of the methods shall be comparable
         made |= {name: pretraining[name] for name in SHARED_WITH_PRETRAINING if name in pretraining}
-        made |= {name: value for name, value in self.shared.items() if name not in SHARED_WITH_PRETRAINING}
-        made = copy.deepcopy({name: value for name, value in made.items() if name in known} | dict(own))
-        for factor, value in variant.items():
+        known = known_hyperparams(method.algorithm)
+        made = copy.deepcopy({name: value for name, value in made.items() if name in known} | own)
+        for factor, value in method.variant.items():
             path = factor_path(factor)
             if path[0] not in SHARED_WITH_PRETRAINING:
                 set_path(made, path, value)
-        if not pretrained:
-            made = {name: value for name, value in made.items() if name not in WITHOUT_EFFECT_FROM_SCRATCH}
-        return made
+        without_effect = () if method.pretrained else WITHOUT_EFFECT_FROM_SCRATCH
+        return {name: value for name, value in made.items() if name not in without_effect}
 
-    def _guard(self, given: Any, key: str, algorithm: str, pretrained: bool, frozen: bool) -> dict[str, Any] | None:
+    def _guard(self, method: Method, given: Any) -> dict[str, Any] | None:
         if given is None or given is False:
             return None
+        key = f"methods.{method.base}.guard"
         own = {} if given is True else self.reader.mapping(given, key)
-        if frozen:
+        if method.frozen:
             self.reader.fail(key, "has nothing to do for a frozen policy: leave it out.")
-        if not issubclass(algorithm_class(algorithm), OffPolicyAlgorithm):
-            self.reader.fail(key, f"needs an off-policy algorithm, found {algorithm}: leave it out.")
+        if not issubclass(algorithm_class(method.algorithm), OffPolicyAlgorithm):
+            self.reader.fail(key, f"needs an off-policy algorithm, found {method.algorithm}: leave it out.")
         self._check_guard_names(own, key)
-        source = algorithm if algorithm in ALGORITHMS else self.pretraining_algorithm
+        source = method.algorithm if method.algorithm in ALGORITHMS else self.pretraining_algorithm
         arguments = {"random_return": self._known_random_return} | self._preset(source)[1]
         if self._random_return is not None:
             arguments["random_return"] = self._random_return
         arguments = {name: value for name, value in (arguments | own).items() if value is not None}
-        self._check_guard(arguments, key, pretrained)
+        self._check_guard(arguments, key, method.pretrained)
         return copy.deepcopy(arguments)
 
     def _check_guard_names(self, own: Mapping[str, Any], key: str) -> None:

@@ -247,26 +247,31 @@ def _read_whole_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-_Types = tuple[type, ...]
-_NUMBER, _NOTHING = (int, float), type(None)
-_FACTS: dict[str, _Types] = {
-    "key": (str,),
-    "guarded": (bool,),
-    "cell": (dict,),
-    "frozen_until": (int,),
-    "dataset": (dict, _NOTHING),
-    "pretrained": (dict, _NOTHING),
-    "random_return": (*_NUMBER, _NOTHING),
-    "learner_evaluation_steps": (int,),
-    "seconds": (dict, _NOTHING),
-    "versions": (dict, _NOTHING),
+_FACTS: dict[str, Any] = {
+    "key": str,
+    "guarded": bool,
+    "cell": dict,
+    "cell.dataset": dict | None,
+    "frozen_until": int,
+    "dataset": dict | None,
+    "dataset.fingerprint": str,
+    "dataset.transitions": int,
+    "dataset.episodes": int,
+    "dataset.mean_return": int | float,
+    "pretrained": dict | None,
+    "pretrained.recipe": str,
+    "pretrained.weights_sha256": str,
+    "random_return": int | float | None,
+    "learner_evaluation_steps": int,
+    "seconds": dict | None,
+    "seconds.preparation": int | float,
+    "seconds.finetuning": int | float,
+    "versions": dict | None,
 }
-"""What reports need of a manifest; the first two are in all, and with the cell's facts also the two others that are needed."""
-_FACTS_WITHIN: dict[str, dict[str, _Types]] = {
-    "dataset": {"fingerprint": (str,), "transitions": (int,), "episodes": (int,), "mean_return": _NUMBER},
-    "pretrained": {"recipe": (str,), "weights_sha256": (str,)},
-    "seconds": {"preparation": _NUMBER, "finetuning": _NUMBER},
-}
+"""What reports need of a manifest, with its types."""
+_NEEDED = re.compile(r"key|guarded|(dataset|pretrained)\..*")
+_NEEDED_WITH_CELL = ("frozen_until", "dataset")
+"""Manifests with the cell's facts have all that a run writes."""
 
 
 def _check_manifest(manifest: Any) -> None:
@@ -275,25 +280,17 @@ def _check_manifest(manifest: Any) -> None:
     """
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} holds a {type(manifest).__name__}, expected facts by name")
-    whole = "cell" in manifest
-    _check_facts(manifest, _FACTS, "", ("key", "guarded", *(("frozen_until", "dataset") if whole else ())))
-    for name, types in _FACTS_WITHIN.items():
-        if isinstance(manifest.get(name), dict):
-            _check_facts(manifest[name], types, f"{name}.", () if name == "seconds" else tuple(types))
-    if whole and not isinstance(manifest["cell"].get("dataset"), dict | None):
-        raise ValueError(f"{MANIFEST}: cell.dataset must hold facts by name, found {manifest['cell']['dataset']!r:.60}")
-
-
-def _check_facts(facts: dict[str, Any], types: dict[str, _Types], where: str, needed: tuple[str, ...]) -> None:
-    for name, allowed in types.items():
-        if name not in facts:
-            if name in needed:
-                raise ValueError(f"{MANIFEST} does not say {where}{name}")
+    for path, allowed in _FACTS.items():
+        parent, _, name = path.rpartition(".")
+        facts = manifest.get(parent) if parent else manifest
+        if not isinstance(facts, dict):
             continue
-        value = facts[name]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            words = " or ".join(one.__name__ for one in allowed)
-            raise ValueError(f"{MANIFEST}: {where}{name} must be {words}, found {value!r:.60}")
+        if name not in facts:
+            if _NEEDED.fullmatch(path) or ("cell" in manifest and path in _NEEDED_WITH_CELL):
+                raise ValueError(f"{MANIFEST} does not say {path}")
+        elif not isinstance(value := facts[name], allowed) or (isinstance(value, bool) and allowed is not bool):
+            words = getattr(allowed, "__name__", allowed)
+            raise ValueError(f"{MANIFEST}: {path} must be {words}, found {value!r:.60}")
 
 
 def _checked(result: CellResult) -> CellResult:
