@@ -56,15 +56,7 @@ MOST_OF_NAME = 150
 
 
 class MethodFactory:
-    """
-    Makes the methods of a study.
-
-    :param reader: For errors
-    :param given: The study's file
-    :param env: The environment
-    :param interactions: Interactions of each run
-    :param random_return: ``random_return`` of the study, if it is given
-    """
+    """Makes the methods that a study's file asks for; ``random_return`` is the file's own, if it is given."""
 
     def __init__(
         self, reader: Reader, given: Mapping[str, Any], env: str, interactions: int, random_return: float | None

@@ -155,7 +155,13 @@ class Protocol:
 
     @classmethod
     def parse(cls, text: str, file: Path, trust_pickle: bool = False) -> Self:
-        """As :meth:`load`, from the text of a file that need not be there."""
+        """
+        :param text: The text of a study's file
+        :param file: Where it is from, or will be
+        :param trust_pickle: As for :meth:`load`
+        :return: The protocol
+        :raises ValueError: As :meth:`load`
+        """
         reader = Reader(file)
         given = reader.mapping(load_yaml(text, file), "", KEYS)
         for key in NEEDED:
@@ -205,8 +211,9 @@ class Protocol:
 
     def cells(self) -> list[Cell]:
         """
-        List all runs, seed by seed and within a seed dataset by dataset, so that early ones are of all methods; those without
-        data come first in each seed.
+        List all runs, seed by seed and within a seed dataset by dataset, so that early ones are of all methods.
+
+        :return: The cells; those without data come first in each seed
         """
         with_data = [method for method in self.methods if method.pretrained]
         without = [method for method in self.methods if not method.pretrained]
@@ -219,8 +226,8 @@ class Protocol:
 
     def dataset(self, label: str) -> OfflineDataset:
         """
-        The dataset with a label, which is loaded at the first call.
-
+        :param label: A dataset's label
+        :return: The dataset, which is loaded at the first call
         :raises FileNotFoundError: It is not there
         :raises ValueError: It cannot be read
         """
@@ -274,7 +281,10 @@ class Protocol:
         return {**method.guard, "random_return": self.random_return}
 
     def described(self, cell: Cell) -> dict[str, Any]:
-        """What a cell's result depends on, in the form of JSON; not its name and labels, nor where the data is."""
+        """
+        :param cell: A cell
+        :return: What its result depends on, in the form of JSON; not its name and labels, nor where the data is
+        """
         data = None
         if cell.dataset is not None:
             data = {name: value for name, value in self.data_facts(cell.dataset).items() if name != "spec"}
@@ -289,7 +299,10 @@ class Protocol:
         return identity.cell_facts(method, self.pretraining.algorithm, data, plan)
 
     def cell_key(self, cell: Cell) -> str:
-        """16 hexadecimal digits, equal for cells of which :meth:`described` says the same."""
+        """
+        :param cell: A cell
+        :return: 16 hexadecimal digits, equal for cells of which :meth:`described` says the same
+        """
         return identity.digest(self.described(cell))
 
     def import_env(self) -> None:

@@ -26,10 +26,6 @@ class FileLocks:
     """
     For journal files, which have no heartbeats: who runs a trial holds the lock of a file, which the operating system takes
     from processes that die.
-
-    :param folder: Folder of these files
-    :param storage: The journal
-    :param study: The study
     """
 
     def __init__(self, folder: Path, storage: BaseStorage, study: optuna.Study) -> None:
@@ -79,9 +75,6 @@ class Heartbeats:
     """
     For databases: who runs a trial writes Optuna's heartbeats, the time of which is the server's. Optuna's own thread would
     end with the first one that cannot be written.
-
-    :param storage: The database
-    :param study: The study
     """
 
     def __init__(self, storage: RDBStorage, study: optuna.Study) -> None:

@@ -20,12 +20,7 @@ def counts_text(counts: Mapping[CellState, int]) -> str:
 
 
 class RunDisplay:
-    """
-    Shows what workers do: as live bars on a terminal, else as one line for each cell that begins or ends.
-
-    :param console: Where to show it
-    :param what: What they run
-    """
+    """Shows what workers do: as live bars on a terminal, else as one line for each cell that begins or ends."""
 
     def __init__(self, console: Console, what: str = "cells") -> None:
         self._console = console

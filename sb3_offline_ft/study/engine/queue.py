@@ -58,14 +58,7 @@ class CellState(StrEnum):
 
 @dataclass(frozen=True)
 class CellStatus:
-    """
-    What is known of a cell.
-
-    :param cell: The cell
-    :param key: Its key
-    :param state: Where it is
-    :param trial: The trial that says so, None for a cell that was never enqueued
-    """
+    """What is known of a cell, and the trial that says so, None for a cell that was never enqueued."""
 
     cell: Cell
     key: str
@@ -126,15 +119,7 @@ def fault_text(error: BaseException) -> str:
 
 
 class Claim:
-    """
-    A cell that this process has taken.
-
-    :param queue: The queue it is from
-    :param cell: The cell
-    :param key: Its key
-    :param number: Number of its trial
-    :param release: Ends the sign of life
-    """
+    """A cell that this process has taken, with its key and the number of its trial; ``release`` ends the sign of life."""
 
     def __init__(self, queue: "StudyQueue", cell: Cell, key: str, number: int, release: Release) -> None:
         self.cell, self.key, self.number = cell, key, number

@@ -37,11 +37,8 @@ class _Process:
 
 class StudyRun:
     """
-    The workers of one ``study run``.
+    The workers of one ``study run``, at most so many at once.
 
-    :param settings: What workers are told
-    :param workers: Most workers at once
-    :param console: Where to show what they do
     :raises OSError: The storage or the data cannot be opened
     :raises ValueError: The protocol is wrong
     """
@@ -50,8 +47,7 @@ class StudyRun:
     _unit = "cell"  # what workers run, in words
 
     def __init__(self, settings: WorkerSettings, workers: int, console: Console) -> None:
-        self.settings = settings
-        self.workers = workers
+        self.settings, self.workers = settings, workers
         self._import_env(console)
         self.queue = self._open_queue()
         self.protocol = self.queue.protocol

@@ -197,20 +197,12 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 class Worker:
-    """
-    Runs cells of a study in this process.
-
-    :param settings: What to do
-    :param connection: To the parent, which is sent messages
-    :param interrupts: How it is interrupted
-    """
+    """Runs cells of a study in this process, of which the parent at the other end of a connection is told."""
 
     _unit = "cell"  # what it runs, in words
 
     def __init__(self, settings: WorkerSettings, connection: Connection, interrupts: Interrupts) -> None:
-        self.settings = settings
-        self.connection = connection
-        self.interrupts = interrupts
+        self.settings, self.connection, self.interrupts = settings, connection, interrupts
         self.protocol = settings.protocol()
         self.queue = StudyQueue(self.protocol, settings.storage, create=False)
         self.keys = chosen_keys(self.queue, settings.only)
@@ -218,12 +210,7 @@ class Worker:
         self._reported = 0.0
 
     def check(self) -> None:
-        """
-        Check what all cells need, so that they do not fail one by one.
-
-        :raises OSError: Data is not here
-        :raises ValueError: The data is another one than elsewhere, or the environment or a learner cannot be made
-        """
+        """Check what all cells need, so that they do not fail one by one."""
         self.queue.check_data()
         self.protocol.check()
 
