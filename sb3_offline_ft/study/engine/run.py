@@ -143,11 +143,13 @@ class StudyRun:
 
     def _listen(self) -> None:
         """Wait for what workers tell, or until it is time to look into the storage."""
+        timeout = max(0.1, self._next_look - time.monotonic())
         if not self._alive:
             self._say_that_others_run()
+            time.sleep(timeout)
+            return
         objects: list[Any] = [each for worker in self._alive.values() for each in (worker.connection, worker.process.sentinel)]
-        # Without workers this sleeps
-        wait(objects, max(0.1, self._next_look - time.monotonic()))
+        wait(objects, timeout)
         for worker in list(self._alive.values()):
             self._hear(worker)
             if not worker.process.is_alive():
