@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
-from sb3_offline_ft.study.engine.run_folder import CellResult, run_folder, write_result
+from sb3_offline_ft.study.engine.folder import CellResult, run_folder, write_result
 
 WARMUP, EPISODES = 2_000, 10
 J_RANDOM, J0 = 17.0, 1100.0

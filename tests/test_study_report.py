@@ -19,10 +19,10 @@ from sb3_offline_ft.cli import app
 from sb3_offline_ft.evaluation.finetuning_metrics import finetuning_metrics
 from sb3_offline_ft.study import Cell, Protocol, study_results, write_report
 from sb3_offline_ft.study.engine.cell import run_cell
-from sb3_offline_ft.study.engine.provenance import data_facts, machines_table, provenance
 from sb3_offline_ft.study.engine.queue import StudyQueue
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.looks import USUAL, looks_of
+from sb3_offline_ft.study.report.provenance import data_facts, machines_table, provenance
 from tests.made_up_study import J_RANDOM, level, result_of, write_run, write_runs, write_study
 from tests.reported_studies import (
     METHODS,

@@ -7,23 +7,22 @@ from pathlib import Path
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.pages.html import Picture, render_page
 from sb3_offline_ft.pages.pictures import Drawing
-from sb3_offline_ft.study.design.protocol import STUDY_FILE, Protocol
-from sb3_offline_ft.study.engine.provenance import (
+from sb3_offline_ft.study.design.protocol import STUDY_FILE
+from sb3_offline_ft.study.engine.folder import MANIFEST, RUNS, run_folder
+from sb3_offline_ft.study.engine.results import StudyResults, study_results
+from sb3_offline_ft.study.report import figures, tables
+from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers, slugs
+from sb3_offline_ft.study.report.definitions import SOURCES, definitions
+from sb3_offline_ft.study.report.factors import factor_levels
+from sb3_offline_ft.study.report.looks import looks_of, page_colours
+from sb3_offline_ft.study.report.provenance import (
     commands,
     data_card,
     data_facts,
     machines_table,
     missing_table,
     provenance,
-    remember_data_of_runs,
 )
-from sb3_offline_ft.study.engine.results import StudyResults, load_results
-from sb3_offline_ft.study.engine.run_folder import MANIFEST, RUNS, run_folder
-from sb3_offline_ft.study.report import figures, tables
-from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers, slugs
-from sb3_offline_ft.study.report.definitions import SOURCES, definitions
-from sb3_offline_ft.study.report.factors import factor_levels
-from sb3_offline_ft.study.report.looks import looks_of, page_colours
 from sb3_offline_ft.study.report.tables import TextTable
 from sb3_offline_ft.study.report.verdict import Sections, verdict
 from sb3_offline_ft.study.report.words import counted, listed
@@ -48,33 +47,6 @@ class Part:
     tables: Sequence[TextTable] = ()
     folded: Sequence[TextTable] = ()
     pictures: list[Picture] = field(default_factory=list)
-
-
-def study_results(folder: str | Path, storage: str | None = None, trust_pickle: bool = False) -> StudyResults:
-    """
-    Read what is known of a study: from its run folders, and from its storage if there is one.
-
-    :param folder: The study's folder
-    :param storage: Its storage, None for the journal in its folder
-    :param trust_pickle: Whether datasets may be read from pickle files: that runs code which these hold
-    :return: The results
-    :raises OSError: There is no study, or its storage cannot be read
-    :raises ValueError: Its protocol is wrong
-    """
-    from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
-    from sb3_offline_ft.study.engine.queue import JOURNAL, StudyQueue, fault_text
-
-    protocol = Protocol.load(folder, trust_pickle)
-    if storage is None and not (protocol.folder / JOURNAL).exists():
-        remember_data_of_runs(protocol)
-        return load_results(protocol)
-    try:
-        with StudyQueue(protocol, storage, create=False) as queue:
-            queue.restore_run_folders()
-            errors = {status.key: status.error for status in queue.statuses() if status.error is not None}
-    except STORAGE_FAULTS as error:
-        raise OSError(f"The storage failed: {fault_text(error)}.") from None
-    return load_results(queue.protocol, errors=errors)
 
 
 def write_report(
