@@ -73,13 +73,10 @@ def show(
     everything: Annotated[bool, typer.Option("--all", help="Show every episode, signal and candidate too.")] = False,
 ) -> None:
     """Show the alarms, rollbacks and remedies of a run that a collapse guard watched."""
-    from sb3_offline_ft.collapse.show import show_events
+    with reporting("guard show"):
+        from sb3_offline_ft.collapse.show import show_events
 
-    try:
         show_events(run, figure, everything)
-    except (OSError, ValueError) as error:
-        typer.echo(f"sb3-offline-ft guard show: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a dataset with this id.")]
@@ -236,7 +233,8 @@ def dataset_collect(
         from rich.console import Console
 
         import sb3_offline_ft.zoo
-        from sb3_offline_ft.datasets.tools.collect import RANDOM, Behaviour, collect_dataset
+        from sb3_offline_ft.datasets.tools.agents import RANDOM
+        from sb3_offline_ft.datasets.tools.collect import Behaviour, collect_dataset
 
         sb3_offline_ft.zoo.register()
         if random and algo not in (None, RANDOM):

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
-from sb3_offline_ft.study.engine.run_folder import CellResult, run_folder, write_result
+from sb3_offline_ft.study.engine.folder import CellResult, run_folder, write_result
 
 WARMUP, EPISODES = 2_000, 10
 J_RANDOM, J0 = 17.0, 1100.0
@@ -142,6 +142,11 @@ def write_study(folder: Path, changes: Mapping[str, Any] | None = None) -> Proto
     return Protocol.load(folder)
 
 
+def write_run(protocol: Protocol, cell: Cell, result: CellResult) -> None:
+    """Write a result into the cell's run folder, in place of what is there."""
+    write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, result.manifest["key"]), result)
+
+
 def write_runs(protocol: Protocol, cells: Iterable[Cell] | None = None, curve: Curve = level, **facts: Any) -> None:
     """
     :param protocol: The study's protocol
@@ -150,5 +155,4 @@ def write_runs(protocol: Protocol, cells: Iterable[Cell] | None = None, curve: C
     :param facts: What all manifests say besides, or otherwise
     """
     for cell in protocol.cells() if cells is None else cells:
-        result = result_of(protocol, cell, curve, **facts)
-        write_result(run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, result.manifest["key"]), result)
+        write_run(protocol, cell, result_of(protocol, cell, curve, **facts))

@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.engine.cell import run_cell
+from sb3_offline_ft.study.engine.folder import CellResult
 from sb3_offline_ft.study.engine.queue import KEY, WORKER, CellState, StudyQueue
-from sb3_offline_ft.study.engine.run_folder import CellResult
 from tests.conftest import REPOSITORY
 from tests.study_environments import FOLDER_VARIABLE
 

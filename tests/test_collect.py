@@ -26,7 +26,8 @@ import sb3_offline_ft.zoo
 from sb3_offline_ft import OfflineDataset, load_dataset
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.datasets import reference_scores_for
-from sb3_offline_ft.datasets.tools.collect import Behaviour, EpisodeRecorder, collect_dataset, stop_on_signals
+from sb3_offline_ft.datasets.tools.collect import Behaviour, collect_dataset, stop_on_signals
+from sb3_offline_ft.datasets.tools.recorder import EpisodeRecorder
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 
@@ -323,9 +324,9 @@ class TestWhatIsRecorded:
         again, _ = gym.make("Pendulum-v1").reset(seed=derive_seed(3, 0))
         assert (first == again).all()
         recorder.step(np.zeros(1, np.float32))
-        recorder.cut()
+        recorder.end(terminated=False)
         assert len(recorder.complete) == 1 and recorder.complete[0].truncations[-1]
-        recorder.cut()
+        recorder.end(terminated=False)
         assert len(recorder.complete) == 1, "there is nothing more to cut"
 
 

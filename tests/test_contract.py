@@ -299,5 +299,5 @@ def test_environment_refuses_what_it_does_not_know():
 
 def test_documentation_lists_the_clauses():
     page = (REPOSITORY / "docs" / "custom_algorithms.md").read_text()
-    for name, check in CLAUSES.items():
-        assert f"| `{name}` | {check.__doc__.replace('``', '`')} |" in page
+    rows = [f"| `{name}` | {check.__doc__.replace('``', '`')} |" for name, check in CLAUSES.items()]
+    assert len(rows) == 36 and "\n".join(["|---|---|", *rows, "\n"]) in page

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.evaluation import summarize_run
-from sb3_offline_ft.study.engine.run_folder import read_result, write_result
+from sb3_offline_ft.study import Protocol, study_results
+from sb3_offline_ft.study.engine.folder import read_result, run_folder, write_result
+from sb3_offline_ft.study.engine.queue import RESULT, StudyQueue
 from tests import made_up_study, study_runs
 from tests.test_opening_files import command, make_run
 
@@ -223,6 +226,31 @@ def test_a_damaged_cell_is_made_again_by_the_next_run(with_storage: bool, tmp_pa
         result = read_result(cell)
         assert result is not None and expected is not None
         study_runs.assert_same(result, expected)
+
+
+@pytest.mark.parametrize("text", ["", "no result", '{"arrays": {}}'])
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_so_is_one_that_is_damaged_in_the_storage_too(has_folder: bool, text: str, tmp_path: Path) -> None:
+    folder = study_runs.write_study(tmp_path / "study", seeds=1, methods={"scratch": study_runs.STUDY["methods"]["scratch"]})
+    (expected,) = study_runs.undisturbed(folder).values()
+    with StudyQueue(Protocol.load(folder)) as queue:
+        queue.enqueue()
+        claim = queue.claim(list(queue.cells))
+        assert claim is not None
+        queue.storage.set_trial_user_attr(queue.trial_id(claim.number), RESULT, text)
+        queue.storage.set_trial_state_values(queue.trial_id(claim.number), TrialState.COMPLETE, [0.0])
+        claim.let_go()
+    if has_folder:
+        (run,) = (run_folder(folder, None, "scratch", 0, key) for key in queue.cells)
+        write_result(run, expected)
+        NPZ_DAMAGES["half"](run / "training.npz")
+    output = command("study", "run", folder)
+    assert "Note: The result of no-data/scratch/seed0 in the storage is damaged" in output and "1 done" in output
+    assert (f"Note: {folder / 'runs'}" in output) == has_folder
+    (made,) = study_results(folder).runs
+    study_runs.assert_same(made.result, expected)
+    # Nothing is left to do, and nothing to be said
+    assert command("study", "run", folder) == "tiny: 1 done"
 
 
 @pytest.mark.parametrize("words", [*NPZ_DAMAGES, "returns of text", "flat returns", "no episodes", "fewer returns"])

@@ -230,8 +230,8 @@ class TestPictures:
             data.observations[:, :1], data.actions, data.rewards, data.next_observations[:, :1], data.terminations,
             data.truncations,
         )  # fmt: skip
-        assert figures.draw_states(line, "x") is None
-        assert figures.draw_states(data, "x") is not None
+        assert figures.draw_states(line) is None
+        assert figures.draw_states(data) is not None
 
     def test_images_parts_and_many_actions(self, tmp_path: Path) -> None:
         generator = np.random.default_rng(0)

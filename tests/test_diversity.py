@@ -279,8 +279,8 @@ class TestDatasets:
             data.observations, data.actions, data.rewards, data.next_observations, data.terminations
         )
         assert scaled_actions(unbounded).min() == -1.0 and scaled_actions(unbounded).max() == pytest.approx(1.0)
-        low, high = action_bounds(unbounded)
-        assert (low, high) == (data.actions.min(), data.actions.max())
+        low, high, known = action_bounds(unbounded)
+        assert (low, high, known) == (data.actions.min(), data.actions.max(), False)
 
     def test_measures_of_real_data(self) -> None:
         data = load_dataset("bundled:pendulum-medium")

@@ -13,7 +13,7 @@ import pytest
 
 from sb3_offline_ft.evaluation import finetuning_metrics
 from sb3_offline_ft.study import study_results, write_report
-from sb3_offline_ft.study.engine.run_folder import read_result
+from sb3_offline_ft.study.engine.folder import read_result
 from sb3_offline_ft.study.report.words import NONE
 from tests.conftest import REPOSITORY
 from tests.made_up_study import COLLAPSED_TO, write_runs, write_study

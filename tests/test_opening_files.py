@@ -38,8 +38,8 @@ from sb3_offline_ft.datasets.files.column_map import ColumnMap
 from sb3_offline_ft.datasets.files.zoo import read_zoo_yaml, saved_hyperparams
 from sb3_offline_ft.evaluation import summarize_run
 from sb3_offline_ft.study.design.protocol import Protocol
+from sb3_offline_ft.study.engine.folder import read_result
 from sb3_offline_ft.study.engine.queue import StudyQueue
-from sb3_offline_ft.study.engine.run_folder import read_result
 from tests import made_up_study, study_runs, zoo_runs
 from tests.conftest import REPOSITORY
 

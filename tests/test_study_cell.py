@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import zipfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,21 @@ from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.common.live import as_json
 from sb3_offline_ft.pretrained.recipe import Recipe
 from sb3_offline_ft.pretrained.start import new_pretraining_learner, pretrain
+from sb3_offline_ft.study.design.learners import algorithm_class, arguments_of, pretrained_learner
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine import cell as cell_module
-from sb3_offline_ft.study.engine.cell import FINETUNING, PRETRAINING, Measure, run_cell
-from sb3_offline_ft.study.engine.learners import algorithm_class, constructor_arguments, pretrained_learner
-from sb3_offline_ft.study.engine.results import find_result, keep_result, load_results
-from sb3_offline_ft.study.engine.run_folder import CellResult, read_result, run_folder, write_result
+from sb3_offline_ft.study.engine.cell import run_cell
+from sb3_offline_ft.study.engine.folder import (
+    CellResult,
+    find_result,
+    keep_result,
+    read_result,
+    run_folder,
+    write_result,
+)
+from sb3_offline_ft.study.engine.machine import machine_facts, processor
+from sb3_offline_ft.study.engine.measure import FINETUNING, PRETRAINING, Measure
+from sb3_offline_ft.study.engine.results import load_results
 from tests.study_environments import FOLDER_VARIABLE, GATED_PENDULUM
 
 NETS = {"policy_kwargs": {"net_arch": [16, 16]}}
@@ -164,7 +174,7 @@ def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
         method, hyperparams = cells[name].method, manifest["hyperparams"]
         assert manifest["algorithm"] == algorithm_class(method.algorithm).__name__
         assert manifest["frozen"] == (name == "offline")
-        written = as_json(constructor_arguments(method.hyperparams, make_vec_env("Pendulum-v1").action_space))
+        written = as_json(arguments_of(method.hyperparams, make_vec_env("Pendulum-v1").action_space))
         if "train_freq" in written:
             written["train_freq"] = [written["train_freq"], "step"]
         # The policy that there is has a name of its own
@@ -195,7 +205,7 @@ def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
 )
 def test_processors_are_told_apart_by_their_models(information: str, expected: tuple[str | None, ...], tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(information)
-    facts = cell_module._cpu(tmp_path / "cpuinfo")
+    facts = processor(tmp_path / "cpuinfo")
     assert facts == {"cpu": expected[0] or platform.processor() or platform.machine(), "cpu_model": expected[1]}
 
 
@@ -230,7 +240,7 @@ def test_a_version_is_recorded_where_the_package_is_not_installed(monkeypatch: p
 
     monkeypatch.setattr(importlib.metadata, "version", not_installed)
     monkeypatch.delitem(vars(sb3_offline_ft), "__version__", raising=False)
-    assert cell_module._machine()["versions"]["sb3-offline-ft"] == "0+not.installed"
+    assert machine_facts()["versions"]["sb3-offline-ft"] == "0+not.installed"
 
 
 @pytest.mark.parametrize(
@@ -327,10 +337,10 @@ def test_measured_episodes_start_alike_for_all_methods(study: Protocol) -> None:
 
 def test_hyperparameters_become_arguments_as_in_rl_zoo3() -> None:
     space = make_vec_env("Pendulum-v1").action_space
-    arguments = constructor_arguments({"noise_type": "normal", "noise_std": 0.3, "train_freq": [1, "episode"]}, space)
+    arguments = arguments_of({"noise_type": "normal", "noise_std": 0.3, "train_freq": [1, "episode"]}, space)
     assert arguments["train_freq"] == (1, "episode")
     assert arguments["action_noise"]._sigma.tolist() == [pytest.approx(0.3)]
-    schedule = constructor_arguments({"learning_rate": "lin_0.5"}, space)["learning_rate"]
+    schedule = arguments_of({"learning_rate": "lin_0.5"}, space)["learning_rate"]
     assert (schedule(1.0), schedule(0.5)) == (0.5, 0.25)
 
 
@@ -353,6 +363,9 @@ def test_the_same_result_gives_the_same_files(results: dict[str, CellResult], tm
         write_result(tmp_path / name, results["td3c-guard"])
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["collapse_events.jsonl", "evaluations.npz", "manifest.json", "training.npz"]
+    for file in ("evaluations.npz", "training.npz"):
+        with zipfile.ZipFile(tmp_path / "one" / file) as archive:
+            assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
 
@@ -458,12 +471,11 @@ def test_results_are_sorted_into_runs_failed_and_missing(
     study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult]
 ) -> None:
     key = {name: study.cell_key(cell) for name, cell in cells.items()}
-    found = load_results(study, {key["td3"]: results["td3"].to_json()}, {key["td3c"]: "Traceback ...", key["td3"]: "old"})
+    find_result(study, cells["td3"], results["td3"].to_json())
+    found = load_results(study, {key["td3c"]: "Traceback ...", key["td3"]: "old"})
     assert [run.cell.method.name for run in found.runs] == ["td3"]
     assert [cell.method.name for cell in found.failed] == ["td3c"]
     assert {cell.method.name for cell in found.missing} == cells.keys() - {"td3", "td3c"}
-    # The run folder is there now
-    assert [run.cell.method.name for run in load_results(study).runs] == ["td3"]
     shutil.rmtree(study.folder / "runs")
 
 

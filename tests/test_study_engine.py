@@ -19,16 +19,17 @@ from sqlalchemy import event
 
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.engine import queue as queue_module
+from sb3_offline_ft.study.engine.folder import CellResult
 from sb3_offline_ft.study.engine.queue import (
     ERROR,
     INTERRUPTED,
+    KEY,
     MOST_LOSSES,
     SUPERSEDED,
     CellState,
     StudyQueue,
-    results_in_storage,
 )
-from sb3_offline_ft.study.engine.run_folder import CellResult
+from sb3_offline_ft.study.engine.results import study_results
 from sb3_offline_ft.study.engine.status import show_status
 from sb3_offline_ft.tuning.storage import describe_trial, open_storage, without_password
 from tests.study_runs import STUDY, write_study
@@ -115,13 +116,12 @@ def test_what_was_enqueued_twice_is_run_once(make_queue: MakeQueue) -> None:
     first, second = make_queue(), make_queue()
     key = next(iter(first.cells))
     # Both saw that there was none
-    first._enqueue(key)
-    second._enqueue(key)
-    second._enqueue(key)
+    for queue in (first, second, second):
+        queue.study.enqueue_trial({}, user_attrs={KEY: key})
     claim = first.claim([key])
     assert claim is not None and claim.number == 0
     assert second.claim([key]) is None
-    # One that was taken before the other was looked at is put back
+    # One that was taken before the other was looked at is put back; only of two processes at once one takes the second
     assert second._take(key, 1) is None
     second.enqueue([key])
     claim.finish(a_result(first, key))
@@ -149,7 +149,7 @@ def test_results_are_exact_however_long_they_are(make_queue: MakeQueue, tmp_path
         read = each.local_result(claim.key)
         assert read is not None
         np.testing.assert_array_equal(read.training_returns, written.training_returns)
-    results = results_in_storage(elsewhere.protocol, elsewhere.location)
+    results = study_results(elsewhere.protocol.folder, elsewhere.location)
     assert [run.key for run in results.runs] == [claim.key] and len(results.missing) == 5
 
 
@@ -162,7 +162,7 @@ def test_failed_cells_are_tried_again_only_if_asked_for(make_queue: MakeQueue) -
     assert claim.fail("Traceback (most recent call last):\nValueError: no")
     assert states(queue)[0] == "failed"
     assert queue.enqueue([key]) == 0 and queue.claim([key]) is None
-    (failed,) = results_in_storage(queue.protocol, queue.location).failed.items()
+    (failed,) = study_results(queue.protocol.folder, queue.location).failed.items()
     assert failed[0].name == claim.cell.name and failed[1].endswith("ValueError: no")
     assert queue.enqueue([key], retry_failed=True) == 1
     assert states(queue)[0] == "waiting"
@@ -201,7 +201,7 @@ def test_the_cell_of_a_dead_worker_runs_again(make_queue: MakeQueue, storage: st
     claim = dead.claim([key])
     assert claim is not None
     assert alive.enqueue([key]) == 0 and states(alive)[0] == "running"
-    lose(dead, claim.number, storage, claim._release)
+    lose(dead, claim.number, storage, claim.let_go)
     assert alive.enqueue([key]) == 1 and states(alive)[0] == "waiting"
     again = alive.claim([key])
     assert again is not None and again.number == 1
@@ -220,7 +220,7 @@ def test_a_cell_that_always_kills_its_worker_counts_as_failed(make_queue: MakeQu
         assert queue.enqueue([key]) == 1, loss
         claim = queue.claim([key])
         assert claim is not None
-        claim._release()
+        claim.let_go()
         queue.lost(claim.number)
     assert queue.enqueue([key]) == 0
     assert states(queue)[0] == "failed"
@@ -293,7 +293,7 @@ def test_cells_that_are_the_same_run_once(tmp_path: Path) -> None:
     assert claim is not None
     claim.finish(a_result(queue, claim.key))
     assert states(queue) == ["done", "done"]
-    runs = results_in_storage(queue.protocol).runs
+    runs = study_results(tmp_path / "study").runs
     assert [run.result.manifest["name"] for run in runs] == ["medium/td3/seed0", "the-same/td3/seed0"]
 
 

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from sb3_offline_ft.cli import app
 from sb3_offline_ft.study.design.protocol import Protocol
+from sb3_offline_ft.study.engine.folder import CellResult
 from sb3_offline_ft.study.engine.queue import ERROR, WORKER, CellState, StudyQueue
 from sb3_offline_ft.study.engine.results import load_results
 from sb3_offline_ft.study.engine.run import StudyRun, run_study
-from sb3_offline_ft.study.engine.run_folder import CellResult
-from sb3_offline_ft.study.engine.worker import Evaluated, Interrupts, Worker, WorkerSettings, _Lines
+from sb3_offline_ft.study.engine.worker import Evaluated, Interrupts, PrintedLines, Worker, WorkerSettings
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM
 from tests.study_runs import (
     STUDY,
@@ -206,7 +206,7 @@ def test_a_worker_whose_command_died_gives_its_cell_back(gate: Path, watched: Pa
     command.join()
     assert [str(status.state) for status in queue.statuses()] == ["waiting"] * 3
     # Nobody listens to what it prints
-    assert _Lines(there).write("a\nb\n") == 4
+    assert PrintedLines(there).write("a\nb\n") == 4
     there.close()
 
 

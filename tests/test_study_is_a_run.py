@@ -13,10 +13,11 @@ from stable_baselines3.common.monitor import load_results
 
 from sb3_offline_ft import TD3BC, CollapseGuard, OfflineTD3
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.study.design.learners import algorithm_class, arguments_of
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
-from sb3_offline_ft.study.engine.cell import MEASURED_STREAM, Measure, run_cell
-from sb3_offline_ft.study.engine.learners import algorithm_class, constructor_arguments
-from sb3_offline_ft.study.engine.run_folder import CellResult
+from sb3_offline_ft.study.engine.cell import MEASURED_STREAM, run_cell
+from sb3_offline_ft.study.engine.folder import CellResult
+from sb3_offline_ft.study.engine.measure import Measure
 from tests.conftest import RunPython
 
 ENV, DATASET, SEED, INTERACTIONS, EVERY = "Pendulum-v1", "bundled:pendulum-medium", 3, 900, 300
@@ -42,7 +43,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_offline_ft.study.engine.cell import Measure
+from sb3_offline_ft.study.engine.measure import Measure
 
 
 class MeasureAsStudy(Measure):
@@ -101,7 +102,7 @@ def pretrained_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learner_settings() -> dict[str, Any]:
     space = make_vec_env(ENV).action_space
-    return constructor_arguments({key: value for key, value in SETTINGS.items() if key != "warmup_steps"}, space)
+    return arguments_of({key: value for key, value in SETTINGS.items() if key != "warmup_steps"}, space)
 
 
 def by_learn(algorithm: str, guard: dict[str, Any] | None, path: Path) -> tuple[OfflineTD3, Measure, CollapseGuard | None]:

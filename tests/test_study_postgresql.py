@@ -18,7 +18,8 @@ import pytest
 from rich.console import Console
 
 from sb3_offline_ft.study.design.protocol import Protocol
-from sb3_offline_ft.study.engine.queue import CellState, StudyQueue, results_in_storage
+from sb3_offline_ft.study.engine.queue import CellState, StudyQueue
+from sb3_offline_ft.study.engine.results import study_results
 from sb3_offline_ft.study.engine.run import run_study
 from tests.study_environments import CLOSED, GATED_PENDULUM
 from tests.study_runs import assert_each_done_once, assert_same, study_run, wait_until, write_study
@@ -129,7 +130,7 @@ def test_machines_share_a_study_through_a_server_and_take_over_from_the_dead(ser
     # The first machine is there again, and finds that nothing is left to do but to write what others found out
     assert run_study(here, storage=server, console=Console(file=io.StringIO())) == {"done": 6}
     assert not (here / "study.log").exists()
-    for run, other in zip(*(results_in_storage(Protocol.load(folder)).runs for folder in (here, there)), strict=True):
+    for run, other in zip(*(study_results(folder).runs for folder in (here, there)), strict=True):
         assert_same(run.result, other.result)
 
 

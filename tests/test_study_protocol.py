@@ -1,10 +1,11 @@
 """The file of a study: what it means, what is refused, and which runs it asks for."""
 
 import copy
-import inspect
+import json
 import pickle
 import shutil
 import sys
+import tarfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,17 +20,19 @@ from hypothesis import strategies as st
 
 from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
 from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.datasets import load_dataset
 from sb3_offline_ft.study import Protocol, init_study
 from sb3_offline_ft.study.design import identity
+from sb3_offline_ft.study.design.factory import METHOD_KEYS
 from sb3_offline_ft.study.design.identity import ALGORITHM_VERSIONS, RESULTS_VERSION
 from sb3_offline_ft.study.design.init import DEFAULT_METHODS, next_steps
-from sb3_offline_ft.study.design.method_factory import METHOD_KEYS
+from sb3_offline_ft.study.design.learners import algorithm_class
 from sb3_offline_ft.study.design.methods import preset
 from sb3_offline_ft.study.design.protocol import KEYS, Cell
-from sb3_offline_ft.study.engine.learners import algorithm_class
 from sb3_offline_ft.study.tuning.plan import TuningPlan, TuningSettings
 from sb3_offline_ft.td3c import TD3C
+from tests.conftest import REPOSITORY
 
 PENDULUM = "bundled:pendulum-medium"
 STUDY: dict[str, Any] = {
@@ -476,9 +479,9 @@ OF_REBRAC = {"actor_bc_coef": 0.01, "critic_bc_coef": 0.01, "online_actor_bc": "
 def test_defaults_are_those_of_this_version_of_results(algorithm: str, own: dict[str, Any]) -> None:
     """Facts leave defaults out. Whoever changes one raises a version; new arguments need not be here."""
     assert (RESULTS_VERSION, ALGORITHM_VERSIONS) == (2, {})
-    parameters = inspect.signature(algorithm_class(algorithm).__init__).parameters
+    defaults = constructor_arguments(algorithm_class(algorithm))
     expected = OF_ALL | own
-    assert {name: parameters[name].default for name in expected} == expected
+    assert {name: defaults[name] for name in expected} == expected
 
 
 def test_a_version_of_an_algorithm_changes_its_own_cells_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,6 +496,15 @@ def test_a_version_of_an_algorithm_changes_its_own_cells_only(monkeypatch: pytes
 def test_keys_stay_what_they_are() -> None:
     protocol = Protocol.parse(PINNED, Path("/nowhere/study.yml"))
     assert {cell.name: protocol.cell_key(cell) for cell in protocol.cells()} == PINNED_KEYS
+
+
+@pytest.mark.parametrize("name", ["hopper", "pendulum"])
+def test_archived_runs_are_those_of_the_committed_studies(name: str) -> None:
+    folder = REPOSITORY / "benchmarks" / "studies" / name
+    with tarfile.open(folder / "runs.tar.xz") as archive:
+        manifests = [archive.extractfile(member) for member in archive if member.name.endswith("/manifest.json")]
+        kept = {facts["name"]: facts["key"] for file in manifests if file is not None and (facts := json.load(file))}
+    assert kept and kept.items() <= keys(Protocol.load(folder)).items()
 
 
 def test_equal_data_is_the_same_wherever_it_is(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ from sb3_offline_ft.cli import app
 from sb3_offline_ft.datasets import load_dataset
 from sb3_offline_ft.evaluation.comparisons import compare_paired
 from sb3_offline_ft.pretrained.start import pretrain
+from sb3_offline_ft.study.design.learners import pretraining_recipe
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine.cell import run_cell
-from sb3_offline_ft.study.engine.learners import pretraining_recipe
 from sb3_offline_ft.study.engine.queue import KEY, CellState
 from sb3_offline_ft.study.engine.status import read_statuses
 from sb3_offline_ft.study.report.page import write_report

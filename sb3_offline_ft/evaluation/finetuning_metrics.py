@@ -126,19 +126,21 @@ def finetuning_metrics(
 
     initial, error = None, None
     if is_frozen.any():
-        initial, error = _mean_and_error(np.concatenate([episodes[i] for i in np.flatnonzero(is_frozen)]))
+        frozen = np.concatenate([episodes[i] for i in np.flatnonzero(is_frozen)])
+        initial, error = float(frozen.mean()), float(stats.sem(frozen)) if frozen.size > 1 else None
     scale = _scale(initial, random_return)
-    depth = area = below = recovered = recovery_time = collapsed = band = None
+    selected = _selected_curve(episodes, is_frozen)
+    depth = area = below = recovered = recovery_time = collapsed = band = selected_depth = None
     if initial is not None and random_return is not None and scale is not None:
         band = initial - max(2 * (error or 0.0), BAND_SHARE * scale)
         depth = float((initial - curve[lowest]) / scale)
         area = float(np.average(np.maximum(0.0, initial - curve), weights=weights) / scale)
         below = float(np.average(curve < band, weights=weights))
         recovered, recovery_time = _recovery(curve, times, band, consecutive)
+        selected_depth = None if selected is None else float((initial - selected.min()) / scale)
         if initial > random_return:
             collapsed = bool(curve[lowest] <= collapse_threshold(initial, random_return))
     path = curve if initial is None else np.concatenate([[initial], curve])
-    selected = _selected_curve(episodes, is_frozen)
     return FinetuningMetrics(
         initial_return=initial,
         initial_standard_error=error,
@@ -159,9 +161,7 @@ def finetuning_metrics(
         max_drawdown=float(np.max(np.maximum.accumulate(path) - path)),
         training_return=_training_return(training_timesteps, training_returns, -1 if is_frozen.all() else frozen_until),
         selected_return=None if selected is None else float(selected[-1]),
-        selected_dip_depth=None
-        if selected is None or initial is None or scale is None
-        else float((initial - selected.min()) / scale),
+        selected_dip_depth=selected_depth,
     )
 
 
@@ -301,13 +301,9 @@ def _checked_evaluations(
 
 
 def _resampled_means(rng: np.random.Generator, values: Array, n_means: int, size: int) -> Array:
-    n_at_a_time = max(1, MOST_NUMBERS // size)
-    parts = [min(n_at_a_time, n_means - start) for start in range(0, n_means, n_at_a_time)]
+    at_a_time = max(1, MOST_NUMBERS // size)
+    parts = (min(at_a_time, n_means - start) for start in range(0, n_means, at_a_time))
     return np.concatenate([rng.choice(values, (n, size)).mean(axis=1) for n in parts])
-
-
-def _mean_and_error(values: Array) -> tuple[float, float | None]:
-    return float(values.mean()), float(stats.sem(values)) if values.size > 1 else None
 
 
 def _scale(initial: float | None, random_return: float | None) -> float | None:
@@ -325,28 +321,18 @@ def _selected_curve(episodes: Sequence[Array], is_frozen: npt.NDArray[np.bool_])
     """Return of the best evaluated policy so far, after each evaluation that is not of the frozen policy."""
     if min(values.size for values in episodes) < 2:
         return None
+    # The frozen policy is one, with all its evaluations
+    pooled = [np.flatnonzero(is_frozen)] if is_frozen.any() else []
+    policies = [*pooled, *np.flatnonzero(~is_frozen)[:, None]]
     halves = [[values[: values.size // 2] for values in episodes], [values[values.size // 2 :] for values in episodes]]
+    means = [np.array([np.concatenate([half[i] for i in policy]).mean() for policy in policies]) for half in halves]
     curves = []
-    for choosing, measuring in (halves, halves[::-1]):
-        candidates = [
-            (float(choice.mean()), float(measure.mean()))
-            for choice, measure, frozen in zip(choosing, measuring, is_frozen, strict=True)
-            if not frozen
-        ]
-        if is_frozen.any():
-            # One policy, with all its evaluations
-            frozen = np.flatnonzero(is_frozen)
-            pooled = [float(np.concatenate([half[i] for i in frozen]).mean()) for half in (choosing, measuring)]
-            kept = (pooled[0], pooled[1])
-            candidates = candidates or [kept]
-        else:
-            kept = candidates[0]
-        curve = []
-        for candidate in candidates:
-            kept = max(kept, candidate, key=lambda one: one[0])
-            curve.append(kept[1])
-        curves.append(curve)
-    return np.asarray(np.mean(curves, axis=0), np.float64)
+    for choosing, measuring in (means, means[::-1]):
+        best_before = np.concatenate([[-np.inf], np.maximum.accumulate(choosing)[:-1]])
+        kept = np.maximum.accumulate(np.where(choosing > best_before, np.arange(len(policies)), 0))
+        curves.append(measuring[kept])
+    curve = np.asarray(np.mean(curves, axis=0), np.float64)
+    return curve[1:] if pooled and len(policies) > 1 else curve
 
 
 def _time_weights(times: Steps, free_from: int) -> Array:

@@ -24,15 +24,8 @@ def resample(
     numbers_per_run: int = 1,
 ) -> Any:
     """
-    The stratified bootstrap: each sample is resampled by itself, percentile intervals.
-
-    :param samples: One sample per dataset, runs on the last axis
-    :param function: Statistic of the samples, with ``axis``
-    :param confidence: Level of the interval
-    :param n_resamples: Number of resamples
-    :param seed: Same seed, same result
-    :param numbers_per_run: What the statistic needs for each run of a resample, which bounds how many are held at a time
-    :return: SciPy's ``BootstrapResult``
+    The stratified bootstrap with percentile intervals: each dataset's sample, runs on the last axis, is resampled by itself.
+    What the statistic needs for each run of a resample bounds how many are held at a time.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, found {confidence}.")
@@ -52,39 +45,22 @@ def resample(
     )
 
 
-def checked_scores(scores: Scores, name: str) -> list[Array]:
-    """
-    Check scores.
-
-    :param scores: Of each dataset the runs
-    :param name: Name of the argument, for the message
-    :return: Of each dataset the runs, shape ``(runs,)``
-    :raises ValueError: There are none, a shape is wrong, or one is not finite
-    """
+def checked_scores(scores: Scores, name: str = "scores") -> list[Array]:
+    """Of each dataset the runs, shape ``(runs,)``; the name of the argument is for the message."""
     samples = []
-    for dataset, values in _by_dataset(scores):
+    for dataset, values in _by_dataset(scores, name):
         sample = np.asarray(values, dtype=np.float64)
         if sample.ndim != 1 or sample.size == 0:
             raise ValueError(
                 f"`{name}` must have one array of runs per dataset, with at least one run: "
                 f"dataset {dataset} has shape {sample.shape}."
             )
-        _check_finite(sample, dataset)
-        samples.append(sample)
-    if not samples:
-        raise ValueError(f"`{name}` is empty: expected at least one dataset with runs.")
+        samples.append(_finite(sample, dataset))
     return samples
 
 
 def matching_scores(x: Scores, y: Scores) -> tuple[list[Array], list[Array]]:
-    """
-    Check the scores of two methods on the same datasets.
-
-    :param x: Of each dataset the runs of one method
-    :param y: The same of the other
-    :return: Both, datasets in the same order
-    :raises ValueError: The datasets differ, or as :func:`checked_scores`
-    """
+    """The checked scores of two methods on the same datasets, which are in the order of the first one."""
     if isinstance(x, Mapping) and isinstance(y, Mapping):
         if set(x) != set(y):
             raise ValueError(f"Both methods must have the same datasets: found {sorted(x)} and {sorted(y)}.")
@@ -96,16 +72,9 @@ def matching_scores(x: Scores, y: Scores) -> tuple[list[Array], list[Array]]:
 
 
 def checked_curves(curves: Curves, n_points: int) -> list[Array]:
-    """
-    Check learning curves.
-
-    :param curves: Of each dataset the curves, shape ``(runs, points)``
-    :param n_points: How many points a curve must have
-    :return: Of each dataset the curves, shape ``(points, runs)``
-    :raises ValueError: There are none, lengths differ, or a number is not finite
-    """
+    """Of each dataset the curves of all runs, which must have so many points; shape ``(points, runs)``."""
     samples = []
-    for dataset, values in _by_dataset(curves):
+    for dataset, values in _by_dataset(curves, "curves"):
         rows = [np.asarray(row, dtype=np.float64) for row in values]
         if not rows:
             raise ValueError(f"Dataset {dataset} has no runs.")
@@ -115,21 +84,20 @@ def checked_curves(curves: Curves, n_points: int) -> list[Array]:
                     f"All runs must have the same evaluations: run {run} of dataset {dataset} has shape {row.shape}, "
                     f"expected ({n_points},). Leave out unfinished runs, or cut all of them to the timesteps they share."
                 )
-        sample = np.stack(rows)
-        _check_finite(sample, dataset)
-        samples.append(np.ascontiguousarray(sample.T))
-    if not samples:
-        raise ValueError("`curves` is empty: expected at least one dataset with runs.")
+        samples.append(np.ascontiguousarray(_finite(np.stack(rows), dataset).T))
     return samples
 
 
-def _by_dataset(scores: Mapping[str, Any] | Sequence[Any]) -> list[tuple[str, Any]]:
+def _by_dataset(scores: Mapping[str, Any] | Sequence[Any], name: str) -> list[tuple[str, Any]]:
+    if len(scores) == 0:
+        raise ValueError(f"`{name}` is empty: expected at least one dataset with runs.")
     if isinstance(scores, Mapping):
-        return [(repr(name), values) for name, values in scores.items()]
+        return [(repr(dataset), values) for dataset, values in scores.items()]
     return [(str(position), values) for position, values in enumerate(scores)]
 
 
-def _check_finite(sample: Array, dataset: str) -> None:
+def _finite(sample: Array, dataset: str) -> Array:
     if not np.isfinite(sample).all():
         run = int(np.argwhere(~np.isfinite(sample))[0][0])
         raise ValueError(f"Run {run} of dataset {dataset} has a score of nan or inf: statistics need finite numbers.")
+    return sample

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from sb3_offline_ft.common.io import atomic_write, naming_damage, read_npz
+from sb3_offline_ft.common.io import naming_damage, read_npz
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
 
 EVALUATIONS = "evaluations.npz"
@@ -132,33 +132,24 @@ class RunSummary:
 
         :param path: The PNG file; written whole or not at all
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from sb3_offline_ft.pages.pictures import level, new_figure, save_png, shade
 
-        figure = Figure(figsize=(8, 4.2))
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        blue = "tab:blue"
+        figure = new_figure((8, 4.2))
+        axes, blue = figure.subplots(), "tab:blue"
         axes.plot(self.training_timesteps, self.training_returns, ".", color="0.75", markersize=3, label="training episodes")
         spread = np.repeat(self.timesteps, self.returns.shape[1])
         axes.plot(spread, self.returns.ravel(), ".", color=blue, alpha=0.35, markersize=4)
         axes.plot(self.timesteps, self.mean_returns, "o-", color=blue, linewidth=2, markersize=4, label="evaluations (mean)")
-        if self.was_pretrained:
-            axes.axhline(self.initial_return, color=blue, linewidth=1, linestyle=":", label="pretrained policy")
-        if self.dataset is not None:
-            data_return = self.dataset.episode_returns.mean()
-            axes.axhline(data_return, color="0.4", linewidth=1, linestyle="--", label="mean of the data")
+        level(axes, self.initial_return if self.was_pretrained else None, (4, 3), "pretrained policy")
+        level(axes, None if self.dataset is None else self.dataset.episode_returns.mean(), (1, 2), "mean of the data")
         if self.warmup_steps > 0:
-            axes.axvspan(0, min(self.warmup_steps, self.timesteps[-1]), color="0.94", zorder=0, label="warm-up, policy frozen")
+            shade(axes, min(self.warmup_steps, self.timesteps[-1]), "warm-up, policy frozen")
         axes.set(xlabel="interactions with the environment", ylabel="return", xlim=(0, None))
-        axes.set_title(
-            f"{self.algorithm} on {self.environment} after {self.offline_steps:,} offline gradient steps", loc="left"
-        )
+        title = f"{self.algorithm} on {self.environment} after {self.offline_steps:,} offline gradient steps"
+        axes.set_title(title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=150)
+        save_png(figure, path)
 
 
 def summarize_run(folder: Path, trust_pickle: bool = False) -> RunSummary:
@@ -199,14 +190,7 @@ def summarize_run(folder: Path, trust_pickle: bool = False) -> RunSummary:
 
 
 def show_run(folder: Path, figure: Path | None = None, console: Console | None = None, trust_pickle: bool = False) -> None:
-    """
-    Print the summary of a run and write its picture.
-
-    :param folder: The run's folder
-    :param figure: Where the picture shall be, by default ``run.png`` in the run's folder
-    :param console: Where to print
-    :param trust_pickle: As for :func:`summarize_run`
-    """
+    """Print the summary of a run, and write its picture, by default into the run's folder."""
     summary = summarize_run(folder, trust_pickle)
     figure = figure or folder / FIGURE
     summary.draw(figure)

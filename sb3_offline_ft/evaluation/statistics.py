@@ -137,7 +137,7 @@ def aggregate(
     :return: The estimate
     :raises ValueError: There are no scores, or one is not finite
     """
-    samples = checked_scores(scores, "scores")
+    samples = checked_scores(scores)
     function, name = _known_statistic(statistic)
     return _bootstrap(samples, function, f"{name} of {_runs(samples)}", confidence, n_resamples, seed)
 
@@ -235,25 +235,20 @@ def performance_profile(
     """
     if band not in ("pointwise", "simultaneous"):
         raise ValueError(f"`band` must be 'pointwise' or 'simultaneous', found {band!r}.")
-    samples = checked_scores(scores, "scores")
+    samples = checked_scores(scores)
     points = np.asarray(thresholds, dtype=np.float64)
     is_above = [(sample > points[:, None]).astype(np.float64) for sample in samples]
+    name = f"share of {_runs(samples)} above the threshold"
 
     def share(*resampled: Array, axis: int = -1) -> Array:
         return np.asarray(_pooled(*resampled, axis=axis).mean(axis=axis))
 
-    value = share(*is_above)
-    name = f"share of {_runs(samples)} above the threshold"
-    if min(map(len, samples)) < 2:
-        return _no_band(points, value, samples, name)
-    if band == "pointwise":
-        low, high = resample(is_above, share, confidence, n_resamples, seed, points.size).confidence_interval
-        method = f"{name}, pointwise {_bootstrap_name(confidence, n_resamples)}"
-    else:
-        deviation = stats.kstwo.ppf(confidence, sum(map(len, samples)))
-        low, high = np.maximum(value - deviation, 0.0), np.minimum(value + deviation, 1.0)
-        method = f"{name}, simultaneous {100 * confidence:g} % Kolmogorov band"
-    return Band(points, value, np.asarray(low), np.asarray(high), sum(map(len, samples)), method)
+    if band == "pointwise" or min(map(len, samples)) < 2:
+        return _pointwise_band(points, is_above, share, name, confidence, n_resamples, seed)
+    value, n = share(*is_above), sum(map(len, samples))
+    deviation = stats.kstwo.ppf(confidence, n)
+    low, high = np.maximum(value - deviation, 0.0), np.minimum(value + deviation, 1.0)
+    return Band(points, value, low, high, n, f"{name}, simultaneous {100 * confidence:g} % Kolmogorov band")
 
 
 def curve_band(
@@ -281,14 +276,26 @@ def curve_band(
     points = np.asarray(timesteps, dtype=np.float64)
     samples = checked_curves(curves, points.size)
     function, name = _known_statistic(statistic)
-    value = function(*samples, axis=-1)
-    runs = [sample[0] for sample in samples]
-    name = f"{name} of {_runs(runs)}"
-    if min(map(len, runs)) < 2:
-        return _no_band(points, value, runs, name)
+    return _pointwise_band(points, samples, function, f"{name} of {_runs(samples)}", confidence, n_resamples, seed)
+
+
+def _pointwise_band(
+    points: Array,
+    samples: list[Array],
+    function: Callable[..., Array],
+    name: str,
+    confidence: float,
+    n_resamples: int,
+    seed: int,
+) -> Band:
+    """A curve of samples with the shape ``(points, runs)``."""
+    value, counts = function(*samples, axis=-1), [sample.shape[-1] for sample in samples]
+    if min(counts) < 2:
+        nothing = np.full(points.shape, np.nan)
+        return Band(points, value, nothing, nothing, sum(counts), f"{name}, {_SINGLE_RUN}")
     low, high = resample(samples, function, confidence, n_resamples, seed, points.size).confidence_interval
     method = f"{name}, pointwise {_bootstrap_name(confidence, n_resamples)}"
-    return Band(points, value, np.asarray(low), np.asarray(high), sum(map(len, runs)), method)
+    return Band(points, value, np.asarray(low), np.asarray(high), sum(counts), method)
 
 
 def _bootstrap(
@@ -316,17 +323,12 @@ def _once(samples: list[Array], name: str) -> list[Array]:
     return samples[:1]
 
 
-def _no_band(points: Array, value: Array, samples: list[Array], name: str) -> Band:
-    nothing = np.full(points.shape, np.nan)
-    return Band(points, value, nothing, nothing, sum(map(len, samples)), f"{name}, {_SINGLE_RUN}")
-
-
 def _bootstrap_name(confidence: float, n_resamples: int) -> str:
     return f"{100 * confidence:g} % stratified percentile bootstrap ({n_resamples:,} resamples)"
 
 
 def _runs(samples: list[Array]) -> str:
-    n, n_datasets = sum(map(len, samples)), len(samples)
+    n, n_datasets = sum(sample.shape[-1] for sample in samples), len(samples)
     return f"{n} run{'s' * (n != 1)} on {n_datasets} dataset{'s' * (n_datasets != 1)}"
 
 

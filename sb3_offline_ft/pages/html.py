@@ -4,18 +4,16 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
-STYLE = "style.css.jinja"
-"""The style that templates include: light and dark, narrow screens and paper."""
-
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on a page.
+    """
+    A picture on a page.
 
-    :param svg: The ``<svg>`` element.
-    :param title: What it shows.
-    :param caption: How to read it.
-    :param words: What can be seen in it, for those who do not see it.
+    :param svg: The ``<svg>`` element
+    :param title: What it shows
+    :param caption: How to read it
+    :param words: What can be seen in it, for those who do not see it
     """
 
     svg: str
@@ -25,18 +23,11 @@ class Picture:
 
 
 def render_page(package: str, template: str, **values: Any) -> bytes:
-    """
-    Fill a template.
-
-    :param package: The package that has it, and the templates that it includes; :data:`STYLE` is found from everywhere
-    :param template: Its file name
-    :param values: What it asks for
-    :return: The page
-    """
+    """Fill a template of a package, which may include ``style.css.jinja``: light and dark, narrow screens and paper."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("sb3_offline_ft.pages", ".")]), autoescape=True,
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader(__package__, ".")]), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template(template).render(version=_version(), **values).encode("utf-8")

@@ -3,13 +3,19 @@
 import html
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.pages.html import Picture
 
 INK, FAINT = "#1c2129", "#c9d1da"
 """Colours of text and of lines; pages replace them by their own."""
@@ -32,24 +38,53 @@ _STYLE: dict[Any, Any] = {
     # Labels with dollar signs are names, not formulas
     "text.parse_math": False,
 }
+_WHITE: dict[Any, Any] = {"figure.facecolor": "white"}
+
+Paint = Callable[[Figure], None]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """
+    A picture that is yet to be drawn.
+
+    :param name: Its name, for files and ids
+    :param title: What it shows
+    :param caption: How to read it
+    :param words: What can be seen in it, for those who do not see it
+    :param paint: Draws it into a figure
+    :param size: Width and height in inches
+    """
+
+    name: str
+    title: str
+    caption: str
+    words: str
+    paint: Paint
+    size: tuple[float, float]
+
+    def on_page(self, colours: Mapping[str, str] | None = None) -> Picture:
+        """The picture in the colours of the page, some of which :func:`inline_svg` is told."""
+        svg = inline_svg(self.name, self.paint, self.size, words=f"{self.title}. {self.words}", colours=colours)
+        return Picture(svg, self.title, self.caption, self.words)
+
+    def files(self) -> dict[str, bytes]:
+        """Contents of an ``svg`` and a ``png`` file."""
+        return picture_files(self.name, self.paint, self.size, self.title)
 
 
 def inline_svg(
-    name: str,
-    paint: Callable[[Figure], None],
-    size: tuple[float, float],
-    *,
-    words: str = "",
-    colours: Mapping[str, str] | None = None,
+    name: str, paint: Paint, size: tuple[float, float], *, words: str = "", colours: Mapping[str, str] | None = None
 ) -> str:
-    """Draw a picture for a page.
+    """
+    Draw a picture for a page.
 
-    :param name: Told from those of the other pictures on the page.
-    :param paint: Draws into the figure.
-    :param size: Width and height in inches.
-    :param words: What screen readers say of it.
-    :param colours: More colours, as ``#rrggbb``, and what the page's style calls them, such as ``var(--accent)``.
-    :return: An ``<svg>`` element, the same for the same content.
+    :param name: Told from those of the other pictures on the page
+    :param paint: Draws into the figure
+    :param size: Width and height in inches
+    :param words: What screen readers say of it
+    :param colours: More colours, as ``#rrggbb``, and what the page's style calls them, such as ``var(--accent)``
+    :return: An ``<svg>`` element, the same for the same content
     """
     text = _draw_svg(name, paint, size, {})
     text = text[text.index("<svg") :]
@@ -64,29 +99,18 @@ def inline_svg(
     return text
 
 
-def picture_files(name: str, paint: Callable[[Figure], None], size: tuple[float, float], title: str) -> dict[str, bytes]:
-    """Draw a picture for files, with dark lines on white.
-
-    :param name: As for :func:`inline_svg`.
-    :param paint: Draws into the figure.
-    :param size: Width and height in inches.
-    :param title: Written into the files.
-    :return: The contents of an ``svg`` and of a ``png`` file (200 dots an inch), the same for the same picture.
-    """
-    white: dict[Any, Any] = {"figure.facecolor": "white"}
-    text = _draw_svg(name, paint, size, {**white, "svg.fonttype": "path"}, title)
-    with rc_context({**_STYLE, **white}):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
+def picture_files(name: str, paint: Paint, size: tuple[float, float], title: str) -> dict[str, bytes]:
+    """Draw a picture with dark lines on white: an ``svg`` and a ``png`` file (200 dots an inch) that have this title."""
+    text = _draw_svg(name, paint, size, {**_WHITE, "svg.fonttype": "path"}, title)
+    with rc_context({**_STYLE, **_WHITE}):
+        figure = new_figure(size)
         paint(figure)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=200, metadata={"Title": title, "Software": None})
     return {"svg": text.encode("utf-8"), "png": stream.getvalue()}
 
 
-def _draw_svg(
-    name: str, paint: Callable[[Figure], None], size: tuple[float, float], style: dict[Any, Any], title: str | None = None
-) -> str:
+def _draw_svg(name: str, paint: Paint, size: tuple[float, float], style: dict[Any, Any], title: str | None = None) -> str:
     with rc_context({**_STYLE, **style, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
@@ -95,3 +119,41 @@ def _draw_svg(
         named = {} if title is None else {"Title": title}
         figure.savefig(stream, format="svg", dpi=200, metadata={"Date": None, "Creator": None, **named})
     return stream.getvalue().decode("utf-8")
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A figure for a picture of dots, which pyplot does not know."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure into a file, whole or not at all."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def panels(figure: Figure, n: int, n_columns: int = 1, sharey: bool = False) -> list[Axes]:
+    """The first panels of a grid with so many columns and one x axis; the rest of the last row is left empty."""
+    grid = list(figure.subplots(-(-n // n_columns), n_columns, squeeze=False, sharex=True, sharey=sharey).flat)
+    for axes in grid[n:]:
+        axes.set_visible(False)
+    return grid[:n]
+
+
+def label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Name what is drawn at the heights 0, 1, 2 and so on, the first at the top."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def shade(axes: Axes, until: float, label: str | None = None) -> None:
+    """Shade the time before a step."""
+    axes.axvspan(0, until, color=INK, alpha=0.07, linewidth=0, label=label)
+
+
+def level(axes: Axes, height: float | None, dashes: tuple[float, float], label: str | None = None) -> None:
+    """A thin line across, if there is such a level."""
+    if height is not None:
+        axes.axhline(height, color=INK, linewidth=1, linestyle=(0, dashes), label=label)

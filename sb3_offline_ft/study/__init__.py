@@ -7,10 +7,10 @@ from sb3_offline_ft.common.lazy import lazy_names
 if TYPE_CHECKING:
     from sb3_offline_ft.study.design.init import init_study
     from sb3_offline_ft.study.design.protocol import Cell, EvaluationPlan, Method, Protocol
-    from sb3_offline_ft.study.engine.results import Run, StudyResults
+    from sb3_offline_ft.study.engine.folder import CellResult
+    from sb3_offline_ft.study.engine.results import Run, StudyResults, study_results
     from sb3_offline_ft.study.engine.run import run_study
-    from sb3_offline_ft.study.engine.run_folder import CellResult
-    from sb3_offline_ft.study.report.page import study_results, write_report
+    from sb3_offline_ft.study.report.page import write_report
 
 __all__ = [
     "Cell",
@@ -31,9 +31,9 @@ __getattr__, __dir__ = lazy_names(
     {
         "design.init": ("init_study",),
         "design.protocol": ("Cell", "EvaluationPlan", "Method", "Protocol"),
-        "engine.results": ("Run", "StudyResults"),
+        "engine.folder": ("CellResult",),
+        "engine.results": ("Run", "StudyResults", "study_results"),
         "engine.run": ("run_study",),
-        "engine.run_folder": ("CellResult",),
-        "report.page": ("study_results", "write_report"),
+        "report.page": ("write_report",),
     },
 )

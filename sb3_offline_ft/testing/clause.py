@@ -13,21 +13,15 @@ Clause = Callable[..., None]
 
 
 def require_algorithm(algorithm: Any) -> None:
-    """
-    :param algorithm: Anything
-    :raises TypeError: It is not a subclass of ``OfflineTD3``
-    """
+    """Refuse what is no subclass of ``OfflineTD3`` by a ``TypeError``."""
     if not (inspect.isclass(algorithm) and issubclass(algorithm, OfflineTD3)):
         raise TypeError(f"The contract is for OfflineTD3 and its subclasses, found {algorithm!r}.")
 
 
 def clause(function: Clause) -> Clause:
     """
-    Make a function a clause.
-
-    :param function: The function
-    :return: The same, which refuses what is no algorithm and hears no ``UserWarning``: what an algorithm warns of is its own
-        business
+    Make a function a clause: it refuses what is no algorithm, and hears no ``UserWarning``, as what an algorithm warns of is
+    its own business.
     """
 
     @functools.wraps(function)

@@ -10,45 +10,10 @@ from sb3_offline_ft.testing.clause import Clause, require_algorithm
 __all__ = ["CLAUSES", "check_algorithm"]
 
 CLAUSES: dict[str, Clause] = {
-    check.__name__.removeprefix("check_"): check
-    for check in (
-        spaces.check_observation_spaces,
-        spaces.check_observation_spaces_with_data,
-        spaces.check_observations_that_data_cannot_hold,
-        spaces.check_wrong_data,
-        spaces.check_action_spaces,
-        spaces.check_unsupported_action_spaces,
-        spaces.check_predict,
-        training.check_same_seed_same_result,
-        training.check_set_random_seed,
-        training.check_phases,
-        training.check_without_data,
-        training.check_offline_fraction,
-        training.check_targets,
-        training.check_n_step_returns,
-        training.check_several_environments,
-        training.check_vec_normalize,
-        training.check_combinations,
-        training.check_rollouts,
-        training.check_action_noise,
-        training.check_learning_rate_schedules,
-        training.check_kernels_agree,
-        training.check_make_vec_env,
-        saving.check_save_load,
-        saving.check_resumed_pretraining,
-        saving.check_resumed_finetuning,
-        saving.check_files_hold_no_data,
-        saving.check_dataset_is_found_again,
-        saving.check_exchange,
-        saving.check_parameters,
-        saving.check_copies,
-        saving.check_snapshot,
-        monitoring.check_callbacks,
-        monitoring.check_stopping,
-        monitoring.check_collapse_guard,
-        monitoring.check_logs,
-        monitoring.check_progress_bars,
-    )
+    name.removeprefix("check_"): check
+    for module in (spaces, training, saving, monitoring)
+    for name, check in vars(module).items()
+    if name.startswith("check_")
 }
 """The clauses by name, in the order in which they are checked."""
 

@@ -73,11 +73,7 @@ class PointEnv(gym.Env[Any, npt.NDArray[Any]]):
 
 
 def encode(space: spaces.Space[Any], position: npt.NDArray[np.float64]) -> Any:
-    """
-    :param space: A space
-    :param position: Two numbers in [-1, 1]
-    :return: An element of the space that depends on the position alone
-    """
+    """An element of a space that depends on a position alone, which is two numbers in [-1, 1]."""
     if isinstance(space, spaces.Dict):
         return {key: encode(part, position) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):

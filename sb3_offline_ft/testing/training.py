@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.testing.clause import clause
@@ -26,21 +26,16 @@ from sb3_offline_ft.testing.learners import (
     differs,
     folder,
     make,
+    moving,
+    reloaded,
     small_extractor,
     state,
+    vec_env,
     vector_data,
 )
 from sb3_offline_ft.testing.point_env import VECTOR, PointEnv, record
 from sb3_offline_ft.testing.spaces import OTHERS_WITH_DATA, VECTORS
-from sb3_offline_ft.update import AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
-
-
-def _vec_env(n_envs: int, space: spaces.Space[Any] = VECTOR) -> DummyVecEnv:
-    return DummyVecEnv([partial(_monitored, space) for _ in range(n_envs)])
-
-
-def _monitored(space: spaces.Space[Any]) -> Monitor[Any, Any]:
-    return Monitor(PointEnv(space))
+from sb3_offline_ft.update import Batch, FastKernel, NotSupportedError
 
 
 def _noise() -> NormalActionNoise:
@@ -96,8 +91,7 @@ def check_phases(algorithm: Algorithm, **settings: Any) -> None:
     assert model.offline_steps_done == n_offline, f"`learn` leaves {model.offline_steps_done} offline steps, not {n_offline}"
     assert len(watch.actions) == 60, f"`learn(60)` took {len(watch.actions)} steps"
     pretrained = watch.states[0]
-    for network in ("actor.", "critic."):
-        assert differs(pretrained, before, network), f"pretraining changed nothing in {network.rstrip('.')}"
+    assert differs(pretrained, before, "actor.") and differs(pretrained, before, "critic."), "pretraining changed nothing"
     frozen = make(algorithm, settings, dataset=None)
     frozen.policy.load_state_dict(pretrained)
     for step in range(n_warm):
@@ -126,7 +120,8 @@ def check_offline_fraction(algorithm: Algorithm, **settings: Any) -> None:
     """Each online batch holds exactly the share of offline rows that is asked for, each offline batch no other rows."""
     for fraction, expected in ((0.0, 0), (0.25, 4), (1.0, 16), ("lin_1.0_0.0", None)):
         model = make(algorithm, settings, dataset=vector_data(), offline_steps=4, offline_fraction=fraction, batch_size=16)
-        batches = _observed(model)
+        batches: list[Batch] = []
+        _watch_updates(model, batches.append)
         model.learn(40)
         n_offline = [int(batch.is_offline.sum()) for batch in batches]  # type: ignore[union-attr]
         assert n_offline[:4] == [16] * 4, f"batches of 16 in pretraining have {n_offline[:4]} offline rows"
@@ -138,17 +133,15 @@ def check_offline_fraction(algorithm: Algorithm, **settings: Any) -> None:
             assert online == sorted(online, reverse=True) and len(set(online)) > 8, f"{fraction!r} gives {online}"
 
 
-def _observed(model: OfflineTD3) -> list[Batch]:
-    """The batches that the critics are updated with, from now on."""
-    batches: list[Batch] = []
+def _watch_updates(model: OfflineTD3, look: Callable[[Batch], object]) -> None:
+    """From now on, have a look at each batch before the critics are updated with it."""
     update = model._update_critic
 
-    def observe(batch: Batch) -> None:
-        batches.append(batch)
+    def look_and_update(batch: Batch) -> None:
+        look(batch)
         update(batch)
 
-    model._update_critic = observe  # type: ignore[method-assign]
-    return batches
+    model._update_critic = look_and_update  # type: ignore[method-assign]
 
 
 @clause
@@ -158,24 +151,29 @@ def check_targets(algorithm: Algorithm, **settings: Any) -> None:
         model = make(
             algorithm, settings, dataset=vector_data(), n_steps=n_steps, target_policy_noise=0.0, batch_size=64
         ).pretrain(5)
-        with model.life_cycle.pretraining():
-            batch = model.draw_batch(model.batch_size)
-            targets = model._target_q_values(batch)
-            ended = model._target_q_values(batch._replace(dones=th.ones_like(batch.dones)))
-            undiscounted = model._target_q_values(batch._replace(dones=th.zeros_like(batch.dones)))
-        assert targets.shape == (64, 1), f"targets have the shape {tuple(targets.shape)}, expected (64, 1)"
-        assert not targets.requires_grad and bool(th.isfinite(targets).all()), "targets are not finite constants"
-        assert th.allclose(ended, batch.rewards, atol=1e-6), "the target at a terminal state is not the reward alone"
-        if n_steps > 1:
-            assert batch.discounts is not None, f"with n_steps={n_steps} batches have no discounts"
-            expected = {round(model.gamma**k, 4) for k in range(1, n_steps + 1)}
-            found = {round(float(value), 4) for value in batch.discounts.ravel()}
-            assert found <= expected and len(found) > 1, f"discounts are {found}, expected powers of gamma: {expected}"
-            none = batch._replace(dones=th.zeros_like(batch.dones), discounts=th.zeros_like(batch.discounts))
-            with model.life_cycle.pretraining():
-                short = model._target_q_values(none)
-            assert th.allclose(short, batch.rewards, atol=1e-6), "`batch.discounts` is not what the bootstrap is discounted by"
-            assert not th.allclose(undiscounted, short), "targets do not bootstrap"
+        batches: list[Batch] = []
+        _watch_updates(model, batches.append)
+        _watch_updates(model, partial(_check_targets_of, model))
+        model.pretrain(1)
+        assert len(batches) == 1, "the critics are not updated by `_update_critic`"
+
+
+def _check_targets_of(model: OfflineTD3, batch: Batch) -> None:
+    targets = model._target_q_values(batch)
+    assert targets.shape == (64, 1), f"targets have the shape {tuple(targets.shape)}, expected (64, 1)"
+    assert not targets.requires_grad and bool(th.isfinite(targets).all()), "targets are not finite constants"
+    ended = model._target_q_values(batch._replace(dones=th.ones_like(batch.dones)))
+    assert th.allclose(ended, batch.rewards, atol=1e-6), "the target at a terminal state is not the reward alone"
+    if model.n_steps == 1:
+        return
+    assert batch.discounts is not None, f"with n_steps={model.n_steps} batches have no discounts"
+    expected = {round(model.gamma**k, 4) for k in range(1, model.n_steps + 1)}
+    found = {round(float(value), 4) for value in batch.discounts.ravel()}
+    assert found <= expected and len(found) > 1, f"discounts are {found}, expected powers of gamma: {expected}"
+    going_on = batch._replace(dones=th.zeros_like(batch.dones))
+    short = model._target_q_values(going_on._replace(discounts=th.zeros_like(batch.discounts)))
+    assert th.allclose(short, batch.rewards, atol=1e-6), "`batch.discounts` is not what the bootstrap is discounted by"
+    assert not th.allclose(model._target_q_values(going_on), short), "targets do not bootstrap"
 
 
 @clause
@@ -185,9 +183,8 @@ def check_n_step_returns(algorithm: Algorithm, **settings: Any) -> None:
         results = []
         for n_steps in (1, 3):
             model = make(algorithm, settings, dataset=dataset, n_steps=n_steps, offline_steps=10)
-            before = state(model)
-            model.learn(60)
-            assert_moved(model, before, f"training with n_steps={n_steps}")
+            with moving(model, f"training with n_steps={n_steps}"):
+                model.learn(60)
             results.append(state(model))
         data = "without data" if dataset is None else "with data"
         assert differs(results[1], results[0], "critic."), f"{data}, `n_steps` changes nothing"
@@ -198,10 +195,9 @@ def check_several_environments(algorithm: Algorithm, **settings: Any) -> None:
     """Several environments at once are counted, stored and learned from as in SB3, with and without data."""
     for n_envs in (2, 4):
         for dataset in (None, vector_data()):
-            model = make(algorithm, settings, _vec_env(n_envs), dataset=dataset, offline_steps=8, gradient_steps=-1)
-            before = state(model)
-            model.learn(80)
-            assert_moved(model, before, f"training in {n_envs} environments")
+            model = make(algorithm, settings, vec_env(n_envs), dataset=dataset, offline_steps=8, gradient_steps=-1)
+            with moving(model, f"training in {n_envs} environments"):
+                model.learn(80)
             assert model.num_timesteps == 80, f"80 steps in {n_envs} environments are counted as {model.num_timesteps}"
             buffer = model.replay_buffer
             assert buffer is not None and buffer.n_envs == n_envs and buffer.size() * n_envs == 80, (
@@ -209,23 +205,24 @@ def check_several_environments(algorithm: Algorithm, **settings: Any) -> None:
             )
 
 
+def _reloaded_statistics(env: VecNormalize, space: spaces.Space[Any] = VECTOR) -> VecNormalize:
+    with folder() as path:
+        env.save(str(path / "statistics.pkl"))
+        return VecNormalize.load(str(path / "statistics.pkl"), vec_env(2, space))
+
+
 @clause
 def check_vec_normalize(algorithm: Algorithm, **settings: Any) -> None:
     """``VecNormalize`` works as in SB3, with and without data, and through a file."""
     for norm_obs, norm_reward in ((True, False), (False, True)):
         for dataset in (None, vector_data()):
-            env = VecNormalize(_vec_env(2), norm_obs=norm_obs, norm_reward=norm_reward)
+            env = VecNormalize(vec_env(2), norm_obs=norm_obs, norm_reward=norm_reward)
             model = make(algorithm, settings, env, dataset=dataset, offline_steps=6)
-            before = state(model)
-            model.learn(60)
-            assert_moved(model, before, f"training with VecNormalize({norm_obs=}, {norm_reward=})")
+            with moving(model, f"training with VecNormalize({norm_obs=}, {norm_reward=})"):
+                model.learn(60)
             raw = model.replay_buffer.rewards[: model.replay_buffer.size()]  # type: ignore[union-attr]
             assert raw.min() >= -np.sqrt(2.0) - 1e-5 and raw.max() <= 0.0, "stored rewards are not those of the environment"
-            with folder() as path:
-                model.save(path / "model")
-                env.save(str(path / "statistics.pkl"))
-                env = VecNormalize.load(str(path / "statistics.pkl"), _vec_env(2))
-                loaded = algorithm.load(path / "model", env=env, device="cpu", dataset=dataset)
+            loaded = reloaded(model, _reloaded_statistics(env), dataset=dataset)
             assert np.array_equal(actions_of(loaded), actions_of(model)), "with VecNormalize a loaded model acts otherwise"
             loaded.learn(20, reset_num_timesteps=False)
             assert_finite(loaded)
@@ -238,22 +235,15 @@ def check_combinations(algorithm: Algorithm, **settings: Any) -> None:
         space = {**VECTORS, **OTHERS_WITH_DATA}[name]
         dataset = record(PointEnv(space), 60)
         learners = []
-        with folder() as path:
-            env = VecNormalize(_vec_env(2, space), norm_obs=False)
-            common: dict[str, Any] = {"n_steps": 3, "buffer_size": 100, "policy_kwargs": small_extractor(space)}
-            model = make(algorithm, settings, env, dataset=dataset, offline_steps=4, **common)
-            before = state(model)
+        env = VecNormalize(vec_env(2, space), norm_obs=False)
+        common: dict[str, Any] = {"n_steps": 3, "buffer_size": 100, "policy_kwargs": small_extractor(space)}
+        model = make(algorithm, settings, env, dataset=dataset, offline_steps=4, **common)
+        with moving(model, f"training on observations {name}"):
             model.learn(24)
-            assert_moved(model, before, f"training on observations {name}")
-            model.save(path / "model")
-            model.save_replay_buffer(path / "buffer")
-            env.save(str(path / "statistics.pkl"))
-            for _ in range(2):
-                env = VecNormalize.load(str(path / "statistics.pkl"), _vec_env(2, space))
-                loaded = algorithm.load(path / "model", env=env, device="cpu", dataset=dataset)
-                loaded.load_replay_buffer(path / "buffer")
-                loaded.set_random_seed(3)
-                learners.append(loaded.learn(16, reset_num_timesteps=False))
+        for _ in range(2):
+            loaded = reloaded(model, _reloaded_statistics(env, space), with_buffer=True, dataset=dataset)
+            loaded.set_random_seed(3)
+            learners.append(loaded.learn(16, reset_num_timesteps=False))
         n_steps = learners[0].num_timesteps
         assert n_steps == 40, f"observations {name}: 24 + 16 steps are counted as {n_steps}"
         assert differs(state(learners[0]), state(model)), f"observations {name}: a loaded model does not train on"
@@ -307,7 +297,7 @@ def check_action_noise(algorithm: Algorithm, **settings: Any) -> None:
     for kind, noise in kinds.items():
         for n_envs in (1, 2):
             watch = Record()
-            env = _vec_env(n_envs)
+            env = vec_env(n_envs)
             model = make(algorithm, settings, env, dataset=vector_data(), offline_steps=5, action_noise=noise())
             model.learn(20, callback=watch)
             actions = np.stack(watch.actions)
@@ -322,10 +312,11 @@ def check_learning_rate_schedules(algorithm: Algorithm, **settings: Any) -> None
     """A learning rate that is a function follows the online run and stays at its start while pretraining."""
     model = make(algorithm, settings, dataset=vector_data(), learning_rate=lambda remaining: 1e-3 * remaining)
     model.pretrain(5)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (model.actor.optimizer, model.critic.optimizer)]
+    groups = [optimizer.param_groups[0] for optimizer in (model.actor.optimizer, model.critic.optimizer)]
+    rates = [group["lr"] for group in groups]
     assert rates == [1e-3, 1e-3], f"while pretraining the learning rates are {rates}, expected 0.001"
     model.learn(40)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (model.actor.optimizer, model.critic.optimizer)]
+    rates = [group["lr"] for group in groups]
     assert max(rates) < 1e-4, f"at the end of a schedule to zero the learning rates are {rates}"
 
 
@@ -337,16 +328,18 @@ def check_kernels_agree(algorithm: Algorithm, **settings: Any) -> None:
         model = make(algorithm, settings, dataset=vector_data(), kernel=kernel, batch_size=64)
         model.load_offline_data()
         start = state(model)
-        model.pretrain(6)
-        finals.append(state(model))
         try:
             FastKernel.check(model.policy)
-            expected: type[UpdateKernel] = AutogradKernel if kernel == "autograd" else FastKernel
+            is_fast = kernel == "auto"
         except NotSupportedError:
-            expected = AutogradKernel
-        assert isinstance(model.updater.kernel, expected), (
-            f"kernel={kernel!r}: updates by {type(model.updater.kernel).__name__}, expected {expected.__name__}"
-        )
+            is_fast = False
+        original = FastKernel.update_critics
+        with mock.patch.object(FastKernel, "update_critics", autospec=True, side_effect=original) as by_fast_kernel:
+            model.pretrain(6)
+        finals.append(state(model))
+        expected = 6 if is_fast else 0
+        found = by_fast_kernel.call_count
+        assert found == expected, f"kernel={kernel!r}: {found} of 6 updates by the fast kernel, expected {expected}"
     names = [name for name, value in finals[0].items() if value.is_floating_point()]
     moved = sum(float((finals[0][name] - start[name]).square().sum()) for name in names) ** 0.5
     apart = sum(float((finals[0][name] - finals[1][name]).square().sum()) for name in names) ** 0.5

@@ -2,12 +2,12 @@
 
 import glob
 import importlib
-import importlib.metadata
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +19,11 @@ import numpy.typing as npt
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
-from sb3_offline_ft.common.observations import Observations, map_observations, named_arrays
+from sb3_offline_ft import __version__
+from sb3_offline_ft.common.observations import Observations, by_key, map_observations, named_arrays
 from sb3_offline_ft.datasets.files.column_map import ColumnMap
 from sb3_offline_ft.datasets.files.minari_writing import check_new_id, write_minari
 from sb3_offline_ft.datasets.files.tables import RewardFunction, is_table, read_tables, with_rewards
@@ -29,19 +31,24 @@ from sb3_offline_ft.datasets.keys import dict_of
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
 from sb3_offline_ft.datasets.sources import load_dataset
+from sb3_offline_ft.datasets.tools.show import number_text, progress_bar
 from sb3_offline_ft.datasets.validation import as_flattened_by, check_compatible, fit_to_space, with_clipping
 from sb3_offline_ft.datasets.validation import clip_actions as clipped_to
+
+Log = str | Path | OfflineDataset
+Bounds = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class ConvertedDataset:
-    """What came of a conversion.
+    """
+    What came of a conversion.
 
-    :param dataset_id: The Minari id.
-    :param folder: Where the dataset is.
-    :param transitions: Number of rows.
-    :param episodes: Number of episodes.
-    :param notes: What had to be assumed or changed, in words.
+    :param dataset_id: The Minari id
+    :param folder: Where the dataset is
+    :param transitions: Number of rows
+    :param episodes: Number of episodes
+    :param notes: What had to be assumed or changed, in words
     """
 
     dataset_id: str
@@ -70,32 +77,33 @@ def convert_logs(
     console: Console | None = None,
     **options: Any,
 ) -> ConvertedDataset:
-    """Write logs as a Minari dataset into the local Minari folder, whole or not at all.
+    """
+    Write logs as a Minari dataset into the local Minari folder, whole or not at all.
 
     :param logs: Tables (CSV, TSV or Parquet files whose rows are steps, folders of them, or wildcards), and whatever
-        :func:`load_dataset` takes.
-    :param dataset_id: The new dataset's id.
-    :param columns: Which columns of the tables mean what; guessed from their names where not said.
-    :param env: The environment the logs come from: a Gymnasium id, or an environment. Its spaces become the dataset's.
+        :func:`load_dataset` takes
+    :param dataset_id: The new dataset's id
+    :param columns: Which columns of the tables mean what; guessed from their names where not said
+    :param env: The environment the logs come from: a Gymnasium id, or an environment. Its spaces become the dataset's
     :param action_low: Lower bounds of the actions where neither an environment nor the logs tell: a number, or one for each
-        dimension.
-    :param action_high: Upper bounds.
-    :param join_files: Let an episode go on from one table to the next.
-    :param clip_actions: Clip all actions to their bounds instead of refusing those beyond.
-    :param reward_function: Computes all rewards from observations, actions and next observations of ``N`` rows.
-    :param random_score: Mean return of a random policy; by default that known for the environment.
-    :param expert_score: Mean return of an expert.
-    :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements``.
-    :param overwrite: Replace a dataset with this id. It is kept until the new one is complete.
+        dimension
+    :param action_high: Upper bounds
+    :param join_files: Let an episode go on from one table to the next
+    :param clip_actions: Clip all actions to their bounds instead of refusing those beyond
+    :param reward_function: Computes all rewards from observations, actions and next observations of ``N`` rows
+    :param random_score: Mean return of a random policy; by default that known for the environment
+    :param expert_score: Mean return of an expert
+    :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements``
+    :param overwrite: Replace a dataset with this id. It is kept until the new one is complete
     :param keep_in: Folder that gets the dataset if it cannot be written to its place, as on a full disk. ``OSError`` is raised
-        then too.
-    :param console: Where to show the columns found and the progress; nothing is shown if omitted.
-    :param options: Passed to :func:`load_dataset`.
-    :return: What was written.
-    :raises OSError: if a log cannot be opened, or the dataset cannot be written: the message says what became of it.
-    :raises FileExistsError: if there is such a dataset already, or there is one by the end: then the new one is kept, in
-        ``keep_in`` or under the next free version, and the message says where.
-    :raises ValueError: if the id, a log, or what is said about them is wrong.
+        then too
+    :param console: Where to show the columns found and the progress; nothing is shown if omitted
+    :param options: Passed to :func:`load_dataset`
+    :return: What was written
+    :raises OSError: A log cannot be opened, or the dataset cannot be written: the message says what became of it
+    :raises FileExistsError: There is such a dataset already, or there is one by the end: then the new one is kept, in
+        ``keep_in`` or under the next free version, and the message says where
+    :raises ValueError: The id, a log, or what is said about them is wrong
     """
     check_new_id(dataset_id, overwrite)
     if (random_score is None) != (expert_score is None):
@@ -104,23 +112,21 @@ def convert_logs(
     tables, others = find_logs(logs)
     if columns is not None and not tables:
         raise ValueError("Columns were named, but there is no table (CSV, TSV or Parquet) among the logs.")
-    with warnings.catch_warnings(record=True) as caught, _environment(env) as (made, env_spaces):
+    if clip_actions:
+        options["clip_actions"] = True
+    with warnings.catch_warnings(record=True) as caught, _environment(env) as made:
         warnings.simplefilter("always")
         bounds = _bounds(action_low, action_high)
-        options |= {"clip_actions": True} if clip_actions else {}
-        datasets = _read(tables, others, columns, env_spaces, bounds, join_files, reward_function, console, options)
-        observation_space, action_space = _spaces(datasets, env_spaces, bounds)
-        if made is not None:
-            datasets = [as_flattened_by(dataset, made) for dataset in datasets]
-        for dataset in datasets:
-            check_compatible(dataset, observation_space, action_space)
-        assert isinstance(action_space, spaces.Box)
-        datasets = [clipped_to(fit_to_space(dataset, observation_space), action_space) for dataset in datasets]
+        table_options = {"columns": columns, "join": join_files, "reward_function": reward_function}
+        datasets = _read_tables(tables, made, clip_actions, console, table_options) if tables else []
+        datasets += _load(others, reward_function, console, options)
+        observation_space, action_space = _spaces(datasets, made, bounds)
+        datasets = [_as_seen_in(made, dataset, observation_space, action_space) for dataset in datasets]
+        episodes = [(dataset, pieces) for dataset in datasets for pieces in _continuous_pieces(dataset)]
         scores = _scores(datasets, made, random_score, expert_score)
-        written = _Episodes(datasets, console)
         folder = write_minari(
             dataset_id,
-            written,
+            _buffers(episodes, console),
             observation_space=observation_space,
             action_space=action_space,
             env=made,
@@ -133,34 +139,28 @@ def convert_logs(
             keep_in=keep_in,
             check=lambda folder: _check_same(folder, datasets),
         )
-    notes = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+    notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     for dataset in datasets:
         if (clipped := dataset.provenance.get("actions_clipped", {}).get("rows", 0)) > 0:
-            notes[f"{dataset.name}: actions of {clipped:,} transitions were clipped to their bounds."] = None
-    if written.n_split:
-        notes[
-            f"{written.n_split:,} episode{'s were' if written.n_split > 1 else ' was'} cut where a row does not continue from "
-            "the next observation of the row before, as Minari keeps each observation once."
-        ] = None
-    return ConvertedDataset(dataset_id, folder, sum(map(len, datasets)), written.n_episodes, tuple(notes))
+            notes.append(f"{dataset.name}: actions of {clipped:,} transitions were clipped to their bounds.")
+    if n_split := sum(len(pieces) > 1 for _, pieces in episodes):
+        notes.append(
+            f"{n_split:,} episode{'s were' if n_split > 1 else ' was'} cut where a row does not continue from the next "
+            "observation of the row before, as Minari keeps each observation once."
+        )
+    n_episodes = sum(len(pieces) for _, pieces in episodes)
+    return ConvertedDataset(dataset_id, folder, sum(map(len, datasets)), n_episodes, tuple(dict.fromkeys(notes)))
 
 
-def find_logs(logs: Sequence[str | Path | OfflineDataset]) -> tuple[list[Path], list[str | Path | OfflineDataset]]:
-    """Tell tables from what :func:`load_dataset` takes.
-
-    :param logs: As for :func:`convert_logs`.
-    :return: The tables, folders and wildcards replaced by the files in them, and the others.
-    :raises FileNotFoundError: if there is no such table.
-    :raises ValueError: if there are no logs.
-    """
+def find_logs(logs: Sequence[Log]) -> tuple[list[Path], list[Log]]:
+    """Tell tables, in place of folders and wildcards the files in them, from what :func:`load_dataset` takes."""
     tables: list[Path] = []
-    others: list[str | Path | OfflineDataset] = []
+    others: list[Log] = []
     for log in logs:
-        if isinstance(log, OfflineDataset):
+        path = None if isinstance(log, OfflineDataset) else Path(log).expanduser()
+        if path is None:
             others.append(log)
-            continue
-        path = Path(str(log)).expanduser()
-        if path.is_dir() and not _is_minari(path):
+        elif path.is_dir() and not _is_minari(path):
             inside = sorted((file for file in path.rglob("*") if file.is_file() and is_table(file)), key=_natural)
             if not inside:
                 raise FileNotFoundError(
@@ -171,185 +171,100 @@ def find_logs(logs: Sequence[str | Path | OfflineDataset]) -> tuple[list[Path], 
             inside, specs = find_logs([*sorted(map(Path, matches), key=_natural)])
             tables += inside
             others += specs
-        elif is_table(path):
-            if not path.is_file():
-                raise FileNotFoundError(f"No table {str(path.absolute())!r}.")
+        elif not is_table(path):
+            others.append(log)
+        elif path.is_file():
             tables.append(path)
         else:
-            others.append(log)
+            raise FileNotFoundError(f"No table {str(path.absolute())!r}.")
     if not tables and not others:
         raise ValueError("There are no logs to convert.")
     return tables, others
 
 
 def load_function(name: str) -> RewardFunction:
-    """Import a reward function.
-
-    :param name: ``module:function``; the module may lie in the working directory.
-    :return: The function.
-    :raises ValueError: if there is no such function.
-    """
+    """Import a reward function ``module:function``; the module may lie in the working directory."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise ValueError(f"The reward function must be given as module:function, found {name!r}.")
     sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: RewardFunction = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"Cannot import the reward function {name!r}: {error}.") from None
     finally:
         sys.path.remove(os.getcwd())
     if not callable(function):
         raise ValueError(f"The reward function {name!r} is a {type(function).__name__}, expected a function.")
-    checked: RewardFunction = function
-    return checked
+    return function
 
 
-class _Episodes:
-    """Goes through the episodes of datasets in the form that Minari writes, once.
-
-    :param datasets: The datasets.
-    :param console: Where to show the progress.
-    """
-
-    def __init__(self, datasets: Sequence[OfflineDataset], console: Console) -> None:
-        self.datasets, self.console = datasets, console
-        self.n_episodes = self.n_split = 0
-
-    def __iter__(self) -> Iterator[EpisodeBuffer]:
-        with progress_bar(self.console) as progress:
-            task = progress.add_task("writing episodes", total=sum(dataset.n_episodes for dataset in self.datasets))
-            for dataset in self.datasets:
-                for start, length in zip(dataset.episode_starts.tolist(), dataset.episode_lengths.tolist(), strict=True):
-                    cuts = [start, *(start + _breaks(dataset, start, length)).tolist(), start + length]
-                    self.n_split += len(cuts) > 2
-                    for begin, end in pairwise(cuts):
-                        self.n_episodes += 1
-                        yield episode_of(dataset, begin, end)
-                    progress.advance(task)
+# Reading
 
 
-def episode_of(dataset: OfflineDataset, begin: int, end: int) -> EpisodeBuffer:
-    """
-    :param dataset: A dataset.
-    :param begin: A row.
-    :param end: The row after the last one.
-    :return: The rows as an episode with one observation more than steps; a truncation if its last row has no flag.
-    """
-
-    def with_last(observations: npt.NDArray[Any], next_observations: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.concatenate([observations[begin:end], next_observations[end - 1 : end]])
-
-    truncations = dataset.truncations[begin:end].copy()
-    truncations[-1] = not dataset.terminations[end - 1]
-    return EpisodeBuffer(
-        observations=map_observations(with_last, dataset.observations, dataset.next_observations),
-        actions=dataset.actions[begin:end],
-        rewards=dataset.rewards[begin:end],
-        terminations=dataset.terminations[begin:end],
-        truncations=truncations,
-    )
+@contextmanager
+def _environment(env: str | gym.Env[Any, Any] | None) -> Iterator[gym.Env[Any, Any] | None]:
+    """The environment, closed at the end if it was made here."""
+    if not isinstance(env, str):
+        yield env
+        return
+    try:
+        made = gym.make(env)
+    except Exception as error:
+        raise ValueError(f"Cannot make the environment {env!r} ({type(error).__name__}: {error}).") from error
+    with closing(made):
+        yield made
 
 
-def progress_bar(console: Console, *columns: TextColumn) -> Progress:
-    """
-    :param console: Where to show it.
-    :param columns: More columns, at the end.
-    :return: A progress bar that leaves nothing behind.
-    """
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *columns,
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-
-
-class _environment:
-    """Makes an environment for as long as it is needed; knows its spaces."""
-
-    def __init__(self, env: str | gym.Env[Any, Any] | None) -> None:
-        self.given = env
-        self.made: gym.Env[Any, Any] | None = None
-
-    def __enter__(self) -> tuple[gym.Env[Any, Any] | None, tuple[spaces.Space[Any], spaces.Space[Any]] | None]:
-        if self.given is None:
-            return None, None
-        if isinstance(self.given, str):
-            try:
-                self.made = gym.make(self.given)
-            except Exception as error:
-                raise ValueError(f"Cannot make the environment {self.given!r} ({type(error).__name__}: {error}).") from error
-        env = self.made if isinstance(self.given, str) else self.given
-        assert isinstance(env, gym.Env)
-        return env, (env.observation_space, env.action_space)
-
-    def __exit__(self, *_: object) -> None:
-        if self.made is not None:
-            self.made.close()
-
-
-def _read(
-    tables: list[Path],
-    others: Sequence[str | Path | OfflineDataset],
-    columns: ColumnMap | None,
-    env_spaces: tuple[spaces.Space[Any], spaces.Space[Any]] | None,
-    bounds: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None,
-    join_files: bool,
-    reward_function: RewardFunction | None,
-    console: Console,
-    options: dict[str, Any],
+def _read_tables(
+    tables: list[Path], env: gym.Env[Any, Any] | None, clips: bool, console: Console, options: dict[str, Any]
 ) -> list[OfflineDataset]:
-    datasets: list[OfflineDataset] = []
-    action_space = env_spaces[1] if env_spaces is not None else None
+    action_space = None if env is None or clips else env.action_space
     with progress_bar(console) as progress:
-        task = progress.add_task("reading", total=len(tables) + len(others))
-        if tables:
-            clips = options.get("clip_actions", False)
-            table = read_tables(
-                tables,
-                columns,
-                join=join_files,
-                reward_function=reward_function,
-                action_space=action_space if isinstance(action_space, spaces.Box) and not clips else None,
-                name=_sources(tables, ()),
-                progress=lambda path: progress.update(task, advance=1, description=f"reading {path.name}"),
-                announce=lambda found: _announce(found, tables[0], console),
-            )
-            datasets.append(with_clipping(table) if clips else table)
-        for other in others:
-            dataset = load_dataset(other, **options)
-            if reward_function is not None:
-                dataset = with_rewards(dataset, reward_function)
-            datasets.append(dataset)
-            progress.advance(task)
-    return datasets
-
-
-def _announce(columns: ColumnMap, path: Path, console: Console) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(f"Columns of {path.name}"), title_justify="left", show_header=False)
-    for name, names in columns.lines():
-        table.add_row(Text(name), Text(names))
-    if columns.episode is None and columns.truncated is None and columns.done is None:
-        table.add_row("episode", Text("no column: an episode ends at a termination and at the end of a file"))
-    if columns.terminated is None and columns.done is None:
-        table.add_row("terminated", Text("no column: every episode counts as cut by a time limit"))
-    if columns.done is not None and columns.truncated is None:
-        known = (
-            f"{columns.done} counts as a termination, so it must not be set at time limits"
-            if columns.terminated is None
-            else f"where {columns.done} is set and {columns.terminated} is not"
+        task = progress.add_task("reading", total=len(tables))
+        table = read_tables(
+            tables,
+            action_space=action_space if isinstance(action_space, spaces.Box) else None,
+            name=_sources(tables, ()),
+            progress=lambda path: progress.update(task, advance=1, description=f"reading {path.name}"),
+            announce=lambda found: console.print(_columns_table(found, tables[0])),
+            **options,
         )
-        table.add_row("truncated", Text(f"no column: {known}"))
+    return [with_clipping(table) if clips else table]
+
+
+def _load(
+    specs: Sequence[Log], reward_function: RewardFunction | None, console: Console, options: dict[str, Any]
+) -> list[OfflineDataset]:
+    with progress_bar(console) as progress:
+        datasets = [load_dataset(spec, **options) for spec in progress.track(specs, description="reading")]
+    return datasets if reward_function is None else [with_rewards(dataset, reward_function) for dataset in datasets]
+
+
+def _columns_table(columns: ColumnMap, path: Path) -> Table:
+    """The columns that were found, and what follows from those that were not."""
+    rows = list(columns.lines())
+    if columns.episode is None and columns.truncated is None and columns.done is None:
+        rows.append(("episode", "no column: an episode ends at a termination and at the end of a file"))
+    if columns.terminated is None and columns.done is None:
+        rows.append(("terminated", "no column: every episode counts as cut by a time limit"))
+    if columns.done is not None and columns.truncated is None:
+        known = f"where {columns.done} is set and {columns.terminated} is not"
+        if columns.terminated is None:
+            known = f"{columns.done} counts as a termination, so it must not be set at time limits"
+        rows.append(("truncated", f"no column: {known}"))
     if columns.next_observations is None:
-        table.add_row("next_observations", Text("no column: taken from the following row"))
-    console.print(table)
+        rows.append(("next_observations", "no column: taken from the following row"))
+    table = Table(title=Text(f"Columns of {path.name}"), title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
-def _bounds(
-    low: npt.ArrayLike | None, high: npt.ArrayLike | None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+# Spaces and scores
+
+
+def _bounds(low: npt.ArrayLike | None, high: npt.ArrayLike | None) -> Bounds | None:
     if low is None and high is None:
         return None
     if low is None or high is None:
@@ -361,42 +276,38 @@ def _bounds(
 
 
 def _spaces(
-    datasets: Sequence[OfflineDataset],
-    env_spaces: tuple[spaces.Space[Any], spaces.Space[Any]] | None,
-    bounds: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None,
+    datasets: Sequence[OfflineDataset], env: gym.Env[Any, Any] | None, bounds: Bounds | None
 ) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
-    if env_spaces is not None:
+    if env is not None:
         if bounds is not None:
             raise ValueError("The environment knows the bounds of the actions: give the bounds or --env, not both.")
-        return env_spaces
+        return env.observation_space, env.action_space
     first = datasets[0]
     for other in datasets[1:]:
-        for what, one, two in (
-            *zip(_names(first), _shapes(first.observations), _shapes(other.observations), strict=False),
-            ("actions", first.actions.shape[1:], other.actions.shape[1:]),
-        ):
-            if one != two or _names(first) != _names(other):
-                raise ValueError(
-                    f"{other.name!r} does not go with {first.name!r}: expected {what} of shape {one}, found {two}."
-                )
-    known = next((dataset.observation_space for dataset in datasets if dataset.observation_space is not None), None)
-    observation_space = known if known is not None else _space_of(first.observations)
+        if (expected := _shapes(first)) != (found := _shapes(other)):
+            raise ValueError(f"{other.name!r} does not go with {first.name!r}: expected {expected}, found {found}.")
     shape = first.actions.shape[1:]
-    action_space: spaces.Space[Any] | None = next(
-        (dataset.action_space for dataset in datasets if dataset.action_space is not None), None
-    )
     if bounds is not None:
-        lower, upper = bounds
-        if lower.size not in (1, int(np.prod(shape))):
-            raise ValueError(f"Expected one bound or {int(np.prod(shape))} of the actions, found {lower.size}.")
-        action_space = spaces.Box(np.resize(lower, shape), np.resize(upper, shape))
+        if bounds[0].size not in (1, np.prod(shape)):
+            raise ValueError(f"Expected one bound or {np.prod(shape)} of the actions, found {bounds[0].size}.")
+        action_space: spaces.Space[Any] | None = spaces.Box(np.resize(bounds[0], shape), np.resize(bounds[1], shape))
+    else:
+        action_space = next((one.action_space for one in datasets if one.action_space is not None), None)
     if action_space is None:
-        smallest, largest = (f(first.actions.reshape(len(first), -1), axis=0) for f in (np.min, np.max))
+        flat = first.actions.reshape(len(first), -1)
+        smallest, largest = (", ".join(map(number_text, extreme(flat, axis=0))) for extreme in (np.min, np.max))
         raise ValueError(
             "The bounds of the actions are not known, and algorithms scale actions by them: name the environment with --env, "
-            f"or give --action-low and --action-high. The actions go from {_numbers(smallest)} to {_numbers(largest)}."
+            f"or give --action-low and --action-high. The actions go from {smallest} to {largest}."
         )
-    return observation_space, action_space
+    known = next((one.observation_space for one in datasets if one.observation_space is not None), None)
+    return _space_of(first.observations) if known is None else known, action_space
+
+
+def _shapes(dataset: OfflineDataset) -> str:
+    """Shapes of one observation and of one action, in words."""
+    arrays = [*named_arrays(dataset.observations, "observations"), ("actions", dataset.actions)]
+    return ", ".join(f"{name} of shape {array.shape[1:]}" for name, array in arrays)
 
 
 def _space_of(observations: Observations) -> spaces.Space[Any]:
@@ -409,23 +320,18 @@ def _space_of(observations: Observations) -> spaces.Space[Any]:
     return dict_of(boxes) if isinstance(boxes, dict) else boxes
 
 
-def _names(dataset: OfflineDataset) -> list[str]:
-    return [name for name, _ in named_arrays(dataset.observations, "observations")]
-
-
-def _shapes(observations: Observations) -> list[tuple[int, ...]]:
-    return [array.shape[1:] for _, array in named_arrays(observations, "")]
-
-
-def _breaks(dataset: OfflineDataset, start: int, length: int) -> npt.NDArray[np.int64]:
-    """Find the steps of an episode that do not continue from the step before."""
-    breaks = np.zeros(length - 1, np.bool_)
-    for (_, after), (_, before) in zip(
-        named_arrays(dataset.observations, ""), named_arrays(dataset.next_observations, ""), strict=True
-    ):
-        differs = after[start + 1 : start + length] != before[start : start + length - 1]
-        breaks |= differs.reshape(length - 1, -1).any(axis=1) if length > 1 else False
-    return np.flatnonzero(breaks) + 1
+def _as_seen_in(
+    env: gym.Env[Any, Any] | None,
+    dataset: OfflineDataset,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+) -> OfflineDataset:
+    """The dataset as the environment shows it, or these spaces do; it must fit them."""
+    if env is not None:
+        dataset = as_flattened_by(dataset, env)
+    check_compatible(dataset, observation_space, action_space)
+    assert isinstance(action_space, spaces.Box)
+    return clipped_to(fit_to_space(dataset, observation_space), action_space)
 
 
 def _scores(
@@ -439,47 +345,72 @@ def _scores(
     return found.pop() if len(found) == 1 else None
 
 
+# Writing
+
+
+def _continuous_pieces(dataset: OfflineDataset) -> Iterator[list[tuple[int, int]]]:
+    """First row and row after the last one of the pieces of each episode in which every step continues from the one before."""
+    pairs = list(zip(by_key(dataset.observations).values(), by_key(dataset.next_observations).values(), strict=True))
+    for start, length in zip(dataset.episode_starts.tolist(), dataset.episode_lengths.tolist(), strict=True):
+        breaks = np.zeros(length - 1, np.bool_)
+        for observations, following in pairs:
+            differs = observations[start + 1 : start + length] != following[start : start + length - 1]
+            breaks |= differs.any(axis=tuple(range(1, differs.ndim)))
+        yield list(pairwise([start, *(start + 1 + np.flatnonzero(breaks)).tolist(), start + length]))
+
+
+def _buffers(episodes: Sequence[tuple[OfflineDataset, list[tuple[int, int]]]], console: Console) -> Iterator[EpisodeBuffer]:
+    with progress_bar(console) as progress:
+        for dataset, pieces in progress.track(episodes, description="writing episodes"):
+            for begin, end in pieces:
+                yield _buffer(dataset, begin, end)
+
+
+def _buffer(dataset: OfflineDataset, begin: int, end: int) -> EpisodeBuffer:
+    """Rows in the form that Minari writes, with one observation more than steps."""
+    rows = slice(begin, end)
+    truncations = dataset.truncations[rows].copy()
+    truncations[-1] = not dataset.terminations[end - 1]
+    return EpisodeBuffer(
+        observations=map_observations(
+            lambda observations, following: np.concatenate([observations[rows], following[end - 1 : end]]),
+            dataset.observations,
+            dataset.next_observations,
+        ),
+        actions=dataset.actions[rows],
+        rewards=dataset.rewards[rows],
+        terminations=dataset.terminations[rows],
+        truncations=truncations,
+    )
+
+
 def _check_same(folder: Path, datasets: Sequence[OfflineDataset]) -> None:
     """Read what was written, and compare it with what it was written from."""
-    written = load_dataset(folder)
-    begin = 0
+    written, begin = load_dataset(folder), 0
     for dataset in datasets:
-        end = begin + len(dataset)
-        pairs = [
-            *zip(_arrays(written.observations), _arrays(dataset.observations), strict=True),
-            *zip(_arrays(written.next_observations), _arrays(dataset.next_observations), strict=True),
-            (written.actions, dataset.actions),
-            (written.rewards, dataset.rewards),
-            (written.terminations, dataset.terminations),
-        ]
-        if not all(np.array_equal(ours[begin:end], theirs) for ours, theirs in pairs):
-            raise ValueError(
-                f"What was written to {str(folder)!r} reads back differently from {dataset.name!r}: nothing is kept."
-            )
-        begin = end
+        rows = slice(begin, begin + len(dataset))
+        for name in ("observations", "next_observations", "actions", "rewards", "terminations"):
+            ours, theirs = by_key(getattr(written, name)), by_key(getattr(dataset, name))
+            if ours.keys() != theirs.keys() or not all(np.array_equal(ours[key][rows], theirs[key]) for key in ours):
+                raise ValueError(
+                    f"What was written to {str(folder)!r} reads back differently from {dataset.name!r}: nothing is kept."
+                )
+        begin += len(dataset)
     if len(written) != begin:
         raise ValueError(f"{begin:,} rows were written to {str(folder)!r}, {len(written):,} read back: nothing is kept.")
 
 
-def _arrays(observations: Observations) -> list[npt.NDArray[Any]]:
-    return [array for _, array in sorted(named_arrays(observations, ""))]
-
-
-def _description(tables: list[Path], others: Sequence[str | Path | OfflineDataset], first: OfflineDataset) -> str:
-    text = f"Converted by sb3-offline-ft {_version()} from {_sources(tables, others)}."
+def _description(tables: list[Path], others: Sequence[Log], first: OfflineDataset) -> str:
+    text = f"Converted by sb3-offline-ft {__version__} from {_sources(tables, others)}."
     if tables:
         text += " Columns: " + "; ".join(f"{key}: {names}" for key, names in first.provenance["columns"].items()) + "."
     return text
 
 
-def _sources(tables: Sequence[Path], others: Sequence[str | Path | OfflineDataset]) -> str:
+def _sources(tables: Sequence[Path], others: Sequence[Log]) -> str:
     names = [path.name for path in tables]
     names += [other.name if isinstance(other, OfflineDataset) else str(other) for other in others]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _numbers(values: npt.NDArray[Any]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
 
 
 def _natural(path: Path) -> list[Any]:
@@ -488,10 +419,3 @@ def _natural(path: Path) -> list[Any]:
 
 def _is_minari(path: Path) -> bool:
     return any((folder / "metadata.json").is_file() for folder in (path, path / "data"))
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("sb3-offline-ft")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"

@@ -1,14 +1,14 @@
 """How good and how diverse a dataset is: measures of returns, of the states and actions visited, and of the action noise."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from sb3_offline_ft.common.observations import take_rows
+from sb3_offline_ft.common.observations import by_key, take_rows
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.spaces import flatten_rows
 
@@ -17,19 +17,18 @@ Array = npt.NDArray[np.float64]
 FINE_BINS, COARSE_BINS = 100, 5
 """Bins of each dimension for the coverage: as in the paper, and so few that high-dimensional data still shares some."""
 
-_CHUNK_BYTES = 1 << 26
-
 
 @dataclass(frozen=True)
 class Coverage:
-    """Distinct state-action bins of a dataset, and of two baselines of the same size.
+    """
+    Distinct state-action bins of a dataset, and of two baselines of the same size.
 
-    :param rows: Number of rows binned.
-    :param unique: Distinct bins of these rows.
+    :param rows: Number of rows binned
+    :param unique: Distinct bins of these rows
     :param unique_shuffled: Distinct bins after each dimension was shuffled on its own: the same range of every dimension
-        without their dependence.
-    :param unique_uniform: Distinct bins of the same states with actions drawn uniformly within their bounds.
-    :param bins: Bins of each dimension.
+        without their dependence
+    :param unique_uniform: Distinct bins of the same states with actions drawn uniformly within their bounds
+    :param bins: Bins of each dimension
     """
 
     rows: int
@@ -56,13 +55,14 @@ class Coverage:
 
 @dataclass(frozen=True)
 class ActionNoise:
-    """How much actions differ between similar states.
+    """
+    How much actions differ between similar states.
 
-    :param std: ``(A,)``, estimated standard deviation of each dimension given the state, in the units of the actions.
-    :param total_std: ``(A,)``, standard deviation of each dimension over the ``references``.
-    :param neighbours: Number of neighbours ``k``.
-    :param references: Number of rows in which neighbours were sought.
-    :param queries: Number of rows whose neighbours were sought.
+    :param std: ``(A,)``, estimated standard deviation of each dimension given the state, in the units of the actions
+    :param total_std: ``(A,)``, standard deviation of each dimension over the ``references``
+    :param neighbours: Number of neighbours ``k``
+    :param references: Number of rows in which neighbours were sought
+    :param queries: Number of rows whose neighbours were sought
     """
 
     std: Array
@@ -85,48 +85,50 @@ class ActionNoise:
 
 @dataclass(frozen=True)
 class Diversity:
-    """All measures of one dataset. What cannot be measured on it is None.
+    """
+    All measures of one dataset. What cannot be measured on it is None.
 
-    :param trajectory_quality: See :func:`trajectory_quality`; None without reference scores.
-    :param positive_sided_variance: See :func:`positive_sided_variance`.
-    :param coverage: See :func:`state_action_coverage`, with :data:`FINE_BINS`.
-    :param coarse_coverage: The same with :data:`COARSE_BINS`.
-    :param state_entropy: See :func:`knn_entropy`, of the standardised states, in nats.
+    :param trajectory_quality: See :func:`trajectory_quality`; None without reference scores
+    :param positive_sided_variance: See :func:`positive_sided_variance`
+    :param state_dimensions: Number of state dimensions that vary; images are left out
+    :param entropy_rows: Rows in the sample behind ``state_entropy``
+    :param vendi_rows: Rows in the sample behind ``vendi_score``
+    :param seed: Seed of the samples
+    :param coverage: See :func:`state_action_coverage`, with :data:`FINE_BINS`
+    :param coarse_coverage: The same with :data:`COARSE_BINS`
+    :param state_entropy: See :func:`knn_entropy`, of the standardised states, in nats
     :param gaussian_entropy: Entropy of independent Gaussians of variance 1, as many as there are state dimensions: the
-        largest that standardised states can have, up to the error of the estimate.
-    :param vendi_score: See :func:`vendi_score`, of standardised states and scaled actions.
-    :param action_noise: See :func:`action_noise`, of the scaled actions.
-    :param state_dimensions: Number of state dimensions that vary; images are left out.
-    :param entropy_rows: Rows in the sample behind ``state_entropy``.
-    :param vendi_rows: Rows in the sample behind ``vendi_score``.
-    :param seed: Seed of the samples.
+        largest that standardised states can have, up to the error of the estimate
+    :param vendi_score: See :func:`vendi_score`, of standardised states and scaled actions
+    :param action_noise: See :func:`action_noise`, of the scaled actions
     """
 
     trajectory_quality: float | None
     positive_sided_variance: float
-    coverage: Coverage | None
-    coarse_coverage: Coverage | None
-    state_entropy: float | None
-    gaussian_entropy: float | None
-    vendi_score: float | None
-    action_noise: ActionNoise | None
     state_dimensions: int
     entropy_rows: int
     vendi_rows: int
     seed: int
+    coverage: Coverage | None = None
+    coarse_coverage: Coverage | None = None
+    state_entropy: float | None = None
+    gaussian_entropy: float | None = None
+    vendi_score: float | None = None
+    action_noise: ActionNoise | None = None
 
 
 def trajectory_quality(returns: npt.ArrayLike, random: float, expert: float) -> float:
-    """Place the mean return of a dataset between a random policy and an expert (TQ).
+    """
+    Place the mean return of a dataset between a random policy and an expert (TQ).
 
     ``(mean(returns) - random) / (expert - random)``. Schweighofer et al. (2022, arXiv 2111.04714) take the best online
     policy for the expert.
 
-    :param returns: ``(E,)``, undiscounted return of each episode.
-    :param random: Mean return of a uniformly random policy.
-    :param expert: Mean return of an expert.
-    :return: 0 for random data, 1 for an expert's; beyond both is possible.
-    :raises ValueError: if there are no returns, or the two scores are equal.
+    :param returns: ``(E,)``, undiscounted return of each episode
+    :param random: Mean return of a uniformly random policy
+    :param expert: Mean return of an expert
+    :return: 0 for random data, 1 for an expert's; beyond both is possible
+    :raises ValueError: There are no returns, or the two scores are equal
     """
     values = _vector(returns, "returns")
     if random == expert:
@@ -135,13 +137,14 @@ def trajectory_quality(returns: npt.ArrayLike, random: float, expert: float) -> 
 
 
 def positive_sided_variance(returns: npt.ArrayLike) -> float:
-    """Measure how far episodes lie above the mean return: the positive-sided variance of the returns (RPSV).
+    """
+    Measure how far episodes lie above the mean return: the positive-sided variance of the returns (RPSV).
 
     ``mean over all episodes of max(return - mean, 0)**2``, after Hong et al. (2023, arXiv 2306.13085).
 
-    :param returns: ``(E,)``, undiscounted return of each episode.
-    :return: In squared units of the return; 0 if all returns are equal.
-    :raises ValueError: if there are no returns.
+    :param returns: ``(E,)``, undiscounted return of each episode
+    :return: In squared units of the return; 0 if all returns are equal
+    :raises ValueError: There are no returns
     """
     values = _vector(returns, "returns")
     return float(np.mean(np.maximum(values - values.mean(), 0.0) ** 2))
@@ -155,20 +158,21 @@ def state_action_coverage(
     action_high: npt.ArrayLike | None = None,
     seed: int = 0,
 ) -> Coverage:
-    """Count distinct state-action bins (binned SACo).
+    """
+    Count distinct state-action bins (binned SACo).
 
     Each dimension is cut into ``bins`` equal bins from its smallest to its largest value, for actions from their lower to
     their upper bound. Schweighofer et al. (2022, arXiv 2111.04714) divide the count by that of an online replay buffer of
     the same size; logged data has none, so the baselines are the data itself, shuffled or with uniform actions.
 
-    :param states: ``(N, S)``.
-    :param actions: ``(N, A)``.
-    :param bins: Bins of each dimension.
-    :param action_low: ``(A,)``, lower bounds; the smallest values if omitted.
-    :param action_high: ``(A,)``, upper bounds; the largest values if omitted.
-    :param seed: Seed of the baselines.
-    :return: The counts.
-    :raises ValueError: if there are no rows or fewer than two bins.
+    :param states: ``(N, S)``
+    :param actions: ``(N, A)``
+    :param bins: Bins of each dimension
+    :param action_low: ``(A,)``, lower bounds; the smallest values if omitted
+    :param action_high: ``(A,)``, upper bounds; the largest values if omitted
+    :param seed: Seed of the baselines
+    :return: The counts
+    :raises ValueError: There are no rows or fewer than two bins
     """
     _check_matrix(states, "states")
     _check_matrix(actions, "actions")
@@ -188,15 +192,16 @@ def state_action_coverage(
 
 
 def knn_entropy(samples: npt.NDArray[Any], k: int = 3) -> float:
-    """Estimate the differential entropy of the distribution that samples come from (Kozachenko and Leonenko 1987).
+    """
+    Estimate the differential entropy of the distribution that samples come from (Kozachenko and Leonenko 1987).
 
     ``psi(n) - psi(k) + log(c_d) + d * mean(log(eps))``: ``eps`` is the distance of a sample to its ``k``-th neighbour, ``c_d``
     the volume of the unit ball in ``d`` dimensions, ``psi`` the digamma function.
 
-    :param samples: ``(n, d)``.
-    :param k: Number of the neighbour.
-    :return: In nats; minus infinity if more than ``k`` samples coincide somewhere.
-    :raises ValueError: if there are not more than ``k`` samples.
+    :param samples: ``(n, d)``
+    :param k: Number of the neighbour
+    :return: In nats; minus infinity if more than ``k`` samples coincide somewhere
+    :raises ValueError: There are not more than ``k`` samples
     """
     from scipy.spatial import cKDTree
     from scipy.special import digamma, gammaln
@@ -216,17 +221,18 @@ def knn_entropy(samples: npt.NDArray[Any], k: int = 3) -> float:
 def vendi_score(
     samples: npt.NDArray[Any], kernel: Literal["gaussian", "cosine"] = "gaussian", bandwidth: float | None = None
 ) -> float:
-    """Count the effectively different samples (Friedman and Dieng 2023).
+    """
+    Count the effectively different samples (Friedman and Dieng 2023).
 
     ``exp(-sum(lambda * log(lambda)))`` over the eigenvalues ``lambda`` of ``K / n``, where ``K`` holds the similarities of
     all pairs of samples: 1 if all samples are alike, ``n`` if no two are similar.
 
-    :param samples: ``(n, d)``. The cost grows with the cube of ``n``.
+    :param samples: ``(n, d)``. The cost grows with the cube of ``n``
     :param kernel: Similarity of ``x`` and ``y``: ``"gaussian"`` is ``exp(-|x - y|**2 / (2 * bandwidth**2))``, ``"cosine"`` the
-        cosine of the angle between them, for which the score is at most ``d``.
-    :param bandwidth: Of the Gaussian kernel; ``sqrt(d)`` if omitted.
-    :return: The score, from 1 to ``n``. It depends on ``n``, the kernel and its bandwidth: compare only where they agree.
-    :raises ValueError: if the kernel is unknown, the bandwidth not positive, or a sample without direction has no cosine.
+        cosine of the angle between them, for which the score is at most ``d``
+    :param bandwidth: Of the Gaussian kernel; ``sqrt(d)`` if omitted
+    :return: The score, from 1 to ``n``. It depends on ``n``, the kernel and its bandwidth: compare only where they agree
+    :raises ValueError: The kernel is unknown, the bandwidth not positive, or a sample without direction has no cosine
     """
     from scipy.linalg import eigvalsh
     from scipy.spatial.distance import pdist, squareform
@@ -262,20 +268,21 @@ def action_noise(
     max_queries: int = 2_000,
     seed: int = 0,
 ) -> ActionNoise:
-    """Estimate the standard deviation of the actions given the state from the ``k`` nearest neighbours.
+    """
+    Estimate the standard deviation of the actions given the state from the ``k`` nearest neighbours.
 
     A row's residual is its action less the mean action of the ``k`` rows with the nearest standardised states. The mean
     squared residual times ``k / (k + 1)`` is the variance of the action given the state where the mean action does not
     change between neighbours; where it changes, the estimate is too large.
 
-    :param states: ``(N, S)``.
-    :param actions: ``(N, A)``.
-    :param k: Number of neighbours.
-    :param max_references: Rows in which neighbours are sought; a random sample if there are more.
-    :param max_queries: Rows whose neighbours are sought; a random sample if there are more.
-    :param seed: Seed of the samples.
-    :return: The estimate.
-    :raises ValueError: if there are not more than ``k`` rows.
+    :param states: ``(N, S)``
+    :param actions: ``(N, A)``
+    :param k: Number of neighbours
+    :param max_references: Rows in which neighbours are sought; a random sample if there are more
+    :param max_queries: Rows whose neighbours are sought; a random sample if there are more
+    :param seed: Seed of the samples
+    :return: The estimate
+    :raises ValueError: There are not more than ``k`` rows
     """
     from scipy.spatial import cKDTree
 
@@ -304,18 +311,19 @@ def measure_diversity(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Diversity:
-    """Measure a dataset.
+    """
+    Measure a dataset.
 
     States are all vectors of the observations, flattened and standardised; images are left out. Actions are scaled to
     [-1, 1] by the bounds of the action space, without a space by their own range.
 
-    :param dataset: The dataset.
-    :param entropy_rows: Most rows for the entropy; a random sample if there are more.
-    :param vendi_rows: Most rows for the Vendi score.
-    :param most_rows: Most rows for everything else that looks at states and actions.
-    :param seed: Seed of all samples: the same seed gives the same numbers.
-    :param progress: Called with the name of each measure before it is taken.
-    :return: The measures.
+    :param dataset: The dataset
+    :param entropy_rows: Most rows for the entropy; a random sample if there are more
+    :param vendi_rows: Most rows for the Vendi score
+    :param most_rows: Most rows for everything else that looks at states and actions
+    :param seed: Seed of all samples: the same seed gives the same numbers
+    :param progress: Called with the name of each measure before it is taken
+    :return: The measures
     """
     tell = progress or (lambda name: None)
     scores, returns = dataset.reference_scores, dataset.episode_returns
@@ -325,13 +333,18 @@ def measure_diversity(
     varying = np.ptp(states, axis=0) > 0
     states = states[:, varying]
     n_rows, n_dimensions = states.shape
-    sizes = min(n_rows, entropy_rows), min(n_rows, vendi_rows)
+    diversity = Diversity(
+        trajectory_quality=quality,
+        positive_sided_variance=positive_sided_variance(returns),
+        state_dimensions=n_dimensions,
+        entropy_rows=min(n_rows, entropy_rows),
+        vendi_rows=min(n_rows, vendi_rows),
+        seed=seed,
+    )
     if n_dimensions == 0 or n_rows < 20:
-        return Diversity(
-            quality, positive_sided_variance(returns), None, None, None, None, None, None, n_dimensions, *sizes, seed
-        )
+        return diversity
     tell("coverage")
-    coverages = [state_action_coverage(states, actions, bins, -1.0, 1.0, seed) for bins in (FINE_BINS, COARSE_BINS)]
+    fine, coarse = (state_action_coverage(states, actions, bins, -1.0, 1.0, seed) for bins in (FINE_BINS, COARSE_BINS))
     tell("entropy")
     points = standardized(states)
     entropy = knn_entropy(points[sample_rows(n_rows, entropy_rows, seed)])
@@ -339,122 +352,77 @@ def measure_diversity(
     chosen = sample_rows(n_rows, vendi_rows, seed + 1)
     vendi = vendi_score(np.concatenate([points[chosen], actions[chosen]], axis=1))
     tell("action noise")
-    noise = action_noise(states, actions, seed=seed)
-    return Diversity(
-        trajectory_quality=quality,
-        positive_sided_variance=positive_sided_variance(returns),
-        coverage=coverages[0],
-        coarse_coverage=coverages[1],
+    return replace(
+        diversity,
+        coverage=fine,
+        coarse_coverage=coarse,
         state_entropy=entropy,
         gaussian_entropy=0.5 * n_dimensions * float(np.log(2.0 * np.pi * np.e)),
         vendi_score=vendi,
-        action_noise=noise,
-        state_dimensions=n_dimensions,
-        entropy_rows=sizes[0],
-        vendi_rows=sizes[1],
-        seed=seed,
+        action_noise=action_noise(states, actions, seed=seed),
     )
 
 
 def state_matrix(dataset: OfflineDataset, rows: Any = slice(None)) -> npt.NDArray[np.float32]:
-    """Bring the vectors of the observations into one matrix.
-
-    :param dataset: The dataset.
-    :param rows: Which rows.
-    :return: ``(N, S)``, every observation but images flattened, one after the other, ``Discrete`` ones as one-hot vectors;
-        ``S`` may be 0.
+    """
+    ``(N, S)``, every observation but images flattened, one after the other, ``Discrete`` ones as one-hot vectors; ``S`` may be
+    0.
     """
     length = len(dataset.rewards[rows])
     columns = [np.zeros((length, 0), np.float32)]
-    chosen = take_rows(dataset.observations, rows)
-    for key, array in chosen.items() if isinstance(chosen, dict) else [("", chosen)]:
-        space = dataset.observation_space
-        space = space[key] if isinstance(space, spaces.Dict) else space
-        if isinstance(space, spaces.Discrete):
-            columns.append(flatten_rows(array, space))
+    known = by_key(dataset.observation_space)
+    for key, array in by_key(take_rows(dataset.observations, rows)).items():
+        if isinstance(known.get(key), spaces.Discrete):
+            columns.append(flatten_rows(array, known[key]))
         elif array.dtype != np.uint8:
             columns.append(array.reshape(length, -1))
     return np.concatenate(columns, axis=1)
 
 
 def scaled_actions(dataset: OfflineDataset, rows: Any = slice(None)) -> npt.NDArray[np.float32]:
-    """Flatten the actions and scale them to [-1, 1].
-
-    :param dataset: The dataset.
-    :param rows: Which rows.
-    :return: ``(N, A)``, scaled by the bounds of the action space; by the range of the data where there are none.
-    """
-    low, high = action_bounds(dataset)
+    """``(N, A)``, the actions on the scale where their bounds, or else the range of the data, are -1 and 1."""
+    low, high, _ = action_bounds(dataset)
     flat = dataset.actions[rows].reshape(len(dataset.rewards[rows]), -1)
     extent = np.where(high > low, high - low, 1.0)
     return np.asarray(2.0 * (flat - low) / extent - 1.0, np.float32)
 
 
-def action_bounds(dataset: OfflineDataset) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """
-    :param dataset: The dataset.
-    :return: Lower and upper bounds ``(A,)`` of the actions; where they are unknown or infinite the range of the data.
-    """
+def action_bounds(
+    dataset: OfflineDataset,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Lower and upper bounds ``(A,)`` of the actions, and whether they are known; else they are the range of the data."""
     flat = dataset.actions.reshape(len(dataset), -1)
     low, high = flat.min(axis=0), flat.max(axis=0)
+    known = np.zeros(len(low), np.bool_)
     if dataset.action_space is not None:
         known_low, known_high = dataset.action_space.low.reshape(-1), dataset.action_space.high.reshape(-1)
-        bounded = np.isfinite(known_low) & np.isfinite(known_high)
-        low, high = np.where(bounded, known_low, low), np.where(bounded, known_high, high)
-    return low.astype(np.float32), high.astype(np.float32)
+        known = np.isfinite(known_low) & np.isfinite(known_high)
+        low, high = np.where(known, known_low, low), np.where(known, known_high, high)
+    return low.astype(np.float32), high.astype(np.float32), known
 
 
 def sample_rows(n_rows: int, most: int, seed: int) -> npt.NDArray[np.int64]:
-    """Draw rows without replacement.
-
-    :param n_rows: Number of rows there are.
-    :param most: Number of rows wanted; all are taken if there are no more.
-    :param seed: Seed of the sample.
-    :return: Their indices, increasing.
-    """
+    """Indices of ``most`` rows drawn without replacement, increasing; of all rows if there are no more."""
     if n_rows <= most:
         return np.arange(n_rows, dtype=np.int64)
     return np.sort(np.random.default_rng(seed).choice(n_rows, most, replace=False)).astype(np.int64)
 
 
 def standardized(rows: npt.NDArray[Any]) -> Array:
-    """Shift and scale every column to mean 0 and variance 1; constant columns become 0.
-
-    :param rows: ``(N, D)``.
-    :return: The same shape.
-    """
+    """Shift and scale every column to mean 0 and variance 1; constant columns become 0."""
     values = np.asarray(rows, np.float64)
     std = values.std(axis=0)
     return np.asarray((values - values.mean(axis=0)) / np.where(std > 0, std, 1.0))
 
 
 def row_hashes(*columns: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """Hash rows, so that equal rows are found by equal numbers.
+    """``(N,)``, numbers that are equal for equal rows, and for others with a probability of about 2**-64."""
+    import pandas as pd
 
-    :param columns: Arrays of ``N`` rows each.
-    :return: ``(N,)``. Two different rows get the same hash with a probability of about 2**-64.
-    """
-    from pandas.util import hash_array
-
-    generator = np.random.default_rng(0)
-    hashes = np.zeros(len(columns[0]), np.uint64)
-    for column in columns:
-        flat = column.reshape(len(column), -1)
-        width = flat.shape[1] * flat.itemsize
-        if width == 0:
-            continue
-        # Odd factors tell the columns apart: the same value gets the same hash in each of them
-        factors = generator.integers(2**63, size=-(-width // 8), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        step = max(1, _CHUNK_BYTES // width)
-        for begin in range(0, len(flat), step):
-            part = flat[begin : begin + step]
-            # Zero has two signs
-            part = np.ascontiguousarray(part + part.dtype.type(0) if part.dtype.kind == "f" else part)
-            raw = part.view(np.uint8).reshape(len(part), width)
-            words = np.pad(raw, ((0, 0), (0, -width % 8))).view(np.uint64)
-            mixed = hash_array(words.reshape(-1)).reshape(words.shape)
-            hashes[begin : begin + step] += (mixed * factors).sum(axis=1, dtype=np.uint64)
-    return hashes
+    flat = [column.reshape(len(column), -1) for column in columns]
+    # Zero has two signs
+    table = pd.concat([pd.DataFrame(one + one.dtype.type(0) if one.dtype.kind == "f" else one) for one in flat], axis=1)
+    return np.asarray(pd.util.hash_pandas_object(table, index=False).to_numpy(), np.uint64)
 
 
 def _bin(values: npt.NDArray[Any], low: Any, high: Any, bins: int) -> npt.NDArray[np.uint16]:

@@ -1,6 +1,6 @@
 """A dataset report: one HTML page that needs nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,16 @@ from rich.console import Console
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.sources import load_dataset
-from sb3_offline_ft.datasets.tools.convert import progress_bar
 from sb3_offline_ft.datasets.tools.diversity import Coverage, Diversity, measure_diversity
-from sb3_offline_ft.datasets.tools.show import DatasetFacts, describe_dataset, number_text, summary_rows
+from sb3_offline_ft.datasets.tools.show import (
+    DatasetFacts,
+    FactTable,
+    describe_dataset,
+    detail_tables,
+    number_text,
+    progress_bar,
+    summary_rows,
+)
 from sb3_offline_ft.pages.html import Picture, render_page
 
 NARROW_STD, NARROW_SHARE = 0.1, 0.05
@@ -23,6 +30,9 @@ FEW_EPISODES = 20
 SPARSE = 0.9
 
 _PICTURES = 6
+_ORDER = "A trend shows data of a policy that was still learning."
+_STATES = "Standardised states on their first two principal components. Islands may be different kinds of behaviour."
+_NOISE = "Inner bars: what similar states leave unexplained (an upper estimate)."
 
 
 def write_report(
@@ -33,15 +43,16 @@ def write_report(
     console: Console | None = None,
     **options: Any,
 ) -> None:
-    """Write the report on a dataset.
+    """
+    Write the report on a dataset.
 
-    :param specs: What :func:`load_dataset` takes: the dataset, and others to set beside it in a table.
-    :param output: The HTML file; written whole or not at all. The same data, seed and versions give the same file.
-    :param seed: Seed of the samples that some measures and pictures use.
-    :param console: Where to show the progress; nothing is shown if omitted.
-    :param options: Passed to :func:`load_dataset`.
-    :raises OSError: as :func:`load_dataset`, or if the file cannot be written.
-    :raises ValueError: as :func:`load_dataset`.
+    :param specs: What :func:`load_dataset` takes: the dataset, and others to set beside it in a table
+    :param output: The HTML file; written whole or not at all. The same data, seed and versions give the same file
+    :param seed: Seed of the samples that some measures and pictures use
+    :param console: Where to show the progress; nothing is shown if omitted
+    :param options: Passed to :func:`load_dataset`
+    :raises OSError: As :func:`load_dataset`, or the file cannot be written
+    :raises ValueError: As :func:`load_dataset`
     """
     console = console or Console(quiet=True)
     with progress_bar(console) as progress:
@@ -67,11 +78,11 @@ def write_report(
         "report.html.jinja",
         facts=facts,
         rows=summary_rows(facts),
+        tables=detail_tables(facts),
         paragraphs=in_words(facts, diversity),
         values=measured_values(diversity),
         pictures=pictures,
         comparison=comparison(columns) if len(columns) > 1 else None,
-        number=number_text,
         seed=seed,
     )
     with atomic_write(output) as file:
@@ -79,12 +90,7 @@ def write_report(
 
 
 def in_words(facts: DatasetFacts, diversity: Diversity) -> list[tuple[str, list[str]]]:
-    """Say what a dataset is and what that may mean for finetuning.
-
-    :param facts: What :func:`describe_dataset` found.
-    :param diversity: What :func:`measure_diversity` found.
-    :return: Headings with their paragraphs.
-    """
+    """What a dataset is and what that may mean for finetuning: headings with their paragraphs."""
     sections = [
         ("What it is", [_what_it_is(facts)]),
         ("How good it is", [_how_good(facts)]),
@@ -154,7 +160,7 @@ def _what_it_means(facts: DatasetFacts, diversity: Diversity) -> list[str]:
         )
     if facts.returns.max > facts.returns.mean:
         texts.append(
-            f"The root of the positive-sided variance of the returns is {number_text(_root_rpsv(diversity))}. Hong et al. "
+            f"The root of the positive-sided variance of the returns is {_root_rpsv(diversity)}. Hong et al. "
             "(2023) found that the room for improvement over the behaviour policy goes with this variance, and that data "
             "dominated by poor episodes holds offline algorithms back. The filter top_fraction, and weights of several "
             "datasets, change what is sampled."
@@ -167,10 +173,7 @@ def _what_it_means(facts: DatasetFacts, diversity: Diversity) -> list[str]:
 
 
 def is_narrow(diversity: Diversity) -> bool:
-    """
-    :param diversity: What :func:`measure_diversity` found.
-    :return: Whether actions are nearly determined by the state, by :data:`NARROW_STD` or :data:`NARROW_SHARE`.
-    """
+    """Whether actions are nearly determined by the state, by :data:`NARROW_STD` or :data:`NARROW_SHARE`."""
     noise = diversity.action_noise
     return noise is not None and (noise.mean_std < NARROW_STD or noise.unexplained < NARROW_SHARE)
 
@@ -179,13 +182,14 @@ def _remarks(facts: DatasetFacts) -> list[str]:
     remarks = []
     if facts.episodes < FEW_EPISODES:
         remarks.append(f"There are only {facts.episodes} episodes: everything said of returns is uncertain.")
-    saturated = [index for index, action in enumerate(facts.actions) if (action.at_bounds or 0.0) > MUCH_SATURATED]
+    saturated = [
+        f"{index} ({action.at_bounds:.0%})" for index, action in enumerate(facts.actions)
+        if action.at_bounds is not None and action.at_bounds > MUCH_SATURATED
+    ]  # fmt: skip
     if saturated:
-        which = ", ".join(f"{index} ({facts.actions[index].at_bounds:.0%})" for index in saturated[:8])
-        more = f" and {len(saturated) - 8} more" if len(saturated) > 8 else ""
         remarks.append(
-            f"Many actions lie at a bound, in dimension {which}{more}: a policy that ends in tanh comes close to a bound, but "
-            "never reaches it."
+            f"Many actions lie at a bound, in dimension {_first(saturated, 8)}: a policy that ends in tanh comes close to a "
+            "bound, but never reaches it."
         )
     if any(action.low is None for action in facts.actions):
         remarks.append("The bounds of the actions are not known; they were scaled by their own range.")
@@ -206,21 +210,21 @@ def _remarks(facts: DatasetFacts) -> list[str]:
         for index, (low, high) in enumerate(zip(one.min, one.max, strict=True)) if low == high
     ]  # fmt: skip
     if constant:
-        shown = ", ".join(constant[:5]) + (f" and {len(constant) - 5} more" if len(constant) > 5 else "")
-        remarks.append(f"Constant over all rows: dimension {shown}.")
+        remarks.append(f"Constant over all rows: dimension {_first(constant, 5)}.")
     return remarks
 
 
+def _first(names: list[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def measured_values(diversity: Diversity) -> dict[str, list[str]]:
-    """
-    :param diversity: What :func:`measure_diversity` found.
-    :return: The lines that the page says of each measure, the main one first.
-    """
+    """The lines that the page says of each measure, the main one first."""
     none = ["not measured"]
     quality, noise, vendi = diversity.trajectory_quality, diversity.action_noise, diversity.vendi_score
     values = {
         "quality": ["needs reference scores" if quality is None else f"{quality:.3f}"],
-        "variance": [f"{number_text(diversity.positive_sided_variance)} (root {number_text(_root_rpsv(diversity))})"],
+        "variance": [f"{number_text(diversity.positive_sided_variance)} (root {_root_rpsv(diversity)})"],
         "coverage": _coverage_in_words(diversity.coverage) + _coverage_in_words(diversity.coarse_coverage) or none,
         "entropy": none,
         "vendi": none if vendi is None else [f"{vendi:.1f} effectively different", f"of {diversity.vendi_rows:,} transitions"],
@@ -241,69 +245,59 @@ def measured_values(diversity: Diversity) -> dict[str, list[str]]:
     return values
 
 
-def comparison(columns: Sequence[tuple[DatasetFacts, Diversity]]) -> list[tuple[str, list[str]]]:
-    """
-    :param columns: Facts and measures of several datasets.
-    :return: The rows of a table that sets them side by side.
-    """
-    table: dict[str, list[str]] = {"": [facts.name for facts, _ in columns]}
-
-    def add(name: str, values: list[str | None]) -> None:
-        table[name] = [value or "-" for value in values]
-
-    add("environment", [facts.env_id for facts, _ in columns])
-    add("transitions", [f"{facts.transitions:,}" for facts, _ in columns])
-    add("episodes", [f"{facts.episodes:,}" for facts, _ in columns])
-    add("mean return", [number_text(facts.returns.mean) for facts, _ in columns])
-    add("median return", [number_text(facts.returns.median) for facts, _ in columns])
-    add("best return", [number_text(facts.returns.max) for facts, _ in columns])
-    normalized = [facts.normalized_returns for facts, _ in columns]
-    add("normalised mean return", [None if scores is None else f"{scores['mean']:.1f}" for scores in normalized])
-    add("root of the positive-sided variance", [number_text(_root_rpsv(one)) for _, one in columns])
-    add("mean length", [number_text(facts.lengths.mean) for facts, _ in columns])
-    add("terminated", [f"{facts.terminated / facts.episodes:.0%}" for facts, _ in columns])
-    add("action noise", [None if one.action_noise is None else f"{one.action_noise.mean_std:.3f}" for _, one in columns])
-    add("unexplained", [None if one.action_noise is None else f"{one.action_noise.unexplained:.1%}" for _, one in columns])
-    add("entropy of the states", [None if one.state_entropy is None else _entropy(one.state_entropy) for _, one in columns])
-    add("Vendi score", [None if one.vendi_score is None else f"{one.vendi_score:.1f}" for _, one in columns])
-    for what in ("row", "shuffled", "uniform"):
-        coverages = [one.coarse_coverage for _, one in columns]
-        values = [None if one is None else f"{getattr(one, f'per_{what}'):.3f}" for one in coverages]
-        add(f"coarse coverage, per {what}", values)
-    add("duplicates", [f"{facts.duplicates:,}" for facts, _ in columns])
-    return list(table.items())
+def comparison(columns: Sequence[tuple[DatasetFacts, Diversity]]) -> FactTable:
+    """A table that sets datasets side by side."""
+    found = [_compared(*column) for column in columns]
+    rows = [(name, *(values[name] or "-" for values in found)) for name in found[0]]
+    return FactTable("Side by side", ("", *(facts.name for facts, _ in columns)), rows)
 
 
-def _pictures(dataset: OfflineDataset, diversity: Diversity, seed: int, step: Any) -> list[Picture]:
+def _compared(facts: DatasetFacts, diversity: Diversity) -> dict[str, str | None]:
+    """What is compared of a dataset, in words; nothing where it was not measured."""
+    scores, noise, coverage = facts.normalized_returns, diversity.action_noise, diversity.coarse_coverage
+    entropy, vendi = diversity.state_entropy, diversity.vendi_score
+    return {
+        "environment": facts.env_id,
+        "transitions": f"{facts.transitions:,}",
+        "episodes": f"{facts.episodes:,}",
+        "mean return": number_text(facts.returns.mean),
+        "median return": number_text(facts.returns.median),
+        "best return": number_text(facts.returns.max),
+        "normalised mean return": None if scores is None else f"{scores['mean']:.1f}",
+        "root of the positive-sided variance": _root_rpsv(diversity),
+        "mean length": number_text(facts.lengths.mean),
+        "terminated": f"{facts.terminated / facts.episodes:.0%}",
+        "action noise": None if noise is None else f"{noise.mean_std:.3f}",
+        "unexplained": None if noise is None else f"{noise.unexplained:.1%}",
+        "entropy of the states": None if entropy is None else _entropy(entropy),
+        "Vendi score": None if vendi is None else f"{vendi:.1f}",
+        "coarse coverage, per row": None if coverage is None else f"{coverage.per_row:.3f}",
+        "coarse coverage, per shuffled": None if coverage is None else f"{coverage.per_shuffled:.3f}",
+        "coarse coverage, per uniform": None if coverage is None else f"{coverage.per_uniform:.3f}",
+        "duplicates": f"{facts.duplicates:,}",
+    }
+
+
+def _pictures(dataset: OfflineDataset, diversity: Diversity, seed: int, step: Callable[[str], None]) -> list[Picture]:
     from sb3_offline_ft.datasets.tools import report_figures as figures
 
-    step("drawing returns")
-    pictures = [
-        Picture(figures.draw_returns(dataset, "returns"), "Returns", "Undiscounted return of the episodes."),
-        Picture(
-            figures.draw_order(dataset, "order"),
-            "Returns in order",
-            "A trend shows data of a policy that was still learning." + (
-                " Dotted lines part the datasets it was put together from." if len(dataset.sources) > 1 else ""
-            ),
-        ),
-    ]  # fmt: skip
-    step("drawing lengths")
-    pictures.append(Picture(figures.draw_lengths(dataset, "lengths"), "Lengths", "Steps of the episodes, by how they ended."))
-    step("drawing states")
-    states = figures.draw_states(dataset, "states", seed)
-    if states is not None:
-        caption = "Standardised states on their first two principal components. Islands may be different kinds of behaviour."
-        pictures.append(Picture(states, "States visited", caption))
-    step("drawing actions")
     n_actions = int(np.prod(dataset.actions.shape[1:]))
     shown = f" The first {figures.MOST_ACTIONS} of {n_actions} dimensions." if n_actions > figures.MOST_ACTIONS else ""
-    caption = f"On the scale where the bounds are -1 and 1.{shown}"
-    pictures.append(Picture(figures.draw_actions(dataset, "actions", seed), "Actions", caption))
-    step("drawing noise")
-    if diversity.action_noise is not None:
-        caption = f"Inner bars: what similar states leave unexplained (an upper estimate).{shown}"
-        pictures.append(Picture(figures.draw_noise(diversity.action_noise, "noise"), "Action noise", caption))
+    parts = " Dotted lines part the datasets it was put together from." if len(dataset.sources) > 1 else ""
+    noise = diversity.action_noise
+    drawn: list[tuple[str, Callable[[], str | None], str]] = [
+        ("Returns", lambda: figures.draw_returns(dataset), "Undiscounted return of the episodes."),
+        ("Returns in order", lambda: figures.draw_order(dataset), f"{_ORDER}{parts}"),
+        ("Lengths", lambda: figures.draw_lengths(dataset), "Steps of the episodes, by how they ended."),
+        ("States visited", lambda: figures.draw_states(dataset, seed), _STATES),
+        ("Actions", lambda: figures.draw_actions(dataset, seed), f"On the scale where the bounds are -1 and 1.{shown}"),
+        ("Action noise", lambda: None if noise is None else figures.draw_noise(noise), f"{_NOISE}{shown}"),
+    ]
+    pictures = []
+    for title, draw, caption in drawn:
+        step(f"drawing {title.lower()}")
+        if (svg := draw()) is not None:
+            pictures.append(Picture(svg, title, caption))
     return pictures
 
 
@@ -314,8 +308,8 @@ def _coverage_in_words(coverage: Coverage | None) -> list[str]:
     return [f"{coverage.bins} bins: {ratios}"]
 
 
-def _root_rpsv(diversity: Diversity) -> float:
-    return float(np.sqrt(diversity.positive_sided_variance))
+def _root_rpsv(diversity: Diversity) -> str:
+    return number_text(float(np.sqrt(diversity.positive_sided_variance)))
 
 
 def _entropy(value: float) -> str:

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.tools.diversity import ActionNoise, sample_rows, scaled_actions, standardized, state_matrix
-from sb3_offline_ft.pages.pictures import INK, inline_svg
+from sb3_offline_ft.pages.pictures import INK, inline_svg, panels
 
 # Of the colours of Okabe and Ito, those that stand out on white and on black
 BLUE, ORANGE, GREEN, VERMILLION = "#3B8FD0", "#E69F00", "#009E73", "#D55E00"
@@ -21,23 +21,8 @@ _PROJECTED_ROWS = 100_000
 _WIDTH, _HEIGHT = 4.6, 3.1
 
 
-def draw(name: str, paint: Callable[[Figure], None], height: float = _HEIGHT) -> str:
-    """Draw a picture.
-
-    :param name: Told from those of the other pictures on the page.
-    :param paint: Draws into the figure.
-    :param height: In inches.
-    :return: An ``<svg>`` element, the same for the same content.
-    """
-    return inline_svg(name, paint, (_WIDTH, height))
-
-
-def draw_returns(dataset: OfflineDataset, name: str) -> str:
-    """
-    :param dataset: The dataset.
-    :param name: As for :func:`draw`.
-    :return: The histogram of the returns.
-    """
+def draw_returns(dataset: OfflineDataset) -> str:
+    """The histogram of the returns."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -47,15 +32,11 @@ def draw_returns(dataset: OfflineDataset, name: str) -> str:
         axes.set(xlabel="return of the episode", ylabel="episodes")
         axes.legend(loc="best")
 
-    return draw(name, paint)
+    return _draw("returns", paint)
 
 
-def draw_lengths(dataset: OfflineDataset, name: str) -> str:
-    """
-    :param dataset: The dataset.
-    :param name: As for :func:`draw`.
-    :return: The histogram of the lengths of episodes, by how they ended.
-    """
+def draw_lengths(dataset: OfflineDataset) -> str:
+    """The histogram of the lengths of episodes, by how they ended."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -72,15 +53,11 @@ def draw_lengths(dataset: OfflineDataset, name: str) -> str:
         _name_single_value(axes, lengths)
         axes.legend(loc="best")
 
-    return draw(name, paint)
+    return _draw("lengths", paint)
 
 
-def draw_order(dataset: OfflineDataset, name: str) -> str:
-    """
-    :param dataset: The dataset.
-    :param name: As for :func:`draw`.
-    :return: The returns in the order of the episodes, with a running median.
-    """
+def draw_order(dataset: OfflineDataset) -> str:
+    """The returns in the order of the episodes, with a running median."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -98,16 +75,11 @@ def draw_order(dataset: OfflineDataset, name: str) -> str:
             axes.axvline(np.searchsorted(dataset.episode_starts, part.begin) - 0.5, color=INK, linewidth=1, linestyle=":")
         axes.set(xlabel="episode, in the order of the data", ylabel="return")
 
-    return draw(name, paint)
+    return _draw("order", paint)
 
 
-def draw_states(dataset: OfflineDataset, name: str, seed: int = 0) -> str | None:
-    """
-    :param dataset: The dataset.
-    :param name: As for :func:`draw`.
-    :param seed: Seed of the sample of rows.
-    :return: The density of the states on their first two principal components; ``None`` if fewer than two dimensions vary.
-    """
+def draw_states(dataset: OfflineDataset, seed: int = 0) -> str | None:
+    """The density of the states on their first two principal components; none if fewer than two dimensions vary."""
     points = standardized(state_matrix(dataset, sample_rows(len(dataset), _PROJECTED_ROWS, seed)))
     points = points[:, points.std(axis=0) > 0]
     if points.shape[1] < 2 or len(points) < 3:
@@ -137,40 +109,27 @@ def draw_states(dataset: OfflineDataset, name: str, seed: int = 0) -> str | None
             xlabel=f"1st component ({shares[0]:.0%} of the variance)", ylabel=f"2nd component ({shares[1]:.0%})"
         )  # fmt: skip
 
-    return draw(name, paint, height=3.6)
+    return _draw("states", paint, height=3.6)
 
 
-def draw_actions(dataset: OfflineDataset, name: str, seed: int = 0) -> str:
-    """
-    :param dataset: The dataset.
-    :param name: As for :func:`draw`.
-    :param seed: Seed of the sample of rows.
-    :return: Histograms of the first :data:`MOST_ACTIONS` dimensions of the actions on the scale from -1 to 1.
-    """
+def draw_actions(dataset: OfflineDataset, seed: int = 0) -> str:
+    """Histograms of the first :data:`MOST_ACTIONS` dimensions of the actions on the scale from -1 to 1."""
     actions = scaled_actions(dataset, sample_rows(len(dataset), _PROJECTED_ROWS, seed))[:, :MOST_ACTIONS]
     n_columns = min(3, actions.shape[1])
     n_rows = -(-actions.shape[1] // n_columns)
 
     def paint(figure: Figure) -> None:
-        panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True)
-        for index, axes in enumerate(panels.flat):
-            if index >= actions.shape[1]:
-                axes.set_visible(False)
-                continue
+        for index, axes in enumerate(panels(figure, actions.shape[1], n_columns)):
             axes.hist(np.clip(actions[:, index], -1, 1), bins=np.linspace(-1, 1, 41).tolist(), color=GREEN)
             axes.set(yticks=[], xlim=(-1.05, 1.05), xticks=[-1, 0, 1])
             axes.spines["left"].set_visible(False)
             axes.set_title(f"dimension {index}", fontsize=10, loc="left")
 
-    return draw(name, paint, height=max(_HEIGHT / 2 + 0.4, 1.25 * n_rows + 0.3))
+    return _draw("actions", paint, height=max(_HEIGHT / 2 + 0.4, 1.25 * n_rows + 0.3))
 
 
-def draw_noise(noise: ActionNoise, name: str) -> str:
-    """
-    :param noise: The action noise.
-    :param name: As for :func:`draw`.
-    :return: Standard deviations of the action dimensions, over all rows and between similar states.
-    """
+def draw_noise(noise: ActionNoise) -> str:
+    """Standard deviations of the action dimensions, over all rows and between similar states."""
     shown = min(len(noise.std), MOST_ACTIONS)
 
     def paint(figure: Figure) -> None:
@@ -182,7 +141,11 @@ def draw_noise(noise: ActionNoise, name: str) -> str:
         axes.set_ylim(shown - 0.4, -0.6)
         figure.legend(loc="outside upper left", ncols=2)
 
-    return draw(name, paint, height=max(1.9, 0.34 * shown + 1.1))
+    return _draw("noise", paint, height=max(1.9, 0.34 * shown + 1.1))
+
+
+def _draw(name: str, paint: Callable[[Figure], None], height: float = _HEIGHT) -> str:
+    return inline_svg(name, paint, (_WIDTH, height))
 
 
 def _histogram(axes: Axes, values: npt.NDArray[np.float64]) -> None:

@@ -1,16 +1,16 @@
 """What the result of a cell depends on, in the form of JSON: equal facts are run once."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.policies.policies import OfflinePolicy
+from sb3_offline_ft.study.design.learners import algorithm_class
 from sb3_offline_ft.study.design.methods import Method, is_ours, online_only
-from sb3_offline_ft.study.engine.learners import algorithm_class
 
 RESULTS_VERSION = 2
 """Raised by a release whose runs give other results, as by another default: then finished cells are run again, else never."""
@@ -19,40 +19,32 @@ ALGORITHM_VERSIONS: Mapping[type, int] = {}
 """The same for the online phase of single algorithms, 1 where nothing is said."""
 
 
-def canonical(value: Any) -> Any:
-    """
-    :param value: Anything that a YAML file can hold
-    :return: The same for equal values: ``1e4`` is 10000, a tuple a list
-    """
+def _canonical(value: Any) -> Any:
+    """The same for equal values: ``1e4`` is 10000, a tuple a list."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):
-        return {str(key): canonical(entry) for key, entry in value.items()}
+        return {str(key): _canonical(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [canonical(entry) for entry in value]
+        return [_canonical(entry) for entry in value]
     return value
 
 
 def _chosen(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
     """What is not the default of one of our constructors, so that a new argument changes no facts."""
     if not is_ours(algorithm):
-        return dict(canonical(hyperparams))
+        return dict(_canonical(hyperparams))
     policy_kwargs = _without_defaults(OfflinePolicy, hyperparams.get("policy_kwargs") or {})
-    chosen = _without_defaults(algorithm_class(algorithm), dict(hyperparams) | {"policy_kwargs": policy_kwargs or None})
-    return dict(chosen)
+    return _without_defaults(algorithm_class(algorithm), dict(hyperparams) | {"policy_kwargs": policy_kwargs or None})
 
 
 def _without_defaults(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    chosen = {name: canonical(value) for name, value in arguments.items()}
-    return {
-        name: value for name, value in chosen.items() if name not in parameters or value != canonical(parameters[name].default)
-    }
+    defaults = constructor_arguments(cls)
+    chosen = {name: _canonical(value) for name, value in arguments.items()}
+    return {name: value for name, value in chosen.items() if name not in defaults or value != _canonical(defaults[name])}
 
 
 def _algorithm_version(algorithm: str) -> dict[str, int]:
-    if not is_ours(algorithm):
-        return {}
     cls = algorithm_class(algorithm)
     version = max((version for base, version in ALGORITHM_VERSIONS.items() if issubclass(cls, base)), default=1)
     return {"algorithm_version": version} if version > 1 else {}
@@ -60,17 +52,16 @@ def _algorithm_version(algorithm: str) -> dict[str, int]:
 
 def _pretraining_facts(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
     chosen = _chosen(algorithm, hyperparams)
-    return {
-        "algorithm": algorithm,
-        "hyperparams": {name: value for name, value in chosen.items() if name not in online_only(algorithm)},
-    }
+    acting = {name: value for name, value in chosen.items() if name not in online_only(algorithm)}
+    return {"algorithm": algorithm, "hyperparams": acting}
 
 
-def method_facts(method: Method, pretraining_algorithm: str) -> dict[str, Any]:
+def method_facts(method: Method, pretraining: str) -> dict[str, Any]:
     """
-    :param method: A method
-    :param pretraining_algorithm: Algorithm of the pretraining that it starts from, if it does
-    :return: What its results depend on, besides the study's plan, the data and the seed; not its name
+    What the results of a method depend on, besides the study's plan, the data and the seed; not its name.
+
+    :param method: The method
+    :param pretraining: Algorithm of the pretraining that it starts from, if it does
     """
     learns = not method.frozen
     return {
@@ -79,19 +70,13 @@ def method_facts(method: Method, pretraining_algorithm: str) -> dict[str, Any]:
         "frozen": method.frozen,
         **(_algorithm_version(method.algorithm) if learns else {}),
         "hyperparams": _chosen(method.algorithm, method.hyperparams) if learns else None,
-        "guard": canonical(method.guard),
-        "pretraining": _pretraining_facts(pretraining_algorithm, method.pretraining_hyperparams)
-        if method.pretrained
-        else None,
+        "guard": _canonical(method.guard),
+        "pretraining": _pretraining_facts(pretraining, method.pretraining_hyperparams) if method.pretrained else None,
     }
 
 
 def is_same(facts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """
-    :param facts: :func:`method_facts` of a method
-    :param others: Those of another one
-    :return: Whether they learn alike, be it that defaults of the replay buffer are written out
-    """
+    """Whether two methods with these facts learn alike, be it that defaults of the replay buffer are written out."""
     return _shortest(facts) == _shortest(others)
 
 
@@ -104,10 +89,7 @@ def _shortest(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_facts(dataset: OfflineDataset) -> dict[str, Any]:
-    """
-    :param dataset: A dataset
-    :return: What learning from it depends on; not where it is from
-    """
+    """What learning from a dataset depends on; not where it is from."""
     scores = dataset.reference_scores
     return {
         "fingerprint": dataset.fingerprint,
@@ -116,20 +98,19 @@ def data_facts(dataset: OfflineDataset) -> dict[str, Any]:
     }
 
 
-def cell_facts(
-    method: Method, pretraining_algorithm: str, data: Mapping[str, Any] | None, plan: Mapping[str, Any]
-) -> dict[str, Any]:
+def cell_facts(method: Method, pretraining: str, data: Mapping[str, Any] | None, plan: Mapping[str, Any]) -> dict[str, Any]:
     """
+    All that a cell's result depends on.
+
     :param method: The cell's method
-    :param pretraining_algorithm: Algorithm of the pretraining
+    :param pretraining: Algorithm of the pretraining
     :param data: :func:`data_facts` of the cell's dataset, None without data
     :param plan: Environment, seed, lengths and evaluations of the run
-    :return: All that the cell's result depends on
     """
     facts = {
         "results_version": RESULTS_VERSION,
         **plan,
-        **method_facts(method, pretraining_algorithm),
+        **method_facts(method, pretraining),
         "dataset": dict(data) if data is not None else None,
     }
     if not method.learns_from_evaluations:
@@ -141,8 +122,5 @@ def cell_facts(
 
 
 def digest(facts: Mapping[str, Any]) -> str:
-    """
-    :param facts: Facts in the form of JSON
-    :return: 16 hexadecimal digits, equal for equal facts
-    """
+    """16 hexadecimal digits, equal for equal facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,10 +14,10 @@ from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets import without_trust
+from sb3_offline_ft.study.design.learners import algorithm_class
 from sb3_offline_ft.study.design.methods import is_ours, known_algorithms, preset
 from sb3_offline_ft.study.design.protocol import STUDY_FILE, Protocol
 from sb3_offline_ft.study.design.reading import LABEL, default_every, place_paths, resolve_paths
-from sb3_offline_ft.study.engine.learners import algorithm_class
 
 DEFAULT_METHODS: dict[str, dict[str, Any]] = {
     "scratch": {"label": "TD3 from scratch", "algorithm": "td3", "start": "scratch"},
@@ -156,11 +156,7 @@ def init_study(
 
 
 def next_steps(file: Path, trust_pickle: bool = False) -> str:
-    """
-    :param file: The file that :func:`init_study` wrote
-    :param trust_pickle: Whether its data is in pickle files
-    :return: What to do next, for people
-    """
+    """What to do with the file that :func:`init_study` wrote, for people."""
     protocol = Protocol.load(file)
     runs, folder = len(protocol.cells()), shlex.quote(str(file.parent))
     trust = " --trust-pickle" * trust_pickle
@@ -172,8 +168,8 @@ def _method(name: str) -> dict[str, Any]:
         return DEFAULT_METHODS[name]
     if name not in known_algorithms():
         raise ValueError(f"Unknown method {name!r}. {suggestion(name, [*DEFAULT_METHODS, *known_algorithms()])}")
-    label = algorithm_class(name).__name__
-    return {"label": label, "algorithm": name} if is_ours(name) else {"label": label, "algorithm": name, "start": "scratch"}
+    start = {} if is_ours(name) else {"start": "scratch"}
+    return {"label": algorithm_class(name).__name__, "algorithm": name, **start}
 
 
 def _labelled(specs: Sequence[str], env: str) -> dict[str, str]:

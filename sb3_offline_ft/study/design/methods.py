@@ -17,7 +17,7 @@ from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.recipe import online_only_arguments
-from sb3_offline_ft.study.engine.learners import algorithm_class
+from sb3_offline_ft.study.design.learners import algorithm_class
 from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 ENSEMBLE_SIZE = "ensemble_size"
@@ -32,7 +32,7 @@ SET_BY_STUDY = {
     "device": "`study run --device`",
 }
 """Names that are no hyperparameters of a study, and what is in their place."""
-_NEVER = {*SET_BY_STUDY, "self", "args", "kwargs", "_init_setup_model", "verbose", "tensorboard_log", "stats_window_size"}
+_NEVER = {*SET_BY_STUDY, "args", "kwargs", "_init_setup_model", "verbose", "tensorboard_log", "stats_window_size"}
 
 
 @dataclass(frozen=True)
@@ -73,45 +73,30 @@ class Method:
 
 
 def known_hyperparams(algorithm: str) -> set[str]:
-    """
-    :param algorithm: Name of an algorithm
-    :return: The hyperparameters that it has in a study
-    """
+    """The hyperparameters that an algorithm has in a study."""
     cls = algorithm_class(algorithm)
     noise = NOISE if issubclass(cls, OffPolicyAlgorithm) else set()
     return constructor_arguments(cls).keys() - _NEVER | noise
 
 
 def online_only(algorithm: str) -> frozenset[str]:
-    """
-    :param algorithm: Name of an algorithm
-    :return: The hyperparameters that do not act before the first interaction
-    """
+    """The hyperparameters that do not act before the first interaction."""
     return online_only_arguments(algorithm_class(algorithm)) | NOISE
 
 
 def default_of(algorithm: str, name: str) -> Any:
-    """
-    :param algorithm: Name of an algorithm
-    :param name: An argument
-    :return: Its default in this algorithm's own constructor, None if there is no such argument
-    """
+    """An argument's default in the algorithm's own constructor, None if there is no such argument."""
     return constructor_arguments(algorithm_class(algorithm)).get(name)
 
 
 def known_algorithms() -> list[str]:
-    """
-    :return: Names of all algorithms that a study can have.
-    """
+    """Names of all algorithms that a study can have."""
     sb3_offline_ft.zoo.register()
     return sorted(ALGOS)
 
 
 def is_ours(algorithm: str) -> bool:
-    """
-    :param algorithm: Name of an algorithm
-    :return: Whether it can start from a pretrained policy
-    """
+    """Whether an algorithm can start from a pretrained policy."""
     return issubclass(algorithm_class(algorithm), OfflineTD3)
 
 
@@ -123,10 +108,8 @@ def _read_preset(algorithm: str) -> dict[str, Any]:
 
 def preset(algorithm: str, env: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    Read the preset of an algorithm; an environment without an entry of its own has the default one.
+    Read the preset of one of our algorithms; an environment without an entry of its own has the default one.
 
-    :param algorithm: One of ours by its name in rl_zoo3
-    :param env: Gymnasium id of an environment, perhaps with the module that it is from
     :return: The hyperparameters, and the arguments of the guard
     """
     presets = _read_preset(algorithm)
@@ -140,23 +123,14 @@ def preset(algorithm: str, env: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def factor_path(factor: str) -> list[str]:
-    """
-    :param factor: Name of a factor
-    :return: The hyperparameter that it sets, and the keys within it
-    """
+    """The hyperparameter that a factor sets, and the keys within it."""
     if factor == ENSEMBLE_SIZE:
         return ["policy_kwargs", "n_critics"]
     return factor.removeprefix(FINETUNING_PREFIX).split(".")
 
 
 def set_path(hyperparams: dict[str, Any], path: list[str], value: Any) -> None:
-    """
-    Set a value in nested mappings, which are copied.
-
-    :param hyperparams: The outermost mapping, which is changed
-    :param path: Its key, and the keys within
-    :param value: The value
-    """
+    """Set a value in nested mappings by its path of keys; those within are copied."""
     first, *rest = path
     if rest:
         inner = dict(hyperparams.get(first) or {})

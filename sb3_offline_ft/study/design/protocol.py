@@ -10,14 +10,14 @@ from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.study.design import identity
-from sb3_offline_ft.study.design.method_factory import MethodFactory
+from sb3_offline_ft.study.design.factory import MethodFactory
 from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.design.reading import (
     NO_DATA,
     EvaluationPlan,
-    check_env,
     import_env,
     read_datasets,
+    read_env,
     read_evaluation,
     read_factors,
     read_seeds,
@@ -47,10 +47,7 @@ NEEDED = ("env", "seeds", "interactions", "methods")
 
 
 def study_file(path: str | Path) -> Path:
-    """
-    :param path: A study's file, or the folder that has it as ``study.yml``
-    :return: The file, which need not exist
-    """
+    """The file of a study, which need not exist, from its path or that of its folder."""
     file = Path(path).expanduser().absolute()
     return file if file.is_file() else file / STUDY_FILE
 
@@ -159,9 +156,7 @@ class Protocol:
     @classmethod
     def parse(cls, text: str, file: Path, trust_pickle: bool = False) -> Self:
         """
-        Read a study from a text.
-
-        :param text: The text
+        :param text: The text of a study's file
         :param file: Where it is from, or will be
         :param trust_pickle: As for :meth:`load`
         :return: The protocol
@@ -172,30 +167,14 @@ class Protocol:
         for key in NEEDED:
             if given.get(key) is None:
                 reader.fail(key, "is missing.")
-        env = check_env(reader, given["env"])
+        env = read_env(reader, given["env"])
         interactions = reader.whole(given["interactions"], "interactions")
         specs, datasets = read_datasets(reader, given.get("datasets"), file.parent)
-        pretraining = reader.mapping(given.get("pretraining"), "pretraining", ("algorithm", "hyperparams"))
         random_return = given.get("random_return")
         random_return = None if random_return is None else reader.number(random_return, "random_return")
-        known_scores = reference_scores_for(env.rpartition(":")[2])
-        factory = MethodFactory(
-            reader,
-            env=env,
-            presets=reader.mapping(given.get("presets"), "presets"),
-            shared=reader.mapping(given.get("hyperparams"), "hyperparams"),
-            pretraining_algorithm=reader.text(pretraining.get("algorithm", "td3bc"), "pretraining.algorithm"),
-            pretraining=reader.mapping(pretraining.get("hyperparams"), "pretraining.hyperparams"),
-            interactions=interactions,
-            random_return=random_return,
-            known_random_return=None if known_scores is None else known_scores.random,
-        )
-        entries = reader.mapping(given["methods"], "methods")
-        if not entries:
-            reader.fail("methods", "must have at least one method.")
         factors = read_factors(reader, given.get("factors"))
-        combined = reader.truth(given.get("factors_combined", False), "factors_combined")
-        methods = factory.methods(entries, factors, combined)
+        factory = MethodFactory(reader, given, env, interactions, random_return)
+        methods = factory.methods(factors)
         if not datasets and any(method.pretrained for method in methods):
             reader.fail("datasets", "must have at least one dataset, for the methods that start from a pretrained policy.")
         reference = given.get("reference_method")
@@ -224,10 +203,7 @@ class Protocol:
         )
 
     def changed(self, **changes: Any) -> Self:
-        """
-        :param changes: Other values of parameters
-        :return: A copy with these, which shares the data and what is known of it
-        """
+        """A copy with other values of parameters, which shares the data and what is known of it."""
         copy = replace(self, **changes)
         for name in ("_loaded", "_data_facts"):
             object.__setattr__(copy, name, getattr(self, name))
@@ -265,10 +241,8 @@ class Protocol:
 
     def data_facts(self, label: str) -> dict[str, Any]:
         """
-        Facts about a dataset for others to :meth:`remember_data` where the data is not.
-
-        :param label: A dataset's label
-        :return: Its spec as it is written, its fingerprint, parts and reference scores, in the form of JSON
+        Facts about the dataset with a label, for others to :meth:`remember_data` where the data is not: its spec as it is
+        written, its fingerprint, parts and reference scores, in the form of JSON.
         """
         if label not in self._data_facts:
             self._data_facts[label] = {"spec": self.specs[label], **identity.data_facts(self.dataset(label))}
@@ -301,20 +275,15 @@ class Protocol:
         return next((float(pair[0]) for pair in scores if pair is not None), None)
 
     def guard_arguments(self, method: Method) -> Mapping[str, Any] | None:
-        """
-        :param method: A method
-        :return: Arguments of its guard, whose random policy is the study's if it was given none; None without a guard
-        """
+        """Arguments of a method's guard, whose random policy is the study's if it was given none; None without a guard."""
         if method.guard is None or "random_return" in method.guard or self.random_return is None:
             return method.guard
         return {**method.guard, "random_return": self.random_return}
 
     def described(self, cell: Cell) -> dict[str, Any]:
         """
-        Say what a cell's result depends on.
-
         :param cell: A cell
-        :return: The facts, in the form of JSON; names and labels are not among them, nor where the data is
+        :return: What its result depends on, in the form of JSON; not its name and labels, nor where the data is
         """
         data = None
         if cell.dataset is not None:

@@ -38,13 +38,8 @@ class EvaluationPlan:
     episodes: int
 
 
-def check_env(reader: Reader, value: Any) -> str:
-    """
-    :param reader: For errors
-    :param value: ``env`` of the file
-    :return: The id of an environment that is registered, or will be when the module before it is imported
-    :raises ValueError: It is neither
-    """
+def read_env(reader: Reader, value: Any) -> str:
+    """The id of an environment that is registered, or will be when the module before it is imported."""
     env = reader.text(value, "env")
     module, colon, env_id = env.rpartition(":")
     if not colon:
@@ -55,13 +50,7 @@ def check_env(reader: Reader, value: Any) -> str:
 
 
 def import_env(reader: Reader, env: str) -> None:
-    """
-    Import the module before the id of an environment, if there is one, which runs that module's code.
-
-    :param reader: For errors
-    :param env: ``env`` of the file
-    :raises ValueError: There is no such module, or Gymnasium does not know the id
-    """
+    """Import the module before the id of an environment, if there is one, which runs that module's code."""
     module, _, env_id = env.rpartition(":")
     try:
         if module:
@@ -72,12 +61,7 @@ def import_env(reader: Reader, env: str) -> None:
 
 
 def read_seeds(reader: Reader, value: Any) -> tuple[int, ...]:
-    """
-    :param reader: For errors
-    :param value: ``seeds`` of the file: their number, or a list of them
-    :return: The seeds
-    :raises ValueError: There is none, or one is there twice or out of range
-    """
+    """The seeds from their number, or from a list of them."""
     if not isinstance(value, list):
         return tuple(range(reader.whole(value, "seeds")))
     seeds = tuple(reader.whole(seed, f"seeds[{index}]", 0) for index, seed in enumerate(value))
@@ -87,14 +71,7 @@ def read_seeds(reader: Reader, value: Any) -> tuple[int, ...]:
 
 
 def read_evaluation(reader: Reader, value: Any, key: str, interactions: int) -> EvaluationPlan:
-    """
-    :param reader: For errors
-    :param value: What is found
-    :param key: Its key
-    :param interactions: Interactions of each run
-    :return: The plan; by default every 1,000 interactions, or every tenth of them if they are fewer than 10,000, 10 episodes
-    :raises ValueError: A number is out of range
-    """
+    """The plan; by default :func:`default_every`, 10 episodes."""
     given = reader.mapping(value, key, ("every", "episodes"))
     every = reader.whole(given.get("every", default_every(interactions)), f"{key}.every")
     if every > interactions:
@@ -103,20 +80,16 @@ def read_evaluation(reader: Reader, value: Any, key: str, interactions: int) -> 
 
 
 def default_every(interactions: int) -> int:
-    """
-    :param interactions: Interactions of each run
-    :return: Interactions between two evaluations
-    """
+    """Every 1,000 interactions, or every tenth of them if they are fewer than 10,000."""
     return min(1000, max(1, interactions // 10))
 
 
 def read_datasets(reader: Reader, value: Any, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """
-    :param reader: For errors
-    :param value: ``datasets`` of the file
+    Read the datasets, without any consent to unpickle.
+
     :param folder: Where relative paths are looked for first
-    :return: By label, specs as they are written, and with absolute paths; both without any consent to unpickle
-    :raises ValueError: A label or a spec is malformed
+    :return: By label, specs as they are written, and with absolute paths
     """
     specs: dict[str, str] = {}
     resolved: dict[str, str] = {}
@@ -130,77 +103,46 @@ def read_datasets(reader: Reader, value: Any, folder: Path) -> tuple[dict[str, s
             reader.fail(key, "has no dataset.")
         try:
             spec = without_trust(spec)
-            specs[label] = spec if isinstance(spec, str) else as_text(spec)
+            specs[label] = spec if isinstance(spec, str) else place_paths(spec, folder, str)
             resolved[label] = resolve_paths(spec, folder)
         except (ValueError, TypeError) as error:
             reader.fail(key, f"is no dataset: {error}")
     return specs, resolved
 
 
-def as_text(spec: Any) -> str:
-    """
-    :param spec: A dataset spec that is no string, as YAML can hold it
-    :return: The string that means the same
-    :raises ValueError: There is none
-    """
-    parts = parse_spec(spec, {}, False, _ACCEPTED)
-    text = join_specs([part.text(str(part.base), part.trust_pickle) for part in parts], [part.weight for part in parts])
-    if text is None:
-        raise ValueError(f"{spec!r} cannot be written as one string: a path in it has a plus between spaces.")
-    return text
-
-
 def resolve_paths(spec: Any, folder: Path) -> str:
-    """
-    Make relative paths absolute that lead somewhere from a folder.
-
-    :param spec: A dataset spec
-    :param folder: The folder
-    :return: The spec, in which all else is as before
-    :raises ValueError: It is malformed
-    :raises TypeError: It is of another type
-    """
+    """Make relative paths in a spec absolute that lead somewhere from a folder."""
     return place_paths(spec, folder, lambda base: str(folder / base))
 
 
 def place_paths(spec: Any, folder: Path, place: Callable[[str], str]) -> str:
     """
-    Write relative paths otherwise that lead somewhere from a folder.
+    Write a spec as one string, with relative paths otherwise that lead somewhere from a folder.
 
-    :param spec: A dataset spec
-    :param folder: The folder
     :param place: Says how to write such a path
-    :return: The spec, in which all else is as before
-    :raises ValueError: It is malformed
+    :raises ValueError: The spec is malformed
     :raises TypeError: It is of another type
     """
-    if isinstance(spec, str) and _is_in(spec, folder):
+
+    def is_here(base: str) -> bool:
+        return not Path(base).is_absolute() and (folder / base.strip()).exists()
+
+    if isinstance(spec, str) and is_here(spec):
         return place(spec.strip())
     parts = parse_spec(spec, {}, False, _ACCEPTED)
     bases = [str(part.base) for part in parts]
-    if not any(_is_in(base, folder) for base in bases):
-        return spec.strip() if isinstance(spec, str) else as_text(spec)
-    texts = [
-        part.text(place(base) if _is_in(base, folder) else base, part.trust_pickle)
-        for base, part in zip(bases, parts, strict=True)
-    ]
+    if isinstance(spec, str) and not any(map(is_here, bases)):
+        return spec.strip()
+    placed = [place(base) if is_here(base) else base for base in bases]
+    texts = [part.text(base, part.trust_pickle) for part, base in zip(parts, placed, strict=True)]
     joined = join_specs(texts, [part.weight for part in parts])
     if joined is None:
         raise ValueError(f"{spec!r} has a path with a plus between spaces, which can only stand alone: rename it.")
     return joined
 
 
-def _is_in(base: str, folder: Path) -> bool:
-    return not Path(base).is_absolute() and (folder / base.strip()).exists()
-
-
 def read_factors(reader: Reader, value: Any) -> dict[str, list[Any]]:
-    """
-    :param reader: For errors
-    :param value: ``factors`` of the file
-    :return: Values by name
-    :raises ValueError: A factor has no values or one twice, or cannot be one
-    """
+    """Values by name, of factors that can be ones."""
     factors = reader.mapping(value, "factors")
     for name, values in factors.items():
         key = f"factors.{name}"

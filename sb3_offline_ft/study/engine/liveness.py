@@ -5,13 +5,12 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import optuna
 from filelock import FileLock, Timeout
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 HEARTBEAT = (15, 120)
@@ -23,50 +22,21 @@ STORAGE_FAULTS = (StorageInternalError, SQLAlchemyError)
 Release = Callable[[], None]
 
 
-class Liveness(Protocol):
-    """How processes show that they are at work on a trial, and others see that they are not any more."""
-
-    def hold(self, number: int) -> Release | None:
-        """
-        Show from now on that this process is at work on a trial.
-
-        :param number: The trial's number
-        :return: Ends it; None if another process is at work on the trial
-        """
-
-    def is_alive(self, trial: FrozenTrial) -> bool:
-        """
-        :param trial: A running trial
-        :return: Whether somebody may be at work on it
-        """
-
-    def end_dead(self, trials: list[FrozenTrial]) -> None:
-        """
-        Let running trials fail if nobody is at work on them.
-
-        :param trials: The study's trials
-        """
-
-
 class FileLocks:
     """
-    For journal files: who runs a trial holds the lock of a file, which the operating system takes from processes that die.
-
-    :param folder: Folder of these files
-    :param storage: The journal
-    :param study_id: The study's id in it
+    For journal files, which have no heartbeats: who runs a trial holds the lock of a file, which the operating system takes
+    from processes that die.
     """
 
-    def __init__(self, folder: Path, storage: BaseStorage, study_id: int) -> None:
-        self._folder = folder
-        self._storage = storage
-        self._study_id = study_id
+    def __init__(self, folder: Path, storage: BaseStorage, study: optuna.Study) -> None:
+        self._folder, self._storage, self._study = folder, storage, study
+        self._study_id = storage.get_study_id_from_name(study.study_name)
 
     def _lock(self, number: int) -> FileLock:
         return FileLock(self._folder / f"{self._study_id}-{number}.lock")
 
     def hold(self, number: int) -> Release | None:
-        """See :class:`Liveness`."""
+        """Show from now on that this process is at work on a trial; None if another one is."""
         self._folder.mkdir(parents=True, exist_ok=True)
         lock = self._lock(number)
         try:
@@ -81,46 +51,38 @@ class FileLocks:
 
         return release
 
-    def is_alive(self, trial: FrozenTrial) -> bool:
-        """See :class:`Liveness`."""
-        lock = self._lock(trial.number)
-        if not Path(lock.lock_file).exists():
-            return False
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return True
-        except OSError:
-            # Somebody else's files: they cannot be tried
-            return True
-        lock.release()
-        return False
-
-    def end_dead(self, trials: list[FrozenTrial]) -> None:
-        """See :class:`Liveness`."""
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and not self.is_alive(trial):
+    def end_dead(self) -> None:
+        """Let running trials fail if nobody is at work on them."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not self._is_held(self._lock(trial.number)):
                 with contextlib.suppress(UpdateFinishedTrialError):
                     trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
                     self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
+    def _is_held(self, lock: FileLock) -> bool:
+        if not Path(lock.lock_file).exists():
+            return False
+        try:
+            lock.acquire(blocking=False)
+        # Somebody else's files cannot be tried
+        except (Timeout, OSError):
+            return True
+        lock.release()
+        return False
+
 
 class Heartbeats:
     """
-    For databases: who runs a trial writes Optuna's heartbeats, the time of which is the server's.
-
-    :param storage: The database
-    :param study: The study
-    :param study_id: Its id in the database
+    For databases: who runs a trial writes Optuna's heartbeats, the time of which is the server's. Optuna's own thread would
+    end with the first one that cannot be written.
     """
 
-    def __init__(self, storage: RDBStorage, study: optuna.Study, study_id: int) -> None:
-        self._storage = storage
-        self._study = study
-        self._study_id = study_id
+    def __init__(self, storage: RDBStorage, study: optuna.Study) -> None:
+        self._storage, self._study = storage, study
+        self._study_id = storage.get_study_id_from_name(study.study_name)
 
-    def hold(self, number: int) -> Release | None:
-        """See :class:`Liveness`."""
+    def hold(self, number: int) -> Release:
+        """Show from now on that this process is at work on a trial."""
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         # Before the trial is taken: a running trial that never had a heartbeat would never count as dead
         self._storage.record_heartbeat(trial_id)
@@ -141,12 +103,8 @@ class Heartbeats:
 
         return release
 
-    def is_alive(self, trial: FrozenTrial) -> bool:
-        """See :class:`Liveness`; what is dead was ended by :meth:`end_dead`."""
-        return True
-
-    def end_dead(self, trials: list[FrozenTrial]) -> None:
-        """See :class:`Liveness`."""
+    def end_dead(self) -> None:
+        """Let running trials fail of which there has been no heartbeat for long."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             fail_stale_trials(self._study)

@@ -15,20 +15,12 @@ from sb3_offline_ft.study.engine.worker import Evaluated, Finished, Message, Sai
 
 
 def counts_text(counts: Mapping[CellState, int]) -> str:
-    """
-    :param counts: Numbers of cells
-    :return: Them in words, without what there is none of
-    """
+    """Numbers of cells in words, without what there is none of."""
     return ", ".join(f"{counts[state]} {state}" for state in CellState if counts.get(state)) or "no cells"
 
 
 class RunDisplay:
-    """
-    Shows what workers do: as live bars on a terminal, else as one line for each cell that begins or ends.
-
-    :param console: Where to show it
-    :param what: What they run
-    """
+    """Shows what workers do: as live bars on a terminal, else as one line for each cell that begins or ends."""
 
     def __init__(self, console: Console, what: str = "cells") -> None:
         self._console = console
@@ -46,37 +38,23 @@ class RunDisplay:
         self._overall = self._all.add_task("", total=None, counts="")
 
     def shown(self) -> AbstractContextManager[Any]:
-        """
-        :return: While it is entered, the display is there
-        """
+        """While it is entered, the display is there."""
         if not self._console.is_terminal:
             return nullcontext()
         return Live(Group(self._all, self._workers), console=self._console, refresh_per_second=4)
 
     def counts(self, counts: Mapping[CellState, int]) -> None:
-        """
-        :param counts: Numbers of cells, wherever they are run
-        """
+        """Show the numbers of cells, wherever they are run."""
         self._all.update(
             self._overall, completed=counts.get(CellState.DONE, 0), total=sum(counts.values()), counts=counts_text(counts)
         )
 
     def say(self, text: str, style: str = "") -> None:
-        """
-        Print a line that stays.
-
-        :param text: The line
-        :param style: Its style
-        """
+        """Print a line that stays."""
         self._console.print(Text(text, style=style), soft_wrap=True)
 
     def told(self, worker: int, message: Message) -> None:
-        """
-        Show what a worker told.
-
-        :param worker: The worker's number
-        :param message: What it told
-        """
+        """Show what the worker with a number told."""
         match message:
             case Took(cell=cell):
                 self._cells[worker] = cell
@@ -104,9 +82,7 @@ class RunDisplay:
                 self.gone(worker)
 
     def gone(self, worker: int) -> None:
-        """
-        :param worker: Number of a worker that is at no cell any more
-        """
+        """Show that a worker is at no cell any more."""
         if worker in self._tasks:
             self._workers.remove_task(self._tasks.pop(worker))
 

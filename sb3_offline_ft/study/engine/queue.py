@@ -22,9 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sb3_offline_ft.study.design.identity import data_facts
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
-from sb3_offline_ft.study.engine.liveness import HEARTBEAT, STORAGE_FAULTS, FileLocks, Heartbeats, Liveness, Release
-from sb3_offline_ft.study.engine.results import StudyResults, find_result, keep_result, load_results, local_result
-from sb3_offline_ft.study.engine.run_folder import CellResult
+from sb3_offline_ft.study.engine.folder import CellResult, find_result, keep_result, local_result
+from sb3_offline_ft.study.engine.liveness import HEARTBEAT, STORAGE_FAULTS, FileLocks, Heartbeats, Release
 from sb3_offline_ft.tuning.storage import JOURNAL_SUFFIX, open_storage, with_absolute_path, without_password
 
 JOURNAL = "study.log"
@@ -32,6 +31,8 @@ CELL, KEY, WORKER, STARTED = "cell", "key", "worker", "started"
 RESULT, ERROR = "result", "error"
 INTERRUPTED, SUPERSEDED = "interrupted", "superseded"
 DATA = "data"
+DAMAGED = "damaged"
+"""With the number of a trial, an attribute of the study, as a trial that has ended takes none."""
 MOST_CHARACTERS = 30_000
 """In one attribute of ASCII: MySQL keeps 65,535 bytes, and JSON may write a character with two."""
 MOST_OF_ERROR = 10_000
@@ -57,14 +58,7 @@ class CellState(StrEnum):
 
 @dataclass(frozen=True)
 class CellStatus:
-    """
-    What is known of a cell.
-
-    :param cell: The cell
-    :param key: Its key
-    :param state: Where it is
-    :param trial: The trial that says so, None for a cell that was never enqueued
-    """
+    """What is known of a cell, and the trial that says so, None for a cell that was never enqueued."""
 
     cell: Cell
     key: str
@@ -88,8 +82,7 @@ class CellStatus:
     @property
     def last_evaluation(self) -> tuple[int, float] | None:
         """Interactions and mean return of the last measured evaluation."""
-        values = {} if self.trial is None else self.trial.intermediate_values
-        return max(values.items()) if values else None
+        return max(self.trial.intermediate_values.items(), default=None) if self.trial is not None else None
 
     @property
     def error(self) -> str | None:
@@ -102,50 +95,10 @@ class CellStatus:
         )
 
 
-def stored_result(trial: FrozenTrial) -> str:
-    """
-    :param trial: The trial of a cell that is done
-    :return: The result that it holds, as :meth:`CellResult.to_json` wrote it
-    """
-    attributes = trial.user_attrs
-    pieces = [attributes[RESULT]]
-    while (name := f"{RESULT}/{len(pieces)}") in attributes:
-        pieces.append(attributes[name])
-    return "".join(pieces)
-
-
-def results_in_storage(protocol: Protocol, storage: str | None = None) -> StudyResults:
-    """
-    Read the results of a study's cells; run folders that are missing or half written are made from the storage.
-
-    :param protocol: The protocol
-    :param storage: The storage, None for the journal in the study's folder, if there is one
-    :return: The results
-    :raises OSError: The storage cannot be opened, or a run folder cannot be written
-    """
-    if storage is None and not (protocol.folder / JOURNAL).exists():
-        return load_results(protocol)
-    with StudyQueue(protocol, storage, create=False) as queue:
-        statuses = queue.statuses()
-    stored = {each.key: stored_result(each.trial) for each in statuses if each.state is CellState.DONE and each.trial}
-    errors = {each.key: each.error for each in statuses if each.error is not None}
-    return load_results(protocol, stored, errors)
-
-
-def same_host(worker: str | None) -> bool:
-    """
-    :param worker: A trial's worker
-    :return: Whether it is on this machine
-    """
-    return worker is not None and worker.rpartition(":")[0] == socket.gethostname()
-
-
 def trying_again(action: Callable[[], T]) -> T:
     """
     Do what needs the storage; if a database cannot be reached, try again for about three minutes.
 
-    :param action: What to do
-    :return: What it gives
     :raises OSError: The database is still not there
     """
     for pause in RETRY_SECONDS:
@@ -160,37 +113,22 @@ def trying_again(action: Callable[[], T]) -> T:
 
 
 def fault_text(error: BaseException) -> str:
-    """
-    :param error: What a database raised
-    :return: Its first line, without the statement and the address
-    """
+    """The first line of what a database raised, without the statement and the address."""
     error = error.__cause__ or error
     return (str(getattr(error, "orig", None) or error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class Claim:
-    """
-    A cell that this process has taken.
-
-    :param queue: The queue it is from
-    :param cell: The cell
-    :param key: Its key
-    :param number: Number of its trial
-    :param release: Ends the sign of life
-    """
+    """A cell that this process has taken, with its key and the number of its trial; ``release`` ends the sign of life."""
 
     def __init__(self, queue: "StudyQueue", cell: Cell, key: str, number: int, release: Release) -> None:
         self.cell, self.key, self.number = cell, key, number
-        self._queue = queue
-        self._release = release
-        self._ended = False
+        self._queue, self._release, self._ended = queue, release, False
 
     def report(self, timestep: int, value: float) -> None:
         """
         Tell those who watch the study how the cell goes on; a database that cannot be reached just now is not told.
 
-        :param timestep: Interactions
-        :param value: Mean return of a measured evaluation
         :raises UpdateFinishedTrialError: The cell was taken from this process because it seemed dead
         """
         with contextlib.suppress(*STORAGE_FAULTS):
@@ -200,29 +138,24 @@ class Claim:
         """
         Store the result, in the run folder and in the storage.
 
-        :param result: The result
         :return: False if the cell was taken from this process because it seemed dead
         :raises OSError: It cannot be stored
         """
         text, value = result.to_json(), float(result.returns[-1].mean())
-        self._queue.write_run_folders(self.key, result)
+        for cell in self._queue.cells[self.key]:
+            keep_result(self._queue.protocol, cell, result)
 
         def store() -> None:
-            queue, trial_id = self._queue, self._queue.trial_id(self.number)
+            storage, trial_id = self._queue.storage, self._queue.trial_id(self.number)
             for index, begin in enumerate(range(0, len(text), MOST_CHARACTERS)):
                 name = RESULT if index == 0 else f"{RESULT}/{index}"
-                queue.storage.set_trial_user_attr(trial_id, name, text[begin : begin + MOST_CHARACTERS])
-            queue.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value if math.isfinite(value) else -math.inf])
+                storage.set_trial_user_attr(trial_id, name, text[begin : begin + MOST_CHARACTERS])
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value if math.isfinite(value) else -math.inf])
 
         return self._end(store)
 
     def fail(self, error: str) -> bool:
-        """
-        Record that the cell failed.
-
-        :param error: The traceback
-        :return: As :meth:`finish`
-        """
+        """Record that the cell failed with a traceback; False as :meth:`finish`."""
         return self._end(lambda: self._queue.end(self.number, ERROR, error[-MOST_OF_ERROR:]))
 
     def give_back(self) -> None:
@@ -255,6 +188,9 @@ class StudyQueue:
     The cells of a study in a storage. Each attempt at a cell is a trial; a cell's key, which holds all that its result
     depends on, says which trials are its own.
 
+    Optuna keeps the trials, and says who was first to take one. It does not know which trials are the same cell, takes any
+    that waits, and knows of the dead only in a database.
+
     :param protocol: The study's protocol
     :param storage: A journal file ending in ``.log``, or the URL of a database; None for the journal in the study's folder
     :param create: Whether to begin the study if the storage does not know it
@@ -264,7 +200,6 @@ class StudyQueue:
     def __init__(self, protocol: Protocol, storage: str | None = None, create: bool = True) -> None:
         self.protocol = protocol
         self.location = with_absolute_path(str(protocol.folder / JOURNAL) if storage is None else storage)
-        self.shown_location = without_password(self.location)
         is_journal = self.location.endswith(JOURNAL_SUFFIX)
         self.storage = open_storage(self.location, create, None if is_journal else HEARTBEAT)
         verbosity = optuna.logging.get_verbosity()
@@ -276,12 +211,12 @@ class StudyQueue:
             raise
         finally:
             optuna.logging.set_verbosity(verbosity)
+        self.liveness = (
+            Heartbeats(self.storage, self.study)
+            if isinstance(self.storage, RDBStorage)
+            else FileLocks(Path(f"{self.location}.locks"), self.storage, self.study)
+        )
         self._study_id = self.storage.get_study_id_from_name(protocol.name)
-        self.liveness: Liveness
-        if isinstance(self.storage, RDBStorage):
-            self.liveness = Heartbeats(self.storage, self.study, self._study_id)
-        else:
-            self.liveness = FileLocks(Path(f"{self.location}.locks"), self.storage, self._study_id)
         self._know_data(create)
         self.cells: dict[str, list[Cell]] = {}
         for cell in protocol.cells():
@@ -309,15 +244,12 @@ class StudyQueue:
         except KeyError:
             known = ", ".join(map(repr, optuna.get_all_study_names(self.storage))) or "none"
             raise FileNotFoundError(
-                f"There is no study {name!r} in {self.shown_location}: it has {known}. Begin it with "
+                f"There is no study {name!r} in {without_password(self.location)}: it has {known}. Begin it with "
                 "`sb3-offline-ft study run`, or give the right storage with `--storage`."
             ) from None
 
     def trial_id(self, number: int) -> int:
-        """
-        :param number: Number of a trial
-        :return: Its id in the storage
-        """
+        """The id in the storage of the trial with a number."""
         return self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _know_data(self, record: bool) -> None:
@@ -346,10 +278,7 @@ class StudyQueue:
                 )
 
     def statuses(self, keys: Iterable[str] | None = None) -> list[CellStatus]:
-        """
-        :param keys: Keys of cells; None for all
-        :return: What is known of these cells, in the protocol's order
-        """
+        """What is known of the cells with these keys, or of all, in the protocol's order."""
         by_key = self._trials()
         return [
             CellStatus(cell, key, *self._state(by_key.get(key, [])))
@@ -358,10 +287,13 @@ class StudyQueue:
         ]
 
     def _trials(self) -> dict[str, list[FrozenTrial]]:
+        """The trials that count by the keys of their cells, oldest first, after those of dead workers have been ended."""
+        self.liveness.end_dead()
+        attributes = self.study.user_attrs
         by_key: dict[str, list[FrozenTrial]] = {}
         for trial in self.study.get_trials(deepcopy=False):
             key = trial.user_attrs.get(KEY)
-            if key is not None and SUPERSEDED not in trial.user_attrs:
+            if key is not None and SUPERSEDED not in trial.user_attrs and f"{DAMAGED}/{trial.number}" not in attributes:
                 by_key.setdefault(key, []).append(trial)
         return by_key
 
@@ -370,18 +302,14 @@ class StudyQueue:
         for trial in trials:
             if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
                 return CellState.DONE, trial
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and self.liveness.is_alive(trial):
-                return CellState.RUNNING, trial
-        for trial in trials:
-            if trial.state == TrialState.WAITING:
-                return CellState.WAITING, trial
+        for state, cell_state in ((TrialState.RUNNING, CellState.RUNNING), (TrialState.WAITING, CellState.WAITING)):
+            for trial in trials:
+                if trial.state == state:
+                    return cell_state, trial
         if not trials:
             return CellState.WAITING, None
-        last = trials[-1]
-        if ERROR in last.user_attrs or _losses(trials) >= MOST_LOSSES:
-            return CellState.FAILED, last
-        return CellState.WAITING, last
+        has_failed = ERROR in trials[-1].user_attrs or _losses(trials) >= MOST_LOSSES
+        return CellState.FAILED if has_failed else CellState.WAITING, trials[-1]
 
     def enqueue(self, keys: Iterable[str] | None = None, retry_failed: bool = False) -> int:
         """
@@ -391,21 +319,19 @@ class StudyQueue:
         :param retry_failed: Whether to try failed cells again
         :return: How many were enqueued
         """
-        self.end_dead()
         by_key, enqueued = self._trials(), 0
         for key in self.cells if keys is None else keys:
             trials = by_key.get(key, [])
             state, trial = self._state(trials)
-            self._end_doubles(trials, 1 if state is CellState.WAITING else 0)
+            waiting = [each.number for each in trials if each.state == TrialState.WAITING]
+            for number in waiting[1 if state is CellState.WAITING else 0 :]:
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    self.end(number, SUPERSEDED, True)
             waits = state is CellState.WAITING and (trial is None or trial.state != TrialState.WAITING)
             if waits or (retry_failed and state is CellState.FAILED):
                 self._enqueue(key)
                 enqueued += 1
         return enqueued
-
-    def end_dead(self) -> None:
-        """End the trials of workers that have died."""
-        self.liveness.end_dead(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
     def _enqueue(self, key: str) -> None:
         self.study.enqueue_trial({}, user_attrs={CELL: self.cells[key][0].name, KEY: key})
@@ -432,11 +358,6 @@ class StudyQueue:
             # Another worker has taken it since, and is perhaps about to pretrain
             busy |= {self._pretraining[key]} - {None}
         return None
-
-    def _end_doubles(self, trials: list[FrozenTrial], keep: int) -> None:
-        for trial in [trial for trial in trials if trial.state == TrialState.WAITING][keep:]:
-            with contextlib.suppress(UpdateFinishedTrialError):
-                self.end(trial.number, SUPERSEDED, True)
 
     def _take(self, key: str, number: int) -> Claim | None:
         release = self.liveness.hold(number)
@@ -477,16 +398,13 @@ class StudyQueue:
 
     def _has_rival(self, key: str, number: int) -> bool:
         """Whether another trial goes before this one: two processes may have enqueued the same cell at once."""
-        for trial in self._trials().get(key, []):
-            if trial.number == number:
-                continue
-            if trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs:
-                return True
-            if trial.state == TrialState.RUNNING and trial.number < number and self.liveness.is_alive(trial):
-                return True
-            if trial.state == TrialState.WAITING and trial.number < number:
-                return True
-        return False
+        unfinished = (TrialState.RUNNING, TrialState.WAITING)
+        return any(
+            (trial.state == TrialState.COMPLETE and RESULT in trial.user_attrs)
+            or (trial.state in unfinished and trial.number < number)
+            for trial in self._trials().get(key, [])
+            if trial.number != number
+        )
 
     def _pretrained_now(self, by_key: dict[str, list[FrozenTrial]]) -> set[str | None]:
         """Pretrainings that a worker is doing, of which none on this machine is finished."""
@@ -496,7 +414,7 @@ class StudyQueue:
             for trial in by_key.get(key, []):
                 # The first evaluation follows the pretraining
                 if trial.intermediate_values:
-                    if same_host(trial.user_attrs.get(WORKER)):
+                    if str(trial.user_attrs.get(WORKER)).rpartition(":")[0] == socket.gethostname():
                         finished.add(pretraining)
                 elif trial.state == TrialState.RUNNING:
                     going_on.add(pretraining)
@@ -504,22 +422,15 @@ class StudyQueue:
 
     def end(self, number: int, attribute: str, value: Any) -> None:
         """
-        End a trial without a result.
+        End a trial without a result, with an attribute that says why.
 
-        :param number: Its number
-        :param attribute: Attribute that says why
-        :param value: The attribute's value
         :raises UpdateFinishedTrialError: The trial has ended
         """
         self.storage.set_trial_user_attr(self.trial_id(number), attribute, value)
         self.storage.set_trial_state_values(self.trial_id(number), TrialState.FAIL)
 
     def give_back(self, number: int) -> None:
-        """
-        Let the cell of a trial wait again, nobody being at work on it any more, unless it has ended.
-
-        :param number: The trial's number
-        """
+        """Let the cell of a trial wait again, nobody being at work on it any more, unless it has ended."""
         trial = self.storage.get_trial(self.trial_id(number))
         if not trial.state.is_finished():
             with contextlib.suppress(UpdateFinishedTrialError):
@@ -527,41 +438,34 @@ class StudyQueue:
             self.enqueue([trial.user_attrs[KEY]])
 
     def lost(self, number: int) -> None:
-        """
-        End a trial whose process is known to be dead.
-
-        :param number: The trial's number
-        """
+        """End a trial whose process is known to be dead."""
         with contextlib.suppress(UpdateFinishedTrialError):
             self.storage.set_trial_state_values(self.trial_id(number), TrialState.FAIL)
 
-    def write_run_folders(self, key: str, result: CellResult) -> None:
-        """
-        Write a result for all cells that have this key, as far as it is missing or half written here.
-
-        :param key: Key of cells
-        :param result: Their result
-        :raises OSError: It cannot be written
-        """
-        for cell in self.cells[key]:
-            keep_result(self.protocol, cell, result)
-
     def local_result(self, key: str) -> CellResult | None:
-        """
-        :param key: Key of cells
-        :return: Their result, if a run folder here has it
-        """
+        """The result of the cells with a key, if a run folder here has it."""
         return local_result(self.protocol, self.cells[key][0])
 
     def restore_run_folders(self) -> None:
         """
-        Write the run folders of all cells that are done, as far as they are missing or half written here.
+        Write the run folders of all cells that are done, as far as they are missing or half written here. A cell whose result
+        is damaged in the storage too has none: it waits again.
 
         :raises OSError: One cannot be written
         """
         for status in self.statuses():
-            if status.state is CellState.DONE and status.trial:
-                find_result(self.protocol, status.cell, stored_result(status.trial))
+            trial = status.trial
+            if status.state is CellState.DONE and trial is not None:
+                if find_result(self.protocol, status.cell, _stored_result(trial)) is None:
+                    self.study.set_user_attr(f"{DAMAGED}/{trial.number}", True)
+
+
+def _stored_result(trial: FrozenTrial) -> str:
+    """The result in the trial of a cell that is done, as :meth:`CellResult.to_json` wrote it."""
+    pieces = [trial.user_attrs[RESULT]]
+    while (name := f"{RESULT}/{len(pieces)}") in trial.user_attrs:
+        pieces.append(trial.user_attrs[name])
+    return "".join(map(str, pieces))
 
 
 def _losses(trials: list[FrozenTrial]) -> int:

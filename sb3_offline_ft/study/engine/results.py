@@ -1,16 +1,16 @@
 """The results of a study, from its run folders and its storage."""
 
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from sb3_offline_ft.common.io import naming_damage
-from sb3_offline_ft.study.engine.run_folder import RUNS, CellResult, read_result, run_folder, write_result
-
-if TYPE_CHECKING:
-    from sb3_offline_ft.study.design.protocol import Cell, Protocol
+from sb3_offline_ft.study.design.protocol import Cell, Protocol
+from sb3_offline_ft.study.engine.folder import RUNS, CellResult, find_result, folders_of, read_result
+from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
+from sb3_offline_ft.study.engine.queue import JOURNAL, StudyQueue, fault_text
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Run:
     :param result: Its result
     """
 
-    cell: "Cell"
+    cell: Cell
     key: str
     result: CellResult
 
@@ -39,39 +39,52 @@ class StudyResults:
     :param failed: Cells that have failed, with their tracebacks
     """
 
-    protocol: "Protocol"
+    protocol: Protocol
     runs: tuple[Run, ...]
-    missing: tuple["Cell", ...]
-    failed: Mapping["Cell", str]
+    missing: tuple[Cell, ...]
+    failed: Mapping[Cell, str]
 
     @property
-    def damaged(self) -> tuple["Cell", ...]:
+    def damaged(self) -> tuple[Cell, ...]:
         """Those of the missing cells that have a run folder, which cannot be read."""
-        return tuple(
-            cell
-            for cell in self.missing
-            if any(folder.exists() for folder in _folders(self.protocol, cell, self.protocol.cell_key(cell)))
-        )
+        return tuple(cell for cell in self.missing if any(map(Path.exists, folders_of(self.protocol, cell))))
 
 
-def load_results(
-    protocol: "Protocol", stored: Mapping[str, str] | None = None, errors: Mapping[str, str] | None = None
-) -> StudyResults:
+def study_results(folder: str | Path, storage: str | None = None, trust_pickle: bool = False) -> StudyResults:
     """
-    Read the results of a study's cells. A run folder that is missing, or only half written, is made from the storage.
+    Read what is known of a study: from its run folders, and from its storage if there is one.
 
-    :param protocol: The protocol
-    :param stored: Results in the storage as JSON, by key
-    :param errors: Tracebacks of failed cells, by key
+    :param folder: The study's folder
+    :param storage: Its storage, None for the journal in its folder
+    :param trust_pickle: Whether datasets may be read from pickle files: that runs code which these hold
     :return: The results
-    :raises OSError: A run folder cannot be written
+    :raises OSError: There is no study, or its storage cannot be read
+    :raises ValueError: Its protocol is wrong
+    """
+    protocol = Protocol.load(folder, trust_pickle)
+    if storage is None and not (protocol.folder / JOURNAL).exists():
+        remember_data_of_runs(protocol)
+        return load_results(protocol)
+    try:
+        with StudyQueue(protocol, storage, create=False) as queue:
+            queue.restore_run_folders()
+            errors = {status.key: status.error for status in queue.statuses() if status.error is not None}
+    except STORAGE_FAULTS as error:
+        raise OSError(f"The storage failed: {fault_text(error)}.") from None
+    return load_results(protocol, errors)
+
+
+def load_results(protocol: Protocol, errors: Mapping[str, str] | None = None) -> StudyResults:
+    """
+    Read the results of a study's cells from its run folders.
+
+    :param errors: Tracebacks of failed cells, by key
     """
     runs: list[Run] = []
     missing: list[Cell] = []
     failed: dict[Cell, str] = {}
     for cell in protocol.cells():
-        key = protocol.cell_key(cell)
-        result = find_result(protocol, cell, (stored or {}).get(key))
+        key, result = protocol.cell_key(cell), find_result(protocol, cell)
         if result is not None:
             runs.append(Run(cell, key, result))
         elif errors and key in errors:
@@ -81,69 +94,29 @@ def load_results(
     return StudyResults(protocol, tuple(runs), tuple(missing), failed)
 
 
-def find_result(protocol: "Protocol", cell: "Cell", stored: str | None = None) -> CellResult | None:
+def remember_data_of_runs(protocol: Protocol) -> None:
     """
-    Read a cell's result, and write its run folder if that is missing or damaged. A stored result that is damaged is named in
-    a warning.
+    Take facts about data that is not here from finished runs of a study without a storage, so that they are found.
 
-    :param protocol: The protocol
-    :param cell: A cell
-    :param stored: Its result in the storage as JSON, if it is there
-    :return: Its result, None if there is none
-    :raises OSError: The run folder cannot be written
+    :raises OSError: Data is not here, and no run has it
+    :raises ValueError: Data cannot be read, and no run has it
     """
-    result = local_result(protocol, cell)
-    if result is None and stored is not None:
+    for label in protocol.datasets:
         try:
-            with naming_damage(f"The result of {cell.name} in the storage", "one that a run has written"):
-                result = CellResult.from_json(stored)
-        except ValueError as error:
-            warnings.warn(f"{error} It is left out.", stacklevel=2)
-    return None if result is None else keep_result(protocol, cell, result)
+            protocol.data_facts(label)
+        except (OSError, ValueError):
+            folders = sorted((protocol.folder / RUNS / label).glob("*/*"))
+            manifests = [result.manifest for folder in folders if (result := read_result(folder)) is not None]
+            texts = [
+                json.dumps(_recorded_facts(each), sort_keys=True) for each in manifests if "cell" in each and each["dataset"]
+            ]
+            if not texts:
+                raise
+            recorded = Counter(texts)
+            facts = json.loads(max(recorded, key=lambda text: (recorded[text], text)))
+            protocol.remember_data({label: {**facts, "spec": protocol.specs[label]}})
 
 
-def local_result(protocol: "Protocol", cell: "Cell") -> CellResult | None:
-    """
-    :param protocol: The protocol
-    :param cell: A cell
-    :return: Its result from its run folder, or from one with the same key that has the name that the method or the dataset had
-        before; None if there is none
-    """
-    key = protocol.cell_key(cell)
-    folders = _folders(protocol, cell, key)
-    return next((result for folder in folders if (result := _read(folder, key)) is not None), None)
-
-
-def keep_result(protocol: "Protocol", cell: "Cell", result: CellResult) -> CellResult:
-    """
-    Write a result into a cell's run folder, unless it is there.
-
-    :param protocol: The protocol
-    :param cell: The cell
-    :param result: The result of it, or of another one with the same key
-    :return: The result as it is there, with the cell's name
-    :raises OSError: It cannot be written
-    """
-    folder = _folder(protocol, cell, protocol.cell_key(cell))
-    there = _read(folder, protocol.cell_key(cell))
-    if there is not None:
-        return there
-    result = replace(result, manifest=result.manifest | {"name": cell.name, "label": cell.method.label})
-    write_result(folder, result)
-    return result
-
-
-def _folders(protocol: "Protocol", cell: "Cell", key: str) -> Iterator[Path]:
-    own = _folder(protocol, cell, key)
-    yield own
-    others = sorted((protocol.folder / RUNS).glob(f"*/*/{own.name}"))
-    yield from (folder for folder in others if folder != own)
-
-
-def _folder(protocol: "Protocol", cell: "Cell", key: str) -> Path:
-    return run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, key)
-
-
-def _read(folder: Path, key: str) -> CellResult | None:
-    result = read_result(folder)
-    return result if result is not None and result.manifest["key"] == key else None
+def _recorded_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    # A cell's own facts have the scores only where its result depends on them
+    return {"reference_scores": manifest["dataset"].get("reference_scores"), **(manifest["cell"].get("dataset") or {})}

@@ -37,23 +37,17 @@ class _Process:
 
 class StudyRun:
     """
-    The workers of one ``study run``.
+    The workers of one ``study run``, at most so many at once.
 
-    :param settings: What workers are told
-    :param workers: Most workers at once
-    :param console: Where to show what they do
     :raises OSError: The storage or the data cannot be opened
     :raises ValueError: The protocol is wrong
     """
 
     _work: Callable[[Any, Connection], None] = staticmethod(work)
-    """What a worker's process does."""
-    _unit = "cell"
-    """What workers run, in words."""
+    _unit = "cell"  # what workers run, in words
 
     def __init__(self, settings: WorkerSettings, workers: int, console: Console) -> None:
-        self.settings = settings
-        self.workers = workers
+        self.settings, self.workers = settings, workers
         self._import_env(console)
         self.queue = self._open_queue()
         self.protocol = self.queue.protocol
@@ -84,8 +78,7 @@ class StudyRun:
         """
         Run cells until none waits or runs, here or elsewhere.
 
-        :param retry_failed: Whether to try cells again that have failed
-        :return: Numbers of cells
+        :return: Numbers of cells by their states
         :raises OSError: The disk is full, or the storage was lost; what was done is kept
         :raises KeyboardInterrupt: Ctrl-C; all workers were stopped, and their cells wait
         """
@@ -106,18 +99,14 @@ class StudyRun:
         return self.counts()
 
     def file_has_changed(self) -> bool:
-        """
-        :return: Whether the study's file is another one than when the run began
-        """
+        """Whether the study's file is another one than when the run began."""
         try:
             return study_file(self.settings.folder).read_text(encoding="utf-8") != self.protocol.text
         except (OSError, UnicodeDecodeError):
             return True
 
     def counts(self) -> Counter[CellState]:
-        """
-        :return: Numbers of cells, of those that were asked for
-        """
+        """Numbers of cells by their states, of those that were asked for."""
         return Counter(status.state for status in self.queue.statuses(self.keys))
 
     def _look(self) -> None:
@@ -139,9 +128,9 @@ class StudyRun:
     def _start_workers(self) -> None:
         waiting = len({status.key for status in self._statuses if status.state is CellState.WAITING})
         idle = sum(worker.trial is None for worker in self._alive.values())
-        while self.problem is None and len(self._alive) < self.workers and idle < waiting:
-            self._start_worker()
-            idle += 1
+        if self.problem is None:
+            for _ in range(min(self.workers - len(self._alive), waiting - idle)):
+                self._start_worker()
 
     def _start_worker(self) -> None:
         here, there = self._context.Pipe()
@@ -153,20 +142,19 @@ class StudyRun:
         self._alive[number] = _Process(number, process, here)
 
     def _listen(self) -> None:
+        """Wait for what workers tell, or until it is time to look into the storage."""
         timeout = max(0.1, self._next_look - time.monotonic())
         if not self._alive:
             self._say_that_others_run()
             time.sleep(timeout)
             return
         objects: list[Any] = [each for worker in self._alive.values() for each in (worker.connection, worker.process.sentinel)]
-        ready = wait(objects, timeout)
+        wait(objects, timeout)
         for worker in list(self._alive.values()):
-            if worker.connection not in ready and worker.process.sentinel not in ready:
-                continue
             self._hear(worker)
             if not worker.process.is_alive():
-                self._hear(worker)
-                self._bury(worker)
+                self._bury(worker, self.queue.lost)
+                self._see_how_it_ended(worker)
 
     def _say_that_others_run(self) -> None:
         others = {status.worker for status in self._statuses if status.state is CellState.RUNNING}
@@ -203,19 +191,21 @@ class StudyRun:
             with contextlib.suppress(OSError):
                 worker.connection.send("no more cells")
 
-    def _bury(self, worker: _Process) -> None:
-        """See what a worker leaves behind that has ended."""
+    def _bury(self, worker: _Process, take_over: Callable[[int], None]) -> None:
+        """Part with a worker that has ended, and let its trial be taken over, if it has one."""
         worker.process.join()
+        self._hear(worker)
         worker.connection.close()
         del self._alive[worker.number]
         self.display.gone(worker.number)
-        self._next_look = 0.0
-        code = worker.process.exitcode
         if worker.trial is not None:
             # It is dead for sure, others would only notice it later
-            with contextlib.suppress(*STORAGE_FAULTS):
-                self.queue.lost(worker.trial)
-        if code:
+            with contextlib.suppress(OSError, *STORAGE_FAULTS):
+                take_over(worker.trial)
+
+    def _see_how_it_ended(self, worker: _Process) -> None:
+        self._next_look = 0.0
+        if code := worker.process.exitcode:
             cell = "" if worker.trial is None else f"; its {self._unit} waits again"
             self.display.say(f"Worker {worker.number} died ({_ending(code)}){cell}.", "yellow")
             self._early_deaths += not worker.began
@@ -234,19 +224,10 @@ class StudyRun:
                     self._hear(worker)
                     worker.process.join(0.05)
                     if not worker.process.is_alive():
-                        self._give_back(worker)
+                        self._bury(worker, self.queue.give_back)
         for worker in list(self._alive.values()):
             worker.process.kill()
-            worker.process.join()
-            self._give_back(worker)
-
-    def _give_back(self, worker: _Process) -> None:
-        self._hear(worker)
-        worker.connection.close()
-        del self._alive[worker.number]
-        if worker.trial is not None:
-            with contextlib.suppress(OSError, *STORAGE_FAULTS):
-                self.queue.give_back(worker.trial)
+            self._bury(worker, self.queue.give_back)
 
 
 def run_study(

@@ -12,12 +12,11 @@ from rich.text import Text
 
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.design.reading import NO_DATA
+from sb3_offline_ft.study.engine.folder import RUNS, local_result
 from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.engine.progress import counts_text
 from sb3_offline_ft.study.engine.queue import JOURNAL, CellState, CellStatus, StudyQueue, fault_text
-from sb3_offline_ft.study.engine.results import local_result
-from sb3_offline_ft.study.engine.run_folder import RUNS
-from sb3_offline_ft.study.report.words import counted
+from sb3_offline_ft.study.engine.results import remember_data_of_runs
 
 STYLES = {
     CellState.DONE: "green",
@@ -38,10 +37,8 @@ def show_status(
     """
     Print how far a study is.
 
-    :param folder: Its folder
     :param storage: Its storage, None for the journal in its folder
     :param errors: Show the tracebacks of failed cells whole
-    :param console: Where to print
     :param trust_pickle: Whether datasets of which no run and no storage knows may be read from pickle files
     :raises OSError: The storage cannot be opened
     :raises ValueError: The protocol is wrong
@@ -64,21 +61,21 @@ def show_status(
         console.print(Text("`--errors` shows the whole tracebacks; `study run --retry-failed` tries failed cells again."))
     unknown = sum(each.state is CellState.UNKNOWN for each in statuses)
     if unknown:
-        console.print(Text(f"Whether {counted(unknown, 'cell')} ran is not known: the data is not here, and no run knows it."))
+        cells = f"{unknown:,} cell{'s' * (unknown != 1)}"
+        console.print(Text(f"Whether {cells} ran is not known: the data is not here, and no run knows it."))
 
 
 def read_statuses(protocol: Protocol, storage: str | None = None) -> list[CellStatus]:
     """
-    :param protocol: A study's protocol
-    :param storage: Its storage, None for the journal in its folder
-    :return: What is known of each cell
+    What is known of each cell.
+
+    :param storage: The study's storage, None for the journal in its folder
     :raises OSError: The storage cannot be read
     """
     if storage is None and not (protocol.folder / JOURNAL).exists():
         return _without_storage(protocol)
     try:
         with StudyQueue(protocol, storage, create=False) as queue:
-            queue.end_dead()
             return [_with_run_folder(protocol, each) for each in queue.statuses()]
     except STORAGE_FAULTS as error:
         raise OSError(f"The storage failed: {fault_text(error)}.") from None
@@ -88,8 +85,6 @@ def _without_storage(protocol: Protocol) -> list[CellStatus]:
     waiting = [CellStatus(cell, "", CellState.WAITING, None) for cell in protocol.cells()]
     if not (protocol.folder / RUNS).exists():
         return waiting
-    from sb3_offline_ft.study.engine.provenance import remember_data_of_runs
-
     # Data that is not here, and no run has had, has no results
     with contextlib.suppress(OSError, ValueError):
         remember_data_of_runs(protocol)

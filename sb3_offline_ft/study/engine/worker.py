@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -34,15 +34,9 @@ TAKEN_OVER = "another worker took it over, to which this one had seemed dead"
 @dataclass(frozen=True)
 class WorkerSettings:
     """
-    What a worker is told.
+    What a worker is told, as :func:`run_study` is.
 
-    :param folder: Folder of the study
-    :param storage: The storage, None for the study's own journal
-    :param threads: Threads of its computations
-    :param device: Where it computes
-    :param only: Glob of the cells that it may take
     :param text: The study's file as it was when the run began, None for as it is
-    :param trust_pickle: Whether datasets may be read from pickle files
     """
 
     folder: Path
@@ -54,26 +48,20 @@ class WorkerSettings:
     trust_pickle: bool = False
 
     def protocol(self) -> Protocol:
-        """
-        :return: The study's protocol, the same throughout a run although its file may be edited meanwhile
-        :raises FileNotFoundError: There is no such study
-        :raises ValueError: Its file is wrong
-        """
+        """The study's protocol, the same throughout a run although its file may be edited meanwhile."""
         if self.text is None:
             return Protocol.load(self.folder, self.trust_pickle)
         return Protocol.parse(self.text, study_file(self.folder), self.trust_pickle)
 
 
-@dataclass(frozen=True)
-class Took:
+class Took(NamedTuple):
     """A worker took a cell."""
 
     cell: str
     number: int
 
 
-@dataclass(frozen=True)
-class Stepped:
+class Stepped(NamedTuple):
     """A worker has done some steps of its cell."""
 
     phase: str
@@ -81,16 +69,14 @@ class Stepped:
     total: int
 
 
-@dataclass(frozen=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """A worker has measured its cell's policy."""
 
     timestep: int
     mean_return: float
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A worker's cell has ended; ``error`` is the last line of the traceback if it failed."""
 
     mean_return: float | None = None
@@ -98,15 +84,13 @@ class Finished:
     note: str | None = None
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(NamedTuple):
     """A worker's process wrote a line."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Stopped:
+class Stopped(NamedTuple):
     """A worker cannot go on; nor can others."""
 
     reason: str
@@ -145,7 +129,7 @@ class Interrupts:
                 raise KeyboardInterrupt
 
 
-class _Lines(io.TextIOBase):
+class PrintedLines(io.TextIOBase):
     """Sends what is printed to the parent, line by line."""
 
     def __init__(self, connection: Connection) -> None:
@@ -154,30 +138,20 @@ class _Lines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         *lines, self._begun = (self._begun + text).split("\n")
-        for line in lines:
-            if line.strip():
-                self.say(line.rstrip())
+        for line in filter(str.strip, lines):
+            self.say(line.rstrip())
         return len(text)
 
     def say(self, line: str) -> None:
-        """
-        :param line: What the parent shall show
-        """
         # Who prints is not to blame if there is no parent any more
         with contextlib.suppress(OSError):
             self._connection.send(Said(line))
 
 
 def work(settings: Any, connection: Connection, worker_class: "type[Worker] | None" = None) -> None:
-    """
-    Run cells until none waits, or the parent sends something.
-
-    :param settings: What to do
-    :param connection: To the parent, which is sent messages
-    :param worker_class: Who does it, by default :class:`Worker`
-    """
+    """Run cells until none waits, or the parent sends something; it is sent messages."""
     interrupts = Interrupts()
-    lines = sys.stdout = sys.stderr = _Lines(connection)
+    lines = sys.stdout = sys.stderr = PrintedLines(connection)
     th.set_num_threads(settings.threads)
     warnings.showwarning = lambda message, *_, **__: lines.say(f"Note: {message}")
     try:
@@ -195,9 +169,8 @@ def work(settings: Any, connection: Connection, worker_class: "type[Worker] | No
 
 def chosen_keys(queue: StudyQueue, only: str) -> list[str]:
     """
-    :param queue: A study's cells
-    :param only: Glob of names of cells
-    :return: Keys of the cells with such a name
+    Keys of the cells with a name that a glob matches.
+
     :raises ValueError: There is none
     """
     keys = [key for key, cells in queue.cells.items() if any(fnmatchcase(cell.name, only) for cell in cells)]
@@ -208,18 +181,12 @@ def chosen_keys(queue: StudyQueue, only: str) -> list[str]:
 
 
 def last_line(error: BaseException) -> str:
-    """
-    :param error: An error
-    :return: The last line of its traceback
-    """
+    """The last line of an error's traceback."""
     return traceback.format_exception_only(error)[-1].strip()
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """
-    :param error: An error
-    :return: Whether it, or what led to it, says that there is no room for a file
-    """
+    """Whether an error, or what led to it, says that there is no room for a file."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
@@ -230,21 +197,12 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 class Worker:
-    """
-    Runs cells of a study in this process.
+    """Runs cells of a study in this process, of which the parent at the other end of a connection is told."""
 
-    :param settings: What to do
-    :param connection: To the parent, which is sent messages
-    :param interrupts: How it is interrupted
-    """
-
-    _unit = "cell"
-    """What it runs, in words."""
+    _unit = "cell"  # what it runs, in words
 
     def __init__(self, settings: WorkerSettings, connection: Connection, interrupts: Interrupts) -> None:
-        self.settings = settings
-        self.connection = connection
-        self.interrupts = interrupts
+        self.settings, self.connection, self.interrupts = settings, connection, interrupts
         self.protocol = settings.protocol()
         self.queue = StudyQueue(self.protocol, settings.storage, create=False)
         self.keys = chosen_keys(self.queue, settings.only)
@@ -252,12 +210,7 @@ class Worker:
         self._reported = 0.0
 
     def check(self) -> None:
-        """
-        Check what all cells need, so that they do not fail one by one.
-
-        :raises OSError: Data is not here
-        :raises ValueError: The data is another one than elsewhere, or the environment or a learner cannot be made
-        """
+        """Check what all cells need, so that they do not fail one by one."""
         self.queue.check_data()
         self.protocol.check()
 
@@ -303,10 +256,7 @@ class Worker:
         self.send(finished)
 
     def _compute(self, claim: Claim) -> Callable[[], Finished]:
-        """
-        :param claim: A cell
-        :return: What stores its result, and says how it ended
-        """
+        """Run a cell; gives what stores its result, and says how it ended."""
         # There is one if the process that ran the cell could not tell the storage
         result = self.queue.local_result(claim.key) or run_cell(
             self.protocol,
@@ -334,7 +284,8 @@ class Worker:
 
     def send(self, message: Message) -> None:
         """
-        :param message: What the parent shall know
+        Tell the parent.
+
         :raises KeyboardInterrupt: There is no parent any more, so nobody could stop this process
         """
         try:

@@ -1,7 +1,8 @@
 """What the words and numbers of a study's report mean."""
 
 from sb3_offline_ft.evaluation.finetuning_metrics import BAND_SHARE, COLLAPSE_SHARE, CONSECUTIVE, LAST
-from sb3_offline_ft.study.report.analysis import StudyNumbers, last_evaluations
+from sb3_offline_ft.study.report.analysis import StudyNumbers
+from sb3_offline_ft.study.report.runs import last_evaluations
 from sb3_offline_ft.study.report.words import counted
 
 J0 = "J\N{SUBSCRIPT ZERO}"
@@ -20,10 +21,7 @@ SOURCES = (
 
 
 def definitions(numbers: StudyNumbers) -> list[str]:
-    """
-    :param numbers: A study's results
-    :return: How its numbers are defined
-    """
+    """How the numbers of a study are defined, in sentences."""
     protocol = numbers.protocol
     plan, own, random = protocol.evaluation, protocol.learner_evaluation, numbers.random_return
     known = "not known, so dips and collapses are not defined" if random is None else f"{random:,.6g}"

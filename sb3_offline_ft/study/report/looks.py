@@ -26,15 +26,7 @@ USUAL = ("scratch", "offline", "td3bc", "td3", "td3c", "td3c-guard")
 
 @dataclass(frozen=True)
 class Look:
-    """
-    How a method looks.
-
-    :param variable: The page's name of its colour
-    :param light: Its colour on light ground, as ``#rrggbb``
-    :param dark: Its colour on dark ground
-    :param line: Matplotlib's line style
-    :param marker: Matplotlib's marker
-    """
+    """How a method looks: the page's name of its colour, this on light and dark ground, Matplotlib's line style and marker."""
 
     variable: str
     light: str
@@ -44,10 +36,7 @@ class Look:
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
-    """
-    :param names: Names of methods
-    :return: Their looks. After eight methods colours come again, with other lines and markers.
-    """
+    """Looks of methods by name. After eight methods colours come again, with other lines and markers."""
     names = list(dict.fromkeys(names))
     places = {name: USUAL.index(name) for name in names if name in USUAL}
     free = (place for place in range(len(names) + len(USUAL)) if place not in places.values())
@@ -66,7 +55,5 @@ def _look(place: int) -> Look:
 
 
 def page_colours() -> list[tuple[str, str, str]]:
-    """
-    :return: The colours' names on the page, and what they are on light and on dark ground
-    """
+    """The colours' names on the page, and what they are on light and on dark ground."""
     return [(f"--method-{index}", light, dark) for index, (light, dark) in enumerate(_COLOURS)]

@@ -1,44 +1,31 @@
 """The report on a study: one HTML page that needs nothing else, its figures and tables as files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.pages.html import Picture, render_page
-from sb3_offline_ft.study.design.protocol import STUDY_FILE, Protocol
-from sb3_offline_ft.study.engine.provenance import (
+from sb3_offline_ft.pages.pictures import Drawing
+from sb3_offline_ft.study.design.protocol import STUDY_FILE
+from sb3_offline_ft.study.engine.folder import MANIFEST, RUNS, run_folder
+from sb3_offline_ft.study.engine.results import StudyResults, study_results
+from sb3_offline_ft.study.report import figures, tables
+from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers, slugs
+from sb3_offline_ft.study.report.definitions import SOURCES, definitions
+from sb3_offline_ft.study.report.factors import factor_levels
+from sb3_offline_ft.study.report.looks import looks_of, page_colours
+from sb3_offline_ft.study.report.provenance import (
     commands,
     data_card,
     data_facts,
     machines_table,
     missing_table,
     provenance,
-    remember_data_of_runs,
 )
-from sb3_offline_ft.study.engine.results import StudyResults, load_results
-from sb3_offline_ft.study.engine.run_folder import MANIFEST, RUNS, run_folder
-from sb3_offline_ft.study.report.analysis import AveragedGroup, DatasetNumbers, StudyNumbers, slugs
-from sb3_offline_ft.study.report.definitions import SOURCES, definitions
-from sb3_offline_ft.study.report.looks import looks_of, page_colours
-from sb3_offline_ft.study.report.tables import (
-    TextTable,
-    comparison_table,
-    dataset_tables,
-    factor_table,
-    guard_table,
-    guard_words,
-    markdown,
-    results_csv,
-    runs_table,
-    scores_table,
-)
+from sb3_offline_ft.study.report.tables import TextTable
 from sb3_offline_ft.study.report.verdict import Sections, verdict
 from sb3_offline_ft.study.report.words import counted, listed
-
-if TYPE_CHECKING:
-    from sb3_offline_ft.study.report.figures import Drawing
 
 FORMATS = ("html", "figures", "csv", "md")
 COMBINED = (
@@ -51,52 +38,15 @@ PAGE, FIGURES, RESULTS, TABLES = "report.html", "figures", "results.csv", "table
 
 @dataclass
 class Part:
-    """
-    A part of the page.
-
-    :param id: Its name on the page
-    :param title: Its heading
-    :param text: What stands first
-    :param drawings: Its pictures, yet to be drawn
-    :param tables: Its tables
-    :param folded: Tables that are shown when asked for
-    :param pictures: Its pictures on the page
-    """
+    """A part of the page: a text, pictures that are yet to be drawn, tables, and tables that are shown when asked for."""
 
     id: str
     title: str
     text: str = ""
-    drawings: list["Drawing"] = field(default_factory=list)
-    tables: list[TextTable] = field(default_factory=list)
-    folded: list[TextTable] = field(default_factory=list)
+    drawings: Sequence[Drawing] = ()
+    tables: Sequence[TextTable] = ()
+    folded: Sequence[TextTable] = ()
     pictures: list[Picture] = field(default_factory=list)
-
-
-def study_results(folder: str | Path, storage: str | None = None, trust_pickle: bool = False) -> StudyResults:
-    """
-    Read what is known of a study: from its run folders, and from its storage if there is one.
-
-    :param folder: The study's folder
-    :param storage: Its storage, None for the journal in its folder
-    :param trust_pickle: Whether datasets may be read from pickle files: that runs code which these hold
-    :return: The results
-    :raises OSError: There is no study, or its storage cannot be read
-    :raises ValueError: Its protocol is wrong
-    """
-    from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
-    from sb3_offline_ft.study.engine.queue import JOURNAL, StudyQueue, fault_text
-
-    protocol = Protocol.load(folder, trust_pickle)
-    if storage is None and not (protocol.folder / JOURNAL).exists():
-        remember_data_of_runs(protocol)
-        return load_results(protocol)
-    try:
-        with StudyQueue(protocol, storage, create=False) as queue:
-            queue.restore_run_folders()
-            errors = {status.key: status.error for status in queue.statuses() if status.error is not None}
-    except STORAGE_FAULTS as error:
-        raise OSError(f"The storage failed: {fault_text(error)}.") from None
-    return load_results(queue.protocol, errors=errors)
 
 
 def write_report(
@@ -139,22 +89,23 @@ def write_report(
     if not numbers.runs:
         name, why = next(iter(numbers.unusable.items()))
         raise ValueError(f"No finished run of {protocol.name} can be measured; {name}: {why}")
-    parts = _parts(numbers)
-    sections = verdict(numbers)
+    parts, sections = _parts(numbers), verdict(numbers)
     page = Path(output) if output is not None else protocol.folder / PAGE
     contents: dict[Path, bytes] = {}
+    colours = {light: f"var({variable})" for variable, light, _ in page_colours()}
     for part in parts if {"html", "figures"} & set(formats) else []:
         for drawing in part.drawings:
             say(f"drawing {drawing.name}")
             if "html" in formats:
-                part.pictures.append(drawing.on_page())
+                part.pictures.append(drawing.on_page(colours))
             if "figures" in formats:
                 for suffix, content in drawing.files().items():
                     contents[page.parent / FIGURES / f"{drawing.name}.{suffix}"] = content
     if "csv" in formats:
-        contents[page.parent / RESULTS] = results_csv(numbers)
+        contents[page.parent / RESULTS] = tables.results_csv(numbers)
     if "md" in formats:
-        contents[page.parent / TABLES] = markdown(protocol.name, sections, [table for part in parts for table in part.tables])
+        open_tables = [table for part in parts for table in part.tables]
+        contents[page.parent / TABLES] = tables.markdown(protocol.name, sections, open_tables)
     if "html" in formats:
         contents[page] = _page(numbers, parts, sections, data_card(numbers, facts))
     say("writing")
@@ -170,9 +121,7 @@ def _check_finished(results: StudyResults) -> None:
     protocol = results.protocol
     damaged = f", {len(results.damaged)} of them with damaged files" if results.damaged else ""
     counts = f"{counted(len(results.missing), 'run')} not finished{damaged}, {len(results.failed)} failed"
-    why = ""
-    if others := _other_runs(results):
-        why = f" {others}"
+    why = f" {_other_runs(results)}".rstrip()
     if results.failed:
         cell, error = next(iter(results.failed.items()))
         lines = error.strip().splitlines()
@@ -194,62 +143,57 @@ def _other_runs(results: StudyResults) -> str:
     n = sum(file.parent.name not in known for file in (protocol.folder / RUNS).glob(f"*/*/*/{MANIFEST}"))
     if not n:
         return ""
-    verb = "is" if n == 1 else "are"
     return (
-        f"{counted(n, 'run folder')} in {RUNS} {verb} of other settings, and not in the report: {STUDY_FILE}, a preset, the "
-        "data or the package was changed since."
+        f"{counted(n, 'run folder')} in {RUNS} {'is' if n == 1 else 'are'} of other settings, and not in the report: "
+        f"{STUDY_FILE}, a preset, the data or the package was changed since."
     )
 
 
 def _parts(numbers: StudyNumbers) -> list[Part]:
-    parts = [_dataset_part(numbers, one) for one in numbers.datasets]
-    parts += [part for part in (_across_part(numbers), *_factor_parts(numbers), _guard_part(numbers)) if part is not None]
-    return parts
+    return [
+        *(_dataset_part(numbers, one) for one in numbers.datasets),
+        *_across_part(numbers),
+        *_factor_parts(numbers),
+        *_guard_part(numbers),
+    ]
+
+
+def _drawn(drawings: Iterable[Drawing | None]) -> list[Drawing]:
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _dataset_part(numbers: StudyNumbers, one: DatasetNumbers) -> Part:
-    from sb3_offline_ft.study.report import figures
-
     looks = looks_of(method.name for method in numbers.methods)
-    groups = numbers.shown(one)
-    drawings = [
-        figures.draw_curves(one, groups, looks, f"curves-{one.slug}"),
-        figures.draw_seeds(one, groups, looks, f"seeds-{one.slug}"),
-        figures.draw_dips(one, groups, looks, f"dips-{one.slug}"),
-        figures.draw_collapses(groups, looks, f"collapses-{one.slug}"),
-    ]
+    draw = (figures.draw_curves, figures.draw_seeds, figures.draw_dips, figures.draw_collapses)
+    texts = []
     without_data = [group.label for group in one.groups if not group.method.pretrained]
-    text = ""
     if without_data and len(numbers.datasets) > 1:
-        text = f"{listed(without_data)}: the same runs are shown with every dataset, as they use none."
-    if len(groups) < len(one.groups):
-        text += f" The pictures leave out {counted(len(one.groups) - len(groups), 'variant')}; the tables have all."
-    present = [drawing for drawing in drawings if drawing is not None]
-    return Part(f"data-{one.slug}", f"On {one.title}", text.strip(), present, dataset_tables(one), [runs_table(one)])
+        texts.append(f"{listed(without_data)}: the same runs are shown with every dataset, as they use none.")
+    if left_out := len(one.groups) - len(one.shown):
+        texts.append(f"The pictures leave out {counted(left_out, 'variant')}; the tables have all.")
+    return Part(
+        f"data-{one.slug}", f"On {one.title}", " ".join(texts), _drawn(draw_one(one, looks) for draw_one in draw),
+        tables.dataset_tables(one), [tables.runs_table(one)],
+    )  # fmt: skip
 
 
-def _across_part(numbers: StudyNumbers) -> Part | None:
-    from sb3_offline_ft.study.report import figures
-
+def _across_part(numbers: StudyNumbers) -> list[Part]:
     looks = looks_of(method.name for method in numbers.methods)
-    drawings = [
-        figures.draw_aggregates(numbers, looks, "scores"),
-        figures.draw_profiles(numbers, looks, "profiles"),
-        figures.draw_improvement(numbers, looks, "improvement"),
-    ]
-    tables = [scores_table(numbers), *([comparison_table(numbers)] if numbers.reference is not None else [])]
-    tables = [table for table in tables if table.rows]
-    present = [drawing for drawing in drawings if drawing is not None]
-    if not present and not tables:
-        return None
-    title = "Across datasets" if len(numbers.datasets) > 1 else "Scores and comparisons"
-    left_out = [method.label for method in numbers.shown_methods if method not in [row.method for row in numbers.aggregates]]
+    draw = (figures.draw_aggregates, figures.draw_profiles, figures.draw_improvement)
+    drawings = _drawn(draw_one(numbers, looks) for draw_one in draw)
+    of_all = [tables.scores_table(numbers), *([tables.comparison_table(numbers)] if numbers.reference is not None else [])]
+    filled = [table for table in of_all if table.rows]
+    if not drawings and not filled:
+        return []
+    scored = [row.method for row in numbers.aggregates]
+    left_out = [method.label for method in numbers.shown_methods if method not in scored]
     text = ""
-    if left_out and numbers.aggregates:
-        text = f"Not among the scores, as they have no finished run on some dataset: {listed(left_out)}."
-    elif not numbers.aggregates:
+    if not scored:
         text = _why_no_scores(numbers)
-    return Part("across", title, text, present, tables)
+    elif left_out:
+        text = f"Not among the scores, as they have no finished run on some dataset: {listed(left_out)}."
+    title = "Across datasets" if len(numbers.datasets) > 1 else "Scores and comparisons"
+    return [Part("across", title, text, drawings, filled)]
 
 
 def _why_no_scores(numbers: StudyNumbers) -> str:
@@ -262,30 +206,22 @@ def _why_no_scores(numbers: StudyNumbers) -> str:
 
 
 def _factor_parts(numbers: StudyNumbers) -> list[Part]:
-    from sb3_offline_ft.study.report import figures
-
     looks = looks_of(method.name for method in numbers.protocol.methods)
     parts = []
-    names = slugs(numbers.protocol.factors)
-    for factor, name in names.items():
-        part = Part(f"factor-{name}", f"Factor: {factor}")
-        for one in numbers.datasets:
-            levels = numbers.factor_levels(factor, one)
-            if any(isinstance(group, AveragedGroup) for points in levels.values() for _, group in points):
-                part.text = COMBINED
-            if levels:
-                part.drawings.append(figures.draw_factor(one, factor, levels, looks, f"factor-{name}-{one.slug}"))
-                part.tables.append(factor_table(one, factor, levels))
-        if part.tables:
-            parts.append(part)
+    for factor, name in slugs(numbers.protocol.factors).items():
+        on_all = [(one, factor_levels(numbers.protocol, factor, one.groups)) for one in numbers.datasets]
+        known = [(one, levels) for one, levels in on_all if levels]
+        is_averaged = any(group.is_averaged for _, levels in known for points in levels.values() for _, group in points)
+        drawings = [figures.draw_factor(one, factor, levels, looks, f"factor-{name}-{one.slug}") for one, levels in known]
+        filled = [tables.factor_table(one, factor, levels) for one, levels in known]
+        if known:
+            parts.append(Part(f"factor-{name}", f"Factor: {factor}", COMBINED if is_averaged else "", drawings, filled))
     return parts
 
 
-def _guard_part(numbers: StudyNumbers) -> Part | None:
-    table = guard_table(numbers)
-    if not table.rows:
-        return None
-    return Part("guard", "What the guard did", guard_words(numbers), tables=[table])
+def _guard_part(numbers: StudyNumbers) -> list[Part]:
+    table = tables.guard_table(numbers)
+    return [Part("guard", "What the guard did", tables.guard_words(numbers), tables=[table])] if table.rows else []
 
 
 def _page(numbers: StudyNumbers, parts: list[Part], sections: Sections, card: TextTable) -> bytes:
@@ -328,13 +264,10 @@ def _subtitle(numbers: StudyNumbers) -> str:
 
 
 def _notices(numbers: StudyNumbers) -> list[str]:
-    results = numbers.results
-    parts = []
-    if results.missing:
-        parts.append(f"{counted(len(results.missing), 'run')} have not finished" if len(results.missing) > 1 else
-                     "1 run has not finished")  # fmt: skip
-        if results.damaged:
-            parts[-1] += f" ({len(results.damaged)} with damaged files)"
+    results, parts = numbers.results, []
+    if n := len(results.missing):
+        damaged = f" ({len(results.damaged)} with damaged files)" if results.damaged else ""
+        parts.append(f"{counted(n, 'run')} {'has' if n == 1 else 'have'} not finished{damaged}")
     if results.failed:
         parts.append(f"{len(results.failed)} failed")
     if numbers.unusable:

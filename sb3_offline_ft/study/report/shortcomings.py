@@ -12,9 +12,7 @@ NEEDED = ("interactions", "updates", "replay_buffer", "learner_evaluation_steps"
 
 def shortcomings(runs: Mapping[str, Mapping[str, Any]], interactions: int) -> list[str]:
     """
-    :param runs: Manifests of runs by their names; those of policies that do not change say ``frozen``, and are left out
-    :param interactions: Interactions that each was meant to have
-    :return: Sentences, none if nothing was lacking
+    Say what runs lacked, by their names and manifests; those of policies that do not change say ``frozen``, and are left out.
     """
     learning = {name: facts for name, facts in runs.items() if not facts.get("frozen")}
     found: dict[str, list[str]] = {}

@@ -3,13 +3,16 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sb3_offline_ft.study.report.analysis import DatasetNumbers, Group, RunNumbers, StudyNumbers, last_evaluations
+from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
+from sb3_offline_ft.study.report.comparisons import COLLAPSED, Comparison
+from sb3_offline_ft.study.report.factors import Levels
+from sb3_offline_ft.study.report.runs import Group, RunNumbers, last_evaluations
 from sb3_offline_ft.study.report.words import (
     NBSP,
     NONE,
@@ -36,15 +39,7 @@ GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation", "warning")
 
 @dataclass(frozen=True)
 class TextTable:
-    """
-    A table of texts.
-
-    :param name: Its name
-    :param columns: The columns' headings
-    :param rows: The rows, which begin with their own heading
-    :param title: What stands above it
-    :param note: What stands below it
-    """
+    """A table of texts, whose rows begin with their own heading; the title stands above it, the note below."""
 
     name: str
     columns: Sequence[str]
@@ -53,16 +48,9 @@ class TextTable:
     note: str = ""
 
     def untitled(self) -> "TextTable":
-        """
-        :return: The table without its title
-        """
         return replace(self, name=self.title or self.name, title="")
 
     def as_markdown(self) -> str:
-        """
-        :return: The table in Markdown, between empty lines
-        """
-
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -75,19 +63,23 @@ class TextTable:
 
 @dataclass(frozen=True)
 class Column:
-    """
-    A number of runs.
-
-    :param name: Its name, for :meth:`RunNumbers.value` and files
-    :param title: Its heading
-    :param digits: Digits after the point, None for as many as are telling
-    :param factor: What it is multiplied by
-    """
+    """A number that :meth:`RunNumbers.value` gives, its heading, its digits after the point, and what it is multiplied by."""
 
     name: str
     title: str
     digits: int | None = None
     factor: float = 1.0
+
+    def text(self, value: float | None) -> str:
+        return number(None if value is None else self.factor * value, self.digits)
+
+    def mean(self, group: Group, with_interval: bool = True) -> str:
+        """The mean over the runs of a method, with its interval if it has one."""
+        estimate = group.estimate(self.name)
+        if estimate is None:
+            return NONE
+        around = f" ({self.text(estimate.low)} to {self.text(estimate.high)})"
+        return self.text(estimate.value) + around * (with_interval and estimate.has_interval)
 
 
 RETURN_COLUMNS = (
@@ -112,27 +104,20 @@ COST_COLUMNS = (
 
 
 def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
-    """
-    :param numbers: A dataset's results
-    :return: Its tables, one row for each method
-    """
-    return_titles = _titles(RETURN_COLUMNS, [one for group in numbers.groups for one in group.runs])
-    returns = [
-        [group.label, str(len(group.runs)), *(_mean(group, column) for column in RETURN_COLUMNS)] for group in numbers.groups
-    ]
+    """The tables of a dataset, one row for each method."""
+    groups = numbers.groups
+    returns = [[group.label, str(len(group.runs)), *(column.mean(group) for column in RETURN_COLUMNS)] for group in groups]
     dips = [
         [
-            group.label, _collapsed(group), _by_chance(group), *(_mean(group, column) for column in DIP_COLUMNS[:3]),
+            group.label, _collapsed(group), _by_chance(group), *(column.mean(group) for column in DIP_COLUMNS[:3]),
             _recovery(group),
         ]
-        for group in numbers.groups if group.method.pretrained
+        for group in groups if group.method.pretrained
     ]  # fmt: skip
-    costs = [
-        [group.label, *(_mean(group, column, with_interval=False) for column in COST_COLUMNS)] for group in numbers.groups
-    ]
+    costs = [[group.label, *(column.mean(group, with_interval=False) for column in COST_COLUMNS)] for group in groups]
     tables = [
         TextTable(
-            f"returns-{numbers.slug}", ["method", "seeds", *return_titles], returns,
+            f"returns-{numbers.slug}", ["method", "seeds", *_titles(RETURN_COLUMNS, numbers.runs)], returns,
             f"Returns on {numbers.title}",
             "Means over the seeds, with 95 % bootstrap intervals. Over time is after the warm-up; from scratch it is from the "
             "first step. Best kept is the policy that is best by half of the episodes of each evaluation, measured by the "
@@ -157,28 +142,23 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
 
 
 def runs_table(numbers: DatasetNumbers) -> TextTable:
-    """
-    :param numbers: A dataset's results
-    :return: One row for each run
-    """
+    """One row for each run on a dataset."""
     columns = [*RETURN_COLUMNS, *DIP_COLUMNS, *COST_COLUMNS]
+    outcomes = {True: "yes", False: "no", None: NONE}
     rows = [
         [
-            f"{group.label}, seed {one.seed}",
-            *(_cell(one.value(column.name), column) for column in columns),
-            {True: "yes", False: "no", None: NONE}[one.metrics.collapsed],
+            f"{one.method.label}, seed {one.seed}",
+            *(column.text(one.value(column.name)) for column in columns),
+            outcomes[one.metrics.collapsed],
         ]
-        for group in numbers.groups for one in group.runs
-    ]  # fmt: skip
-    titles = ["run", *_titles(columns, [one for group in numbers.groups for one in group.runs]), "collapsed"]
+        for one in numbers.runs
+    ]
+    titles = ["run", *_titles(columns, numbers.runs), COLLAPSED]
     return TextTable(f"runs-{numbers.slug}", titles, rows, f"All runs on {numbers.title}")
 
 
 def guard_words(numbers: StudyNumbers) -> str:
-    """
-    :param numbers: A study's results
-    :return: What guards did in all runs of each method
-    """
+    """What guards did in all runs of each method."""
     texts = []
     for method in numbers.methods:
         guarded = [one for one in numbers.runs if one.method == method and one.run.result.events]
@@ -193,18 +173,13 @@ def guard_words(numbers: StudyNumbers) -> str:
 
 
 def guard_table(numbers: StudyNumbers) -> TextTable:
-    """
-    :param numbers: A study's results
-    :return: What guards did, one row for each guarded run
-    """
-    guarded = {
-        one.run.cell.name: one
-        for dataset in numbers.datasets for group in dataset.groups for one in group.runs if one.run.result.events
-    }  # fmt: skip
-    rows = [
-        [name, "{:,} of {:,}".format(*one.watched), *(str(one.events(kind)) for kind in GUARD_EVENTS), _first(one, "alarm")]
-        for name, one in guarded.items()
-    ]
+    """What guards did, one row for each guarded run."""
+    guarded = {one.run.cell.name: one for dataset in numbers.datasets for one in dataset.runs if one.run.result.events}
+    rows = []
+    for name, one in guarded.items():
+        alarms = [event.get("timestep") for event in one.run.result.events if event.get("event") == "alarm"]
+        counts = [str(one.events(kind)) for kind in GUARD_EVENTS]
+        rows.append([name, "{:,} of {:,}".format(*one.watched), *counts, f"{alarms[0]:,}" if alarms else NONE])
     titles = ["run", "episodes watched", *(f"{kind}s" for kind in GUARD_EVENTS), "first alarm after"]
     note = (
         "The baseline's episodes are not watched, and without enough of them none is: then only non-finite values and limits "
@@ -214,73 +189,54 @@ def guard_table(numbers: StudyNumbers) -> TextTable:
 
 
 def scores_table(numbers: StudyNumbers) -> TextTable:
-    """
-    :param numbers: A study's results
-    :return: Normalised scores of each method, over all datasets
-    """
+    """Normalised scores of each method, over all datasets."""
     rows = [
         [row.method.label, *(ranged(estimate, 1) for estimate in (row.iqm, row.median, row.mean))]
         for row in numbers.aggregates
     ]
     n_all = len(numbers.datasets) * len(numbers.protocol.seeds)
     over = f"Over {len(numbers.scored)} of {counted(n_all, 'pair')} of dataset and seed: those that all of these methods have."
-    return TextTable(
-        "scores", ["method", "IQM", "median", "mean"], rows, "Normalised scores", f"{over} {numbers.scale_words}".rstrip()
-    )
+    columns, note = ["method", "IQM", "median", "mean"], f"{over} {numbers.scale_words}".rstrip()
+    return TextTable("scores", columns, rows, "Normalised scores", note)
 
 
 def comparison_table(numbers: StudyNumbers) -> TextTable:
-    """
-    :param numbers: A study's results
-    :return: The tests against the reference method
-    """
-    names = {
-        "last_return": f"last {last_evaluations(numbers.runs)}", "mean_return": "over time", "dip_depth": "dip depth",
-        "collapsed": "collapsed",
-    }  # fmt: skip
-    rows = []
-    for row in numbers.comparisons:
+    """The tests against the reference method."""
+    titles = {column.name: column.title for column in (*RETURN_COLUMNS, *DIP_COLUMNS)} | {COLLAPSED: COLLAPSED}
+    last = last_evaluations(numbers.runs)
+
+    def difference(row: Comparison) -> list[str]:
+        if row.difference is None:
+            return [f"{row.only_method} : {row.only_reference}", NONE]
         digits = 2 if row.metric == "dip_depth" else None
-        if row.difference is not None:
-            difference = [number(row.difference.value, digits), interval(row.difference, digits)]
-        else:
-            difference = [f"{row.only_method} : {row.only_reference}", NONE]
-        rows.append(
-            [
-                f"{row.method.label}: {names[row.metric]}", *difference, str(row.n),
-                *(probability(p)[2:].removeprefix(f"={NBSP}") for p in (row.p, row.p_corrected)),
-            ]
-        )  # fmt: skip
+        return [number(row.difference.value, digits), interval(row.difference, digits)]
+
+    rows = [
+        [
+            f"{row.method.label}: {titles[row.metric].format(last=last)}", *difference(row), str(row.n),
+            *(probability(p)[2:].removeprefix(f"={NBSP}") for p in (row.p, row.p_corrected)),
+        ]
+        for row in numbers.tests.comparisons
+    ]  # fmt: skip
     reference = numbers.reference.label if numbers.reference is not None else ""
     columns = [f"minus {reference}", "mean difference", "95 % interval", "pairs", "p", "p, Holm"]
     return TextTable("comparisons", columns, rows, f"Paired comparison with {reference}", TEST_WORDS)
 
 
-def factor_table(numbers: DatasetNumbers, factor: str, levels: dict[str, list[tuple[str, Group]]]) -> TextTable:
-    """
-    :param numbers: A dataset's results
-    :param factor: Name of the factor
-    :param levels: By listed method, the values of the factor and their runs
-    :return: One row for each method and value
-    """
+def factor_table(numbers: DatasetNumbers, factor: str, levels: Levels) -> TextTable:
+    """What changes with a factor, one row for each method and value."""
+    points = [(value, group) for points in levels.values() for value, group in points]
+    metrics = {"dip_depth": 2, "last_return": None, "mean_return": None}
     rows = [
         [
-            group.label, value, str(len({one.seed for one in group.runs})),
-            _collapsed(group), *(ranged(group.estimate(name), 2 if name == "dip_depth" else None)
-                                 for name in ("dip_depth", "last_return", "mean_return")),
+            group.label, value, str(len({one.seed for one in group.runs})), _collapsed(group),
+            *(ranged(group.estimate(name), digits) for name, digits in metrics.items()),
         ]
-        for points in levels.values() for value, group in points
+        for value, group in points
     ]  # fmt: skip
-    last = last_evaluations(one for points in levels.values() for _, group in points for one in group.runs)
+    last = last_evaluations(one for _, group in points for one in group.runs)
     columns = ["method", factor, "seeds", "collapsed", "dip depth", f"last {last}", "over time"]
     return TextTable(f"factor-{factor}-{numbers.slug}", columns, rows, f"{factor} on {numbers.title}")
-
-
-CSV_METRICS = (
-    "initial_return", "initial_standard_error", "band", "lowest_return", "lowest_at", "dip_depth", "dip_area",
-    "time_below_band", "recovered", "recovery_time", "collapsed", "final_return", "last_return", "best_return",
-    "best_sustained_return", "mean_return", "max_drawdown", "training_return", "selected_return", "selected_dip_depth",
-)  # fmt: skip
 
 
 UPDATES = ("offline", "online", "undone")
@@ -289,72 +245,58 @@ BATCH = ("rows", "distinct_rows", "offline_rows")
 
 
 def results_csv(numbers: StudyNumbers) -> bytes:
-    """
-    :param numbers: A study's results
-    :return: A CSV file with one row for each run and all metrics, in full precision; what is not defined is empty
-    """
+    """A CSV file with one row for each run and all metrics, in full precision; what is not defined is empty."""
     factors = sorted({name for one in numbers.runs for name in one.method.variant})
+    rows = [_csv_row(numbers, one, factors) for one in numbers.runs]
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        [
-            "dataset", "method", "label", "seed", "key", *(f"factor_{name}" for name in factors), *CSV_METRICS,
-            "dip_noise_quantile", "collapse_noise_probability", "normalized_last_return", "last_evaluations", "frozen_until",
-            "guard_watched", *(f"guard_{kind}s" for kind in GUARD_EVENTS),
-            "interactions", *(f"updates_{name}" for name in UPDATES), *(f"replay_{name}" for name in REPLAY),
-            *(f"batch_{name}" for name in BATCH), "changed_hyperparams", "code",
-            "learner_evaluation_steps", "preparation_seconds", "finetuning_seconds", "started",
-        ]
-    )  # fmt: skip
-    for one in numbers.runs:
-        cell, manifest, noise = one.run.cell, one.manifest, one.noise
-        seconds, updates, memory = (manifest.get(name) or {} for name in ("seconds", "updates", "replay_buffer"))
-        batch = memory.get("batch") or {}
-        writer.writerow(
-            [
-                cell.dataset or "", cell.method.name, cell.method.label, cell.seed, one.run.key,
-                *(_plain(cell.method.variant.get(name)) for name in factors),
-                *(_plain(getattr(one.metrics, name)) for name in CSV_METRICS),
-                _plain(None if noise is None else noise.quantile),
-                _plain(None if noise is None else noise.collapse_probability), _plain(numbers.score(one)),
-                one.n_last, one.run.result.frozen_until,
-                one.watched[0], *(one.events(kind) for kind in GUARD_EVENTS),
-                _plain(manifest.get("interactions")), *(_plain(updates.get(name)) for name in UPDATES),
-                *(_plain(memory.get(name)) for name in REPLAY), *(_plain(batch.get(name)) for name in BATCH),
-                _plain(manifest.get("changed_hyperparams")), _plain(manifest.get("code")),
-                _plain(one.learner_evaluation_steps),
-                _plain(seconds.get("preparation")), _plain(seconds.get("finetuning")), manifest.get("started", ""),
-            ]
-        )  # fmt: skip
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
     return stream.getvalue().encode("utf-8")
 
 
+def _csv_row(numbers: StudyNumbers, one: RunNumbers, factors: Iterable[str]) -> dict[str, Any]:
+    cell, manifest, noise = one.run.cell, one.manifest, one.noise
+    seconds, updates, memory = (manifest.get(name) or {} for name in ("seconds", "updates", "replay_buffer"))
+    batch = memory.get("batch") or {}
+    return {
+        "dataset": cell.dataset,
+        "method": cell.method.name,
+        "label": cell.method.label,
+        "seed": cell.seed,
+        "key": one.run.key,
+        **{f"factor_{name}": cell.method.variant.get(name) for name in factors},
+        **asdict(one.metrics),
+        "dip_noise_quantile": None if noise is None else noise.quantile,
+        "collapse_noise_probability": None if noise is None else noise.collapse_probability,
+        "normalized_last_return": numbers.score(one),
+        "last_evaluations": one.n_last,
+        "frozen_until": one.run.result.frozen_until,
+        "guard_watched": one.watched[0],
+        **{f"guard_{kind}s": one.events(kind) for kind in GUARD_EVENTS},
+        "interactions": manifest.get("interactions"),
+        **{f"updates_{name}": updates.get(name) for name in UPDATES},
+        **{f"replay_{name}": memory.get(name) for name in REPLAY},
+        **{f"batch_{name}": batch.get(name) for name in BATCH},
+        "changed_hyperparams": manifest.get("changed_hyperparams"),
+        "code": manifest.get("code"),
+        "learner_evaluation_steps": one.learner_evaluation_steps,
+        "preparation_seconds": seconds.get("preparation"),
+        "finetuning_seconds": seconds.get("finetuning"),
+        "started": manifest.get("started"),
+    }
+
+
 def _plain(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
     if isinstance(value, Mapping):
         return json.dumps(value, sort_keys=True) if value else ""
-    return str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
 
 
 def _titles(columns: Sequence[Column], runs: Sequence[RunNumbers]) -> list[str]:
     return [column.title.format(last=last_evaluations(runs)) for column in columns]
-
-
-def _cell(value: float | None, column: Column) -> str:
-    return number(None if value is None else column.factor * value, column.digits)
-
-
-def _mean(group: Group, column: Column, with_interval: bool = True) -> str:
-    estimate = group.estimate(column.name)
-    if estimate is None:
-        return NONE
-    value = _cell(estimate.value, column)
-    if not with_interval or not estimate.has_interval:
-        return value
-    return f"{value} ({_cell(estimate.low, column)} to {_cell(estimate.high, column)})"
 
 
 def _collapsed(group: Group) -> str:
@@ -377,18 +319,8 @@ def _recovery(group: Group) -> str:
     return f"{text}, after {number(float(np.median(times)), 0)}" if times else text
 
 
-def _first(one: RunNumbers, kind: str) -> str:
-    steps = [event.get("timestep") for event in one.run.result.events if event.get("event") == kind]
-    return f"{steps[0]:,}" if steps else NONE
-
-
 def markdown(title: str, sections: Sequence[tuple[str, Sequence[str]]], tables: Sequence[TextTable]) -> bytes:
-    """
-    :param title: Title of the file
-    :param sections: The verdict: headings with their sentences
-    :param tables: The tables
-    :return: A Markdown file
-    """
+    """A Markdown file of the verdict's headings with their sentences, and of the tables."""
     lines = [f"# {title}\n"]
     for heading, texts in sections:
         lines += [f"## {heading}\n", *(f"- {text}" for text in texts), ""]

@@ -1,24 +1,15 @@
 """What a study's results say, in words, and what they leave open. Only the paired tests call anything a difference."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
 from sb3_offline_ft.evaluation.finetuning_metrics import CONSECUTIVE
-from sb3_offline_ft.evaluation.statistics import Estimate, rate
-from sb3_offline_ft.study.design.methods import Method
-from sb3_offline_ft.study.report.analysis import (
-    COLLAPSED,
-    SIGNIFICANT,
-    Comparison,
-    DatasetNumbers,
-    Group,
-    StudyNumbers,
-    last_evaluations,
-)
+from sb3_offline_ft.evaluation.statistics import Estimate
+from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
+from sb3_offline_ft.study.report.comparisons import COLLAPSED, SIGNIFICANT, Comparison
+from sb3_offline_ft.study.report.runs import Group, last_evaluations
 from sb3_offline_ft.study.report.shortcomings import shortcomings
 from sb3_offline_ft.study.report.words import (
     LEVEL,
@@ -45,10 +36,7 @@ Sections = list[tuple[str, list[str]]]
 
 
 def verdict(numbers: StudyNumbers) -> Sections:
-    """
-    :param numbers: A study's results
-    :return: Headings with their sentences
-    """
+    """Headings with their sentences."""
     sections: Sections = [("In short", _in_short(numbers))]
     if numbers.reference is not None:
         sections.append((f"Compared with {numbers.reference.label}", _compared(numbers, numbers.reference.label)))
@@ -58,27 +46,25 @@ def verdict(numbers: StudyNumbers) -> Sections:
 
 
 def _in_short(numbers: StudyNumbers) -> list[str]:
-    texts = [text for one in numbers.datasets for text in _collapses(f"on {one.title}", _outcomes(numbers, one))]
-    pooled = [one for one in numbers.datasets if any(group.outcomes for group in numbers.shown(one))]
+    texts = [text for one in numbers.datasets for text in _collapses(f"on {one.title}", one.shown, "seed")]
+    pooled = [one for one in numbers.datasets if any(group.outcomes for group in one.shown)]
     if len(pooled) > 1:
         which = "all datasets" if len(pooled) == len(numbers.datasets) else listed(one.title for one in pooled)
-        texts += _collapses(f"taking {which} together", _pooled_outcomes(numbers))
+        texts += _collapses(f"taking {which} together", _pooled(numbers), "run")
     rows = sorted(numbers.aggregates, key=lambda row: -row.iqm.value)
     if len(rows) > 1:
         over = "over all datasets" if len(numbers.datasets) > 1 else f"on {numbers.datasets[0].title}"
         scores = [(row.method.label, row.iqm) for row in rows]
-        text = f"{over}, the interquartile means of the normalised ends are: {_values(scores, 1)}. {_overlaps(scores)}"
-        texts.append(f"{text.rstrip()} {_scored(numbers)}".rstrip())
-    if texts and numbers.comparisons:
+        text = (
+            f"{over}, the interquartile means of the normalised ends are: {_values(scores, 1)}. {_overlaps(scores)}".rstrip()
+        )
+        n, n_all = len(numbers.scored), len(numbers.datasets) * len(numbers.protocol.seeds)
+        if n < n_all:
+            text += f" They are over the {n} of {counted(n_all, 'pair')} of dataset and seed that all of these methods have."
+        texts.append(text)
+    if texts and numbers.tests.comparisons:
         texts.append("Whether methods differ is for the paired tests below to say, not for intervals.")
     return texts + _own_evaluations(numbers)
-
-
-def _scored(numbers: StudyNumbers) -> str:
-    n, n_all = len(numbers.scored), len(numbers.datasets) * len(numbers.protocol.seeds)
-    if n == n_all:
-        return ""
-    return f"They are over the {n} of {counted(n_all, 'pair')} of dataset and seed that all of these methods have."
 
 
 def _own_evaluations(numbers: StudyNumbers) -> list[str]:
@@ -97,11 +83,7 @@ def _own_evaluations(numbers: StudyNumbers) -> list[str]:
 
 
 def _values(estimates: Sequence[tuple[str, Estimate]], digits: int | None = None) -> str:
-    """
-    :param estimates: Names with their estimates
-    :param digits: Digits after the point
-    :return: All of them, with their intervals
-    """
+    """Named estimates with their intervals."""
     parts = []
     first = next((name for name, estimate in estimates if estimate.has_interval), None)
     for name, estimate in estimates:
@@ -110,60 +92,37 @@ def _values(estimates: Sequence[tuple[str, Estimate]], digits: int | None = None
     return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class _Outcomes:
-    """
-    Which runs collapsed.
-
-    :param method: Their method
-    :param collapsed: Whether each did
-    :param by_chance: The share of them that would count as collapsed if their policies did not change
-    """
-
-    method: Method
-    collapsed: list[bool]
-    by_chance: float | None
-
-
-def _outcomes(numbers: StudyNumbers, one: DatasetNumbers) -> list[_Outcomes]:
-    return [
-        _Outcomes(group.method, group.outcomes, group.collapse_probability) for group in numbers.shown(one) if group.outcomes
-    ]
-
-
-def _pooled_outcomes(numbers: StudyNumbers) -> list[_Outcomes]:
-    """By method, over the datasets and seeds that all methods have which can collapse."""
-    methods = [method for method in numbers.shown_methods if _has_outcomes(numbers, method.name)]
+def _pooled(numbers: StudyNumbers) -> list[Group]:
+    """By method, the runs on the datasets and seeds that all methods have which can collapse."""
+    names = {group.method.name for one in numbers.datasets for group in one.groups if group.outcomes}
+    methods = [method for method in numbers.shown_methods if method.name in names]
     common = set(numbers.common(methods))
-    pooled = []
-    for method in methods:
-        runs = [one for one in numbers.runs if one.method.name == method.name and (one.run.cell.dataset, one.seed) in common]
-        if (group := Group(method, tuple(runs))).outcomes:
-            pooled.append(_Outcomes(method, group.outcomes, group.collapse_probability))
-    return pooled
+    runs = [one for one in numbers.runs if (one.dataset, one.seed) in common]
+    return [Group(method, tuple(one for one in runs if one.method.name == method.name)) for method in methods]
 
 
-def _collapses(where: str, outcomes: Sequence[_Outcomes]) -> list[str]:
-    rates = [(one, rate(sum(one.collapsed), len(one.collapsed))) for one in outcomes]
-    if not any(not one.method.frozen for one in outcomes):
+def _collapses(where: str, groups: Sequence[Group], noun: str) -> list[str]:
+    """Which runs collapsed, of the groups for which that is defined."""
+    rates = [(group, rate) for group in groups if (rate := group.collapse_rate) is not None]
+    if all(group.method.frozen for group, _ in rates):
         return []
     rates.sort(key=lambda row: -row[1].value)
     parts = []
-    for index, (one, estimate) in enumerate(rates):
-        label, count, n = one.method.label, sum(one.collapsed), len(one.collapsed)
+    for index, (group, estimate) in enumerate(rates):
+        count, n = sum(group.outcomes), len(group.outcomes)
         if index == 0:
-            runs = ("seed" if n == 1 else "seeds") if where.startswith("on ") else "runs"
-            parts.append(f"{label} collapsed in {count} of {n} {runs} ({LEVEL} CI {percent(estimate)})")
+            nouns = noun if n == 1 and noun == "seed" else f"{noun}s"
+            parts.append(f"{group.label} collapsed in {count} of {n} {nouns} ({LEVEL} CI {percent(estimate)})")
         else:
-            parts.append(f"{label} in {count} of {n} ({percent(estimate)})")
+            parts.append(f"{group.label} in {count} of {n} ({percent(estimate)})")
     text = f"{where}, {'; '.join(parts)}."
     if len(rates) > 1 and rates[0][1].value > 0:
-        text += " " + _overlaps([(one.method.label, estimate) for one, estimate in rates])
-    return [text + _collapses_by_chance(outcomes)]
+        text += " " + _overlaps([(group.label, estimate) for group, estimate in rates])
+    return [text + _collapses_by_chance([group for group, _ in rates])]
 
 
-def _collapses_by_chance(outcomes: Sequence[_Outcomes]) -> str:
-    shares = [one.by_chance for one in outcomes if one.by_chance is not None]
+def _collapses_by_chance(groups: Sequence[Group]) -> str:
+    shares = [group.collapse_probability for group in groups if group.collapse_probability is not None]
     if not shares or max(shares) <= TELLING:
         return ""
     low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
@@ -175,10 +134,7 @@ def _collapses_by_chance(outcomes: Sequence[_Outcomes]) -> str:
 
 
 def _overlaps(estimates: Sequence[tuple[str, Estimate]]) -> str:
-    """
-    :param estimates: Names with their estimates
-    :return: How many intervals overlap; no more, as intervals of single methods are no test of their difference
-    """
+    """How many intervals overlap; no more, as intervals of single methods are no test of their difference."""
     pairs = list(combinations([one for _, one in estimates if one.has_interval], 2))
     if not pairs:
         return ""
@@ -191,7 +147,7 @@ def _overlaps(estimates: Sequence[tuple[str, Estimate]]) -> str:
 
 
 def _on_dataset(numbers: StudyNumbers, one: DatasetNumbers) -> list[str]:
-    groups = numbers.shown(one)
+    groups = one.shown
     return [*_dips(one, groups), *_ends(one, groups), *_kept(numbers, groups), *_selected(groups)]
 
 
@@ -220,8 +176,7 @@ def _dips(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
 
 
 def _ends(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
-    ends = [(group, estimate) for group in groups if (estimate := group.estimate("last_return")) is not None]
-    ends.sort(key=lambda pair: -pair[1].value)
+    ends = _estimates(groups, "last_return")
     values = [(group.label, estimate) for group, estimate in ends]
     levels = []
     if one.initial_return is not None:
@@ -241,6 +196,12 @@ def _ends(one: DatasetNumbers, groups: Sequence[Group]) -> list[str]:
             "in about half of the seeds, by noise."
         )
     return texts
+
+
+def _estimates(groups: Sequence[Group], metric: str) -> list[tuple[Group, Estimate]]:
+    """Means of a metric for which it is defined, the highest first."""
+    found = [(group, estimate) for group in groups if (estimate := group.estimate(metric)) is not None]
+    return sorted(found, key=lambda pair: -pair[1].value)
 
 
 def _unchanged(groups: Sequence[Group]) -> str:
@@ -270,72 +231,56 @@ def _kept(numbers: StudyNumbers, groups: Sequence[Group]) -> list[str]:
 
 
 def _selected(groups: Sequence[Group]) -> list[str]:
-    values = [(group, estimate) for group in groups if (estimate := group.estimate("selected_return")) is not None]
-    if all(group.method.frozen for group, _ in values):
+    kept = _estimates(groups, "selected_return")
+    if all(group.method.frozen for group, _ in kept):
         return []
-    values.sort(key=lambda pair: -pair[1].value)
     return [
         "if the best evaluated policy is kept rather than the last one, chosen by half of the episodes of each evaluation and "
-        f"measured by the others: {_values([(group.label, estimate) for group, estimate in values])}. This needs evaluations "
+        f"measured by the others: {_values([(group.label, estimate) for group, estimate in kept])}. This needs evaluations "
         "in which a fall does no harm."
     ]
 
 
-_MEASURES: tuple[tuple[str, str, str, str, int | None], ...] = (
-    ("last_return", "mean of the last {last} evaluations", "higher", "lower", None),
-    ("mean_return", "mean over the whole run after the warm-up", "higher", "lower", None),
-    ("dip_depth", "dips", "deeper", "less deep", 2),
-)
-
-
-_NAMES = {
-    "last_return": "Ends",
-    "mean_return": "Means over the whole run after the warm-up",
-    "dip_depth": "Dips",
-    COLLAPSED: "Collapses",
-}
+MEASURES = {
+    "last_return": ("mean of the last {last} evaluations", "Ends", "higher", "lower"),
+    "mean_return": (
+        "mean over the whole run after the warm-up", "Means over the whole run after the warm-up", "higher", "lower"
+    ),
+    "dip_depth": ("dips", "Dips", "deeper", "less deep"),
+    COLLAPSED: ("collapses", "Collapses", "more often", "less often"),
+}  # fmt: skip
+"""What is compared, in a sentence and at its beginning, and how it may differ."""
 
 
 def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
-    shown = numbers.shown_methods
-    rows = [row for row in numbers.comparisons if row.method in shown]
+    rows = [row for row in numbers.tests.comparisons if row.method in numbers.shown_methods]
     texts = []
-    for metric, words, more, less, digits in _MEASURES:
-        what, size = words.format(last=last_evaluations(numbers.runs)), partial(_size, digits=digits)
-        text = _one_measure([row for row in rows if row.metric == metric], what, more, less, size)
-        texts += [text] if text else []
-    collapsed = [row for row in rows if row.metric == COLLAPSED and row.only_method + row.only_reference]
-    text = _one_measure(
-        collapsed, "collapses", "more often", "less often", lambda row: f"{row.only_method} : {row.only_reference} pairs"
-    )
-    if text:
-        texts.append(f"{text} The pairs are those in which only the first : only the second of the two collapsed.")
+    for metric, (words, _, more, less) in MEASURES.items():
+        of_metric = [row for row in rows if row.metric == metric and (row.difference or row.only_method or row.only_reference)]
+        if of_metric:
+            texts.append(_one_measure(of_metric, words.format(last=last_evaluations(numbers.runs)), more, less))
+            if metric == COLLAPSED:
+                texts[-1] += " The pairs are those in which only the first : only the second of the two collapsed."
     if texts:
         texts.insert(
             0,
             f"pairs are runs with the same data and seed. Numbers are mean differences to {reference}, p-values are after "
-            f"Holm's correction for all {counted(len(numbers.comparisons), 'test')} of the study, and one below "
+            f"Holm's correction for all {counted(len(numbers.tests.comparisons), 'test')} of the study, and one below "
             f"{SIGNIFICANT:g} is called a difference. So a study of methods that are all alike shows any with a probability "
             f"of at most {100 * SIGNIFICANT:g}{NBSP}%.",
         )
     return texts
 
 
-def _size(row: Comparison, digits: int | None) -> str:
-    assert row.difference is not None
-    sign = "+" if row.difference.value > 0 else ""
-    return f"{sign}{number(row.difference.value, digits)}"
-
-
-def _one_measure(rows: Sequence[Comparison], what: str, more: str, less: str, size: Callable[[Comparison], str]) -> str | None:
-    if not rows:
-        return None
-
-    def named(chosen: Sequence[Comparison]) -> str:
-        return "; ".join(f"{row.method.label} ({size(row)}, {probability(row.p_corrected)})" for row in chosen)
-
+def _one_measure(rows: Sequence[Comparison], what: str, more: str, less: str) -> str:
     def sign(row: Comparison) -> float:
         return row.difference.value if row.difference is not None else row.only_method - row.only_reference
+
+    def size(row: Comparison) -> str:
+        if row.difference is None:
+            return f"{row.only_method} : {row.only_reference} pairs"
+        value = number(row.difference.value, 2 if row.metric == "dip_depth" else None)
+        return f"+{value}" if row.difference.value > 0 else value
 
     certain = [row for row in rows if row.p_corrected < SIGNIFICANT]
     parts = []
@@ -345,7 +290,8 @@ def _one_measure(rows: Sequence[Comparison], what: str, more: str, less: str, si
         ("no difference shown", [row for row in rows if row.p_corrected >= SIGNIFICANT]),
     ):
         if chosen:
-            parts.append(f"{words} for {named(chosen)}")
+            named = [f"{row.method.label} ({size(row)}, {probability(row.p_corrected)})" for row in chosen]
+            parts.append(f"{words} for {'; '.join(named)}")
     return f"{what}: {'. '.join([parts[0], *map(capital, parts[1:])])}."
 
 
@@ -360,23 +306,24 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
             f"with probability {100 * (1 - RARE) ** n:.0f}{NBSP}%."
         )
     shown = numbers.shown_methods
-    tested = [row for row in numbers.comparisons if row.method in shown]
+    tested = [row for row in numbers.tests.comparisons if row.method in shown]
     weak = [row for row in tested if row.smallest_p_corrected >= SIGNIFICANT]
     if weak:
         row = min(weak, key=lambda one: one.n)
         which = "" if len(weak) == len(tested) else f", as for {listed(dict.fromkeys(one.method.label for one in weak))}"
         texts.append(
             f"With {counted(row.n, 'pair')} of runs{which}, a paired test cannot give a p-value below {row.smallest_p:.2g}, "
-            f"and Holm's correction for {counted(len(numbers.comparisons), 'test')} makes {row.smallest_p_corrected:.2g} of "
-            "it: no difference, however large, can be called significant. More seeds or fewer methods would help."
+            f"and Holm's correction for {counted(len(numbers.tests.comparisons), 'test')} makes "
+            f"{row.smallest_p_corrected:.2g} of it: no difference, however large, can be called significant. "
+            "More seeds or fewer methods would help."
         )
     if numbers.reference is None and len(numbers.methods) > 1:
         texts.append(
             "The protocol names no reference_method, so methods are not compared in pairs and nothing is called a difference."
         )
-    for metric, methods in numbers.not_compared.items():
-        if names := [method.label for method in methods if method in shown]:
-            texts.append(f"{_NAMES[metric]} cannot be compared for {listed(names)}: there are fewer than two pairs of runs.")
+    for metric, methods in numbers.tests.not_compared.items():
+        if names := listed(method.label for method in methods if method in shown):
+            texts.append(f"{MEASURES[metric][1]} cannot be compared for {names}: there are fewer than two pairs of runs.")
     texts += _undefined(numbers)
     texts += shortcomings({one.run.cell.name: one.manifest for one in numbers.runs}, numbers.protocol.interactions)
     unwatched = [one.run.cell.name for one in numbers.runs if one.run.result.events and one.watched[0] == 0]
@@ -425,7 +372,3 @@ def _undefined(numbers: StudyNumbers) -> list[str]:
                 "than a random one."
             )
     return texts
-
-
-def _has_outcomes(numbers: StudyNumbers, name: str) -> bool:
-    return any(group.outcomes for one in numbers.datasets for group in one.groups if group.method.name == name)

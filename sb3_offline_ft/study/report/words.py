@@ -1,4 +1,4 @@
-"""Numbers as a report writes them."""
+"""Numbers and lists as a report writes them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,12 @@ NONE = "\N{EN DASH}"
 """Stands where there is no number."""
 NBSP = "\N{NO-BREAK SPACE}"
 LEVEL = f"95{NBSP}%"
+NO_INTERVAL = "no interval"
 MOST_NAMED = 8
 
 
 def number(value: float | None, digits: int | None = None) -> str:
-    """
-    :param value: A number, None if there is none
-    :param digits: Digits after the point; by default so many that about three are telling
-    :return: It in words
-    """
+    """A number with so many digits after the point, by default as many as make about three telling ones."""
     if value is None or math.isnan(value):
         return NONE
     if math.isinf(value):
@@ -32,43 +29,22 @@ def number(value: float | None, digits: int | None = None) -> str:
 
 
 def interval(estimate: Estimate, digits: int | None = None) -> str:
-    """
-    :param estimate: An estimate
-    :param digits: As for :func:`number`
-    :return: The bounds of its interval
-    """
-    if not estimate.has_interval:
-        return "no interval"
-    return f"{number(estimate.low, digits)} to {number(estimate.high, digits)}"
+    """The bounds of an estimate's interval."""
+    return f"{number(estimate.low, digits)} to {number(estimate.high, digits)}" if estimate.has_interval else NO_INTERVAL
 
 
 def ranged(estimate: Estimate | None, digits: int | None = None) -> str:
-    """
-    :param estimate: An estimate, None if there is none
-    :param digits: As for :func:`number`
-    :return: It with its interval
-    """
-    if estimate is None:
-        return NONE
-    return f"{number(estimate.value, digits)} ({interval(estimate, digits)})"
+    """An estimate with its interval."""
+    return NONE if estimate is None else f"{number(estimate.value, digits)} ({interval(estimate, digits)})"
 
 
 def percent(rate: Estimate) -> str:
-    """
-    :param rate: A share
-    :return: Its interval in per cent
-    """
-    if not rate.has_interval:
-        return "no interval"
-    return f"{100 * rate.low:.0f}\N{EN DASH}{100 * rate.high:.0f}{NBSP}%"
+    """The interval of a share in per cent."""
+    return f"{100 * rate.low:.0f}\N{EN DASH}{100 * rate.high:.0f}{NBSP}%" if rate.has_interval else NO_INTERVAL
 
 
 def listed(texts: Iterable[str], separator: str = ",") -> str:
-    """
-    :param texts: Texts
-    :param separator: What stands between them
-    :return: One text, the last two joined by "and" if commas separate them
-    """
+    """One text of several, the last two joined by "and" if commas separate them."""
     texts = list(texts)
     if separator == "," and len(texts) > 1:
         return f"{', '.join(texts[:-1])} and {texts[-1]}"
@@ -76,34 +52,21 @@ def listed(texts: Iterable[str], separator: str = ",") -> str:
 
 
 def some(texts: Sequence[str]) -> str:
-    """
-    :param texts: Texts
-    :return: The first of them, and how many more there are
-    """
+    """The first of several texts, and how many more there are."""
     more = len(texts) - MOST_NAMED
     return listed([*texts[:MOST_NAMED], *([f"{more} more"] if more > 0 else [])])
 
 
 def counted(n: int, noun: str) -> str:
-    """
-    :param n: How many
-    :param noun: Of what, in the singular
-    :return: Both in words
-    """
+    """A number of things, which are given in the singular."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def probability(p: float) -> str:
-    """
-    :param p: A p-value
-    :return: It, with ``=`` or ``<``
-    """
+    """A p-value, with ``=`` or ``<``."""
     return f"p{NBSP}<{NBSP}0.001" if p < 0.001 else f"p{NBSP}={NBSP}{p:.{3 if p < 0.1 else 2}f}"
 
 
 def capital(text: str) -> str:
-    """
-    :param text: A sentence
-    :return: It with a capital letter
-    """
+    """A sentence with a capital letter."""
     return text[:1].upper() + text[1:]

@@ -13,9 +13,9 @@ from sb3_offline_ft.algorithms import preset_path
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
+from sb3_offline_ft.study.design.learners import algorithm_class
 from sb3_offline_ft.study.design.methods import Method, known_hyperparams, online_only
 from sb3_offline_ft.study.design.protocol import Protocol
-from sb3_offline_ft.study.engine.learners import algorithm_class
 from sb3_offline_ft.study.tuning.plan import TuningPlan
 from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 

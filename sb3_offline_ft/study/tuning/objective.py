@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from sb3_offline_ft.evaluation.finetuning_metrics import LAST
-from sb3_offline_ft.study.engine.run_folder import CellResult
+from sb3_offline_ft.study.engine.folder import CellResult
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.evaluation.comparisons import PairedComparison, compare_paired
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.methods import online_only
-from sb3_offline_ft.study.design.protocol import STUDY_FILE, Protocol
+from sb3_offline_ft.study.design.protocol import STUDY_FILE
 from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
-from sb3_offline_ft.study.engine.queue import CellState, fault_text, results_in_storage
+from sb3_offline_ft.study.engine.queue import CellState, fault_text
+from sb3_offline_ft.study.engine.results import study_results
 from sb3_offline_ft.study.engine.run import StudyRun, run_study
 from sb3_offline_ft.study.engine.worker import DISK_FULL
-from sb3_offline_ft.study.report.analysis import SIGNIFICANT
+from sb3_offline_ft.study.report.comparisons import SIGNIFICANT
 from sb3_offline_ft.study.tuning.entry import spec_seen_from
 from sb3_offline_ft.study.tuning.objective import final_score
 from sb3_offline_ft.study.tuning.plan import FEWEST_SEEDS, FEWEST_TO_SHOW, TuningPlan, TuningSettings
@@ -192,7 +193,7 @@ def confirm_best(
     if set(counts) != {CellState.DONE}:
         raise OSError(f"Not all runs of {folder} were completed: see `sb3-offline-ft study status {folder} --errors`.")
     values: dict[str, list[float]] = {PRESET_METHOD: [], TUNED_METHOD: []}
-    for run in results_in_storage(Protocol.load(folder), settings.storage).runs:
+    for run in study_results(folder, settings.storage).runs:
         values[run.cell.method.name].append(final_score(plan.objective, run.result).value)
     comparison = compare_paired([values[TUNED_METHOD]], [values[PRESET_METHOD]])
     console.print(Text(confirmation_text(comparison), style="bold"))

@@ -10,10 +10,10 @@ import shutil
 import tempfile
 import time
 import warnings
-import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,24 +22,31 @@ from sb3_offline_ft.collapse.events import EVENTS_FILE, encode_events, read_even
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json, naming_damage, read_npz, replace_synced
 from sb3_offline_ft.evaluation.run_summary import EVALUATIONS
 
+if TYPE_CHECKING:
+    from sb3_offline_ft.study.design.protocol import Cell, Protocol
+
 MANIFEST = "manifest.json"
 TRAINING = "training.npz"
 RUNS = "runs"
-NEEDED = ("key", "guarded")
-"""What a manifest must say; with the cell's facts, as all that a run writes, also the rest that reports need."""
 KEY_DIGITS = 8
 """Of a cell's key, in the name of its folder."""
 ATTEMPTS = 20
 STALE_SECONDS = 3600
 _TEMPORARY = re.compile(rf"\.seed\d+-[0-9a-f]{{{KEY_DIGITS}}}\.(old\.)?[A-Za-z0-9_]{{8}}")
 
-_ARRAYS = {
-    "timesteps": np.int64,
-    "returns": np.float64,
-    "lengths": np.int64,
-    "training_timesteps": np.int64,
-    "training_returns": np.float64,
+_ARRAYS: dict[str, tuple[type, int]] = {
+    "timesteps": (np.int64, 1),
+    "returns": (np.float64, 2),
+    "lengths": (np.int64, 2),
+    "training_timesteps": (np.int64, 1),
+    "training_returns": (np.float64, 1),
 }
+"""Types and numbers of dimensions."""
+_FILES = {
+    EVALUATIONS: {"timesteps": "timesteps", "results": "returns", "ep_lengths": "lengths"},
+    TRAINING: {"timesteps": "training_timesteps", "returns": "training_returns"},
+}
+"""Where the arrays are, with their names there."""
 
 
 @dataclass
@@ -73,7 +80,7 @@ class CellResult:
         """
         :return: All of it as one line of JSON, exact to the bit
         """
-        arrays = arrays_to_json({name: np.asarray(getattr(self, name), dtype) for name, dtype in _ARRAYS.items()})
+        arrays = arrays_to_json({name: np.asarray(getattr(self, name), dtype) for name, (dtype, _) in _ARRAYS.items()})
         return json.dumps({"arrays": arrays, "events": self.events, "manifest": self.manifest})
 
     @classmethod
@@ -90,33 +97,74 @@ class CellResult:
 
 
 def run_folder(study: Path, dataset: str | None, method: str, seed: int, key: str) -> Path:
-    """
-    :param study: Folder of the study
-    :param dataset: Label of the dataset, None if there is none
-    :param method: Name of the method
-    :param seed: The seed
-    :param key: Key of the cell
-    :return: Where the cell's result is, or would be
-    """
+    """Where the result of the cell with a key is, or would be, in a study's folder."""
     return study / RUNS / (dataset or "no-data") / method / f"seed{seed}-{key[:KEY_DIGITS]}"
+
+
+def find_result(protocol: "Protocol", cell: "Cell", stored: str | None = None) -> CellResult | None:
+    """
+    Read a cell's result, and write its run folder if that is missing or damaged. A stored result that is damaged is named in
+    a warning.
+
+    :param stored: Its result in the storage as JSON, if it is there
+    :return: Its result, None if there is none
+    :raises OSError: The run folder cannot be written
+    """
+    result = local_result(protocol, cell)
+    if result is None and stored is not None:
+        try:
+            with naming_damage(f"The result of {cell.name} in the storage", "one that a run has written"):
+                result = CellResult.from_json(stored)
+        except ValueError as error:
+            warnings.warn(f"{error} It is left out.", stacklevel=2)
+    return None if result is None else keep_result(protocol, cell, result)
+
+
+def local_result(protocol: "Protocol", cell: "Cell") -> CellResult | None:
+    """A cell's result from its run folder, or from one that has the name that the method or the dataset had before."""
+    key = protocol.cell_key(cell)
+    results = (read_result(folder) for folder in folders_of(protocol, cell))
+    return next((result for result in results if result is not None and result.manifest["key"] == key), None)
+
+
+def keep_result(protocol: "Protocol", cell: "Cell", result: CellResult) -> CellResult:
+    """
+    Write a cell's result, or that of another one with the same key, into its run folder, unless it is there.
+
+    :return: The result as it is there, with the cell's name
+    :raises OSError: It cannot be written
+    """
+    folder, key = next(folders_of(protocol, cell)), protocol.cell_key(cell)
+    there = read_result(folder)
+    if there is not None and there.manifest["key"] == key:
+        return there
+    result = replace(result, manifest=result.manifest | {"name": cell.name, "label": cell.method.label})
+    write_result(folder, result)
+    return result
+
+
+def folders_of(protocol: "Protocol", cell: "Cell") -> Iterator[Path]:
+    """The run folder of a cell, and then those that have the names of before."""
+    own = run_folder(protocol.folder, cell.dataset, cell.method.name, cell.seed, protocol.cell_key(cell))
+    yield own
+    yield from (folder for folder in sorted((protocol.folder / RUNS).glob(f"*/*/{own.name}")) if folder != own)
 
 
 def write_result(folder: Path, result: CellResult) -> None:
     """
     Write a result; what is there is replaced. If others write the same folder at once, one of them is there at last, whole.
 
-    :param folder: The cell's folder
-    :param result: The result
     :raises OSError: It cannot be written; the folder is as it was
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder.parent)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        evaluations = {"timesteps": result.timesteps, "results": result.returns, "ep_lengths": result.lengths}
-        training = {"timesteps": result.training_timesteps, "returns": result.training_returns}
-        (temporary / EVALUATIONS).write_bytes(_npz(evaluations))
-        (temporary / TRAINING).write_bytes(_npz(training))
+        for name, arrays in _FILES.items():
+            # From memory: only a write of bytes says whether the disk is full
+            stream = io.BytesIO()
+            np.savez_compressed(stream, **{there: getattr(result, here) for there, here in arrays.items()})
+            (temporary / name).write_bytes(stream.getvalue())
         if result.manifest.get("guarded"):
             (temporary / EVENTS_FILE).write_bytes(encode_events(result.events))
         (temporary / MANIFEST).write_text(json.dumps(result.manifest, indent=1) + "\n")
@@ -125,17 +173,6 @@ def write_result(folder: Path, result: CellResult) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _npz(arrays: dict[str, npt.NDArray[Any]]) -> bytes:
-    """The same arrays give the same bytes: no dates, as they are in ``numpy.savez``."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, array in arrays.items():
-            content = io.BytesIO()
-            np.lib.format.write_array(content, np.asarray(array), allow_pickle=False)
-            file.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue(), zipfile.ZIP_DEFLATED)
-    return stream.getvalue()
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -177,7 +214,6 @@ def read_result(folder: Path) -> CellResult | None:
     """
     Read what :func:`write_result` wrote. A folder that is there, but damaged, is named in a warning.
 
-    :param folder: The cell's folder
     :return: The result, None if there is none or it is damaged
     """
     try:
@@ -196,48 +232,46 @@ def read_result(folder: Path) -> CellResult | None:
 def _read(folder: Path) -> CellResult:
     manifest = json.loads((folder / MANIFEST).read_text())
     _check_manifest(manifest)
-    evaluations = read_npz(folder / EVALUATIONS, "timesteps", "results", "ep_lengths")
-    training = read_npz(folder / TRAINING, "timesteps", "returns")
-    return CellResult(
-        evaluations["timesteps"],
-        evaluations["results"],
-        evaluations["ep_lengths"],
-        training["timesteps"],
-        training["returns"],
-        _read_whole_events(folder / EVENTS_FILE) if manifest["guarded"] else [],
-        manifest,
-    )
+    arrays: dict[str, Any] = {}
+    for name, names in _FILES.items():
+        arrays |= {names[there]: array for there, array in read_npz(folder / name, *names).items()}
+    return CellResult(**arrays, events=_read_whole_events(folder) if manifest["guarded"] else [], manifest=manifest)
 
 
-def _read_whole_events(path: Path) -> list[dict[str, Any]]:
-    """
-    :raises ValueError: It is damaged, or cut off, which is no damage to others that read it while it is written
-    """
+def _read_whole_events(folder: Path) -> list[dict[str, Any]]:
+    """What is cut off is no damage to others, that read it while it is written."""
+    path = folder / EVENTS_FILE
     events = read_events(path)
     if not events or not path.read_bytes().endswith(b"\n"):
         raise ValueError(f"{path} is cut off")
     return events
 
 
-_Types = tuple[type, ...]
-_NUMBER, _NOTHING = (int, float), type(None)
-_FACTS: dict[str, _Types] = {
-    "key": (str,),
-    "guarded": (bool,),
-    "cell": (dict,),
-    "frozen_until": (int,),
-    "dataset": (dict, _NOTHING),
-    "pretrained": (dict, _NOTHING),
-    "random_return": (*_NUMBER, _NOTHING),
-    "learner_evaluation_steps": (int,),
-    "seconds": (dict, _NOTHING),
-    "versions": (dict, _NOTHING),
+_FACTS: dict[str, Any] = {
+    "key": str,
+    "guarded": bool,
+    "cell": dict,
+    "cell.dataset": dict | None,
+    "frozen_until": int,
+    "dataset": dict | None,
+    "dataset.fingerprint": str,
+    "dataset.transitions": int,
+    "dataset.episodes": int,
+    "dataset.mean_return": int | float,
+    "pretrained": dict | None,
+    "pretrained.recipe": str,
+    "pretrained.weights_sha256": str,
+    "random_return": int | float | None,
+    "learner_evaluation_steps": int,
+    "seconds": dict | None,
+    "seconds.preparation": int | float,
+    "seconds.finetuning": int | float,
+    "versions": dict | None,
 }
-_FACTS_WITHIN: dict[str, dict[str, _Types]] = {
-    "dataset": {"fingerprint": (str,), "transitions": (int,), "episodes": (int,), "mean_return": _NUMBER},
-    "pretrained": {"recipe": (str,), "weights_sha256": (str,)},
-    "seconds": {"preparation": _NUMBER, "finetuning": _NUMBER},
-}
+"""What reports need of a manifest, with its types."""
+_NEEDED = re.compile(r"key|guarded|(dataset|pretrained)\..*")
+_NEEDED_WITH_CELL = ("frozen_until", "dataset")
+"""Manifests with the cell's facts have all that a run writes."""
 
 
 def _check_manifest(manifest: Any) -> None:
@@ -246,44 +280,30 @@ def _check_manifest(manifest: Any) -> None:
     """
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} holds a {type(manifest).__name__}, expected facts by name")
-    whole = "cell" in manifest
-    _check_facts(manifest, _FACTS, "", ("frozen_until", "dataset", *NEEDED) if whole else NEEDED)
-    for name, types in _FACTS_WITHIN.items():
-        if isinstance(manifest.get(name), dict):
-            _check_facts(manifest[name], types, f"{name}.", () if name == "seconds" else tuple(types))
-    if whole and not isinstance(manifest["cell"].get("dataset"), dict | None):
-        raise ValueError(f"{MANIFEST}: cell.dataset must hold facts by name, found {manifest['cell']['dataset']!r:.60}")
-
-
-def _check_facts(facts: dict[str, Any], types: dict[str, _Types], where: str, needed: tuple[str, ...]) -> None:
-    for name, allowed in types.items():
-        if name not in facts:
-            if name in needed:
-                raise ValueError(f"{MANIFEST} does not say {where}{name}")
+    for path, allowed in _FACTS.items():
+        parent, _, name = path.rpartition(".")
+        facts = manifest.get(parent) if parent else manifest
+        if not isinstance(facts, dict):
             continue
-        value = facts[name]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            words = " or ".join(one.__name__ for one in allowed)
-            raise ValueError(f"{MANIFEST}: {where}{name} must be {words}, found {value!r:.60}")
+        if name not in facts:
+            if _NEEDED.fullmatch(path) or ("cell" in manifest and path in _NEEDED_WITH_CELL):
+                raise ValueError(f"{MANIFEST} does not say {path}")
+        elif not isinstance(value := facts[name], allowed) or (isinstance(value, bool) and allowed is not bool):
+            words = getattr(allowed, "__name__", allowed)
+            raise ValueError(f"{MANIFEST}: {path} must be {words}, found {value!r:.60}")
 
 
 def _checked(result: CellResult) -> CellResult:
     """
     :raises ValueError: An array has another type or shape than :class:`CellResult` says, or an event no time
     """
-    for name, kinds, n_dimensions in (
-        ("timesteps", "iu", 1),
-        ("returns", "iuf", 2),
-        ("lengths", "iu", 2),
-        ("training_timesteps", "iu", 1),
-        ("training_returns", "iuf", 1),
-    ):
+    for name, (dtype, n_dimensions) in _ARRAYS.items():
         array = getattr(result, name)
-        if array.dtype.kind not in kinds or array.ndim != n_dimensions:
-            number = "whole numbers" if kinds == "iu" else "numbers"
+        is_whole = dtype is np.int64
+        if array.dtype.kind not in ("iu" if is_whole else "iuf") or array.ndim != n_dimensions:
             raise ValueError(
-                f"{name} must be {number} in {n_dimensions} dimension{'s' * (n_dimensions > 1)}, "
-                f"found {array.dtype} of shape {array.shape}"
+                f"{name} must be {'whole numbers' if is_whole else 'numbers'} in {n_dimensions} dimension"
+                f"{'s' * (n_dimensions > 1)}, found {array.dtype} of shape {array.shape}"
             )
     steps = result.timesteps
     if result.returns.size == 0 or steps[0] < 0 or (np.diff(steps) <= 0).any():

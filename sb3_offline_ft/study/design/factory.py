@@ -1,21 +1,24 @@
 """Makes the methods of a study: presets, what the study says, variants by factors, and all checks of it."""
 
 import copy
-import inspect
 import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.strict_yaml import Reader
 from sb3_offline_ft.common.suggestions import suggestion
+from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.identity import is_same, method_facts
+from sb3_offline_ft.study.design.learners import NOISES, PLAIN_TD3, algorithm_class
 from sb3_offline_ft.study.design.methods import (
     ENSEMBLE_SIZE,
     SET_BY_STUDY,
@@ -29,10 +32,8 @@ from sb3_offline_ft.study.design.methods import (
     preset,
     set_path,
 )
-from sb3_offline_ft.study.engine.learners import PLAIN_TD3, algorithm_class
 from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
-NOISE_TYPES = ("normal", "ornstein-uhlenbeck")
 WITHOUT_EFFECT_FROM_SCRATCH = frozenset(
     {
         "offline_steps",
@@ -54,37 +55,19 @@ MOST_OF_NAME = 150
 
 
 class MethodFactory:
-    """
-    Makes the methods of a study.
-
-    :param reader: For errors
-    :param env: The environment
-    :param presets: ``presets`` of the study, before those of the package
-    :param shared: ``hyperparams`` of the study
-    :param pretraining_algorithm: Algorithm of the pretraining
-    :param pretraining: ``pretraining.hyperparams`` of the study
-    :param interactions: Interactions of each run
-    :param random_return: ``random_return`` of the study, if it is given
-    :param known_random_return: What is known of the environment, for guards of which nothing is said
-    """
+    """Makes the methods that a study's file asks for; ``random_return`` is the file's own, if it is given."""
 
     def __init__(
-        self,
-        reader: Reader,
-        *,
-        env: str,
-        presets: Mapping[str, Any],
-        shared: Mapping[str, Any],
-        pretraining_algorithm: str,
-        pretraining: Mapping[str, Any],
-        interactions: int,
-        random_return: float | None = None,
-        known_random_return: float | None = None,
+        self, reader: Reader, given: Mapping[str, Any], env: str, interactions: int, random_return: float | None
     ) -> None:
-        self.reader, self.env, self.interactions = reader, env, interactions
-        self.shared, self.pretraining = dict(shared), dict(pretraining)
-        self.pretraining_algorithm = pretraining_algorithm
-        self._random_return, self._known_random_return = random_return, known_random_return
+        self.reader, self.given, self.env, self.interactions = reader, given, env, interactions
+        measured = reference_scores_for(env.rpartition(":")[2])
+        self._random_return, self._known_random_return = random_return, None if measured is None else measured.random
+        pretraining = reader.mapping(given.get("pretraining"), "pretraining", ("algorithm", "hyperparams"))
+        self.pretraining_algorithm = reader.text(pretraining.get("algorithm", "td3bc"), "pretraining.algorithm")
+        self.pretraining = reader.mapping(pretraining.get("hyperparams"), "pretraining.hyperparams")
+        self.shared = reader.mapping(given.get("hyperparams"), "hyperparams")
+        presets = reader.mapping(given.get("presets"), "presets")
         self._presets = {name: self._read_preset(name, entry) for name, entry in presets.items()}
         self._check_pretraining()
 
@@ -126,18 +109,13 @@ class MethodFactory:
             self.reader.fail(key, f"is no known argument of {owner}. {suggestion(name, known)}")
         if name == "guide_policy" and value not in (None, "pretrained"):
             self.reader.fail(key, f"must be 'pretrained' in a study, found {value!r}.")
-        if name == "noise_type" and value not in (None, *NOISE_TYPES):
-            self.reader.fail(key, f"must be one of {', '.join(map(repr, NOISE_TYPES))}, found {value!r}.")
+        if name == "noise_type" and value not in (None, *NOISES):
+            self.reader.fail(key, f"must be one of {', '.join(map(repr, NOISES))}, found {value!r}.")
         if name in ("policy_kwargs", "replay_buffer_kwargs") and not isinstance(value, Mapping | None):
             self.reader.fail(key, f"must be a mapping, found {value!r}.")
 
-    def check_shared(self, algorithms: Collection[str]) -> None:
-        """
-        Check that each of the study's ``hyperparams`` is an argument of one of our algorithms in it.
-
-        :param algorithms: Names of the study's algorithms
-        :raises ValueError: One is not
-        """
+    def _check_shared(self, algorithms: Collection[str]) -> None:
+        """Check that each of the study's ``hyperparams`` is an argument of one of our algorithms in it."""
         ours = [name for name in {*algorithms, self.pretraining_algorithm} if is_ours(name)]
         known = set().union(*(known_hyperparams(name) for name in ours))
         owner = " or ".join(sorted(algorithm_class(name).__name__ for name in ours))
@@ -145,10 +123,7 @@ class MethodFactory:
             self._check_hyperparam(name, value, f"hyperparams.{name}", known, owner)
 
     def pretraining_hyperparams(self, variant: Mapping[str, Any]) -> dict[str, Any]:
-        """
-        :param variant: Values of factors
-        :return: All hyperparameters of the pretraining, without those that act online only
-        """
+        """All hyperparameters of the pretraining with values of factors, without those that act online only."""
         known = known_hyperparams(self.pretraining_algorithm) - online_only(self.pretraining_algorithm)
         made = self._preset(self.pretraining_algorithm)[0] | self.shared | self.pretraining
         own = copy.deepcopy({name: value for name, value in made.items() if name in known})
@@ -161,18 +136,14 @@ class MethodFactory:
                 set_path(own, path, value)
         return own
 
-    def methods(self, entries: Mapping[str, Any], factors: Mapping[str, list[Any]], combined: bool) -> tuple[Method, ...]:
-        """
-        Make all methods, each followed by its variants.
-
-        :param entries: ``methods`` of the study
-        :param factors: ``factors`` of the study
-        :param combined: Whether factors are combined in a full grid
-        :return: The methods
-        :raises ValueError: An entry is wrong
-        """
+    def methods(self, factors: Mapping[str, list[Any]]) -> tuple[Method, ...]:
+        """All methods of the study, each followed by its variants by the factors."""
+        entries = self.reader.mapping(self.given["methods"], "methods")
+        if not entries:
+            self.reader.fail("methods", "must have at least one method.")
+        combined = self.reader.truth(self.given.get("factors_combined", False), "factors_combined")
         listed = [self._method(name, entry) for name, entry in entries.items()]
-        self.check_shared({method.algorithm for method in listed})
+        self._check_shared({method.algorithm for method in listed})
         for method in listed:
             self._check_warmup(method, f"methods.{method.name}")
         self._check_different(listed)
@@ -236,12 +207,10 @@ class MethodFactory:
             return
         known = known_hyperparams(method.algorithm)
         taken = {name: values for name, values in factors.items() if factor_path(name)[0] in known}
-        if combined:
-            if taken:
-                yield from (dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values()))
-            return
-        for name, values in taken.items():
-            yield from ({name: value} for value in values)
+        if combined and taken:
+            yield from (dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values()))
+        elif not combined:
+            yield from ({name: value} for name, values in taken.items() for value in values)
 
     def _unused_factor(self, factor: str, listed: list[Method]) -> None:
         ours = [method for method in listed if method.pretrained and not method.frozen]
@@ -260,24 +229,21 @@ class MethodFactory:
         if start not in STARTS:
             self.reader.fail(f"{key}.start", f"must be {' or '.join(STARTS)}, found {start!r}.")
         pretrained, frozen = start == "pretrained", self.reader.truth(given.get("frozen", False), f"{key}.frozen")
-        algorithm = self._algorithm(given, key, pretrained, frozen)
-        own = self.reader.mapping(given.get("hyperparams"), f"{key}.hyperparams")
-        self._check_own(own, f"{key}.hyperparams", algorithm, pretrained, frozen)
         label = self.reader.text(given["label"], f"{key}.label") if "label" in given else name
         suffixes = [f"{factor}={_value_name(value)}" for factor, value in variant.items()]
         pretraining = self.pretraining_hyperparams(variant)
-        return Method(
+        method = Method(
             name="+".join([name, *suffixes]),
             label=", ".join([label, *(suffix.replace("=", " ") for suffix in suffixes)]),
-            algorithm=algorithm,
+            algorithm=self._algorithm(given, key, pretrained, frozen),
             pretrained=pretrained,
             frozen=frozen,
-            guard=self._guard(given.get("guard", False), f"{key}.guard", algorithm, pretrained, frozen),
-            hyperparams=pretraining if frozen else self._hyperparams(algorithm, own, pretrained, pretraining, variant),
             pretraining_hyperparams=pretraining if pretrained else {},
             variant=variant,
             base=name,
         )
+        hyperparams = self._hyperparams(method, given, pretraining)
+        return replace(method, hyperparams=hyperparams, guard=self._guard(method, given.get("guard")))
 
     def _algorithm(self, given: Mapping[str, Any], key: str, pretrained: bool, frozen: bool) -> str:
         if "algorithm" not in given and not pretrained:
@@ -298,62 +264,58 @@ class MethodFactory:
             self.reader.fail(f"{key}.frozen", "is for the pretrained policy as it is: leave out `algorithm` and `start`.")
         return algorithm
 
-    def _check_own(self, own: Mapping[str, Any], key: str, algorithm: str, pretrained: bool, frozen: bool) -> None:
-        if frozen and own:
-            self.reader.fail(f"{key}", "have no effect on a frozen policy: write them in `pretraining.hyperparams`.")
-        self._check_hyperparams(own, key, algorithm)
+    def _hyperparams(self, method: Method, given: Mapping[str, Any], pretraining: dict[str, Any]) -> dict[str, Any]:
+        """Those of the preset, then of the pretraining, the study, the method itself, and its variant."""
+        key = f"methods.{method.base}.hyperparams"
+        own = self.reader.mapping(given.get("hyperparams"), key)
+        if method.frozen and own:
+            self.reader.fail(key, "have no effect on a frozen policy: write them in `pretraining.hyperparams`.")
+        self._check_hyperparams(own, key, method.algorithm)
         for name in own:
-            if pretrained and name in SHARED_WITH_PRETRAINING:
+            where = f"{key}.{name}"
+            if method.pretrained and name in SHARED_WITH_PRETRAINING:
                 self.reader.fail(
-                    f"{key}.{name}", "cannot be another one than in the pretraining: write it in `pretraining.hyperparams`."
+                    where, "cannot be another one than in the pretraining: write it in `pretraining.hyperparams`."
                 )
-            if not pretrained and name in WITHOUT_EFFECT_FROM_SCRATCH:
-                self.reader.fail(f"{key}.{name}", "has no effect from scratch, without data: leave it out.")
-
-    def _hyperparams(
-        self,
-        algorithm: str,
-        own: Mapping[str, Any],
-        pretrained: bool,
-        pretraining: Mapping[str, Any],
-        variant: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        if not is_ours(algorithm):
-            return {"policy": "MlpPolicy", **copy.deepcopy(dict(own))}
-        known = known_hyperparams(algorithm)
-        made, _ = self._preset(self.pretraining_algorithm if algorithm == PLAIN_TD3 else algorithm)
+            if not method.pretrained and name in WITHOUT_EFFECT_FROM_SCRATCH:
+                self.reader.fail(where, "has no effect from scratch, without data: leave it out.")
+        if method.frozen:
+            return pretraining
+        if not is_ours(method.algorithm):
+            return {"policy": "MlpPolicy", **copy.deepcopy(own)}
+        made = self._preset(self.pretraining_algorithm if method.algorithm == PLAIN_TD3 else method.algorithm)[0] | self.shared
         made = {name: value for name, value in made.items() if name not in SHARED_WITH_PRETRAINING}
         # From scratch too: the networks of the methods shall be comparable
         made |= {name: pretraining[name] for name in SHARED_WITH_PRETRAINING if name in pretraining}
-        made |= {name: value for name, value in self.shared.items() if name not in SHARED_WITH_PRETRAINING}
-        made = copy.deepcopy({name: value for name, value in made.items() if name in known} | dict(own))
-        for factor, value in variant.items():
+        known = known_hyperparams(method.algorithm)
+        made = copy.deepcopy({name: value for name, value in made.items() if name in known} | own)
+        for factor, value in method.variant.items():
             path = factor_path(factor)
             if path[0] not in SHARED_WITH_PRETRAINING:
                 set_path(made, path, value)
-        if not pretrained:
-            made = {name: value for name, value in made.items() if name not in WITHOUT_EFFECT_FROM_SCRATCH}
-        return made
+        without_effect = () if method.pretrained else WITHOUT_EFFECT_FROM_SCRATCH
+        return {name: value for name, value in made.items() if name not in without_effect}
 
-    def _guard(self, given: Any, key: str, algorithm: str, pretrained: bool, frozen: bool) -> dict[str, Any] | None:
+    def _guard(self, method: Method, given: Any) -> dict[str, Any] | None:
         if given is None or given is False:
             return None
+        key = f"methods.{method.base}.guard"
         own = {} if given is True else self.reader.mapping(given, key)
-        if frozen:
+        if method.frozen:
             self.reader.fail(key, "has nothing to do for a frozen policy: leave it out.")
-        if not issubclass(algorithm_class(algorithm), OffPolicyAlgorithm):
-            self.reader.fail(key, f"needs an off-policy algorithm, found {algorithm}: leave it out.")
+        if not issubclass(algorithm_class(method.algorithm), OffPolicyAlgorithm):
+            self.reader.fail(key, f"needs an off-policy algorithm, found {method.algorithm}: leave it out.")
         self._check_guard_names(own, key)
-        source = algorithm if algorithm in ALGORITHMS else self.pretraining_algorithm
+        source = method.algorithm if method.algorithm in ALGORITHMS else self.pretraining_algorithm
         arguments = {"random_return": self._known_random_return} | self._preset(source)[1]
         if self._random_return is not None:
             arguments["random_return"] = self._random_return
         arguments = {name: value for name, value in (arguments | own).items() if value is not None}
-        self._check_guard(arguments, key, pretrained)
+        self._check_guard(arguments, key, method.pretrained)
         return copy.deepcopy(arguments)
 
     def _check_guard_names(self, own: Mapping[str, Any], key: str) -> None:
-        known = set(inspect.signature(CollapseGuard.__init__).parameters) - {"self", *_GUARD_PATHS}
+        known = constructor_arguments(CollapseGuard).keys() - {*_GUARD_PATHS}
         for name in own:
             if name in _GUARD_PATHS:
                 self.reader.fail(f"{key}.{name}", "is set by the study: leave it out.")

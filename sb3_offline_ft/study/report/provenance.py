@@ -1,6 +1,5 @@
 """Where a study's results are from: data, versions, machines, pretrained weights, and how to get them again."""
 
-import json
 import shlex
 import warnings
 from collections import Counter
@@ -13,7 +12,6 @@ import numpy as np
 from sb3_offline_ft.datasets import load_dataset
 from sb3_offline_ft.study.design.protocol import STUDY_FILE, Protocol
 from sb3_offline_ft.study.engine.results import Run
-from sb3_offline_ft.study.engine.run_folder import RUNS, read_result
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.tables import TextTable
 from sb3_offline_ft.study.report.words import MOST_NAMED, NONE, counted, listed, number
@@ -27,16 +25,7 @@ CODE_DIGITS = 12
 
 @dataclass(frozen=True)
 class DataFacts:
-    """
-    What is known of a dataset.
-
-    :param transitions: Number of transitions
-    :param episodes: Number of episodes
-    :param returns: Returns of the episodes in words
-    :param mean_return: Their mean
-    :param fingerprint: Its fingerprint
-    :param remark: What is to be said of it
-    """
+    """What is known of a dataset; the returns of its episodes are in words."""
 
     transitions: int
     episodes: int
@@ -46,39 +35,8 @@ class DataFacts:
     remark: str
 
 
-def remember_data_of_runs(protocol: Protocol) -> None:
-    """
-    Take facts about data that is not here from finished runs, so that they are found.
-
-    :param protocol: The protocol, of a study without a storage
-    :raises OSError: Data is not here, and no run has it
-    :raises ValueError: Data cannot be read, and no run has it
-    """
-    for label in protocol.datasets:
-        try:
-            protocol.data_facts(label)
-        except (OSError, ValueError):
-            folders = sorted((protocol.folder / RUNS / label).glob("*/*"))
-            results = [result for folder in folders if (result := read_result(folder)) is not None]
-            manifests = [result.manifest for result in results if "cell" in result.manifest and result.manifest["dataset"]]
-            recorded = Counter(json.dumps(_recorded_facts(manifest), sort_keys=True) for manifest in manifests)
-            if not recorded:
-                raise
-            facts = json.loads(max(recorded, key=lambda text: (recorded[text], text)))
-            protocol.remember_data({label: {**facts, "spec": protocol.specs[label]}})
-
-
-def _recorded_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    # A cell's own facts have the scores only where its result depends on them
-    return {"reference_scores": manifest["dataset"].get("reference_scores"), **(manifest["cell"].get("dataset") or {})}
-
-
 def data_facts(protocol: Protocol, runs: Iterable[Run]) -> dict[str, DataFacts]:
-    """
-    :param protocol: The study's protocol
-    :param runs: Its finished runs
-    :return: What is known of its datasets by label: from the data if it is here, else from the runs
-    """
+    """What is known of a study's datasets by label: from the data if it is here, else from the finished runs."""
     recorded: dict[str, dict[str, Any]] = {}
     for run in runs:
         if run.cell.dataset is not None:
@@ -113,11 +71,7 @@ def _as_recorded(known: Mapping[str, Any], remark: str) -> DataFacts:
 
 
 def data_card(numbers: StudyNumbers, facts: dict[str, DataFacts]) -> TextTable:
-    """
-    :param numbers: The study's results
-    :param facts: What is known of the datasets
-    :return: A row for each dataset
-    """
+    """A row for each dataset, with what is known of it."""
     scales = {one.label: one.scale for one in numbers.datasets}
     rows = []
     for label, spec in numbers.protocol.specs.items():
@@ -133,10 +87,7 @@ def data_card(numbers: StudyNumbers, facts: dict[str, DataFacts]) -> TextTable:
 
 
 def machines_table(runs: Iterable[Run]) -> TextTable:
-    """
-    :param runs: Finished runs
-    :return: Versions and machines, with the number of runs where they differ
-    """
+    """Versions and machines of finished runs, with the number of runs where they differ."""
     machines = [_machine(run) for run in runs]
     n = len(machines)
     counts: dict[str, Counter[str]] = {}
@@ -158,10 +109,7 @@ def _machine(run: Run) -> dict[str, str]:
 
 
 def provenance(runs: Iterable[Run]) -> list[str]:
-    """
-    :param runs: Finished runs
-    :return: What can be said of versions, machines, times and pretrained weights
-    """
+    """What can be said of versions, machines, times and pretrained weights of finished runs."""
     runs = list(runs)
     machines = [_machine(run) for run in runs]
     names = sorted({name for machine in machines for name in machine} - {"cpu", "cpu_model", "gpu", "platform"})
@@ -242,10 +190,7 @@ def _weights_in_words(runs: list[Run]) -> list[str]:
 
 
 def commands(numbers: StudyNumbers) -> str:
-    """
-    :param numbers: The study's results
-    :return: What to type to get the results again
-    """
+    """What to type to get the results again."""
     machines = [_machine(run) for run in numbers.results.runs]
     name = shlex.quote(numbers.protocol.folder.name or "study")
     lines = []
@@ -270,10 +215,7 @@ def commands(numbers: StudyNumbers) -> str:
 
 
 def missing_table(numbers: StudyNumbers) -> TextTable:
-    """
-    :param numbers: The study's results
-    :return: The runs that are not in the report, and why
-    """
+    """The runs that are not in the report, and why."""
     rows = [[cell.name, f"failed: {_last_line(error)}"] for cell, error in numbers.results.failed.items()]
     rows += [[name, f"not measurable: {' '.join(error.split())}"] for name, error in numbers.unusable.items()]
     damaged = numbers.results.damaged
