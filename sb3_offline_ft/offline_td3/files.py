@@ -114,7 +114,8 @@ def arguments_for(cls: type["SavedLearner"], path: File, replaced: dict[str, Any
     # Those in the file are written by `save`
     refuse_keywords(replaced.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
     if cls.policy_defaults and "policy_kwargs" in replaced:
-        stored, _, _ = load_from_zip_file(path, custom_objects=dict(given), device="cpu")
+        others = {name: value for name, value in given.items() if name != "policy_kwargs"}
+        stored, _, _ = load_from_zip_file(path, custom_objects=others, device="cpu")
         complete = None if stored is None else with_policy_defaults(cls, stored["policy_class"], replaced["policy_kwargs"])
         if stored is not None and complete == stored["policy_kwargs"]:
             replaced = replaced | {"policy_kwargs": complete}

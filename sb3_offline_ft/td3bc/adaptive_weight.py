@@ -53,13 +53,13 @@ class AdaptiveWeight:
         self.gains: tuple[float, float] = number_pair(gains, "adaptive_bc_gains")
         if min(self.gains) < 0:
             raise ValueError(f"`adaptive_bc_gains` must be at least 0, found {self.gains}.")
-        self._given_unit: tuple[float, float] | None = None
+        self.given_unit: tuple[float, float] | None = None
         if unit is not None:
-            self._given_unit = number_pair(unit, "adaptive_bc_returns")
-        if self._given_unit is not None and not self._given_unit[0] < self._given_unit[1]:
+            self.given_unit = number_pair(unit, "adaptive_bc_returns")
+        if self.given_unit is not None and not self.given_unit[0] < self.given_unit[1]:
             raise ValueError(
                 "`adaptive_bc_returns` must be the return of a random policy and the larger one of an expert, found "
-                f"{self._given_unit}."
+                f"{self.given_unit}."
             )
         self.begin(None)
 
@@ -71,7 +71,7 @@ class AdaptiveWeight:
             policy and 0 is as far below it as 0 reward is from it
         """
         self.zero = self.one = math.nan
-        self.offer_unit(self._given_unit or unit)
+        self.offer_unit(self.given_unit or unit)
         self.weight = 1.0
         self.average = math.nan
         self._expected = math.nan
@@ -166,5 +166,5 @@ class AdaptiveWeight:
                 self._expected = expected
         if not math.isnan(zero):
             self.zero, self.one = zero, one
-        if self._given_unit is not None:
-            self.zero, self.one = self._given_unit
+        if self.given_unit is not None:
+            self.zero, self.one = self.given_unit

@@ -75,6 +75,8 @@ class TD3BC(OfflineTD3):
         self.adaptive_weight: AdaptiveWeight | None = None
         if self.online_bc == ADAPTIVE:
             self.adaptive_weight = AdaptiveWeight(self.adaptive_bc_target, self.adaptive_bc_gains, self.adaptive_bc_returns)
+            # A file has lists in their place
+            self.adaptive_bc_gains, self.adaptive_bc_returns = self.adaptive_weight.gains, self.adaptive_weight.given_unit
 
     def _check_run(self, goes_on: bool) -> None:
         super()._check_run(goes_on)
