@@ -564,7 +564,7 @@ def test_a_process_loads_the_data_once(tmp_path: Path, monkeypatch: pytest.Monke
         loaded.append(spec)
         return load_dataset(spec)
 
-    for module in ("zoo.pretraining", "offline_td3.offline_td3"):
+    for module in ("zoo.pretraining", "offline_td3.data"):
         monkeypatch.setattr(f"sb3_offline_ft.{module}.load_dataset", load)
     optimize(tmp_path, n_trials=3, pruner="none")
     assert [spec for spec in loaded if not isinstance(spec, OfflineDataset)] == ["bundled:pendulum-medium"]
