@@ -2,9 +2,9 @@
 
 from sb3_offline_ft.datasets.offline_dataset import DatasetPart, OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
-from sb3_offline_ft.datasets.sources import BUNDLED, check_spec, load_dataset, spec_text, without_trust
+from sb3_offline_ft.datasets.sources import check_spec, load_dataset, spec_text, without_trust
 from sb3_offline_ft.datasets.spaces import check_spaces_supported
-from sb3_offline_ft.datasets.specs import DatasetSpec
+from sb3_offline_ft.datasets.specs import BUNDLED, DatasetSpec
 from sb3_offline_ft.datasets.validation import (
     as_flattened_by,
     check_compatible,

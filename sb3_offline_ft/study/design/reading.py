@@ -20,7 +20,6 @@ from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 NO_DATA = "no-data"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MOST_OF_LABEL = 80
-_ACCEPTED = "See `sb3_offline_ft.load_dataset` for what a spec can be."
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MOST_SEED = 2**32 - 1
 
@@ -143,7 +142,7 @@ def as_text(spec: Any) -> str:
     :return: The string that means the same
     :raises ValueError: There is none
     """
-    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    parts = parse_spec(spec)
     text = join_specs([part.text(str(part.base), part.trust_pickle) for part in parts], [part.weight for part in parts])
     if text is None:
         raise ValueError(f"{spec!r} cannot be written as one string: a path in it has a plus between spaces.")
@@ -176,7 +175,7 @@ def place_paths(spec: Any, folder: Path, place: Callable[[str], str]) -> str:
     """
     if isinstance(spec, str) and _is_in(spec, folder):
         return place(spec.strip())
-    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    parts = parse_spec(spec)
     bases = [str(part.base) for part in parts]
     if not any(_is_in(base, folder) for base in bases):
         return spec.strip() if isinstance(spec, str) else as_text(spec)
