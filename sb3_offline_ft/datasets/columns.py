@@ -1,5 +1,6 @@
 """Checks and conversions of the columns of a dataset."""
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain, zip_longest
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from sb3_offline_ft.common.observations import Array, Observations, by_key, n_rows, named_arrays
+from sb3_offline_ft.common.observations import Array, Observations, by_key, named_arrays
 from sb3_offline_ft.datasets.spaces import column_dtype, row_shape
 
 FloatArray = npt.NDArray[np.float32]
@@ -18,8 +19,6 @@ IntArray = npt.NDArray[np.int64]
 FLOAT_COLUMNS = ("observations", "actions", "rewards", "next_observations")
 FLAG_COLUMNS = ("terminations", "truncations")
 COLUMNS = (*FLOAT_COLUMNS, *FLAG_COLUMNS, "episode_starts")
-
-_CHUNK_ROWS = 65_536
 
 
 def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -260,23 +259,15 @@ def _check_shapes(
 
 def _mark_joints(starts_here: BoolArray, observations: Observations, next_observations: Observations) -> int:
     """Mark the rows that do not continue the row before, and count them."""
-    n_joints = 0
-    pairs = [
-        (before, after)
-        for (_, before), (_, after) in zip(named_arrays(next_observations, ""), named_arrays(observations, ""), strict=True)
-    ]
-    for begin in range(1, n_rows(observations), _CHUNK_ROWS):
-        end = min(begin + _CHUNK_ROWS, n_rows(observations))
-        new = np.zeros(end - begin, np.bool_)
-        for before, after in ((before[begin - 1 : end - 1], after[begin:end]) for before, after in pairs):
-            differs = before != after
-            if before.dtype.kind == "f":
-                differs &= ~(np.isnan(before) & np.isnan(after))
-            new |= differs.reshape(end - begin, -1).any(axis=1)
-        new &= ~starts_here[begin:end]
-        starts_here[begin:end] |= new
-        n_joints += int(new.sum())
-    return n_joints
+    new = np.zeros(len(starts_here) - 1, np.bool_)
+    for (_, before), (_, after) in zip(named_arrays(next_observations, ""), named_arrays(observations, ""), strict=True):
+        differs = before[:-1] != after[1:]
+        if before.dtype.kind == "f":
+            differs &= ~(np.isnan(before[:-1]) & np.isnan(after[1:]))
+        new |= differs.reshape(len(new), math.prod(differs.shape[1:])).any(axis=1)
+    new &= ~starts_here[1:]
+    starts_here[1:] |= new
+    return int(new.sum())
 
 
 def check_finite(columns: dict[str, Any], starts: IntArray, where: str) -> None:
@@ -284,17 +275,12 @@ def check_finite(columns: dict[str, Any], starts: IntArray, where: str) -> None:
     for name, column in chain.from_iterable(named_arrays(columns[column], column) for column in FLOAT_COLUMNS):
         if column.dtype.kind != "f":
             continue
-        count, first = 0, -1
-        for begin in range(0, len(column), _CHUNK_ROWS):
-            chunk = column[begin : begin + _CHUNK_ROWS]
-            bad = ~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
-            if bad.any():
-                first = begin + int(bad.argmax()) if first < 0 else first
-                count += int(bad.sum())
-        if count:
+        is_bad = ~np.isfinite(column).reshape(len(column), -1).all(axis=1)
+        if is_bad.any():
+            first = int(is_bad.argmax())
             episode = int(np.searchsorted(starts, first, side="right")) - 1
             raise ValueError(
-                f"{where}: {name} hold NaN or infinity in {count} of {len(column)} rows, first in row {first} "
+                f"{where}: {name} hold NaN or infinity in {int(is_bad.sum())} of {len(column)} rows, first in row {first} "
                 f"(episode {episode}, step {first - int(starts[episode])}): {column[first]}. "
                 "Remove these episodes or repair the values."
             )

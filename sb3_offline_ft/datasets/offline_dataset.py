@@ -3,7 +3,6 @@
 import hashlib
 import math
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -35,31 +34,11 @@ from sb3_offline_ft.datasets.columns import (
     split_episodes,
 )
 from sb3_offline_ft.datasets.keys import choose_keys, dict_of, no_keys, parse_keys
+from sb3_offline_ft.datasets.parts import DatasetPart, distinct, with_shares
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores
 from sb3_offline_ft.datasets.spaces import check_spaces_supported, space_difference
 
 KeyOrder: TypeAlias = Literal["recorded", "named", "unknown"]
-
-
-@dataclass(frozen=True)
-class DatasetPart:
-    """One of the sources that a dataset was put together from.
-
-    :param name: For titles and logs; no two parts of a dataset have the same.
-    :param spec: The string that :func:`load_dataset` loads it from, if there is one.
-    :param begin: Its first row.
-    :param end: The row after its last one.
-    :param weight: Its share of the offline rows that a replay buffer samples; ``None`` in all parts stands for shares
-        in proportion to the numbers of rows.
-    :param clip_actions: Whether its actions are clipped to the bounds of the environment's instead of being refused.
-    """
-
-    name: str
-    spec: str | None
-    begin: int
-    end: int
-    weight: float | None = None
-    clip_actions: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -238,7 +217,7 @@ class OfflineDataset:
             **columns,
             episode_starts=frozen(np.cumsum(lengths) - lengths),
             spec=None,
-            sources=_with_shares([replace(part, spec=None) for part in parts if part.end > part.begin]),
+            sources=with_shares([replace(part, spec=None) for part in parts if part.end > part.begin]),
         )
 
     def select_keys(self, keys: Sequence[str] | str) -> Self:
@@ -291,7 +270,7 @@ class OfflineDataset:
         datasets, key_order = _with_one_order(datasets)
         shares = _shares(datasets, weights)
         offsets = np.cumsum([0, *map(len, datasets)]).tolist()
-        names = iter(_distinct([part.name for dataset in datasets for part in dataset.sources]))
+        names = iter(distinct([part.name for dataset in datasets for part in dataset.sources]))
         parts: list[DatasetPart] = []
         for dataset, offset, share in zip(datasets, offsets, shares, strict=False):
             for part in dataset.sources:
@@ -322,7 +301,7 @@ class OfflineDataset:
                 **lossy,
             },
             reference_scores=scores.pop() if len(scores) == 1 else None,
-            sources=_with_shares(parts),
+            sources=with_shares(parts),
             key_order=key_order,
         )
 
@@ -462,26 +441,6 @@ def _with_one_order(datasets: list[Any]) -> tuple[list[Any], KeyOrder]:
         return datasets, "unknown" if isinstance(datasets[0].observations, dict) else "recorded"
     ((keys, one),) = known.items()
     return [dataset._with_keys(keys) for dataset in datasets], one.key_order
-
-
-def _with_shares(parts: list[DatasetPart]) -> tuple[DatasetPart, ...]:
-    """Make the shares sum to 1; a single part has none."""
-    if len(parts) == 1:
-        return (replace(parts[0], weight=None),)
-    if any(part.weight is None for part in parts):
-        return tuple(parts)
-    total = math.fsum(part.weight or 0.0 for part in parts)
-    return tuple(replace(part, weight=(part.weight or 0.0) / total) for part in parts)
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Number the names that occur more than once."""
-    counts, taken = Counter(names), Counter[str]()
-    distinct: list[str] = []
-    for name in names:
-        taken[name] += 1
-        distinct.append(name if counts[name] == 1 else f"{name} ({taken[name]})")
-    return distinct
 
 
 def _check_same_kind(first: OfflineDataset, other: OfflineDataset) -> None:

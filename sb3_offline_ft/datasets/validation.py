@@ -155,7 +155,7 @@ def clip_actions(dataset: OfflineDataset, action_space: spaces.Box) -> OfflineDa
 
 def _excess(actions: npt.NDArray[Any], space: spaces.Box) -> npt.NDArray[Any]:
     """How far actions are beyond the bounds, as a share of the range; negative within them."""
-    excess = np.maximum(space.low - actions, actions - space.high)
+    excess: npt.NDArray[Any] = np.maximum(space.low - actions, actions - space.high)
     excess /= space.high - space.low
     return excess
 
