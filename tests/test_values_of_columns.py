@@ -209,7 +209,10 @@ OBSERVED = {"obs": [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], "action": [0.0, 0.1, 0.
     [
         ({"obs": [[0.0, 1.0], [1.0, 1e39], [2.0, 3.0]]}, r"column 'obs', row 2: 1e\+39 is too large for float32"),
         ({"action": [0.0, 1e39, 0.2]}, r"column 'action', row 2: 1e\+39 is too large for float32"),
-        ({"obs": [["0.0", "1.0"], ["1.0", "1.5"], ["2.0", "3.0"]]}, r"column 'obs', row 1: .*the text '0\.0'.*lists of numbers"),
+        (
+            {"obs": [["0.0", "1.0"], ["1.0", "1.5"], ["2.0", "3.0"]]},
+            r"column 'obs', row 1: .*the text '0\.0'.*lists of numbers",
+        ),
         ({"obs": [[0.0, 1.0], [1.0, None], [2.0, 3.0]]}, r"column 'obs', row 2: expected numbers, found .*nan"),
         ({"action": ["0.0", "1.5", "0.2"]}, r"column 'action', row 1: .* found the text '0\.0'; 3 of 3 rows .*as text"),
         ({"reward": ["1", "2", "-"]}, r"column 'reward', row 1: expected a number, found the text '1'"),
