@@ -20,7 +20,6 @@ from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 NO_DATA = "no-data"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MOST_OF_LABEL = 80
-_ACCEPTED = "See `sb3_offline_ft.load_dataset` for what a spec can be."
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MOST_SEED = 2**32 - 1
 
@@ -129,7 +128,7 @@ def place_paths(spec: Any, folder: Path, place: Callable[[str], str]) -> str:
 
     if isinstance(spec, str) and is_here(spec):
         return place(spec.strip())
-    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    parts = parse_spec(spec)
     bases = [str(part.base) for part in parts]
     if isinstance(spec, str) and not any(map(is_here, bases)):
         return spec.strip()

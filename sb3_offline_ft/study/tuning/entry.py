@@ -51,7 +51,7 @@ def spec_seen_from(study: Protocol, label: str, folder: Path) -> str:
             return str(start / path)
         return f"{way.as_posix()}/{path.as_posix()}"
 
-    parts = parse_spec(study.datasets[label], {}, False, "")
+    parts = parse_spec(study.datasets[label])
     texts = [part.text(seen(str(part.base)), part.trust_pickle) for part in parts]
     return join_specs(texts, [part.weight for part in parts]) or texts[0]
 
