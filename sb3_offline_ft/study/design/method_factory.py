@@ -12,6 +12,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.common.strict_yaml import Reader
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
@@ -31,7 +32,6 @@ from sb3_offline_ft.study.design.methods import (
     set_path,
 )
 from sb3_offline_ft.study.engine.learners import PLAIN_TD3, algorithm_class
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 NOISE_TYPES = ("normal", "ornstein-uhlenbeck")
 WITHOUT_EFFECT_FROM_SCRATCH = frozenset(

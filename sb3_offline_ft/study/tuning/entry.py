@@ -1,6 +1,5 @@
 """What was tuned, as a configuration of rl_zoo3."""
 
-import inspect
 import os
 import shlex
 from collections.abc import Mapping
@@ -10,14 +9,15 @@ from typing import Any
 import yaml
 
 from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.methods import NOISE, Method, known_hyperparams
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.engine.learners import algorithm_class
 from sb3_offline_ft.study.tuning.plan import TuningPlan
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 SAME_PRETRAINING = ({"td3bc", "td3c"},)
 """Algorithms with the same objective offline."""
@@ -67,7 +67,7 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     :return: The hyperparameters
     """
     known = known_hyperparams(method.algorithm)
-    parameters = inspect.signature(algorithm_class(plan.study.pretraining.algorithm).__init__).parameters
+    defaults = constructor_arguments(algorithm_class(plan.study.pretraining.algorithm))
     offline = {
         name: value
         for name, value in method.pretraining_hyperparams.items()
@@ -82,14 +82,8 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     for name, value in method.hyperparams.items():
         if name in SHARED_WITH_PRETRAINING:
             continue
-        if name in ONLINE_ONLY | NOISE:
-            entry[name] = value
-            continue
-        default = parameters[name].default if name in parameters else value
-        if value != offline.get(name, default):
-            entry[FINETUNING_PREFIX + name] = value
-        else:
-            entry[name] = value
+        differs = name not in ONLINE_ONLY | NOISE and value != offline.get(name, defaults.get(name, value))
+        entry[FINETUNING_PREFIX + name if differs else name] = value
     callback = _callback(plan, method)
     return entry | ({} if callback is None else {"callback": callback})
 
@@ -106,20 +100,12 @@ def _env_id(plan: TuningPlan) -> str:
 
 
 def pretrains_alike(one: str, other: str) -> bool:
-    """
-    :param one: Name of an algorithm
-    :param other: Name of another one
-    :return: Whether both do the same offline
-    """
+    """Whether two algorithms do the same offline."""
     return one == other or any({one, other} <= group for group in SAME_PRETRAINING)
 
 
 def zoo_command(plan: TuningPlan, file: Path) -> str:
-    """
-    :param plan: The tuning
-    :param file: The configuration
-    :return: How to train with it, in its folder
-    """
+    """How to train with a configuration, in its folder."""
     module, _, env = plan.study.env.rpartition(":")
     evaluation = plan.study.learner_evaluation
     words = ["python", "-m", "rl_zoo3.train", "--algo", plan.method.algorithm, "--env", env, "-conf", file.name]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import yaml
 from rich.console import Console
 from rich.text import Text
@@ -22,11 +23,10 @@ from sb3_offline_ft.study.engine.run import StudyRun, run_study
 from sb3_offline_ft.study.engine.worker import DISK_FULL
 from sb3_offline_ft.study.report.analysis import SIGNIFICANT
 from sb3_offline_ft.study.tuning.entry import spec_seen_from
-from sb3_offline_ft.study.tuning.objective import final_score
 from sb3_offline_ft.study.tuning.plan import FEWEST_SEEDS, FEWEST_TO_SHOW, TuningPlan, TuningSettings
-from sb3_offline_ft.study.tuning.queue import TuningQueue, quiet_optuna
+from sb3_offline_ft.study.tuning.queue import TuningQueue
 from sb3_offline_ft.study.tuning.report import TuningResult, read_result, show_result, write_result
-from sb3_offline_ft.study.tuning.worker import tune_work
+from sb3_offline_ft.study.tuning.worker import final_score, tune_work
 
 TUNING = "tuning"
 CONFIRMATION = "confirmation"
@@ -36,14 +36,7 @@ TOO_FEW = f"no difference can be shown with fewer than {FEWEST_TO_SHOW} seeds"
 
 
 class TuningRun(StudyRun):
-    """
-    The workers of one ``study tune``.
-
-    :param settings: What workers are told
-    :param workers: Most workers at once
-    :param console: Where to show what they do
-    :param timeout: Seconds after which no other trial is begun, None for no limit
-    """
+    """The workers of one ``study tune``, which begin no other trial after ``timeout`` seconds."""
 
     _work = staticmethod(tune_work)
     _unit = "trial"
@@ -119,7 +112,7 @@ def tune(
         raise ValueError(f"`--confirm` must be at least {FEWEST_SEEDS} seeds, or 0 for none: found {confirm}.")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"`--timeout` must be above 0 seconds, found {timeout:g}.")
-    quiet_optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = console or Console(stderr=True)
     if 0 < confirm < FEWEST_TO_SHOW:
         console.print(Text(f"`--confirm {confirm}`: {TOO_FEW}.", style="yellow"))
@@ -219,12 +212,7 @@ def confirmation_text(comparison: PairedComparison) -> str:
 
 
 def confirmation_study(result: TuningResult, seeds: list[int], folder: Path) -> str:
-    """
-    :param result: The result of a tuning
-    :param seeds: Fresh seeds
-    :param folder: Where the study shall be
-    :return: The file of a study of the best and the preset
-    """
+    """The file of a study of the best and the preset with fresh seeds, which shall be in the folder."""
     plan = result.plan
     given: dict[str, Any] = load_yaml(plan.study.text, plan.study.file)
     entry = dict(given["methods"][plan.method.base]) | {"label": "preset"}
