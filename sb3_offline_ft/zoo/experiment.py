@@ -81,9 +81,7 @@ class OfflineExperimentManager(ExperimentManager):
             self.config = preset_path(self.algo)
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
-        """
-        :return: The model and its hyperparameters; None for a study
-        """
+        """As rl_zoo3's; a folder that no model will be in is removed."""
         try:
             experiment: tuple[BaseAlgorithm, dict[str, Any]] | None = super().setup_experiment()
         except Exception:
@@ -94,10 +92,7 @@ class OfflineExperimentManager(ExperimentManager):
         return experiment
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """
-        :return: The hyperparameters, and those that are saved
-        :raises ValueError: Data or study are not what they must be
-        """
+        """As rl_zoo3's; data and study are checked before anything is made."""
         self._check_study_arguments()
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         dataset = hyperparams.get("dataset")
@@ -149,9 +144,7 @@ class OfflineExperimentManager(ExperimentManager):
         return processed | self._finetuning
 
     def create_log_folder(self) -> None:
-        """
-        :raises OSError: There can be no folder
-        """
+        """As rl_zoo3's, with a folder that no other run has, and a clear error."""
         try:
             self._create_new_folder()
             super().create_log_folder()  # type: ignore[no-untyped-call]
@@ -182,12 +175,7 @@ class OfflineExperimentManager(ExperimentManager):
             self._new_folder = None
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        """
-        :param n_envs: Number of environments
-        :param eval_env: Whether they are for evaluation; all trials begin with the same evaluation episodes
-        :param no_log: Whether their episodes are not logged
-        :return: The environments
-        """
+        """As rl_zoo3's; all trials begin with the same evaluation episodes."""
         maker = self
         if eval_env and self.evaluation_seed is not None:
             maker = copy.copy(self)
@@ -196,9 +184,7 @@ class OfflineExperimentManager(ExperimentManager):
         return env
 
     def learn(self, model: BaseAlgorithm) -> None:
-        """
-        :param model: The model, which is pretrained first
-        """
+        """As rl_zoo3's, after a pretraining if the finetuning differs from it; an early error leaves no folder."""
         guards = [callback for callback in self.callbacks if isinstance(callback, CollapseGuard)]
         for guard in guards:
             guard.use_default_path(self.save_path)
@@ -236,17 +222,12 @@ class OfflineExperimentManager(ExperimentManager):
         return TrialSeededSampler(create, self.study_seed)
 
     def objective(self, trial: optuna.Trial) -> float:
-        """
-        :param trial: A trial
-        :return: Mean return of the last evaluation; less the dip, times its weight
-        """
+        """As rl_zoo3's, on a learner that is pretrained; the dip, times its weight, is taken off the value."""
         run, observed = prepare_trial(self, trial)
         return observed.penalized(ExperimentManager.objective(run, cast(optuna.Trial, observed)))
 
     def hyperparameters_optimization(self) -> None:
-        """
-        :raises ValueError: No trial was completed
-        """
+        """As rl_zoo3's, with a clear error if no trial was completed."""
         self.study_seed = StudySeed(self.seed, None if self.storage is None else self.pretraining.cache)
         try:
             super().hyperparameters_optimization()

@@ -27,13 +27,7 @@ from sb3_offline_ft.tuning.samplers import SEED
 
 
 class TrialStart(BaseCallback):
-    """
-    Lets a trial's learner start as the pretrained one, with random numbers of its own.
-
-    :param pretrained: The pretrained learner, None without a pretraining
-    :param seed: The trial's seed
-    :param quiet: Whether the guard says nothing
-    """
+    """Lets a trial's learner start as the pretrained one, if there is one, with random numbers of its own."""
 
     def __init__(self, pretrained: Pretrained | None, seed: int, quiet: bool) -> None:
         super().__init__()

@@ -26,12 +26,8 @@ GUARD = "sb3_offline_ft.CollapseGuard"
 
 def spec_seen_from(study: Protocol, label: str, folder: Path) -> str:
     """
-    Write the spec of a study's dataset for a file in another folder, with no path of this machine that the study has not.
-
-    :param study: A study
-    :param label: Label of the dataset
-    :param folder: The other folder
-    :return: The spec as it is in the study's file, but that relative paths lead from that folder to the same data
+    The spec of a study's dataset for a file in another folder, from which relative paths lead to the same data; it has no path
+    of this machine that the study has not.
     """
     written = study.specs[label]
 
@@ -60,11 +56,6 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     """
     Write a method as rl_zoo3 has it: what acts in the pretraining keeps the value that it was tuned with, and is given once
     more with the prefix ``finetuning_`` where the finetuning differs.
-
-    :param plan: The tuning
-    :param method: The method
-    :param folder: Where rl_zoo3 shall be run
-    :return: The hyperparameters
     """
     known = known_hyperparams(method.algorithm)
     defaults = constructor_arguments(algorithm_class(plan.study.pretraining.algorithm))
@@ -114,15 +105,7 @@ def zoo_command(plan: TuningPlan, file: Path) -> str:
 
 
 def write_entry(plan: TuningPlan, method: Method, file: Path, facts: Mapping[str, str]) -> str:
-    """
-    Write a configuration file of rl_zoo3.
-
-    :param plan: The tuning
-    :param method: The method
-    :param file: The file, ending in ``.yml`` or ``.yaml``
-    :param facts: What else to say in it, as comments
-    :return: What is in the file
-    """
+    """Write a configuration file of rl_zoo3, with facts as comments, and give what is in it."""
     pretraining = plan.study.pretraining.algorithm
     lines = [f"Tuned with `sb3-offline-ft study tune` for {plan.study.env} on {plan.study.specs[plan.dataset]}"]
     lines += [f"{name}: {text}" for name, text in facts.items()]

@@ -42,12 +42,7 @@ _WIDTH = 5.6
 
 @dataclass(frozen=True)
 class Importance:
-    """
-    How much parameters matter.
-
-    :param shares: Share of each parameter by its name, the highest first; empty if it cannot be computed
-    :param reason: Why it cannot be computed, empty if it can
-    """
+    """The share of each parameter, the highest first, or the reason why it cannot be computed."""
 
     shares: dict[str, float] = field(default_factory=dict)
     reason: str = ""
@@ -79,15 +74,7 @@ def parameter_importance(study: optuna.Study) -> Importance:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """
-    What came out of a tuning.
-
-    :param plan: The tuning
-    :param trials: Trials that have ended with a value, were given up or failed
-    :param best: The best one
-    :param preset: That of the preset, None if it has no value
-    :param importance: How much parameters matter
-    """
+    """What came out of a tuning; ``preset`` is None if the preset's trial has no value."""
 
     plan: TuningPlan
     trials: Sequence[FrozenTrial]
@@ -194,11 +181,7 @@ def _search_words(facts: Mapping[str, Any] | None) -> str:
 
 
 def read_result(queue: TuningQueue) -> TuningResult:
-    """
-    :param queue: The trials of a tuning
-    :return: What came out of it so far; of equal trials the first is the best
-    :raises ValueError: No trial was completed
-    """
+    """What came out of a tuning so far; of equal trials the first is the best."""
     trials = queue.trials()
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not complete:
@@ -233,17 +216,7 @@ def _print_table(content: TextTable, console: Console, bold: str | None = None) 
 def write_result(
     result: TuningResult, queue: TuningQueue, folder: Path, configuration: Path, confirmation: str = ""
 ) -> list[Path]:
-    """
-    Write what came out: the configuration, a page, pictures, and all trials.
-
-    :param result: The result
-    :param queue: The trials
-    :param folder: Where to write
-    :param configuration: Where to write the configuration
-    :param confirmation: What fresh seeds said, empty if they were not asked
-    :return: The files
-    :raises OSError: One cannot be written
-    """
+    """Write what came out, and what fresh seeds said: the configuration, a page, pictures, and all trials."""
     plan = result.plan
     facts = {
         "Objective": f"J_end - J0 - {plan.settings.dip_penalty:g} x dip, mean over seeds {', '.join(map(str, plan.seeds))}",

@@ -1,7 +1,6 @@
 """Tunes the finetuning in the conditions of a study: trials by workers, results as files, a check with fresh seeds."""
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,9 @@ def tune(
         with run.queue as queue:
             counts = run.run(retry_failed)
             result = read_result(queue)
-            _say_unfinished(counts, console)
+            if unfinished := counts[CellState.WAITING] + counts[CellState.RUNNING]:
+                text = f"Trials that have not ended: {unfinished}. The same command goes on with them."
+                console.print(Text(text, style="yellow"))
             show_result(result, console)
             folder = _folder(result.plan)
             configuration = output or folder / CONFIGURATION
@@ -143,12 +144,6 @@ def tune(
     return Tuned(result, files, comparison)
 
 
-def _say_unfinished(counts: Counter[CellState], console: Console) -> None:
-    unfinished = counts[CellState.WAITING] + counts[CellState.RUNNING]
-    if unfinished:
-        console.print(Text(f"Trials that have not ended: {unfinished}. The same command goes on with them.", style="yellow"))
-
-
 def _folder(plan: TuningPlan) -> Path:
     return plan.study.folder / TUNING / f"{plan.dataset}-{plan.method.name}-{plan.digest}"
 
@@ -160,13 +155,7 @@ def confirm_best(
     Run the best trial's hyperparameters and the preset with seeds that the tuning has not seen: as a study of its own, which
     can be interrupted and reported on as any other.
 
-    :param result: The result of the tuning
-    :param settings: Settings of the tuning
-    :param n_seeds: Number of seeds
-    :param workers: Processes that run them
-    :param console: Where to show what happens
     :return: The best less the preset, in the objective's values, paired by seed
-    :raises OSError: The storage, the data or the disk cannot be used, or a run failed
     """
     plan = result.plan
     folder = _folder(plan) / f"{CONFIRMATION}-{result.best.number}"
@@ -193,12 +182,7 @@ def confirm_best(
 
 
 def confirmation_text(comparison: PairedComparison) -> str:
-    """
-    Say what fresh seeds showed. The test alone judges: bootstrap intervals of few pairs are too narrow for that.
-
-    :param comparison: The best less the preset
-    :return: It in words
-    """
+    """What fresh seeds showed. The test alone judges: bootstrap intervals of few pairs are too narrow for that."""
     difference, p_value = comparison.difference, comparison.p_value
     judged = "not shown to be different"
     if comparison.smallest_p_value >= SIGNIFICANT:

@@ -39,12 +39,7 @@ KEPT = (
 
 
 def final_score(objective: Objective, result: CellResult) -> Score:
-    """
-    :param objective: The objective
-    :param result: A run that has ended
-    :return: Its value
-    :raises ValueError: It is not finite, or nothing was evaluated after the warm-up
-    """
+    """The value of a run that has ended; an error if it is not finite, or nothing was evaluated after the warm-up."""
     score = objective.score(result.timesteps.tolist(), result.returns.mean(axis=1).tolist(), result.frozen_until)
     if score is None:
         raise ValueError(
