@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from sb3_offline_ft import TD3BC, TD3C
-from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
+from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, preset_path
+from sb3_offline_ft.common.checks import constructor_arguments
 from tests.conftest import REPOSITORY, Installation, RunPython
 
 BUNDLED_PENDULUM = REPOSITORY / "sb3_offline_ft" / "datasets" / "bundled" / "pendulum-medium"
@@ -299,11 +300,8 @@ print(rl_zoo3.ALGOS["td3c"].__name__)
 
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))
 def test_presets_name_only_parameters_that_exist(algo: str) -> None:
-    import inspect
-    from pkgutil import resolve_name
-
     zoo_parameters = {"n_timesteps", "noise_type", "noise_std", "n_envs", "normalize", "env_wrapper", "callback"}
-    accepted = set(inspect.signature(resolve_name(ALGORITHMS[algo])).parameters) | zoo_parameters
+    accepted = constructor_arguments(algorithm_class(algo)).keys() | zoo_parameters
     presets = yaml.safe_load(Path(preset_path(algo)).read_text())
     assert {"default", "Hopper-v5", "Pendulum-v1"} <= set(presets)
     for environment, preset in presets.items():

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -29,7 +28,8 @@ from stable_baselines3.common.vec_env import VecEnv
 import sb3_offline_ft
 from sb3_offline_ft import TD3C, LearnerSnapshot, OfflineDataset, OfflineTD3, load_dataset, register
 from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, search_space
-from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, constructor_arguments
+from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, finetuning_arguments
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, Recipe, code_digest
 from sb3_offline_ft.pretrained.start import pretrain
@@ -261,7 +261,7 @@ def test_hyperparameters_that_act_online_only_change_no_pretrained_weight(env: V
     for algo in TUNED:
         recipe = make_recipe(env, algo)
         expected = pretrain(recipe, env).snapshot.policy_state
-        own = {name: ALTERNATIVES[name] for name in signature(recipe.algorithm.__init__).parameters if name in ONLINE_ONLY}
+        own = {name: ALTERNATIVES[name] for name in constructor_arguments(recipe.algorithm) if name in ONLINE_ONLY}
         changed = make_recipe(env, algo, **own)
         assert changed.digest == recipe.digest
         # The recipe drops them; a learner has them
@@ -392,7 +392,7 @@ def test_parameters_are_converted_back_into_what_was_sampled(algo: str) -> None:
         trial = study.ask()
         sampled = HYPERPARAMS_SAMPLER[algo](trial, 1, 1, {})
         converted = HYPERPARAMS_CONVERTER[algo](trial.params)
-        again = constructor_arguments(converted, 1)
+        again = finetuning_arguments(converted, 1)
         assert repr(sampled) == repr(again)
         model = algorithm_class(algo)("MlpPolicy", "Pendulum-v1", buffer_size=10, **sampled)
         assert model.lr_schedule(1.0) == converted["finetuning_learning_rate"]

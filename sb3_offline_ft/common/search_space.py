@@ -85,7 +85,7 @@ class SearchSpace:
         :param additional_args: What else rl_zoo3 passes to samplers
         :return: Arguments of the constructor for the finetuning
         """
-        return constructor_arguments(self.convert(self.draw(trial)), n_actions)
+        return finetuning_arguments(self.convert(self.draw(trial)), n_actions)
 
     def draw(self, trial: BaseTrial, names: Collection[str] | None = None) -> Hyperparams:
         """
@@ -195,7 +195,7 @@ def _schedule_parts(value: Any) -> tuple[Any, str | None, float | None]:
     return None, None, None
 
 
-def constructor_arguments(hyperparams: Mapping[str, Any], n_actions: int) -> Hyperparams:
+def finetuning_arguments(hyperparams: Mapping[str, Any], n_actions: int) -> Hyperparams:
     """
     :param hyperparams: What :meth:`SearchSpace.convert` returned
     :param n_actions: Number of action dimensions
