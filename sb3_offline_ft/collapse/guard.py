@@ -25,7 +25,7 @@ from sb3_offline_ft.collapse.remedies import PolicyBrake, Remedy, make_remedies
 from sb3_offline_ft.collapse.replay import ReplayMark, check_can_thin_out, replace_last_if_not_finite, thin_out_since
 from sb3_offline_ft.collapse.signals import SignalMonitor
 from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
-from sb3_offline_ft.common.callbacks import find_callbacks
+from sb3_offline_ft.common.callbacks import find_callbacks, monitor_folder
 from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 
@@ -444,7 +444,7 @@ class CollapseGuard(BaseCallback):
         # SB3's default logger has a folder too, in which nobody looks
         keeps_files = any(not isinstance(form, HumanOutputFormat) or form.own_file for form in self.logger.output_formats)
         folder = self.logger.get_dir() if keeps_files else None
-        return Path(folder) if folder else None
+        return Path(folder) if folder else monitor_folder(self.training_env)
 
     def _begin_episodes(self) -> None:
         n_envs = self.model.n_envs

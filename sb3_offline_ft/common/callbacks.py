@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_baselines3.common import callbacks
@@ -12,7 +13,10 @@ from stable_baselines3.common.callbacks import (
     EventCallback,
     StopTrainingOnMaxEpisodes,
 )
+from stable_baselines3.common.env_util import unwrap_wrapper
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 STEP_NAMES = frozenset(
     "actions buffer_actions clipped_actions new_obs rewards dones infos num_collected_steps num_collected_episodes".split()
@@ -54,6 +58,19 @@ def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> I
         yield from find_callbacks(child, kind)
     if isinstance(callback, EventCallback):
         yield from find_callbacks(callback.callback, kind)
+
+
+def monitor_folder(env: VecEnv) -> Path | None:
+    """
+    :param env: Environments
+    :return: Where their episodes are written, as rl_zoo3 has them written to a run's folder; None if they are not, or in other
+        processes
+    """
+    for each in getattr(env.unwrapped, "envs", ()):
+        monitor = unwrap_wrapper(each, Monitor)
+        if isinstance(monitor, Monitor) and monitor.results_writer is not None:
+            return Path(monitor.results_writer.file_handler.name).parent
+    return None
 
 
 class NoEpisodesError(ValueError, KeyError):

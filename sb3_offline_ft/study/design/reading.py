@@ -10,12 +10,12 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import ENV_ID_RE
 
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.common.strict_yaml import Reader
 from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.methods import factor_path
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 NO_DATA = "no-data"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
