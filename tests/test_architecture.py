@@ -14,8 +14,8 @@ PACKAGE = "sb3_offline_ft"
 ROOT = REPOSITORY / PACKAGE
 
 FLOORS = [
-    {"algorithms", "common"},
-    {"policies", "pages", "collapse", "deployment"},
+    {"common"},
+    {"algorithms", "policies", "pages", "collapse", "deployment"},
     {"update"},
     {"datasets"},
     {"buffers"},
