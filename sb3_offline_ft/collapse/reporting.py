@@ -1,0 +1,113 @@
+"""How a guarded run tells what happens."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.logger import HumanOutputFormat, Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_offline_ft.collapse.events import EPISODES, EventLog
+from sb3_offline_ft.common.callbacks import find_callbacks
+
+
+@dataclass
+class Counts:
+    """What has happened in a run, and how often."""
+
+    episodes: int = 0
+    alarms: int = 0
+    rollbacks: int = 0
+    promotions: int = 0
+    undone_updates: int = 0
+    is_stopped: bool = False
+    """Whether the guard has ended training."""
+
+
+class Reporter:
+    """
+    Writes events into the log of events, values into that of SB3, warns, and prints.
+
+    :param model: The learner; None before there is one
+    :param log: The log of events
+    :param verbose: Largest level that is printed
+    :param evaluations: The run's evaluations, of which rl-zoo3's in ``-optimize`` know a trial
+    """
+
+    def __init__(
+        self, model: OffPolicyAlgorithm | None, log: EventLog, verbose: int, evaluations: Sequence[EvalCallback] = ()
+    ) -> None:
+        self.log, self.counts = log, Counts()
+        self._model, self._verbose, self._evaluations = model, verbose, evaluations
+
+    def event(self, kind: str, **details: Any) -> None:
+        assert self._model is not None
+        steps, updates = self._model.num_timesteps, self._model._n_updates
+        place = {"timestep": steps, "episode": self.counts.episodes, "n_updates": updates}
+        self.log.append({"event": kind, **place, "time": time.time(), **details})
+
+    def record(self, **values: float | None) -> None:
+        assert self._model is not None
+        for name, value in values.items():
+            self._model.logger.record(f"collapse/{name}", value)
+
+    def warn(self, message: str) -> None:
+        self.event("warning", message=message)
+        warnings.warn(f"CollapseGuard: {message}", stacklevel=3)
+
+    def say(self, message: str, level: int = 1) -> None:
+        if self._verbose >= level:
+            print(f"CollapseGuard: {message}")
+
+    def tell_trial(self, is_watched: bool) -> None:
+        """Write what has come of the run so far into Optuna's trial, if it is one."""
+        for evaluation in self._evaluations:
+            trial: Any = getattr(evaluation, "trial", None)
+            if trial is not None:
+                trial.set_user_attr("collapse_rollbacks", self.counts.rollbacks)
+                trial.set_user_attr("collapse_alarms", self.counts.alarms)
+                trial.set_user_attr("collapse_watched", is_watched)
+
+    def tell_end(self, n_signals: int, n_asked: int, signal_freq: int) -> None:
+        """Write the last event, and before it what was not done although it was asked for."""
+        messages = []
+        if n_signals == 0 and signal_freq > 0:
+            short = f": `signal_freq={signal_freq}` is longer than the run."
+            scarce = f", {n_asked} times for want of rows in the replay buffer."
+            messages.append("No signal was measured" + (scarce if n_asked else short))
+        if all(event.get("phase", "monitoring") != "monitoring" for event in self.log.events if event["event"] in EPISODES):
+            messages.append("No episode was compared with a baseline: the run ended before one, or there is no baseline.")
+        for message in messages:
+            self.event("warning", message=message)
+            self.say(message)
+        counts = self.counts
+        self.event("end", rollbacks=counts.rollbacks, alarms=counts.alarms, promotions=counts.promotions, signals=n_signals)
+
+
+def start_log(path: Path | None, resume: bool) -> EventLog:
+    """The log of a run that begins or goes on; a damaged file is kept aside."""
+    log = EventLog(path)
+    try:
+        log.start(resume)
+    except ValueError as error:
+        assert path is not None
+        aside = path.replace(path.with_suffix(".damaged"))
+        warnings.warn(f"CollapseGuard: {error} It is kept as {aside}.", stacklevel=2)
+        log.start(resume=False)
+    return log
+
+
+def run_folder(callback: BaseCallback | None, logger: Logger) -> Path | None:
+    """Where a run's files are: with those of its ``EvalCallback``, or of the logger, if it keeps any."""
+    for evaluation in find_callbacks(callback, EvalCallback):
+        if evaluation.log_path is not None:
+            # SB3 appends the file's name, `evaluations`
+            return Path(evaluation.log_path).parent
+    # SB3's default logger has a folder too, in which nobody looks
+    keeps_files = any(not isinstance(form, HumanOutputFormat) or form.own_file for form in logger.output_formats)
+    folder = logger.get_dir() if keeps_files else None
+    return Path(folder) if folder else None
