@@ -34,46 +34,45 @@ class GoodState:
     """Whether its policy became the reference of a constrained algorithm when it was promoted."""
 
 
+@dataclass
 class SnapshotFiles:
-    """
-    Good states as files, so that a loaded run can be rolled back to them.
+    """Good states as files in a run's folder, if there is one, so that a loaded run can go back to them."""
 
-    :param folder: Where they are, if anywhere
-    :param are_written: Whether they are written
-    :param report: Where a failing disk is told, once
-    """
+    run_folder: Path | None
+    are_written: bool
+    report: Reporter
+    has_warned: bool = False
 
-    def __init__(self, folder: Path | None, are_written: bool, report: Reporter) -> None:
-        self._folder, self._are_written, self._report = folder, are_written, report
-        self._has_warned = False
+    def __post_init__(self) -> None:
+        self.folder = None if self.run_folder is None else self.run_folder / "snapshots"
 
     def clear(self) -> None:
         """Remove those of another run in the same folder, and what a killed one was writing."""
-        if self._are_written and self._folder is not None:
+        if self.are_written and self.folder is not None:
             for pattern in ("snapshot_*.pt", ".snapshot_*.tmp"):
-                for file in self._folder.glob(pattern):
+                for file in self.folder.glob(pattern):
                     file.unlink(missing_ok=True)
 
     def write(self, states: list[GoodState]) -> None:
         """Have exactly these states in the folder."""
-        if not self._are_written or self._folder is None:
+        if not self.are_written or self.folder is None:
             return
-        wanted = {self._file(self._folder, state.timestep): state.snapshot for state in states}
+        wanted = {self._file(self.folder, state.timestep): state.snapshot for state in states}
         try:
             for file, snapshot in wanted.items():
                 if not file.exists():
                     snapshot.save(file)
-            for file in self._folder.glob("snapshot_*.pt"):
+            for file in self.folder.glob("snapshot_*.pt"):
                 if file not in wanted:
                     file.unlink()
         except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                self._report.warn(f"Snapshots cannot be written to {self._folder} ({error}); training goes on without.")
+            if not self.has_warned:
+                self.has_warned = True
+                self.report.warn(f"Snapshots cannot be written to {self.folder} ({error}); training goes on without.")
 
     def read(self, timestep: int, model: OffPolicyAlgorithm) -> LearnerSnapshot | None:
         """The snapshot of a timestep, if it is there and fits the learner."""
-        if self._folder is None or not (file := self._file(self._folder, timestep)).exists():
+        if self.folder is None or not (file := self._file(self.folder, timestep)).exists():
             return None
         try:
             snapshot = LearnerSnapshot.load(file, device=model.device)
@@ -88,37 +87,27 @@ class SnapshotFiles:
         return folder / f"snapshot_{timestep}.pt"
 
 
+@dataclass
 class GoodStates:
-    """
-    The learner's first state, those that were promoted since, and a candidate, which the episodes after it speak for or not.
+    """The learner's first state, those promoted since, and a candidate, which the episodes after it speak for or not."""
 
-    :param model: The learner
-    :param monitor: Compares episodes with the baseline
-    :param poisoned: Knows what has been gathered by now
-    :param files: Where states are written
-    :param report: Where candidates are told
-    :param keep: Number of promoted states to keep, besides the first one
-    :param window_size: Number of episodes between two judgements of a candidate
-    """
+    model: OffPolicyAlgorithm
+    monitor: EpisodeMonitor
+    poisoned: PoisonedData
+    files: SnapshotFiles
+    report: Reporter
+    keep: int
+    """Number of promoted states to keep, besides the first one."""
+    window_size: int
+    """Number of episodes between two judgements of the candidate."""
+    failures: int = 0
+    """Rollbacks since the last promotion."""
 
-    def __init__(
-        self,
-        model: OffPolicyAlgorithm,
-        monitor: EpisodeMonitor,
-        poisoned: PoisonedData,
-        files: SnapshotFiles,
-        report: Reporter,
-        keep: int,
-        window_size: int,
-    ) -> None:
-        self.model, self._monitor, self._poisoned = model, monitor, poisoned
-        self._files, self._report = files, report
-        self._keep, self._window_size = keep, window_size
+    def __post_init__(self) -> None:
         self.states = [self._take()]
         self.window: list[float] = []
         """Returns of the episodes since the candidate was taken."""
         self._candidate: GoodState | None = None
-        self.failures = 0
 
     @property
     def newest(self) -> GoodState:
@@ -126,7 +115,7 @@ class GoodStates:
 
     def _take(self) -> GoodState:
         snapshot = LearnerSnapshot.take(self.model)
-        return GoodState(snapshot, self.model.num_timesteps, self._monitor.reference, self._poisoned.gathered_so_far())
+        return GoodState(snapshot, self.model.num_timesteps, self.monitor.reference, self.poisoned.gathered_so_far())
 
     def renew_first(self) -> None:
         """The learner has not been updated yet, but the statistics of ``VecNormalize`` have."""
@@ -135,27 +124,27 @@ class GoodStates:
 
     def end_of_baseline(self) -> None:
         """What the unchanged policy gathered is not poisoned; the present step is the first one of a changed policy."""
-        self.states[0].mark = self._poisoned.stored_so_far()
+        self.states[0].mark = self.poisoned.stored_so_far()
 
     def begin_period(self) -> None:
         """There is a new baseline."""
         for state in self.states:
-            state.reference = state.reference or self._monitor.reference
+            state.reference = state.reference or self.monitor.reference
         self.new_candidate()
 
     def new_candidate(self) -> None:
         self._candidate = self._take()
         self.window = []
-        self._report.event("candidate")
+        self.report.event("candidate")
 
     def judge(self, total: float) -> bool:
         """Take the return of a monitored episode into account, and tell whether the candidate is to be promoted."""
         self.window.append(total)
-        if self._candidate is None or len(self.window) % self._window_size != 0:
+        if self._candidate is None or len(self.window) % self.window_size != 0:
             return False
-        if self._monitor.is_not_worse(self.window):
+        if self.monitor.is_not_worse(self.window):
             return True
-        if len(self.window) >= CANDIDATE_LIFE * self._window_size:
+        if len(self.window) >= CANDIDATE_LIFE * self.window_size:
             self.new_candidate()
         return False
 
@@ -164,14 +153,14 @@ class GoodStates:
         good = self._candidate
         assert good is not None
         # The window that speaks for it is not poisoned either
-        good.mark = self._poisoned.gathered_so_far()
-        good.reference = self._monitor.reference
+        good.mark = self.poisoned.gathered_so_far()
+        good.reference = self.monitor.reference
         good.is_reference = is_reference
         self.states.append(good)
-        if len(self.states) > self._keep + 1:
+        while len(self.states) > self.keep + 1:
             # The first one, from before finetuning, stays
             del self.states[1]
-        self._files.write(self.states)
+        self.files.write(self.states)
         self.failures = 0
         return good
 
@@ -180,7 +169,7 @@ class GoodStates:
         if self.failures >= FAILURES_PER_SNAPSHOT and len(self.states) > 1:
             self.states.pop()
             self.failures = 0
-        self._report.counts.undone_updates += self.model._n_updates - self.newest.snapshot.n_updates
+        self.report.counts.undone_updates += self.model._n_updates - self.newest.snapshot.n_updates
         # Not the random generators: the same batches would lead to the same collapse
         self.newest.snapshot.restore(self.model, generators=False)
         # The snapshot is older than its promotion
@@ -196,10 +185,10 @@ class GoodStates:
 
     def read(self, timesteps: Sequence[int], references: Sequence[int]) -> None:
         """Take up the states of a run that was saved, as far as they were written; the loaded learner stays the newest."""
-        self.newest.reference = self._monitor.reference
+        self.newest.reference = self.monitor.reference
         for timestep in timesteps:
-            snapshot = self._files.read(timestep, self.model)
+            snapshot = self.files.read(timestep, self.model)
             if snapshot is not None:
-                mark, is_reference = self._poisoned.stored_so_far(), timestep in references
-                older = GoodState(snapshot, timestep, self._monitor.reference, mark, is_reference)
+                mark, is_reference = self.poisoned.stored_so_far(), timestep in references
+                older = GoodState(snapshot, timestep, self.monitor.reference, mark, is_reference)
                 self.states.insert(len(self.states) - 1, older)

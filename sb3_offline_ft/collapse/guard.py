@@ -12,8 +12,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse.brake import PolicyBrake
 from sb3_offline_ft.collapse.detectors import Alarm, Detector, make_detector
-from sb3_offline_ft.collapse.episodes import EvaluationEpisodes
-from sb3_offline_ft.collapse.events import EVENTS_FILE, Event, EventLog
+from sb3_offline_ft.collapse.events import Event, EventLog
 from sb3_offline_ft.collapse.good_states import GoodStates, SnapshotFiles
 from sb3_offline_ft.collapse.interventions import ENDINGS, Interventions
 from sb3_offline_ft.collapse.learner import is_pretraining
@@ -27,12 +26,11 @@ from sb3_offline_ft.collapse.state import SavedRun
 from sb3_offline_ft.collapse.watch import EpisodeWatch
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, whole_number
+from sb3_offline_ft.common.suggestions import suggestion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIGURE_FILE = "collapse.png"
-SNAPSHOT_FOLDER = "snapshots"
 POISONED_DATA = {"keep": 1.0, "drop": 0.0}
 SETTINGS = (
     "tolerance", "random_return", "promotion_episodes", "keep_snapshots", "ratchet", "max_rollbacks", "after_max_rollbacks",
@@ -90,6 +88,7 @@ class CollapseGuard(BaseCallback):
     """
 
     model: OffPolicyAlgorithm
+    _brake: PolicyBrake
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Before __init__, since Python's own message names neither near matches nor what is known
@@ -139,9 +138,8 @@ class CollapseGuard(BaseCallback):
         self.path = None if path is None else Path(path)
         self.save_snapshots = save_snapshots
         self._check_settings()
-        self._report = Reporter(None, EventLog(None), verbose)
+        self._report = Reporter(EventLog(None), verbose)
         self._monitor = self._new_monitor()
-        self._brake: PolicyBrake | None = None
         self._default_path: Path | None = None
         self._seen_model: OffPolicyAlgorithm | None = None
         self._running = False
@@ -150,9 +148,8 @@ class CollapseGuard(BaseCallback):
         return EpisodeMonitor(self._prototype, self.false_alarm_rate, self.tolerance, self.random_return)
 
     def _check_settings(self) -> None:
-        if isinstance(self.baseline, str):
-            if self.baseline not in ("warmup", "evaluations"):
-                raise ValueError(f"`baseline` must be 'warmup', 'evaluations' or a list of returns, found {self.baseline!r}.")
+        if isinstance(self.baseline, str) and self.baseline not in ("warmup", "evaluations"):
+            raise ValueError(f"`baseline` must be 'warmup', 'evaluations' or a list of returns, found {self.baseline!r}.")
         given = (self._prototype.false_alarm_rate, self._prototype.horizon)
         if given != (self.false_alarm_rate, self.horizon_episodes):
             raise ValueError(
@@ -181,7 +178,7 @@ class CollapseGuard(BaseCallback):
             raise ValueError(f"`poisoned_data` must be 'keep', 'drop' or a weight in [0, 1], found {self.poisoned_data!r}.")
         for name, limit in self.secondary_alarms.items():
             if name not in SignalMonitor.NAMES:
-                raise ValueError(f"Unknown signal {name!r} in `secondary_alarms`: known are {', '.join(SignalMonitor.NAMES)}.")
+                raise ValueError(f"Unknown signal {name!r} in `secondary_alarms`. {suggestion(name, SignalMonitor.NAMES)}")
             if not isinstance(limit, int | float) or not math.isfinite(limit):
                 raise ValueError(f"The limit of {name!r} in `secondary_alarms` must be a finite number, found {limit!r}.")
         if self.secondary_alarms and self.signal_freq == 0:
@@ -194,25 +191,10 @@ class CollapseGuard(BaseCallback):
         """All events of the run, as in ``collapse_events.jsonl``."""
         return self._report.log.events
 
-    @property
-    def alarms(self) -> int:
-        """Number of alarms in the run."""
-        return self._report.counts.alarms
-
-    @property
-    def rollbacks(self) -> int:
-        """Number of rollbacks in the run."""
-        return self._report.counts.rollbacks
-
-    @property
-    def promotions(self) -> int:
-        """Number of promotions in the run."""
-        return self._report.counts.promotions
-
-    @property
-    def undone_updates(self) -> int:
-        """Number of gradient steps that rollbacks took back."""
-        return self._report.counts.undone_updates
+    alarms = property(lambda self: self._report.counts.alarms, doc="Number of alarms in the run.")
+    rollbacks = property(lambda self: self._report.counts.rollbacks, doc="Number of rollbacks in the run.")
+    promotions = property(lambda self: self._report.counts.promotions, doc="Number of promotions in the run.")
+    undone_updates = property(lambda self: self._report.counts.undone_updates, doc="Gradient steps that rollbacks undid.")
 
     @property
     def detector(self) -> Detector:
@@ -222,7 +204,7 @@ class CollapseGuard(BaseCallback):
     @property
     def brake_facts(self) -> dict[str, Any]:
         """How the policy is slowed, held and confined now: the factor of its learning rate, its radius, whether it stays."""
-        return self._the_brake.facts
+        return self._brake.facts
 
     def use_default_path(self, path: str | Path) -> None:
         """
@@ -260,18 +242,17 @@ class CollapseGuard(BaseCallback):
     def _on_training_start(self) -> None:
         siblings = self.locals.get("callback")
         evaluations = self._check_run(siblings)
-        self._evaluations = EvaluationEpisodes(evaluations)
         goes_on = not self.locals.get("reset_num_timesteps", True)
         if goes_on and self._seen_model is self.model:
             self._poisoned.go_on()
-            self._watch.begin_episodes()
-            self._the_brake.attach()
+            self._watch.begin_episodes(evaluations)
+            self._brake.attach()
             self._renew_after_stop()
         else:
-            self._start_run(goes_on, siblings)
+            self._start_run(goes_on, siblings, evaluations)
         self._running = True
 
-    def _check_run(self, siblings: BaseCallback | None) -> list[EvalCallback]:
+    def _check_run(self, siblings: BaseCallback | None) -> list[EvalCallback] | None:
         if not isinstance(self.model, OffPolicyAlgorithm):
             raise ValueError(
                 f"CollapseGuard needs an off-policy algorithm (TD3BC, TD3C, TD3, DDPG, SAC, DQN, TQC, ...), found "
@@ -283,18 +264,20 @@ class CollapseGuard(BaseCallback):
             raise ValueError(
                 "There are several CollapseGuards in the list of callbacks, expected one: they would undo each other."
             )
+        if self.baseline != "evaluations":
+            return None
         evaluations = [e for e in find_callbacks(siblings, EvalCallback) if e.log_path is not None]
-        if self.baseline == "evaluations" and not evaluations:
+        if not evaluations:
             raise ValueError(
                 "`baseline='evaluations'` needs an EvalCallback with `log_path=...` in the same list of callbacks (only then "
                 "it keeps its returns): pass one to `learn`, or use `baseline='warmup'`."
             )
         return evaluations
 
-    def _start_run(self, goes_on: bool, siblings: BaseCallback | None) -> None:
+    def _start_run(self, goes_on: bool, siblings: BaseCallback | None, evaluations: list[EvalCallback] | None) -> None:
         model = self.model
         remedies = applicable(self.remedies, model, required=self._remedies_given)
-        if self._brake is not None:
+        if self._seen_model is not None:
             self._brake.remove()
         self._brake = brake = PolicyBrake(model)
         self._seen_model = model
@@ -303,9 +286,9 @@ class CollapseGuard(BaseCallback):
         if saved is None:
             self._monitor = self._new_monitor()
         folder = self._folder = self.path or self._default_path or run_folder(siblings, self.logger)
-        log = start_log(None if folder is None else folder / EVENTS_FILE, resume=saved is not None)
-        self._report = report = Reporter(model, log, self.verbose, list(find_callbacks(siblings, EvalCallback)))
-        files = SnapshotFiles(None if folder is None else folder / SNAPSHOT_FOLDER, self.save_snapshots, report)
+        log = start_log(folder, resume=saved is not None)
+        self._report = report = Reporter(log, self.verbose, model, list(find_callbacks(siblings, EvalCallback)))
+        files = SnapshotFiles(folder, self.save_snapshots, report)
         if saved is None:
             files.clear()
         self._tell_start([remedy.name for remedy in remedies], resumed=saved is not None)
@@ -313,29 +296,15 @@ class CollapseGuard(BaseCallback):
         self._remedies = RemediesOfRun(remedies, model, brake, report)
         self._poisoned = PoisonedData(model, float(self._poisoned_weight), report)
         self._good = GoodStates(
-            model, self._monitor, self._poisoned, files, report, keep=self.keep_snapshots, window_size=self.promotion_episodes
+            model, self._monitor, self._poisoned, files, report, self.keep_snapshots, self.promotion_episodes
         )
+        objects = self._good, self._poisoned, self._remedies
+        signals = self._signals, self.secondary_alarms
         self._watch = EpisodeWatch(
-            model,
-            self._monitor,
-            self._good,
-            self._poisoned,
-            self._remedies,
-            report,
-            of_evaluations=self.baseline == "evaluations",
-            promotion_episodes=self.promotion_episodes,
-            ratchet=self.ratchet,
-            update_reference=self.update_reference,
+            model, self._monitor, *objects, *signals, report, evaluations, self.ratchet, self.update_reference
         )
         self._interventions = Interventions(
-            self._good,
-            self._poisoned,
-            self._remedies,
-            brake,
-            report,
-            most=self.max_rollbacks,
-            ending=self.after_max_rollbacks,
-            how_poisoned=self.poisoned_data,
+            *objects, brake, report, self.max_rollbacks, self.after_max_rollbacks, self.poisoned_data
         )
         report.tell_trial(is_watched=False)
         if saved is not None:
@@ -365,8 +334,9 @@ class CollapseGuard(BaseCallback):
         if self.save_snapshots and self._folder is None:
             self._report.warn("`save_snapshots=True` writes nothing, since there is no folder: give one as `path`.")
         if self.update_reference and not hasattr(self.model, "set_reference_policy"):
-            kind = type(self.model).__name__
-            self._report.warn(f"`update_reference=True` moves nothing, since {kind} has no reference policy.")
+            self._report.warn(
+                f"`update_reference=True` moves nothing, since {type(self.model).__name__} has no reference policy."
+            )
 
     def _renew_after_stop(self) -> None:
         if not self._report.counts.is_stopped:
@@ -378,11 +348,6 @@ class CollapseGuard(BaseCallback):
         if self._monitor.reference:
             self._watch.begin_monitoring(self._monitor.reference, "restored")
 
-    @property
-    def _the_brake(self) -> PolicyBrake:
-        assert self._brake is not None
-        return self._brake
-
     # Each step
 
     def _on_rollout_start(self) -> None:
@@ -393,27 +358,13 @@ class CollapseGuard(BaseCallback):
         before = self._report.counts.episodes, self._monitor.phase
         self._poisoned.begin_step(self._good.states)
         self._remedies.end_due()
-        alarm = self._watch.step(self.locals, self._evaluations.new())
+        alarm = self._watch.step(self.locals)
         if (self._report.counts.episodes, self._monitor.phase) != before:
             self._keep_state()
         if alarm is None and self.signal_freq > 0 and self.n_calls % self.signal_freq == 0:
-            alarm = self._measure_signals()
+            alarm = self._watch.measure_signals()
         self._react(alarm)
         return not self._report.counts.is_stopped
-
-    def _measure_signals(self) -> Alarm | None:
-        signals = self._signals.measure(self._good.newest.snapshot.policy_state)
-        if signals:
-            self._report.record(**signals)
-            self._report.event("signal", **signals)
-        is_watched = bool(signals) and self._monitor.phase in ("monitoring", "unwatched")
-        for name, limit in self.secondary_alarms.items() if is_watched else ():
-            # A slope is there after two measurements
-            value = signals.get(name, -math.inf)
-            if not value <= limit:
-                message = f"The signal {name} is {value:.3g}, above its limit {limit:.3g}."
-                return self._watch.alarm(name, message, value, limit)
-        return None
 
     def _react(self, alarm: Alarm | None) -> None:
         # After the last rollback the guard only keeps records
@@ -423,7 +374,6 @@ class CollapseGuard(BaseCallback):
         if good is None:
             self._monitor.phase = "done"
         else:
-            self._signals.reset()
             self._watch.after_rollback(good.reference)
         self._report.tell_trial(is_watched=self._monitor.phase == "monitoring")
         self._watch.after_alarm()
@@ -435,7 +385,7 @@ class CollapseGuard(BaseCallback):
     # End
 
     def _keep_state(self) -> None:
-        SavedRun.of(self._monitor, self._good, self._the_brake, self._remedies, self._report.counts).write(self.model)
+        SavedRun.of(self._monitor, self._good, self._brake, self._remedies, self._report.counts).write(self.model)
 
     def _on_training_end(self) -> None:
         # rl-zoo3 ends its first callback twice
@@ -445,11 +395,11 @@ class CollapseGuard(BaseCallback):
         # The last update of the run, after which no policy has acted
         self._on_rollout_start()
         # What the user does with the learner between two runs is not to be held back
-        self._the_brake.remove()
+        self._brake.remove()
         self._report.tell_end(self._signals.n_measured, self._signals.n_asked, self.signal_freq)
         self._keep_state()
         if self._folder is not None:
             try:
-                self.plot(self._folder / FIGURE_FILE)
+                self.plot(self._folder / "collapse.png")
             except OSError as error:
                 warnings.warn(f"CollapseGuard: the figure cannot be written ({error}).", stacklevel=2)

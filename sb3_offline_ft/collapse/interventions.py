@@ -1,5 +1,7 @@
 """What is done at an alarm."""
 
+from dataclasses import dataclass
+
 from sb3_offline_ft.collapse.brake import PolicyBrake
 from sb3_offline_ft.collapse.detectors import Alarm
 from sb3_offline_ft.collapse.good_states import GoodState, GoodStates
@@ -14,68 +16,51 @@ ENDINGS = {
 }
 
 
+@dataclass
 class Interventions:
-    """
-    Rolls back the learner, and gives up after some rollbacks.
+    """Rolls back the learner, and after the last rollback does what the ending says."""
 
-    :param good: States to go back to
-    :param poisoned: What was gathered since
-    :param remedies: Applied after a rollback
-    :param brake: Holds the policy after the last one
-    :param report: Told of everything
-    :param most: Number of rollbacks before it gives up
-    :param ending: What is done then, one of :data:`ENDINGS`
-    :param how_poisoned: What is done with poisoned data, for the log
-    """
-
-    def __init__(
-        self,
-        good: GoodStates,
-        poisoned: PoisonedData,
-        remedies: RemediesOfRun,
-        brake: PolicyBrake,
-        report: Reporter,
-        most: int,
-        ending: str,
-        how_poisoned: str | float,
-    ) -> None:
-        self._good, self._poisoned, self._remedies, self._brake, self._report = good, poisoned, remedies, brake, report
-        self._most, self._ending, self._how_poisoned = most, ending, how_poisoned
+    good: GoodStates
+    poisoned: PoisonedData
+    remedies: RemediesOfRun
+    brake: PolicyBrake
+    report: Reporter
+    max_rollbacks: int
+    ending: str
+    poisoned_data: str | float
 
     def react(self, alarm: Alarm) -> GoodState | None:
         """Do what an alarm asks for, and tell to which state the learner was rolled back, if it was."""
-        counts = self._report.counts
+        counts, report = self.report.counts, self.report
         counts.alarms += 1
-        self._report.record(alarms=counts.alarms)
-        self._report.event(
-            "alarm", reason=alarm.detector, statistic=alarm.statistic, threshold=alarm.threshold, message=alarm.message
-        )
-        place = f"step {self._good.model.num_timesteps}, episode {counts.episodes}"
-        self._report.say(f"ALARM at {place}: {alarm.message}")
-        if counts.rollbacks < self._most:
+        report.record(alarms=counts.alarms)
+        level = {"statistic": alarm.statistic, "threshold": alarm.threshold}
+        report.event("alarm", reason=alarm.detector, **level, message=alarm.message)
+        report.say(f"ALARM at step {report.model.num_timesteps}, episode {counts.episodes}: {alarm.message}")
+        if counts.rollbacks < self.max_rollbacks:
             return self._roll_back()
         self._give_up()
         return None
 
     def _roll_back(self) -> GoodState:
-        good = self._good.restore(is_rollback=True)
-        counts = self._report.counts
+        good = self.good.restore(is_rollback=True)
+        counts, report = self.report.counts, self.report
         counts.rollbacks += 1
-        self._poisoned.remove_since(good, counts.rollbacks)
-        self._report.record(rollbacks=counts.rollbacks)
+        self.poisoned.remove_since(good, counts.rollbacks)
+        report.record(rollbacks=counts.rollbacks)
         goal = {"to_timestep": good.timestep, "to_n_updates": good.snapshot.n_updates}
-        self._report.event("rollback", number=counts.rollbacks, **goal, poisoned_data=self._how_poisoned)
+        report.event("rollback", number=counts.rollbacks, **goal, poisoned_data=self.poisoned_data)
         where = f"the learner is that of step {good.timestep} again"
-        self._report.say(f"rollback {counts.rollbacks} of at most {self._most}: {where}.")
-        self._remedies.apply(good.snapshot.policy_state)
+        report.say(f"rollback {counts.rollbacks} of at most {self.max_rollbacks}: {where}.")
+        self.remedies.apply(good.snapshot.policy_state)
         return good
 
     def _give_up(self) -> None:
-        if self._ending != "continue":
-            self._good.restore(is_rollback=False)
-        if self._ending == "freeze":
-            self._remedies.forget_ends()
-            self._brake.hold(True)
-        self._report.counts.is_stopped = self._ending == "stop"
-        self._report.event("escalation", action=self._ending, message=ENDINGS[self._ending])
-        self._report.say(f"{self._report.counts.rollbacks} rollbacks have been made: {ENDINGS[self._ending]}.")
+        if self.ending != "continue":
+            self.good.restore(is_rollback=False)
+        if self.ending == "freeze":
+            self.remedies.forget_ends()
+            self.brake.hold(True)
+        self.report.counts.is_stopped = self.ending == "stop"
+        self.report.event("escalation", action=self.ending, message=ENDINGS[self.ending])
+        self.report.say(f"{self.report.counts.rollbacks} rollbacks have been made: {ENDINGS[self.ending]}.")

@@ -14,11 +14,7 @@ LOSSES = ("train/critic_loss", "train/actor_loss", "train/loss")
 
 
 class NonFiniteNumbers:
-    """
-    Looks for them in updates and steps.
-
-    :param model: The learner
-    """
+    """Looks for them in updates and steps."""
 
     def __init__(self, model: OffPolicyAlgorithm) -> None:
         self._model = model

@@ -24,12 +24,8 @@ class Mark:
 
 class PoisonedData:
     """
-    Counts the rows of a replay buffer, and changes it when SB3 has stored the step that made it necessary: SB3 stores a step
-    after its callbacks.
-
-    :param model: The learner
-    :param weight: Weight of transitions that were gathered since the state that was restored, relative to others
-    :param report: Where removals are told
+    Counts the rows of a replay buffer, gives those since a restored state the weight that they shall have, and replaces broken
+    ones. SB3 stores a step after its callbacks, so that this waits for the next one.
     """
 
     def __init__(self, model: OffPolicyAlgorithm, weight: float, report: Reporter) -> None:

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -245,18 +246,16 @@ def make_remedies(remedies: Sequence[str | Mapping[str, Any] | Remedy]) -> list[
     return made
 
 
+@dataclass
 class RemediesOfRun:
-    """
-    The remedies of one run, and when those that end will.
+    """The remedies that a run has, and when those that end will."""
 
-    :param remedies: The remedies
-    :param model: The learner
-    :param brake: Its brake
-    :param report: Told of what they do
-    """
+    remedies: Sequence[Remedy]
+    model: OffPolicyAlgorithm
+    brake: PolicyBrake
+    report: Reporter
 
-    def __init__(self, remedies: Sequence[Remedy], model: OffPolicyAlgorithm, brake: PolicyBrake, report: Reporter) -> None:
-        self._remedies, self._model, self._brake, self._report = remedies, model, brake, report
+    def __post_init__(self) -> None:
         self._ends: list[tuple[int, Remedy]] = []
 
     @property
@@ -267,36 +266,36 @@ class RemediesOfRun:
     def apply(self, center: PolicyState) -> None:
         """Apply one after the other after a rollback to a policy."""
         self.forget_ends()
-        self._brake.hold(False)
-        for remedy in self._remedies:
-            settings = remedy.apply(self._model, self._brake, self._report.counts.rollbacks, center)
+        self.brake.hold(False)
+        for remedy in self.remedies:
+            settings = remedy.apply(self.model, self.brake, self.report.counts.rollbacks, center)
             if "until" in settings:
                 self._ends.append((settings["until"], remedy))
             message = f"{remedy.name}: {_described(settings)}"
-            self._report.event("remedy", name=remedy.name, parameters=settings, message=message)
-            self._report.say(f"remedy {message}.")
+            self.report.event("remedy", name=remedy.name, parameters=settings, message=message)
+            self.report.say(f"remedy {message}.")
 
     def move(self, center: PolicyState) -> None:
         """A later policy has been promoted."""
-        for remedy in self._remedies if self._report.counts.rollbacks > 0 else ():
-            settings = remedy.on_promotion(self._brake, center)
+        for remedy in self.remedies if self.report.counts.rollbacks > 0 else ():
+            settings = remedy.on_promotion(self.brake, center)
             if settings is not None:
                 message = f"{remedy.name} moves with the promotion: {_described(settings)}"
-                self._report.event("remedy", name=remedy.name, parameters=settings, message=message)
+                self.report.event("remedy", name=remedy.name, parameters=settings, message=message)
 
     def end_due(self) -> None:
         """End those whose time has come."""
-        for entry in [entry for entry in self._ends if entry[0] <= self._model.num_timesteps]:
+        for entry in [entry for entry in self._ends if entry[0] <= self.model.num_timesteps]:
             self._ends.remove(entry)
-            entry[1].release(self._model, self._brake)
-            self._report.event("release", name=entry[1].name)
+            entry[1].release(self.model, self.brake)
+            self.report.event("release", name=entry[1].name)
 
     def forget_ends(self) -> None:
         self._ends = []
 
     def take_up(self, ends: Sequence[tuple[int, str]]) -> None:
         """Go on with what :attr:`ends` was; remedies that are not in use any more are left out."""
-        by_name = {remedy.name: remedy for remedy in self._remedies}
+        by_name = {remedy.name: remedy for remedy in self.remedies}
         self._ends = [(timestep, by_name[name]) for timestep, name in ends if name in by_name]
 
 

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_offline_ft.collapse.events import EPISODES, EventLog
+from sb3_offline_ft.collapse.events import EPISODES, EVENTS_FILE, EventLog
 from sb3_offline_ft.common.callbacks import find_callbacks
 
 
@@ -28,44 +28,42 @@ class Counts:
     """Whether the guard has ended training."""
 
 
+@dataclass
 class Reporter:
-    """
-    Writes events into the log of events, values into that of SB3, warns, and prints.
+    """Writes events into the log of events, values into that of SB3, warns, and prints."""
 
-    :param model: The learner; None before there is one
-    :param log: The log of events
-    :param verbose: Largest level that is printed
-    :param evaluations: The run's evaluations, of which rl-zoo3's in ``-optimize`` know a trial
-    """
+    log: EventLog
+    verbose: int
+    learner: OffPolicyAlgorithm | None = None
+    evaluations: Sequence[EvalCallback] = ()
+    """Of which rl-zoo3's in ``-optimize`` know a trial."""
+    counts: Counts = field(default_factory=Counts)
 
-    def __init__(
-        self, model: OffPolicyAlgorithm | None, log: EventLog, verbose: int, evaluations: Sequence[EvalCallback] = ()
-    ) -> None:
-        self.log, self.counts = log, Counts()
-        self._model, self._verbose, self._evaluations = model, verbose, evaluations
+    @property
+    def model(self) -> OffPolicyAlgorithm:
+        assert self.learner is not None
+        return self.learner
 
     def event(self, kind: str, **details: Any) -> None:
-        assert self._model is not None
-        steps, updates = self._model.num_timesteps, self._model._n_updates
+        steps, updates = self.model.num_timesteps, self.model._n_updates
         place = {"timestep": steps, "episode": self.counts.episodes, "n_updates": updates}
         self.log.append({"event": kind, **place, "time": time.time(), **details})
 
     def record(self, **values: float | None) -> None:
-        assert self._model is not None
         for name, value in values.items():
-            self._model.logger.record(f"collapse/{name}", value)
+            self.model.logger.record(f"collapse/{name}", value)
 
     def warn(self, message: str) -> None:
         self.event("warning", message=message)
         warnings.warn(f"CollapseGuard: {message}", stacklevel=3)
 
     def say(self, message: str, level: int = 1) -> None:
-        if self._verbose >= level:
+        if self.verbose >= level:
             print(f"CollapseGuard: {message}")
 
     def tell_trial(self, is_watched: bool) -> None:
         """Write what has come of the run so far into Optuna's trial, if it is one."""
-        for evaluation in self._evaluations:
+        for evaluation in self.evaluations:
             trial: Any = getattr(evaluation, "trial", None)
             if trial is not None:
                 trial.set_user_attr("collapse_rollbacks", self.counts.rollbacks)
@@ -88,8 +86,9 @@ class Reporter:
         self.event("end", rollbacks=counts.rollbacks, alarms=counts.alarms, promotions=counts.promotions, signals=n_signals)
 
 
-def start_log(path: Path | None, resume: bool) -> EventLog:
+def start_log(folder: Path | None, resume: bool) -> EventLog:
     """The log of a run that begins or goes on; a damaged file is kept aside."""
+    path = None if folder is None else folder / EVENTS_FILE
     log = EventLog(path)
     try:
         log.start(resume)
