@@ -292,14 +292,13 @@ class CollapseGuard(BaseCallback):
         if saved is None:
             files.clear()
         self._tell_start([remedy.name for remedy in remedies], resumed=saved is not None)
-        self._signals = SignalMonitor(model)
         self._remedies = RemediesOfRun(remedies, model, brake, report)
         self._poisoned = PoisonedData(model, float(self._poisoned_weight), report)
         self._good = GoodStates(
             model, self._monitor, self._poisoned, files, report, self.keep_snapshots, self.promotion_episodes
         )
         objects = self._good, self._poisoned, self._remedies
-        signals = self._signals, self.secondary_alarms
+        signals = SignalMonitor(model), self.secondary_alarms
         self._watch = EpisodeWatch(
             model, self._monitor, *objects, *signals, report, evaluations, self.ratchet, self.update_reference
         )
@@ -312,8 +311,8 @@ class CollapseGuard(BaseCallback):
             if self._monitor.phase == "monitoring":
                 self._good.new_candidate()
             self._renew_after_stop()
-            counts = f"{self.rollbacks} rollbacks, {report.counts.episodes} episodes and {len(self._good.states)} snapshots"
-            report.say(f"goes on with {counts}.")
+            many = f"{self.rollbacks} rollbacks, {report.counts.episodes} episodes and {len(self._good.states)} snapshots"
+            report.say(f"goes on with {many}.")
         if self._monitor.phase in ("baseline", "unwatched") and not isinstance(self.baseline, str):
             self._watch.begin_monitoring(self.baseline, "given")
         self._keep_state()
@@ -396,7 +395,7 @@ class CollapseGuard(BaseCallback):
         self._on_rollout_start()
         # What the user does with the learner between two runs is not to be held back
         self._brake.remove()
-        self._report.tell_end(self._signals.n_measured, self._signals.n_asked, self.signal_freq)
+        self._report.tell_end(self._watch.signals, self.signal_freq)
         self._keep_state()
         if self._folder is not None:
             try:

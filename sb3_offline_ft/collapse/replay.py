@@ -12,27 +12,14 @@ ROW_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones"
 
 @dataclass(frozen=True)
 class ReplayMark:
-    """
-    A place in a replay buffer's ring.
-
-    :param pos: The row that is written next after the mark
-    :param full: Whether every row has been written by then
-    """
+    """A place in a replay buffer's ring: the row that is written next, and whether every row has been written by then."""
 
     pos: int
     full: bool
 
     @classmethod
     def here(cls, buffer: ReplayBuffer, ahead: int = 0) -> "ReplayMark":
-        """
-        Mark the end of what is in the buffer now.
-
-        :param buffer: The replay buffer
-        :param ahead: Rows (steps of all environments) that are not stored yet and belong before the mark: 1 in a callback's
-            ``on_step``, which SB3 calls before it stores the step
-        :return: The mark
-        :raises ValueError: ``ahead`` is negative
-        """
+        """The end of what is in the buffer now, and of as many rows more as are ``ahead`` and still to be stored."""
         if ahead < 0:
             raise ValueError(f"`ahead` must be at least 0, found {ahead}.")
         end = buffer.pos + ahead
@@ -40,13 +27,8 @@ class ReplayMark:
 
 
 def check_can_thin_out(buffer: ReplayBuffer) -> None:
-    """
-    Check that single rows can be taken out of a replay buffer.
-
-    :param buffer: The replay buffer
-    :raises ValueError: Its rows depend on one another
-    """
-    name, problem = type(buffer).__name__, None
+    """``ValueError`` if single rows cannot be taken out of a replay buffer, since its rows depend on one another."""
+    problem = None
     if isinstance(buffer, NStepReplayBuffer) or getattr(buffer, "needs_following_rows", False):
         problem = "its n-step returns, next actions or Monte-Carlo returns need the rows that follow"
     elif isinstance(buffer, HerReplayBuffer):
@@ -54,17 +36,14 @@ def check_can_thin_out(buffer: ReplayBuffer) -> None:
     elif buffer.optimize_memory_usage:
         problem = "with `optimize_memory_usage=True` a row's next observation is in the next row"
     elif type(buffer).add not in (ReplayBuffer.add, DictReplayBuffer.add):
-        extra = [
-            key
-            for key, value in vars(buffer).items()
-            if isinstance(value, np.ndarray) and value.shape[:2] == (buffer.buffer_size, buffer.n_envs)
-        ]
-        unknown = ", ".join(sorted(set(extra) - set(ROW_ARRAYS)))
+        arrays = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray)}
+        extra = {name for name, value in arrays.items() if value.shape[:2] == (buffer.buffer_size, buffer.n_envs)}
+        unknown = ", ".join(sorted(extra - set(ROW_ARRAYS)))
         problem = f"it has an `add` of its own and keeps more than SB3's arrays ({unknown})" if unknown else None
     if problem is not None:
         raise ValueError(
-            f"Rows cannot be taken out of a {name}, since {problem}: use weight 1, which keeps all (`poisoned_data='keep'` of "
-            "a CollapseGuard)."
+            f"Rows cannot be taken out of a {type(buffer).__name__}, since {problem}: use weight 1, which keeps all "
+            "(`poisoned_data='keep'` of a CollapseGuard)."
         )
 
 
@@ -78,11 +57,7 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
     Marks set since then lose their meaning. Rows that the next one does not follow any more are marked as cut, as by
     ``cut_episodes`` of our buffers: ``timeouts`` is 1 where ``dones`` is 0, which changes no batch of single steps.
 
-    :param buffer: The replay buffer
-    :param mark: Where the rows begin
-    :param added: Number of rows stored behind the mark, that is without those of ``ahead``
-    :param weight: From 0 (none is kept) to 1 (nothing is changed)
-    :param generator: Decides which rows are kept, and which are copied
+    :param added: Number of rows stored behind the mark, that is without those that were ``ahead``
     :return: Number of transitions (rows times environments) removed
     :raises ValueError: ``weight`` is out of range, the buffer's rows depend on one another, or the buffer is not where it
         would be after ``added`` rows; nothing is changed then
@@ -137,19 +112,12 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
 
 def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     """
-    Take the last stored row out of the way if it holds a non-finite number, which would spoil every batch it is drawn into.
-
-    It becomes a copy of the last finite row before; if there is none, and where rows depend on one another, its non-finite
-    numbers become 0.
-
-    :param buffer: The replay buffer
-    :return: Whether it did
+    If the last stored row holds a non-finite number, which would spoil every batch it is drawn into, make it a copy of the
+    last finite row before; if there is none, and where rows depend on one another, its non-finite numbers become 0. Tells
+    whether it held one.
     """
     last = (buffer.pos - 1) % buffer.buffer_size
-    arrays: list[np.ndarray] = []
-    for name in ROW_ARRAYS:
-        values = getattr(buffer, name, None)
-        arrays += values.values() if isinstance(values, dict) else [] if values is None else [values]
+    arrays = _row_arrays(buffer)
     places = [(array, last) for array in arrays]
     if buffer.optimize_memory_usage:
         # Where the next observation is
@@ -170,6 +138,11 @@ def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     return True
 
 
+def _row_arrays(buffer: ReplayBuffer) -> list[np.ndarray]:
+    found = (getattr(buffer, name) for name in ROW_ARRAYS if hasattr(buffer, name))
+    return [array for values in found for array in (values.values() if isinstance(values, dict) else (values,))]
+
+
 def _is_finite(arrays: list[np.ndarray], row: int) -> bool:
     return all(bool(np.isfinite(array[row]).all()) for array in arrays)
 
@@ -183,7 +156,5 @@ def _cut_after(buffer: ReplayBuffer, rows: np.ndarray) -> None:
 
 
 def _copy_rows(buffer: ReplayBuffer, sources: np.ndarray, targets: np.ndarray) -> None:
-    for name in ROW_ARRAYS:
-        values = getattr(buffer, name)
-        for array in values.values() if isinstance(values, dict) else (values,):
-            array[targets] = array[sources]
+    for array in _row_arrays(buffer):
+        array[targets] = array[sources]

@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse.events import EPISODES, EVENTS_FILE, EventLog
+from sb3_offline_ft.collapse.signals import SignalMonitor
 from sb3_offline_ft.common.callbacks import find_callbacks
 
 
@@ -70,20 +71,20 @@ class Reporter:
                 trial.set_user_attr("collapse_alarms", self.counts.alarms)
                 trial.set_user_attr("collapse_watched", is_watched)
 
-    def tell_end(self, n_signals: int, n_asked: int, signal_freq: int) -> None:
+    def tell_end(self, signals: SignalMonitor, signal_freq: int) -> None:
         """Write the last event, and before it what was not done although it was asked for."""
         messages = []
-        if n_signals == 0 and signal_freq > 0:
+        if signals.n_measured == 0 and signal_freq > 0:
             short = f": `signal_freq={signal_freq}` is longer than the run."
-            scarce = f", {n_asked} times for want of rows in the replay buffer."
-            messages.append("No signal was measured" + (scarce if n_asked else short))
+            scarce = f", {signals.n_asked} times for want of rows in the replay buffer."
+            messages.append("No signal was measured" + (scarce if signals.n_asked else short))
         if all(event.get("phase", "monitoring") != "monitoring" for event in self.log.events if event["event"] in EPISODES):
             messages.append("No episode was compared with a baseline: the run ended before one, or there is no baseline.")
         for message in messages:
             self.event("warning", message=message)
             self.say(message)
-        counts = self.counts
-        self.event("end", rollbacks=counts.rollbacks, alarms=counts.alarms, promotions=counts.promotions, signals=n_signals)
+        counts = {name: getattr(self.counts, name) for name in ("rollbacks", "alarms", "promotions")}
+        self.event("end", **counts, signals=signals.n_measured)
 
 
 def start_log(folder: Path | None, resume: bool) -> EventLog:
