@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 POISONED_DATA = {"keep": 1.0, "drop": 0.0}
 SETTINGS = (
-    "tolerance", "random_return", "promotion_episodes", "keep_snapshots", "ratchet", "max_rollbacks", "after_max_rollbacks",
-    "remedies", "poisoned_data", "secondary_alarms", "signal_freq", "update_reference", "save_snapshots",
-)  # fmt: skip
+    "tolerance random_return promotion_episodes keep_snapshots ratchet max_rollbacks after_max_rollbacks remedies "
+    "poisoned_data secondary_alarms signal_freq update_reference save_snapshots"
+).split()
 """What the log tells of the settings."""
 
 
@@ -195,16 +195,13 @@ class CollapseGuard(BaseCallback):
     rollbacks = property(lambda self: self._report.counts.rollbacks, doc="Number of rollbacks in the run.")
     promotions = property(lambda self: self._report.counts.promotions, doc="Number of promotions in the run.")
     undone_updates = property(lambda self: self._report.counts.undone_updates, doc="Gradient steps that rollbacks undid.")
+    last_good = property(lambda self: self._good.newest.snapshot, doc="The newest good state, a :class:`LearnerSnapshot`.")
+    brake_facts = property(lambda self: self._brake.facts, doc="How the policy is slowed, confined and held now.")
 
     @property
     def detector(self) -> Detector:
         """The detector in use."""
         return self._monitor.detector
-
-    @property
-    def brake_facts(self) -> dict[str, Any]:
-        """How the policy is slowed, held and confined now: the factor of its learning rate, its radius, whether it stays."""
-        return self._brake.facts
 
     def use_default_path(self, path: str | Path) -> None:
         """
