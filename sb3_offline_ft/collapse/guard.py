@@ -12,18 +12,17 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse.brake import PolicyBrake
 from sb3_offline_ft.collapse.detectors import Alarm, Detector, make_detector
+from sb3_offline_ft.collapse.episodes import EpisodeWatch
 from sb3_offline_ft.collapse.events import Event, EventLog
 from sb3_offline_ft.collapse.good_states import GoodStates, SnapshotFiles
 from sb3_offline_ft.collapse.interventions import ENDINGS, Interventions
 from sb3_offline_ft.collapse.learner import is_pretraining
 from sb3_offline_ft.collapse.monitor import EpisodeMonitor
-from sb3_offline_ft.collapse.poisoned import PoisonedData
+from sb3_offline_ft.collapse.poisoned import PoisonedData, check_can_thin_out
 from sb3_offline_ft.collapse.remedies import DEFAULT_REMEDIES, RemediesOfRun, Remedy, applicable, make_remedies
-from sb3_offline_ft.collapse.replay import check_can_thin_out
 from sb3_offline_ft.collapse.reporting import Reporter, run_folder, start_log
 from sb3_offline_ft.collapse.signals import SignalMonitor
 from sb3_offline_ft.collapse.state import SavedRun
-from sb3_offline_ft.collapse.watch import EpisodeWatch
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.suggestions import suggestion

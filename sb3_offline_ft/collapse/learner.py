@@ -1,7 +1,7 @@
 """What learners may have beyond SB3's: read off them by name, since the guard knows no algorithm of this package."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -11,24 +11,12 @@ from torch import nn
 PolicyState = Mapping[str, th.Tensor]
 
 
-class LearnedWeights(Protocol):
-    """The weights that gradient steps change, where the policy that acts is an average of them."""
-
-    values: dict[str, th.Tensor]
-
-    def undo_step(self, actor: Any) -> None:
-        """Leave these weights and the average as they were before the step."""
-
-    def call_afterwards(self, act: Callable[[], None]) -> None:
-        """Call something when the actor has its new average."""
-
-
 def is_pretraining(model: OffPolicyAlgorithm) -> bool:
     return bool(getattr(model, "_pretraining", False))
 
 
-def learned_weights(model: OffPolicyAlgorithm) -> LearnedWeights | None:
-    """What the actor has during a step in place of the average that acts; None if it acts itself."""
+def learned_weights(model: OffPolicyAlgorithm) -> Any:
+    """What an actor has during a step in place of the average that acts (``LearnedWeights``); None if it acts itself."""
     learned: Any = getattr(model, "_learned_weights", None)
     return learned if learned is not None and learned.average else None
 
@@ -59,11 +47,7 @@ def move_reference(model: Any, policy_state: PolicyState) -> None:
 
 
 def policy_network(model: OffPolicyAlgorithm) -> tuple[str, nn.Module, th.optim.Optimizer]:
-    """
-    :param model: The learner
-    :return: Name, within the policy, of the network that chooses actions; the network; and what optimizes it
-    :raises ValueError: There is none that is known
-    """
+    """Name, within the policy, of the network that chooses actions; the network; and what optimizes it."""
     policy: Any = model.policy
     name = next((name for name in ("actor", "quantile_net", "q_net") if hasattr(policy, name)), None)
     if name is None:

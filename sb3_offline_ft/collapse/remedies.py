@@ -300,18 +300,15 @@ class RemediesOfRun:
 
 
 def applicable(remedies: Sequence[Remedy], model: OffPolicyAlgorithm, required: bool) -> list[Remedy]:
-    """
-    :param remedies: Remedies
-    :param model: The learner
-    :param required: Whether one that cannot be applied to it is an error, and not left out
-    :return: Those that can be applied to it
-    :raises ValueError: One cannot be applied
-    """
-    problems = {remedy: remedy.problem(model) for remedy in remedies}
-    for remedy, problem in problems.items():
-        if required and problem is not None:
+    """Those of the remedies that can be applied to a learner; ``ValueError`` if all are required and one cannot."""
+    found = []
+    for remedy in remedies:
+        problem = remedy.problem(model)
+        if problem is None:
+            found.append(remedy)
+        elif required:
             raise ValueError(f"The remedy {remedy.name!r} cannot be applied: {problem}. Leave it out of `remedies`.")
-    return [remedy for remedy in remedies if problems[remedy] is None]
+    return found
 
 
 def _described(settings: Settings) -> str:
