@@ -172,8 +172,7 @@ class EpisodeWatch:
                 self.good.renew_first()
         self._tell_episode("episode", finished.total, phase, length=finished.length)
         if self.monitor.phase == "monitoring":
-            level = {"statistic": self.monitor.statistic, "threshold": self.monitor.threshold}
-            self.report.record(**level, baseline_mean=self.monitor.summary["mean"])
+            self.report.record(**self.monitor.level, baseline_mean=self.monitor.summary["mean"])
         return alarm
 
     def _take_evaluations(self) -> Alarm | None:
@@ -195,8 +194,7 @@ class EpisodeWatch:
                 yield from np.ravel(returns).tolist()
 
     def _tell_episode(self, kind: str, total: float, phase: str, **details: int) -> None:
-        level = {"statistic": self.monitor.statistic, "threshold": self.monitor.threshold}
-        self.report.event(kind, **{"return": total}, **details, **level, phase=phase)
+        self.report.event(kind, **{"return": total}, **details, **self.monitor.level, phase=phase)
 
     def _take(self, episode: Any, total: float, index: int = 0) -> tuple[Alarm | None, str]:
         """Take an episode that counts into account; tells what it was."""
@@ -253,7 +251,8 @@ class EpisodeWatch:
         """Begin a monitoring period with a baseline; ``ValueError`` if it cannot be one."""
         self.monitor.begin(reference)
         facts, needed = self.monitor.summary, self.monitor.episodes_to_alarm()
-        self.report.event("baseline", source=source, threshold=self.monitor.threshold, episodes_to_alarm=needed, **facts)
+        threshold = self.monitor.detector.threshold
+        self.report.event("baseline", source=source, threshold=threshold, episodes_to_alarm=needed, **facts)
         soon = "not be noticed within 200" if needed is None else f"be noticed after {needed}"
         self.report.say(
             f"baseline of {facts['n']} episodes ({source}): mean return {facts['mean']:.1f}, "

@@ -65,12 +65,10 @@ class EpisodeMonitor:
         self._set_reference(list(reference))
 
     @property
-    def statistic(self) -> float | None:
-        return self.detector.statistic if self.phase == "monitoring" else None
-
-    @property
-    def threshold(self) -> float | None:
-        return self.detector.threshold if self.phase == "monitoring" else None
+    def level(self) -> dict[str, float | None]:
+        """Statistic and threshold, while episodes are monitored."""
+        is_monitoring, detector = self.phase == "monitoring", self.detector
+        return {name: getattr(detector, name) if is_monitoring else None for name in ("statistic", "threshold")}
 
     def _credited(self, episode: Any) -> Any:
         if not self.needs_rewards:
