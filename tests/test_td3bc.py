@@ -10,6 +10,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
+from sb3_offline_ft.datasets import scale_actions
 
 SMALL = {"net_arch": [16, 16]}
 PLAIN = {"net_arch": [16, 16], "layer_norm": False}
@@ -139,7 +140,7 @@ def test_infinite_alpha_is_td3_to_the_bit(algorithm, settings, tmp_path):
     data = ours.offline_dataset
     buffer = ReplayBuffer(len(data), theirs.observation_space, theirs.action_space, "cpu")
     buffer.observations[:, 0], buffer.next_observations[:, 0] = data.observations, data.next_observations
-    buffer.actions[:, 0], buffer.rewards[:, 0] = ours.replay_buffer._offline_actions, data.rewards
+    buffer.actions[:, 0], buffer.rewards[:, 0] = scale_actions(data.actions, ours.action_space), data.rewards
     buffer.dones[:, 0], buffer.timeouts[:, 0], buffer.full = data.terminations | data.truncations, data.truncations, True
     theirs.replay_buffer = buffer
 

@@ -1,6 +1,5 @@
 """Checks of what users pass."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable
@@ -8,6 +7,8 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+
+from sb3_offline_ft.common.suggestions import hint
 
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
@@ -76,8 +77,5 @@ def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: 
     """
     known = constructor_arguments(cls).keys() - set(excluded)
     for name in keywords:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sorted(known))}."
-        raise TypeError(f"{function} got an unknown keyword {name!r}: {hint}")
+        if name not in known:
+            raise TypeError(f"{function} got an unknown keyword {name!r}: {hint(name, known)}")

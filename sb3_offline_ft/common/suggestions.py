@@ -16,11 +16,21 @@ def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
     return [plain[each] for each in near]
 
 
+def hint(name: str, known: Collection[str]) -> str:
+    """
+    :param name: What was written
+    :param known: What can be meant
+    :return: The end of a sentence: the nearest known names, or all of them
+    """
+    near = nearest(name, known, 3)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sorted(known))}."
+
+
 def suggestion(name: str, known: Collection[str]) -> str:
     """
     :param name: What was written
     :param known: What can be meant
-    :return: A sentence with the nearest known names, or all of them
+    :return: A sentence of its own: the nearest known names, or all of them
     """
-    near = nearest(name, known, 3)
-    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known are {', '.join(sorted(known))}."
+    found = hint(name, known)
+    return found[0].upper() + found[1:]

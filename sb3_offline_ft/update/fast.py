@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch as th
 from stable_baselines3.td3.policies import TD3Policy
 
-from sb3_offline_ft.policies.policies import NormalizedFlattenExtractor
+from sb3_offline_ft.policies.layers import NormalizedFlattenExtractor
 from sb3_offline_ft.update.adam import FlatAdam
 from sb3_offline_ft.update.kernel import ActorLoss, ActorObjective, Batch, UpdateKernel, actor_value_of, batches_of
 from sb3_offline_ft.update.mlp import MlpPass, Scratch, layer_tensors
@@ -25,14 +25,10 @@ from sb3_offline_ft.update.products import choose_products
 
 
 class _Inputs:
-    """
-    What the networks are given: features with actions behind them, of the observations and of the next ones.
-
-    :param memory: Memory of both, shape ``(2, n_rows, n_features + action_dim)``
-    :param n_features: Number of features
-    """
+    """What the networks are given: features with actions behind them, of the observations and of the next ones."""
 
     def __init__(self, memory: th.Tensor, n_features: int) -> None:
+        # ``(2, n_rows, n_features + action_dim)``
         self.input, self.next_input = memory.unbind()
         self.features, self.next_features = memory[:, :, :n_features].unbind()
         self.actions, self.next_actions = memory[:, :, n_features:].unbind()

@@ -68,11 +68,7 @@ an :class:`ActorObjective`, or a scalar built of differentiable operations on th
 
 
 def batches_of(rows: Batch, batch_size: int) -> Iterator[Batch]:
-    """
-    :param rows: Several batches in one, batch after batch
-    :param batch_size: Number of rows in each
-    :return: Each batch; views, not copies
-    """
+    """Go through batches that are one after the other in ``rows``; they are views."""
     n_rows = len(rows.actions)
     if n_rows == batch_size:
         yield rows
@@ -89,18 +85,12 @@ def _part_of(column: Column, part: slice) -> Column:
 
 
 def actor_value_of(policy: TD3Policy) -> str:
-    """
-    :param policy: A policy, which may be SB3's
-    :return: Which value its actor maximises: that of the ``"first"`` critic, the ``"mean"`` or the ``"min"`` of all
-    """
+    """Which value the actor of a policy, which may be SB3's, maximises."""
     return getattr(policy, "actor_value", "first")
 
 
 def target_critics_of(policy: TD3Policy) -> int:
-    """
-    :param policy: A policy, which may be SB3's
-    :return: Number of target critics whose minimum is the critics' target
-    """
+    """Number of target critics of a policy, which may be SB3's, whose minimum is the critics' target."""
     chosen = getattr(policy, "target_critics", None)
     return len(policy.critic_target.q_networks) if chosen is None else chosen
 

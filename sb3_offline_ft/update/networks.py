@@ -13,7 +13,8 @@ from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sb3_offline_ft.policies.policies import LayerNormContinuousCritic, NormalizedFlattenExtractor
+from sb3_offline_ft.policies.layers import NormalizedFlattenExtractor
+from sb3_offline_ft.policies.policies import LayerNormContinuousCritic
 
 ALIGNMENT = 16
 """Numbers to whose multiples the layers' parameters are aligned: 64 bytes, a cache line."""
@@ -53,10 +54,7 @@ class Layer:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """
-    :param module: A module
-    :return: Whether calling it does nothing but its class's ``forward``
-    """
+    """Whether calling a module does nothing but its class's ``forward``."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooked and module.__dict__.keys().isdisjoint(REPLACEABLE)
 
@@ -65,9 +63,8 @@ def read_layers(networks: Sequence[nn.Module], what: str) -> tuple[Layer, ...]:
     """
     Read MLPs of one shape, such as the critics of an ensemble, layer by layer.
 
-    :param networks: The networks, each a ``Sequential``
+    :param networks: The networks
     :param what: What they are, for messages
-    :return: Their layers
     :raises NotSupportedError: They are something else
     """
     for network in networks:
@@ -127,10 +124,7 @@ class PolicyNetworks:
 
 
 def networks_of(policy: TD3Policy) -> tuple[Actor, Actor, ContinuousCritic, ContinuousCritic]:
-    """
-    :param policy: A policy
-    :return: Its networks: actor, target actor, critic, target critic
-    """
+    """Actor, target actor, critic and target critic."""
     return policy.actor, policy.actor_target, policy.critic, policy.critic_target
 
 
@@ -138,8 +132,6 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
     """
     Read a policy's networks.
 
-    :param policy: The policy
-    :return: Its layers
     :raises NotSupportedError: It has others than MLPs on flat observations, or somebody changed what calling them does
     """
     space = policy.observation_space
@@ -180,10 +172,7 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
 
 
 def check_trainable(parameters: Iterable[th.Tensor]) -> None:
-    """
-    :param parameters: Parameters
-    :raises NotSupportedError: One is frozen, or has hooks on its gradient
-    """
+    """Raise :class:`NotSupportedError` if a parameter is frozen, or has hooks on its gradient."""
     for parameter in parameters:
         if not parameter.requires_grad:
             raise NotSupportedError("a parameter is frozen (`requires_grad=False`)")
@@ -196,8 +185,6 @@ class ModuleWatch:
     Notices whether somebody has changed modules: hooks, replaced children or parameters, replaced methods.
 
     It takes a few microseconds, since the dictionaries of the modules are looked at without calling Python code for each.
-
-    :param modules: The modules, unchanged so far
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -238,9 +225,7 @@ class FlatParameters:
     """
     Parameters of networks in one piece of memory, in which they stay the same objects with the same values.
 
-    One operation then works on all of them, and parameters of an ensemble form one tensor.
-
-    :param layers: The layers of the networks
+    One operation then works on all of them.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -281,15 +266,10 @@ class FlatParameters:
                     parameter.data = view
 
     def zeros(self) -> th.Tensor:
-        """
-        :return: New memory of the same layout
-        """
+        """New memory of the same layout."""
         first = self.parameters[0]
         return th.zeros(self.size, dtype=first.dtype, device=first.device)
 
     def views(self, memory: th.Tensor) -> list[th.Tensor]:
-        """
-        :param memory: Memory of this layout
-        :return: The part of each parameter
-        """
+        """The part of each parameter in memory of this layout."""
         return [memory[start : start + shape.numel()].view(shape) for start, shape in self._places]
