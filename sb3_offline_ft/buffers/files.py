@@ -33,7 +33,7 @@ def read_arrays(file: File) -> tuple[dict[str, Any], dict[str, Array]]:
     :return: Facts and arrays that :func:`write_arrays` wrote
     :raises ValueError: The file is another one
     """
-    with naming_damage(file, KIND):  # type: ignore[arg-type]  # a stream has a name for people too
+    with naming_damage(file, KIND):
         # Opened here, since NumPy leaves a damaged file open
         stream = open(file, "rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
         with stream as opened, np.load(opened, allow_pickle=False) as content:

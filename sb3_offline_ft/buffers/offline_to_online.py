@@ -445,7 +445,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         """
         facts, arrays = read_arrays(path)
         check_facts(facts, facts_of(self), str(path))
-        with naming_damage(path, KIND):  # type: ignore[arg-type]  # a stream has a name for people too
+        with naming_damage(path, KIND):
             columns = {name: arrays[name] for name in ring_columns(self)}
             check_columns(columns, self, str(path))
             place = int(facts["pos"]), bool(facts["full"]), int(facts["buffer_size"])

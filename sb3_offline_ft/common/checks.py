@@ -20,7 +20,6 @@ def whole_number(value: Any, name: str, least: int = 0) -> int:
     :param value: The number
     :param name: Its name, for the message
     :param least: Smallest value allowed
-    :return: The number as an int
     :raises ValueError: It is not a whole number, or too small
     """
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
@@ -33,9 +32,6 @@ def number_pair(value: Any, name: str) -> tuple[float, float]:
     """
     Check a pair of numbers; YAML files and saved models write it as a list.
 
-    :param value: The pair
-    :param name: Its name, for the message
-    :return: The pair
     :raises ValueError: It is something else, or a number is not finite
     """
     pair = tuple(value) if isinstance(value, list | tuple | np.ndarray) else ()
