@@ -10,10 +10,10 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
+from sb3_offline_ft.common.observations import take_rows
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples
 
 Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
-Column = th.Tensor | dict[str, th.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,7 @@ def batches_of(rows: Batch, batch_size: int) -> Iterator[Batch]:
         return
     for start in range(0, n_rows, batch_size):
         part = slice(start, start + batch_size)
-        yield type(rows)(*(_part_of(column, part) for column in rows))  # type: ignore[arg-type]
-
-
-def _part_of(column: Column, part: slice) -> Column:
-    if isinstance(column, dict):
-        return {key: values[part] for key, values in column.items()}
-    return None if column is None else column[part]
+        yield type(rows)(*(None if column is None else take_rows(column, part) for column in rows))  # type: ignore[arg-type]
 
 
 def actor_value_of(policy: TD3Policy) -> str:

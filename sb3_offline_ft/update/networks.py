@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
@@ -53,10 +54,14 @@ class Layer:
         return groups
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What calling a module, or going back through it, calls besides its methods."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module does nothing but its class's ``forward``."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and module.__dict__.keys().isdisjoint(REPLACEABLE)
+    return not any(hooks_of(module)) and module.__dict__.keys().isdisjoint(REPLACEABLE)
 
 
 def read_layers(networks: Sequence[nn.Module], what: str) -> tuple[Layer, ...]:
@@ -108,19 +113,13 @@ def _read_layers(columns: list[list[nn.Module]], what: str) -> Iterable[Layer]:
         yield Layer(linears, norms, activation)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class PolicyNetworks:
-    """The networks of a TD3 policy, read."""
+class PolicyNetworks(NamedTuple):
+    """The layers of the networks of a TD3 policy."""
 
     actor: tuple[Layer, ...]
     actor_target: tuple[Layer, ...]
     critic: tuple[Layer, ...]
     critic_target: tuple[Layer, ...]
-
-    @property
-    def all_layers(self) -> list[tuple[Layer, ...]]:
-        """The layers of each network."""
-        return [self.actor, self.actor_target, self.critic, self.critic_target]
 
 
 def networks_of(policy: TD3Policy) -> tuple[Actor, Actor, ContinuousCritic, ContinuousCritic]:
@@ -159,7 +158,7 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
     )
     if any(p.is_shared() for p in policy.parameters() if p.device.type == "cpu"):  # type: ignore[no-untyped-call]
         raise NotSupportedError("parameters are in memory that is shared between processes, from which they would be moved")
-    addresses = [p.data_ptr() for layers in networks.all_layers for layer in layers for g in layer.parameter_groups for p in g]
+    addresses = [p.data_ptr() for layers in networks for layer in layers for g in layer.parameter_groups for p in g]
     if len(set(addresses)) != len(addresses):
         raise NotSupportedError("layers share parameters")
     for live, target in ((networks.actor, networks.actor_target), (networks.critic, networks.critic_target)):
@@ -189,16 +188,7 @@ class ModuleWatch:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        self._hooks = [
-            hooks
-            for module in modules
-            for hooks in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ]
+        self._hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self._modules = modules
         self._attributes = [module.__dict__ for module in modules]
         self._containers = [
