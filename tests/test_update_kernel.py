@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3, ReBRAC
-from sb3_offline_ft.update import ActorObjective, AutogradKernel, FastKernel
+from sb3_offline_ft.update import ActorObjective, AutogradKernel, FastKernel, UpdateKernel
 from sb3_offline_ft.update.products import choose_products
 from tests.kernels import (
     DEVICES,
@@ -37,6 +37,16 @@ from tests.kernels import (
 )
 
 KERNELS = {"fast": FastKernel, "autograd": AutogradKernel}
+
+
+def kernel_for(model: OfflineTD3, name: str) -> UpdateKernel:
+    """A kernel of the test's own, ready for the next gradient step, for a learner whose data is loaded."""
+    model.load_offline_data()
+    kernel = KERNELS[name](model.policy)
+    if isinstance(kernel, FastKernel):
+        kernel.prepare()
+    return kernel
+
 
 # Agreement
 
@@ -244,7 +254,7 @@ def test_critics_that_agree_share_the_gradient_of_the_actor(actor_value: str) ->
                 critic.load_state_dict(critics[1].state_dict())
             for critic in (critics[0], critics[3]):
                 critic[-1].bias.add_(10.0)
-        kernel = KERNELS[model.kernel](model.policy)
+        kernel = kernel_for(model, model.kernel)
         next(kernel.batches(model.replay_buffer.sample(32), 32))
         kernel.update_actor(lambda actions, q_values: ActorObjective())
         gradients.append({name: value.grad.double().clone() for name, value in model.actor.named_parameters()})
@@ -267,11 +277,10 @@ def test_with_steps_of_different_discounts_and_further_columns_the_kernels_agree
 @pytest.mark.parametrize("name", KERNELS)
 def test_all_columns_are_cut_into_batches(name: str) -> None:
     model = make(n_steps=3)
-    model.load_offline_data()
-    buffer = model.replay_buffer
+    kernel, buffer = kernel_for(model, name), model.replay_buffer
     buffer.require(next_actions=True)
     rows = buffer.sample(48)._replace(returns=th.randn(48, 1))
-    batches = list(KERNELS[name](model.policy).batches(rows, 16))
+    batches = list(kernel.batches(rows, 16))
     assert len(batches) == 3 and all(batch.has_returns is None for batch in batches)
     for column, values in rows._asdict().items():
         assert values is None or th.equal(th.cat([getattr(batch, column) for batch in batches]), values), column
@@ -280,8 +289,7 @@ def test_all_columns_are_cut_into_batches(name: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_actions_of_the_next_values_are_told(name: str) -> None:
     model = make()
-    model.load_offline_data()
-    kernel = KERNELS[name](model.policy)
+    kernel = kernel_for(model, name)
     batch = next(kernel.batches(model.replay_buffer.sample(16), 16))
     noise = th.linspace(-3, 3, 16)[:, None]
     values = kernel.next_q_values(noise, th.tensor([1]))

@@ -152,6 +152,7 @@ def test_padding_between_layers_stays_zero() -> None:
     model = make(policy_kwargs={**SMALL, "optimizer_kwargs": {"weight_decay": 0.1}})
     model.load_offline_data()
     kernel = FastKernel(model.policy)
+    kernel.prepare()
     for _ in kernel.batches(model.replay_buffer.sample_batches(6, 16), 16):
         kernel.update_critics(th.ones(16, 1))
         kernel.update_actor(lambda actions, q_values: ActorObjective())
@@ -169,6 +170,7 @@ def test_the_critics_loss_is_that_of_the_batch() -> None:
     model = make()
     model.load_offline_data()
     kernel = FastKernel(model.policy)
+    kernel.prepare()
     batch = next(kernel.batches(model.replay_buffer.sample(16), 16))
     direct = model.critic(batch.observations, batch.actions)
     losses = [float(((values.detach() - 1) ** 2).mean()) for values in direct]
