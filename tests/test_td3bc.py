@@ -1,5 +1,6 @@
 """TD3BC: its update is the paper's, and its limits are TD3 and behavior cloning."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -144,23 +145,13 @@ def test_infinite_alpha_is_td3_to_the_bit(algorithm, settings, tmp_path):
     buffer.dones[:, 0], buffer.timeouts[:, 0], buffer.full = data.terminations | data.truncations, data.truncations, True
     theirs.replay_buffer = buffer
 
-    rows = np.random.default_rng(0).integers(0, len(data), size=(20, 256))
-    chosen = iter(rows)
+    generator = np.random.default_rng()
+    generator.bit_generator.state = json.loads(ours.replay_buffer.get_sampler_state())
+    chosen = iter(generator.integers(0, len(data), size=(20, 256)))
     buffer.sample = lambda batch_size, env=None: buffer._get_samples(next(chosen))
     theirs_noise = th.random.get_rng_state()
     theirs.train(20, 256)
 
-    ours_chosen = iter(rows)
-
-    class Generator:
-        bit_generator = np.random.default_rng(0).bit_generator
-
-        def integers(self, low, high, size):
-            chosen = np.concatenate([next(ours_chosen) for _ in range(size // 256)])
-            assert len(chosen) == size
-            return chosen
-
-    ours.replay_buffer._offline_generator = Generator()
     ours._noise_generator.set_state(theirs_noise)
     ours.pretrain(20)
     for name, parameter in theirs.policy.named_parameters():
