@@ -174,11 +174,12 @@ def test_the_online_part_may_become_empty_beside_offline_data():
     for number in range(5):
         row = np.full((1, 3), number / 10, np.float32)
         buffer.add(row, row, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
-    # All rows, of which batches show only some
-    offline = buffer._offline_actions.copy()
+    position = buffer.sampler_position()
+    offline = buffer.sample(len(dataset), offline_fraction=1.0).actions
     assert thin_out_since(buffer, mark, 5, 0.0, np.random.default_rng(0)) == 5
     assert (buffer.online_size, buffer.pos) == (0, 0)
-    np.testing.assert_array_equal(buffer._offline_actions, offline)
+    buffer.rewind(position)
+    np.testing.assert_array_equal(buffer.sample(len(dataset)).actions, offline)
     assert buffer.sample(8).is_offline.all()
 
 

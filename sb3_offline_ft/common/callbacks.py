@@ -31,10 +31,7 @@ CallbackType = TypeVar("CallbackType", bound=BaseCallback)
 
 
 def as_list(callback: MaybeCallback) -> list[BaseCallback]:
-    """
-    :param callback: What ``learn`` accepts: None, a function, a callback or a list of callbacks
-    :return: A new list of callbacks
-    """
+    """A new list of the callbacks of whatever ``learn`` accepts."""
     if callback is None:
         return []
     if isinstance(callback, list):
@@ -43,13 +40,7 @@ def as_list(callback: MaybeCallback) -> list[BaseCallback]:
 
 
 def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> Iterator[CallbackType]:
-    """
-    Find the callbacks of a kind, in lists and as children of others.
-
-    :param callback: Where to look
-    :param kind: The class to look for
-    :return: The callbacks, outer ones first
-    """
+    """Find the callbacks of a kind, in lists and as children of others; outer ones first."""
     if callback is None:
         return
     if isinstance(callback, kind):
@@ -111,10 +102,7 @@ def telling_of_episodes() -> Iterator[None]:
 
 
 def check_needs_no_episodes(callback: MaybeCallback) -> None:
-    """
-    :param callback: What ``pretrain`` was given
-    :raises NoEpisodesError: It counts episodes
-    """
+    """Raise :class:`NoEpisodesError` if a callback that ``pretrain`` was given counts episodes."""
     for given in as_list(callback):
         for found in find_callbacks(given, StopTrainingOnMaxEpisodes) if isinstance(given, BaseCallback) else ():
             raise NoEpisodesError(f"{type(found).__name__} counts episodes, but {NO_EPISODES}")
@@ -147,9 +135,6 @@ def progress_bar(total: int, description: str) -> Any:
     """
     A progress bar that looks like SB3's own.
 
-    :param total: Number of steps
-    :param description: What it counts
-    :return: The bar
     :raises ImportError: tqdm or rich is missing
     """
     # SB3 chooses tqdm.rich and silences its warning there
