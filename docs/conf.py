@@ -1,6 +1,5 @@
 """Configuration of the documentation; ``make docs`` builds it, and a warning is an error there."""
 
-import inspect
 import shutil
 from pathlib import Path
 
@@ -22,13 +21,6 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 # Sphinx reads files below this folder only
 shutil.copyfile(DOCS.parent / "examples" / "pretrain_finetune.ipynb", DOCS / "pretrain_finetune.ipynb")
-
-# A class with a __new__(*args, **kwargs) of its own is shown with the arguments of its constructor
-for name in sb3_offline_ft.__all__:
-    public = getattr(sb3_offline_ft, name)
-    if isinstance(public, type) and public.__new__ is not object.__new__:
-        first, *arguments = inspect.signature(public.__init__).parameters.values()
-        public.__signature__ = inspect.Signature(arguments)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

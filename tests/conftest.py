@@ -22,9 +22,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 def draw_batch(model: OfflineTD3, batch_size: int) -> Batch:
     """Draws a batch and makes it the one that the model's next update works on, as ``train`` does."""
-    model._kernel = model._choose_kernel()
-    ((rows, n_rows),) = model._sample_rows(1, batch_size)
-    return next(model._kernel.batches(rows, n_rows))
+    return model.draw_batch(batch_size)
 
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]

@@ -94,7 +94,7 @@ def assert_identical(first: TD3, second: TD3) -> None:
 
 def kernel_of(model: OfflineTD3) -> UpdateKernel:
     """What did the last gradient steps is for nobody to depend on, and has no public name."""
-    return model._kernel
+    return model.updater.kernel
 
 
 def is_fast(model: OfflineTD3) -> bool:

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot, OfflineDataset, load_dataset
 from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
 from sb3_offline_ft.update import ActorObjective
-from tests.conftest import draw_batch
+from tests import hooks
 from tests.learning import p_value_of_no_better_than_random
 
 DATASET = "bundled:pendulum-medium"
@@ -43,7 +43,7 @@ class Episodes(BaseCallback):
         self.weights: list[float] = []
 
     def _on_step(self) -> bool:
-        controller = self.model._adaptive_weight  # type: ignore[attr-defined]
+        controller = self.model.adaptive_weight  # type: ignore[attr-defined]
         self.weights.append(controller.weight)
         for info in self.locals["infos"]:
             if "episode" in info:
@@ -93,9 +93,9 @@ def test_the_weight_follows_the_training_episodes(n_envs: int) -> None:
         change = length * (7.5e-5 * (score - 1.05) + 2.5e-4 * max(0, score - current))
         weight = min(1, max(0, weight + change))
         average = 0.95 * average + 0.05 * episode_return
-    assert model._adaptive_weight is not None
-    assert model._adaptive_weight.weight == pytest.approx(weight) and weight < 1
-    assert model._adaptive_weight.average == pytest.approx(average)
+    assert model.adaptive_weight is not None
+    assert model.adaptive_weight.weight == pytest.approx(weight) and weight < 1
+    assert model.adaptive_weight.average == pytest.approx(average)
     assert record.weights[499] == 1
     # The last updates came after the last episode
     logged = model.logger.name_to_value
@@ -106,21 +106,21 @@ def test_the_weight_follows_the_training_episodes(n_envs: int) -> None:
 def test_the_weight_is_that_of_behavior_cloning() -> None:
     model = make(alpha=0.0)
     model.learn(0)
-    batch = draw_batch(model, 32)
+    batch = model.draw_batch(32)
     actions = model.actor(batch.observations).detach()
     distance = float(((actions - batch.actions) ** 2).mean())
-    assert model._adaptive_weight is not None
+    assert model.adaptive_weight is not None
     for weight in (1.0, 0.3, 0.0):
-        model._adaptive_weight.weight = weight
-        objective = model._actor_loss(batch, actions, th.ones(32, 1))
+        model.adaptive_weight.weight = weight
+        objective = hooks.objective(model, batch, actions, th.ones(32, 1))
         assert isinstance(objective, ActorObjective)
         assert float(objective.loss(actions, th.ones(32, 1)).detach()) == pytest.approx(weight * distance)
         # Offline the weight is 1 whatever happened online
-        model._pretraining = True
-        offline = model._actor_loss(batch, actions, th.ones(32, 1))
+        model.life_cycle.environment_steps = 0
+        offline = hooks.objective(model, batch, actions, th.ones(32, 1))
         assert isinstance(offline, ActorObjective)
         assert float(offline.loss(actions, th.ones(32, 1)).detach()) == pytest.approx(distance)
-        model._pretraining = False
+        model.life_cycle.environment_steps = None
 
 
 def test_without_a_warm_up_the_first_evaluation_is_the_first_average(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_without_a_warm_up_the_first_evaluation_is_the_first_average(tmp_path: P
     env = Monitor(gym.make("Pendulum-v1"))
     evaluation = EvalCallback(env, eval_freq=90, n_eval_episodes=2, log_path=str(tmp_path), verbose=0)
     model = make(dataset=without_scores(), train_freq=1, learning_rate=1e-2).learn(199, callback=evaluation)
-    controller, first = model._adaptive_weight, float(np.mean(evaluation.evaluations_results[0]))
+    controller, first = model.adaptive_weight, float(np.mean(evaluation.evaluations_results[0]))
     assert controller is not None and np.isnan(controller.average)
     assert len({float(np.mean(result)) for result in evaluation.evaluations_results}) == 3
     record = Episodes()
@@ -140,7 +140,7 @@ def test_without_a_warm_up_the_first_evaluation_is_the_first_average(tmp_path: P
 def test_without_both_it_is_the_first_episode() -> None:
     record = Episodes()
     model = make(dataset=without_scores()).learn(250, callback=record)
-    (_, first_return, _), controller = record.episodes[0], model._adaptive_weight
+    (_, first_return, _), controller = record.episodes[0], model.adaptive_weight
     assert controller is not None
     assert (controller.zero, controller.one) == (pytest.approx(2 * first_return), pytest.approx(first_return))
     assert controller.average == pytest.approx(first_return)
@@ -148,8 +148,8 @@ def test_without_both_it_is_the_first_episode() -> None:
 
 def test_units_that_are_given_come_first() -> None:
     model = make(adaptive_bc_returns=[-1600, -100]).learn(0)
-    assert model._adaptive_weight is not None
-    assert (model._adaptive_weight.zero, model._adaptive_weight.one) == (-1600, -100)
+    assert model.adaptive_weight is not None
+    assert (model.adaptive_weight.zero, model.adaptive_weight.one) == (-1600, -100)
     assert model.adaptive_bc_returns == (-1600, -100)
 
 
@@ -164,9 +164,9 @@ def test_a_return_of_0_is_no_unit() -> None:
 def test_a_return_that_is_not_finite_is_ignored(bad: float, is_frozen: bool) -> None:
     controller = AdaptiveWeight(1.05, (7.5e-5, 2.5e-4), unit=(0.0, 1000.0))
     for _ in range(2):
-        state = controller.get_state()
+        state = controller.state_dict()["adaptive_weight"]
         controller.observe(bad, 200, is_frozen)
-        assert np.array_equal(controller.get_state(), state, equal_nan=True)
+        assert np.array_equal(controller.state_dict()["adaptive_weight"], state, equal_nan=True)
         controller.observe(500.0, 200, is_frozen=False)
     assert 0 < controller.weight < 1 and controller.average == 500
 
@@ -198,28 +198,28 @@ def test_an_episode_that_ends_without_a_return_is_an_error() -> None:
 
 def test_a_run_that_is_saved_goes_on(tmp_path: Path) -> None:
     model = make(warmup_steps=200).learn(700)
-    assert model._adaptive_weight is not None and model._adaptive_weight.weight < 1
+    assert model.adaptive_weight is not None and model.adaptive_weight.weight < 1
     model.save(tmp_path / "model")
     loaded = TD3BC.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
-    state = model._adaptive_weight.get_state()
-    assert loaded._adaptive_weight is not None
-    assert np.array_equal(loaded._adaptive_weight.get_state(), state, equal_nan=True)
+    state = model.adaptive_weight.state_dict()["adaptive_weight"]
+    assert loaded.adaptive_weight is not None
+    assert np.array_equal(loaded.adaptive_weight.state_dict()["adaptive_weight"], state, equal_nan=True)
     loaded.learn(250, reset_num_timesteps=False)
-    assert loaded._adaptive_weight.weight != model._adaptive_weight.weight
+    assert loaded.adaptive_weight.weight != model.adaptive_weight.weight
     # A run of its own begins with the whole weight
     loaded.learn(0)
-    assert loaded._adaptive_weight.weight == 1 and np.isnan(loaded._adaptive_weight.average)
+    assert loaded.adaptive_weight.weight == 1 and np.isnan(loaded.adaptive_weight.average)
 
 
 def test_a_rollback_restores_the_weight() -> None:
     model = make(warmup_steps=200).learn(500)
-    controller = model._adaptive_weight
+    controller = model.adaptive_weight
     assert controller is not None
-    snapshot, state = LearnerSnapshot.take(model), controller.get_state()
+    snapshot, state = LearnerSnapshot.take(model), controller.state_dict()["adaptive_weight"]
     model.learn(600, reset_num_timesteps=False)
-    assert not np.array_equal(controller.get_state(), state)
+    assert not np.array_equal(controller.state_dict()["adaptive_weight"], state)
     snapshot.restore(model)
-    assert np.array_equal(controller.get_state(), state, equal_nan=True)
+    assert np.array_equal(controller.state_dict()["adaptive_weight"], state, equal_nan=True)
 
 
 def test_a_rollback_to_before_the_warm_up_keeps_what_was_measured_in_it() -> None:
@@ -238,7 +238,7 @@ def test_a_rollback_to_before_the_warm_up_keeps_what_was_measured_in_it() -> Non
 
     env = gym.make("Pendulum-v1", max_episode_steps=50)
     model = make(env, dataset=without_scores(), warmup_steps=500, train_freq=10).learn(900, callback=[guard, record, Spoil()])
-    controller = model._adaptive_weight
+    controller = model.adaptive_weight
     assert controller is not None and guard.rollbacks == 1
     (rollback,) = [event for event in guard.events if event["event"] == "rollback"]
     assert (rollback["to_timestep"], rollback["timestep"]) == (0, 630)
@@ -258,40 +258,40 @@ def test_a_rollback_to_before_the_warm_up_keeps_what_was_measured_in_it() -> Non
 @pytest.mark.parametrize("source", ["warm-up", "evaluation", "first episode"])
 def test_what_was_measured_is_not_replaced_by_what_was_unknown(source: str) -> None:
     controller = AdaptiveWeight(1.05, (7.5e-5, 2.5e-4))
-    first = controller.get_state()
+    first = controller.state_dict()["adaptive_weight"]
     if source == "warm-up":
         controller.observe(40.0, 100, is_frozen=True)
-        partial = controller.get_state()
+        partial = controller.state_dict()["adaptive_weight"]
         controller.observe(60.0, 100, is_frozen=True)
         # Still in the warm-up
         for state in (first, partial):
-            controller.set_state(state)
+            controller.load_state_dict({"adaptive_weight": state})
     elif source == "evaluation":
         controller.expect(50.0)
-        controller.set_state(first)
+        controller.load_state_dict({"adaptive_weight": first})
     for episode_return in (50.0, -300.0, -300.0):
         controller.observe(episode_return, 100, is_frozen=False)
     assert controller.average < 30
-    later = controller.get_state()
-    controller.set_state(first)
+    later = controller.state_dict()["adaptive_weight"]
+    controller.load_state_dict({"adaptive_weight": first})
     assert (controller.weight, controller.average, controller.zero, controller.one) == (1, 50, 0, 50)
     controller.observe(-300.0, 100, is_frozen=False)
     assert (controller.zero, controller.one) == (0, 50)
     # What was known then is that of then
-    controller.set_state(later)
-    assert np.array_equal(controller.get_state(), later, equal_nan=True)
+    controller.load_state_dict({"adaptive_weight": later})
+    assert np.array_equal(controller.state_dict()["adaptive_weight"], later, equal_nan=True)
     # A controller that knows nothing takes over all there is
     fresh = AdaptiveWeight(1.05, (7.5e-5, 2.5e-4))
-    fresh.set_state(later)
-    assert np.array_equal(fresh.get_state(), later, equal_nan=True)
+    fresh.load_state_dict({"adaptive_weight": later})
+    assert np.array_equal(fresh.state_dict()["adaptive_weight"], later, equal_nan=True)
 
 
 def test_a_run_that_becomes_adaptive_on_the_way_uses_the_reference_scores(tmp_path: Path) -> None:
     make(online_bc="keep").learn(60).save(tmp_path / "model")
     model = TD3BC.load(tmp_path / "model", env=gym.make("Pendulum-v1"), online_bc="adaptive")
     model.learn(210, reset_num_timesteps=False)
-    assert model._adaptive_weight is not None
-    assert (model._adaptive_weight.zero, model._adaptive_weight.one) == (RANDOM, EXPERT)
+    assert model.adaptive_weight is not None
+    assert (model.adaptive_weight.zero, model.adaptive_weight.one) == (RANDOM, EXPERT)
 
 
 def test_other_algorithms_carry_it_along(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_other_algorithms_carry_it_along(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = TD3C.load(tmp_path / "model", env=DummyVecEnv([lambda: gym.make("Pendulum-v1")])).learn(210)
-    assert model._adaptive_weight is None
+    assert "adaptive_weight" not in model.extra_state()
 
 
 @pytest.mark.parametrize(
@@ -325,5 +325,5 @@ def test_it_learns_while_the_weight_falls() -> None:
     model = make(policy_kwargs={"net_arch": [64, 64]}, gamma=0.95, learning_rate=2e-3, batch_size=64, seed=2,
                  offline_steps=1500, warmup_steps=200, train_freq=1, adaptive_bc_gains=(7.5e-4, 2.5e-3))  # fmt: skip
     model.learn(1200)
-    assert model._adaptive_weight is not None and model._adaptive_weight.weight < 0.8
+    assert model.adaptive_weight is not None and model.adaptive_weight.weight < 0.8
     assert p_value_of_no_better_than_random(model) < 0.01

@@ -13,6 +13,7 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, ReBRAC
+from sb3_offline_ft.offline_td3.updates import Updater
 from sb3_offline_ft.testing import CLAUSES, PointEnv, check_algorithm, record
 from sb3_offline_ft.testing.spaces import OTHERS_WITH_DATA, VECTORS, WITHOUT_DATA
 from sb3_offline_ft.update import AutogradKernel
@@ -134,15 +135,16 @@ class SharesItsOptimizer(TD3BC):
 
     def set_parameters(self, load_path_or_dict, exact_match=True, device="auto"):
         TD3.set_parameters(self, load_path_or_dict, exact_match, device)
-        self._pretrained = True
+        self.life_cycle.is_pretrained = True
 
 
 class TakesOfflineRowsAsItLikes(TD3BC):
     """Draws offline rows alone."""
 
-    def _sample_rows(self, n_batches, batch_size):
-        for _ in range(n_batches):
-            yield self.replay_buffer.sample(batch_size, self._vec_normalize_env, 1.0), batch_size
+    def _setup_model(self):
+        super()._setup_model()
+        sample = self.replay_buffer.sample
+        self.replay_buffer.sample = lambda batch_size, env=None, fraction=None: sample(batch_size, env, 1.0)
 
 
 class LogsNothing(TD3BC):
@@ -152,11 +154,18 @@ class LogsNothing(TD3BC):
         pass
 
 
+class AutogradAlone(Updater):
+    def choose_kernel(self, learner):
+        self.kernel = AutogradKernel(learner.policy)
+        return self.kernel
+
+
 class StaysWithAutograd(TD3BC):
     """Computes all updates in one way, so that there is nothing to compare."""
 
-    def _choose_kernel(self):
-        return AutogradKernel(self.policy)
+    def _setup_model(self):
+        super()._setup_model()
+        self.updater = AutogradAlone()
 
 
 class ForgetsItsRun(TD3BC):

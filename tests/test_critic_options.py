@@ -11,8 +11,8 @@ from scipy import stats
 from stable_baselines3 import TD3
 
 from sb3_offline_ft import TD3BC, OfflineTD3
-from sb3_offline_ft.update import ActorObjective
-from tests.conftest import draw_batch
+from sb3_offline_ft.update import ActorObjective, Batch
+from tests import hooks
 from tests.learning import p_value_of_no_better_than_random
 
 DATASET = "bundled:pendulum-medium"
@@ -27,8 +27,8 @@ def make(algorithm: type[OfflineTD3] = OfflineTD3, policy_kwargs: dict[str, Any]
 
 def first_batch(model: OfflineTD3, batch_size: int = 32) -> Any:
     model.load_offline_data()
-    model._pretraining = True
-    return draw_batch(model, batch_size)
+    model.life_cycle.environment_steps = 0
+    return model.draw_batch(batch_size)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -36,8 +36,8 @@ def test_the_target_is_the_minimum_over_a_random_subset(kernel: str) -> None:
     """Chen et al. 2021, algorithm 1, line 9, recomputed from the same stream of random numbers."""
     model = make(policy_kwargs={"n_critics": 5, "target_critics": 2}, kernel=kernel, gamma=0.9)
     batch = first_batch(model)
-    generator = th.Generator().set_state(model._noise_generator.get_state())
-    targets = [model._target_q_values(batch) for _ in range(3)]
+    generator = hooks.noise_generator(model)
+    targets = [hooks.targets(model, batch) for _ in range(3)]
     subsets = []
     for target in targets:
         noise = th.empty_like(batch.actions).normal_(0, 0.2, generator=generator).clamp(-0.5, 0.5)
@@ -55,9 +55,10 @@ def test_the_target_is_the_minimum_over_a_random_subset(kernel: str) -> None:
 def test_all_pairs_of_target_critics_are_drawn_alike() -> None:
     """A chi-squared test over the 10 pairs of 5 critics; a uniform draw fails it with a probability of 0.001."""
     model = make(policy_kwargs={"n_critics": 5, "target_critics": 2})
+    model.life_cycle.environment_steps = 0
     counts: dict[tuple[int, ...], int] = {}
     for _ in range(3000):
-        pair = tuple(sorted(model._choose_target_critics(model._noise_generator).tolist()))
+        pair = tuple(sorted(hooks.target_critics(model).tolist()))
         counts[pair] = counts.get(pair, 0) + 1
     assert len(counts) == 10
     assert stats.chisquare(list(counts.values())).pvalue > 0.001
@@ -72,11 +73,19 @@ def test_all_target_critics_are_td3s_to_the_bit(kernel: str) -> None:
         assert th.equal(a, b)
 
 
+class Watching(OfflineTD3):
+    """Keeps the values that the policy is to maximise."""
+
+    def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective:
+        self.seen = [*getattr(self, "seen", []), q_values.detach().clone()]
+        return ActorObjective()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("actor_value", ["first", "mean", "min"])
 def test_the_actor_follows_the_gradient_of_its_value(kernel: str, actor_value: str) -> None:
     """The gradient of ``-mean(Q(s, pi(s)))`` by autograd, from the definition of each value."""
-    model = make(policy_kwargs={"n_critics": 4, "actor_value": actor_value}, kernel=kernel)
+    model = make(Watching, policy_kwargs={"n_critics": 4, "actor_value": actor_value}, kernel=kernel)
     batch = first_batch(model)
     actor, critic = model.actor, model.critic
     with th.no_grad():
@@ -88,15 +97,8 @@ def test_the_actor_follows_the_gradient_of_its_value(kernel: str, actor_value: s
     assert len(set(smallest.tolist())) > 1
     expected_value = {"first": values[:, 0], "mean": values.sum(1) / 4, "min": values[th.arange(32), smallest]}[actor_value]
     expected = th.autograd.grad(-expected_value.mean(), list(actor.parameters()))
-    seen = []
-
-    def loss(batch: Any, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective:
-        seen.append(q_values.detach().clone())
-        return ActorObjective()
-
-    model._actor_loss = loss
-    model._update_actor(batch)
-    assert th.allclose(seen[0][:, 0], expected_value.detach(), atol=1e-5)
+    hooks.update_actor(model, batch)
+    assert th.allclose(model.seen[0][:, 0], expected_value.detach(), atol=1e-5)
     for parameter, gradient in zip(actor.parameters(), expected, strict=True):
         assert th.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
@@ -139,12 +141,12 @@ def test_online_the_subset_comes_from_torchs_generator() -> None:
         kwargs = {"n_critics": 4, "target_critics": 2}
         model = make(policy_kwargs=kwargs, offline_steps=4, warmup_steps=0, batch_size=4)
         th.manual_seed(seed)
-        state = model._noise_generator.get_state()
+        state = hooks.noise_generator(model).get_state()
         model.learn(0)
-        after = model._noise_generator.get_state()
+        after = hooks.noise_generator(model).get_state()
         assert not th.equal(state, after)
         model.learn(12, reset_num_timesteps=False)
-        assert th.equal(after, model._noise_generator.get_state())
+        assert th.equal(after, hooks.noise_generator(model).get_state())
         return th.cat([parameter.detach().flatten() for parameter in model.critic.parameters()])
 
     assert th.equal(run(3), run(3))
@@ -182,8 +184,8 @@ def test_a_subset_is_less_pessimistic_than_all() -> None:
     """The expected minimum over 2 of 10 critics is above that over all 10, in the same state of the same networks."""
     model = make(policy_kwargs={"n_critics": 10, "target_critics": 2})
     batch = first_batch(model, 64)
-    few = th.stack([model._target_q_values(batch) for _ in range(30)]).mean()
+    few = th.stack([hooks.targets(model, batch) for _ in range(30)]).mean()
     model.policy.target_critics = None
-    every = th.stack([model._target_q_values(batch) for _ in range(30)]).mean()
+    every = th.stack([hooks.targets(model, batch) for _ in range(30)]).mean()
     assert float(few) > float(every)
     assert np.isfinite(float(every))

@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_offline_ft import TD3BC, TD3C, LearnerSnapshot, OfflineTD3
+from tests.hooks import last_observations
 from tests.learning import RANDOM_RETURN
 
 ENV = "Pendulum-v1"
@@ -68,10 +69,10 @@ class Record(BaseCallback):
         self.dones: list[np.ndarray] = []
 
     def _on_step(self) -> bool:
-        self.observations.append(self.model._last_obs.copy())
+        self.observations.append(last_observations(self.model).copy())
         self.actions.append(self.locals["actions"].copy())
         self.stored.append(self.locals["buffer_actions"].copy())
-        self.own.append(self.model.predict(self.model._last_obs)[0])
+        self.own.append(self.model.predict(last_observations(self.model))[0])
         self.dones.append(self.locals["dones"].copy())
         return True
 
@@ -151,7 +152,7 @@ def test_the_pretrained_guide_is_the_policy_at_the_start(tmp_path: Path) -> None
     start = {name: value.clone() for name, value in model.actor.state_dict().items()}
     record = Record()
     model.learn(100, callback=record)
-    guide = model._guide
+    guide = model.acting.guide
     assert all(th.equal(value, start[name]) for name, value in guide.state_dict().items())
     assert not same_weights(guide, model.actor)
     for step, (observation, action) in enumerate(zip(record.observations, record.actions, strict=True)):
@@ -160,12 +161,12 @@ def test_the_pretrained_guide_is_the_policy_at_the_start(tmp_path: Path) -> None
         assert by_guide if step < 20 else by_learner
     model.save(tmp_path / "model")
     loaded = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
-    assert loaded.guide_policy == "pretrained" and same_weights(guide, loaded._guide)
+    assert loaded.guide_policy == "pretrained" and same_weights(guide, loaded.acting.guide)
     loaded.learn(30, reset_num_timesteps=False)
-    assert same_weights(guide, loaded._guide)
+    assert same_weights(guide, loaded.acting.guide)
     latest = {name: value.clone() for name, value in loaded.actor.state_dict().items()}
     loaded.learn(30)
-    assert all(th.equal(value, latest[name]) for name, value in loaded._guide.state_dict().items())
+    assert all(th.equal(value, latest[name]) for name, value in loaded.acting.guide.state_dict().items())
 
 
 def test_every_algorithm_takes_the_guide_up(tmp_path: Path) -> None:
@@ -174,18 +175,18 @@ def test_every_algorithm_takes_the_guide_up(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     with pytest.warns(UserWarning, match="the Lagrange multiplier starts at its initial value"):
         loaded = TD3C.load(tmp_path / "model", env=gym.make(ENV))
-    assert same_weights(model._guide, loaded._guide)
+    assert same_weights(model.acting.guide, loaded.acting.guide)
     TD3.load(tmp_path / "model")
 
 
 def test_a_rollback_keeps_the_guide() -> None:
     model = make(guide_policy="pretrained", guide_steps=20, train_freq=1, learning_rate=1e-2).learn(30)
-    weights = {name: value.clone() for name, value in model._guide.state_dict().items()}
+    weights = {name: value.clone() for name, value in model.acting.guide.state_dict().items()}
     snapshot = LearnerSnapshot.take(model)
     model.learn(30)
-    assert not all(th.equal(value, weights[name]) for name, value in model._guide.state_dict().items())
+    assert not all(th.equal(value, weights[name]) for name, value in model.acting.guide.state_dict().items())
     snapshot.restore(model)
-    assert all(th.equal(value, weights[name]) for name, value in model._guide.state_dict().items())
+    assert all(th.equal(value, weights[name]) for name, value in model.acting.guide.state_dict().items())
 
 
 def test_a_run_that_gets_a_pretrained_guide_on_the_way(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_a_run_that_gets_a_pretrained_guide_on_the_way(tmp_path: Path) -> None:
     model = TD3BC.load(tmp_path / "model", env=gym.make(ENV), guide_policy="pretrained", guide_steps=10)
     before = {name: value.clone() for name, value in model.actor.state_dict().items()}
     model.learn(30, reset_num_timesteps=False)
-    assert all(th.equal(value, before[name]) for name, value in model._guide.state_dict().items())
+    assert all(th.equal(value, before[name]) for name, value in model.acting.guide.state_dict().items())
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])

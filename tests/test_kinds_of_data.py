@@ -122,7 +122,7 @@ def test_behavior_cloning_learns_from_goals(data: None) -> None:
 def test_goals_in_one_vector(data: None) -> None:
     model = TD3BC("MlpPolicy", FlattenObservation(maze()), dataset="maze/controller-v0", offline_steps=20, **TINY)
     model.pretrain()
-    assert isinstance(model._kernel, FastKernel)
+    assert isinstance(model.updater.kernel, FastKernel)
     env = FlattenObservation(maze())
     recorded = load_dataset("maze/controller-v0").observations
     assert isinstance(recorded, dict)

@@ -28,6 +28,8 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
+from sb3_offline_ft.offline_td3 import Phase
+from tests import hooks
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
@@ -79,8 +81,8 @@ class Record(BaseCallback):
 
     def _on_step(self) -> bool:
         self.actions.append(self.locals["actions"].copy())
-        self.observations.append(self.model._last_obs.copy())
-        self.updates.append(self.model._n_updates)
+        self.observations.append(hooks.last_observations(self.model).copy())
+        self.updates.append(hooks.n_updates(self.model))
         self.states.append(state(self.model))
         return True
 
@@ -130,7 +132,7 @@ def test_learn_does_what_is_left_of_the_pretraining():
     model.pretrain(15)
     assert model.remaining_offline_steps == 25
     model.learn(3)
-    assert model.offline_steps_done == 40 and model.num_timesteps == 3 and model._n_updates == 43
+    assert model.offline_steps_done == 40 and model.num_timesteps == 3 and hooks.n_updates(model) == 43
     model.learn(3)
     assert model.offline_steps_done == 40, "once online, learn() does not go back"
     model.pretrain(5)
@@ -152,7 +154,7 @@ def test_interrupt_while_pretraining_leaves_a_model_that_resumes(tmp_path, progr
         model.learn(10, callback=callback, progress_bar=progress_bar)
     # rl-zoo3 ends its first callback after an interrupt
     callback.on_training_end()
-    assert model.offline_steps_done == 20 and model.num_timesteps == 0 and not model._pretraining
+    assert model.offline_steps_done == 20 and model.num_timesteps == 0 and model.phase is Phase.PRETRAINED
     monkeypatch.undo()
     model.save(tmp_path / "model")
     resumed = TD3BC.load(tmp_path / "model", env=gym.make(ENV))
@@ -237,7 +239,7 @@ def test_loaded_agent_does_not_train_on_an_almost_empty_buffer(tmp_path, dataset
     for reset in (True, False):
         record = Record()
         model.replay_buffer.reset()
-        start = model._n_updates
+        start = hooks.n_updates(model)
         model.learn(40, callback=record, reset_num_timesteps=reset)
         assert record.updates[needed - 1] == start
         assert record.updates[needed] == start + 1
@@ -330,7 +332,7 @@ def test_a_batch_that_grows_beyond_the_buffer_is_said_once():
     with pytest.warns(UserWarning, match="holds 20 transitions, fewer than the 21 online ones of a batch") as caught:
         model.learn(60)
     assert len(caught) == 1
-    assert model._n_updates > 5 + 50
+    assert hooks.n_updates(model) > 5 + 50
 
 
 def test_a_buffer_without_a_finetuning_run_is_sb3s_own_affair():
@@ -363,11 +365,9 @@ def test_warm_up_longer_than_the_run_is_said():
         make(offline_steps=5, warmup_steps=100).learn(10)
 
 
-def test_exact_share_of_offline_rows_while_finetuning(monkeypatch):
+def test_exact_share_of_offline_rows_while_finetuning():
     model = make(offline_steps=3, offline_fraction="lin_0.75_0.25", batch_size=40)
-    shares = []
-    update = model._update_critic
-    monkeypatch.setattr(model, "_update_critic", lambda batch: (shares.append(batch), update(batch)))
+    shares = hooks.observe_batches(model)
     model.learn(100)
     assert all(batch.is_offline.all() for batch in shares[:3])
     counts = [int(batch.is_offline.sum()) for batch in shares[3:]]
@@ -491,7 +491,7 @@ def test_pretrain_runs_ordinary_callbacks_against_gradient_steps(tmp_path):
     assert (tmp_path / "rl_model_15_steps.zip").exists() and (tmp_path / "rl_model_30_steps.zip").exists()
     assert model.num_timesteps == 0
     loaded = TD3BC.load(tmp_path / "rl_model_15_steps.zip")
-    assert loaded.num_timesteps == 0 and loaded.offline_steps_done == 15 and not loaded._pretraining
+    assert loaded.num_timesteps == 0 and loaded.offline_steps_done == 15 and loaded.phase is Phase.PRETRAINED
 
 
 def test_logs_may_be_dumped_while_pretraining():
@@ -503,7 +503,7 @@ def test_model_can_be_copied_after_learning():
     model.learn(20, callback=evaluation(eval_freq=5))
     twin = copy.deepcopy(model)
     assert_same(state(model), state(twin))
-    assert model._eval_callbacks == []
+    assert model.evaluations.callbacks == []
 
 
 def test_callback_can_stop_pretraining():
@@ -539,7 +539,7 @@ def test_train_and_pretrain_work_before_learn():
     model = make()
     model.load_offline_data()
     model.train(2)
-    assert model._n_updates == 2 and model.offline_steps_done == 0
+    assert hooks.n_updates(model) == 2 and model.offline_steps_done == 0
 
 
 def test_progress_bars_of_both_phases(capsys):
@@ -551,10 +551,10 @@ def test_progress_bars_of_both_phases(capsys):
 def test_learning_rate_schedule_stays_at_its_start_while_pretraining():
     model = make(learning_rate=lambda progress_remaining: 1e-3 * progress_remaining)
     model.learn(10)
-    assert model._current_progress_remaining == 0
+    assert hooks.progress_remaining(model) == 0
     model.pretrain(2)
     assert model.actor.optimizer.param_groups[0]["lr"] == 1e-3
-    assert model._current_progress_remaining == 0
+    assert hooks.progress_remaining(model) == 0
 
 
 # Normalizer
@@ -645,7 +645,7 @@ def test_several_environments(vec_env_cls):
     env = make_vec_env(ENV, 3, seed=0, vec_env_cls=vec_env_cls)
     model = make(TD3C, env, offline_steps=10, warmup_steps=30, gradient_steps=-1)
     model.learn(90)
-    assert model.num_timesteps == 90 and model._n_updates == 10 + 60
+    assert model.num_timesteps == 90 and hooks.n_updates(model) == 10 + 60
     assert model.replay_buffer.online_size == 90
     env.close()
 
@@ -661,9 +661,9 @@ def test_several_environments(vec_env_cls):
 def test_schedules_end_with_the_run_though_steps_overshoot(algorithm, settings):
     model = make(algorithm, make_vec_env(ENV, 3), offline_steps=10, **settings)
     model.learn(100)
-    assert model.num_timesteps == 102 and model._current_progress_remaining < 0
+    assert model.num_timesteps == 102 and hooks.progress_remaining(model) < 0
     if algorithm is TD3C:
-        assert model._epsilon_schedule(model._current_progress_remaining) == pytest.approx(0.001)
+        assert model.current_epsilon == pytest.approx(0.001)
 
 
 def test_integer_observations(tmp_path):

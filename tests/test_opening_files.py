@@ -574,7 +574,7 @@ def test_guides_with_classes_of_sb3_and_torch_are_read(tmp_path: Path) -> None:
     model = learn_guided(tmp_path / "guide")
     observation = model.observation_space.sample()
     np.testing.assert_array_equal(
-        model._guide.predict(observation, deterministic=True)[0], other.predict(observation, deterministic=True)[0]
+        model.acting.guide.predict(observation, deterministic=True)[0], other.predict(observation, deterministic=True)[0]
     )
 
 

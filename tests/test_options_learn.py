@@ -9,6 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
+from tests.hooks import n_updates
 from tests.learning import p_value_of_no_better_than_random
 
 SETTINGS: dict[str, Any] = {
@@ -48,5 +49,5 @@ def test_a_run_ends_with_a_policy_that_has_learned(algorithm: type[OfflineTD3], 
     model = make(algorithm, **settings)
     evaluation = EvalCallback(make_vec_env("Pendulum-v1", seed=1), eval_freq=500, n_eval_episodes=2, verbose=0)
     model.learn(1000, callback=evaluation)
-    assert model._n_updates > 1400
+    assert n_updates(model) > 1400
     assert p_value_of_no_better_than_random(model) < 0.01

@@ -14,6 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_offline_ft import TD3BC, TD3C, LearnerSnapshot, OfflineTD3
 from sb3_offline_ft.collapse.remedies import PolicyBrake
 from sb3_offline_ft.collapse.signals import greedy_actions, policy_distance
+from tests.hooks import last_observations
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
@@ -31,7 +32,7 @@ def weights(model: Any) -> dict[str, th.Tensor]:
 
 
 def learned(model: Any) -> dict[str, th.Tensor]:
-    return {name: value.clone() for name, value in model._learned_weights.values.items()}
+    return {name: value.clone() for name, value in model.acting.learned_weights.values.items()}
 
 
 def same(first: dict[str, th.Tensor], second: dict[str, th.Tensor]) -> bool:
@@ -51,9 +52,9 @@ class Record(BaseCallback):
     def _on_step(self) -> bool:
         model: Any = self.model
         self.policies.append(weights(model))
-        self.learned.append(None if model._learned_weights is None else learned(model))
+        self.learned.append(None if model.acting.learned_weights is None else learned(model))
         self.targets.append({name: value.detach().clone() for name, value in model.actor_target.named_parameters()})
-        own, _ = model.predict(model._last_obs)
+        own, _ = model.predict(last_observations(model))
         self.is_own_action.append(bool(np.allclose(own, self.locals["actions"])))
         return True
 
@@ -100,9 +101,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_saved(tmp_path: Path) -> None:
     observation = np.array([[0.1, -0.2, 0.3]], dtype=np.float32)
     assert np.array_equal(TD3.load(tmp_path / "model").predict(observation)[0], model.predict(observation)[0])
     for each in (model, loaded):
-        each.load_offline_data()
         each.set_random_seed(3)
-        each._setup_learn(0, reset_num_timesteps=False)
+        each.learn(0, reset_num_timesteps=False)
         each.train(20, 8)
     assert same(weights(loaded), weights(model)) and same(learned(loaded), learned(model))
 
@@ -118,13 +118,13 @@ def test_what_has_no_average_gets_one_with_its_next_run(tmp_path: Path) -> None:
     make(policy_averaging=0.0).learn(50).save(tmp_path / "plain")
     loaded: Any = TD3BC.load(tmp_path / "plain", env=gym.make(ENV), policy_averaging=0.5)
     loaded.learn(10, reset_num_timesteps=False)
-    assert loaded._learned_weights is None
+    assert loaded.acting.learned_weights is None
     loaded.learn(50)
     assert not same(weights(loaded), learned(loaded))
     untrained = make(TD3C, offline_steps=0)
     with pytest.warns(UserWarning, match="no pretrained policy"):
         untrained.learn(50)
-    assert untrained._learned_weights is None
+    assert untrained.acting.learned_weights is None
 
 
 def test_a_rollback_restores_the_average_and_the_learned_weights() -> None:

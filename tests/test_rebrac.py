@@ -13,8 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.td3 import policies as td3_policies
 
 from sb3_offline_ft import TD3BC, OfflineDataset, OfflineTD3, ReBRAC, load_dataset
-from sb3_offline_ft.update import ActorObjective
-from tests.conftest import draw_batch
+from tests import hooks
 from tests.learning import p_value_of_no_better_than_random
 
 DATASET = "bundled:pendulum-medium"
@@ -63,13 +62,13 @@ def test_update_by_hand(kernel: str) -> None:
     model = make("Hopper-v5", dataset=data, kernel=kernel, gamma=0.9, target_policy_noise=0.0,
                  actor_bc_coef=0.3, critic_bc_coef=2.0)  # fmt: skip
     model.load_offline_data()
-    model._pretraining = True
+    model.life_cycle.environment_steps = 0
     be_constant(model.actor_target.mu, 0.5)
     be_constant(model.actor.mu, 0.25)
     for network, value in zip([*model.critic.q_networks, *model.critic_target.q_networks], [8, 10, 30, 20], strict=True):
         be_constant(network, value)
-    batch = draw_batch(model, 64)
-    found = model._target_q_values(batch)
+    batch = model.draw_batch(64)
+    found = hooks.targets(model, batch)
 
     # The data's next actions, looked up in the data
     distances, kinds = [], set()
@@ -88,14 +87,12 @@ def test_update_by_hand(kernel: str) -> None:
         distances.append(sum((0.25 - float(a)) ** 2 for a in data.actions[index]))
     assert kinds == {(False, True), (True, False), (False, False)}
 
-    seen = []
-    loss = model._actor_loss
-    model._actor_loss = lambda *arguments: (seen.append(arguments[2].detach().clone()), loss(*arguments))[1]  # type: ignore[method-assign]
-    model._update_actor(batch)
-    assert bool((seen[0] == 8).all()), "the smaller of the two critics"
+    hooks.update_actor(model, batch)
+    means = model.updater.pop_means()
+    assert means["train/mean_abs_q"] == 8, "the smaller of the two critics"
     # Q / mean|Q| is 1
-    assert float(model._logged["train/actor_loss"][0]) == pytest.approx(-1 + 0.3 * np.mean(distances), rel=1e-5)
-    assert float(model._logged["train/bc_loss"][0]) == pytest.approx(np.mean(distances), rel=1e-5)
+    assert means["train/actor_loss"] == pytest.approx(-1 + 0.3 * np.mean(distances), rel=1e-5)
+    assert means["train/bc_loss"] == pytest.approx(np.mean(distances), rel=1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -103,13 +100,13 @@ def test_gradient_of_the_policy(kernel: str) -> None:
     """By autograd from the equation: the scale of the value is a constant, the distance a sum over action dimensions."""
     model = make("Hopper-v5", dataset="bundled:hopper-medium", kernel=kernel, actor_bc_coef=0.3)
     model.load_offline_data()
-    model._pretraining = True
-    batch = draw_batch(model, 64)
+    model.life_cycle.environment_steps = 0
+    batch = model.draw_batch(64)
     actions = model.actor(batch.observations)
     values = th.minimum(*model.critic(batch.observations, actions))
     loss = (0.3 * ((actions - batch.actions) ** 2).sum(-1) - (values / values.detach().abs().mean()).squeeze(1)).mean()
     expected = th.autograd.grad(loss, list(model.actor.parameters()))
-    model._update_actor(batch)
+    hooks.update_actor(model, batch)
     for parameter, gradient in zip(model.actor.parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert th.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
@@ -119,22 +116,21 @@ def test_online_schedules() -> None:
     """The policy's coefficient falls to a half; the critics have none, unless it is asked for."""
     model = make(actor_bc_coef=0.2, offline_steps=3)
     model.learn(0)
-    batch = draw_batch(model, 8)
+    batch = model.draw_batch(8)
     actions, q_values = model.actor(batch.observations), th.ones(8, 1)
     for progress_remaining, weight in ((1.0, 0.2), (0.5, 0.15), (0.0, 0.1)):
-        model._current_progress_remaining = progress_remaining
-        objective = model._actor_loss(batch, actions, q_values)
-        assert isinstance(objective, ActorObjective)
+        hooks.set_progress_remaining(model, progress_remaining)
+        objective = hooks.objective(model, batch, actions, q_values)
         distance = ((actions - batch.actions) ** 2).sum(1).mean()
         assert float(objective.loss(actions, q_values).detach()) == pytest.approx(
             -1 + weight * float(distance.detach()), rel=1e-5
         )
-        assert model._next_value_penalty(batch, actions, q_values) is None
+        assert hooks.next_value_penalty(model, batch, actions, q_values) is None
     model = make(critic_bc_coef=0.2, online_critic_bc="lin_1.0_0.5", offline_steps=3)
     model.learn(0)
-    batch = draw_batch(model, 8)
-    model._current_progress_remaining = 0.0
-    penalty = model._next_value_penalty(batch, th.zeros_like(batch.actions), q_values)
+    batch = model.draw_batch(8)
+    hooks.set_progress_remaining(model, 0.0)
+    penalty = hooks.next_value_penalty(model, batch, th.zeros_like(batch.actions), q_values)
     assert penalty is not None
     assert th.allclose(penalty, 0.1 * (batch.next_actions**2).sum(1, keepdim=True) * batch.has_next_actions)
 
@@ -143,7 +139,7 @@ def test_online_rows_have_next_actions_too() -> None:
     """A penalty online is on the new transitions as well."""
     model = make(critic_bc_coef=0.2, online_critic_bc=1.0, offline_steps=3, offline_fraction=0.0)
     model.learn(40)
-    batch = draw_batch(model, 64)
+    batch = model.draw_batch(64)
     assert not batch.is_offline.any() and batch.has_next_actions.any()
     assert "train/critic_bc_penalty" in model.logger.name_to_value
 

@@ -13,6 +13,7 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3, ReBRAC, load_dataset
+from tests import hooks
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
@@ -126,7 +127,7 @@ def test_an_average_that_there_is_goes_on_in_another_algorithm(tmp_path):
     loaded = TD3BC.load(tmp_path / "middle", env=gym.make(ENV))
     assert loaded.policy_averaging == 0.99
     loaded.learn(20, reset_num_timesteps=False)
-    learned = loaded._learned_weights.values
+    learned = loaded.acting.learned_weights.values
     assert any(not th.equal(value, learned[name]) for name, value in loaded.actor.named_parameters())
 
 
@@ -138,12 +139,11 @@ def test_td3c_takes_up_multiplier_and_reference(tmp_path):
     for a, b in zip(model.reference_actor.state_dict().values(), loaded.reference_actor.state_dict().values(), strict=True):
         assert th.equal(a, b)
     assert any(not th.equal(a, b) for a, b in zip(loaded.actor.parameters(), loaded.reference_actor.parameters(), strict=True))
-    ours, theirs = (m.multiplier_optimizer.state[m.log_multiplier] for m in (model, loaded))
-    assert ours.keys() == theirs.keys() and all(th.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = ({k: v for k, v in m.extra_state().items() if "multiplier" in k} for m in (model, loaded))
+    assert ours.keys() == theirs.keys() and len(ours) == 4 and all(np.array_equal(ours[key], theirs[key]) for key in ours)
     rows = model.replay_buffer.sample(32)
     for m in (model, loaded):
-        m._kernel = m._choose_kernel()
-        m._update_actor(next(m._kernel.batches(rows, 32)))
+        hooks.update_actor(m, next(m.updater.choose_kernel(m).batches(rows, 32)))
     assert loaded.multiplier == model.multiplier
 
 
@@ -156,7 +156,9 @@ def test_continued_run_does_not_begin_anew(tmp_path):
     loaded.load_offline_data()
     reference = {name: value.clone() for name, value in loaded.reference_actor.state_dict().items()}
     loaded.learn(10, reset_num_timesteps=False)
-    assert loaded.num_timesteps == 50 and loaded._n_updates == model._n_updates + 10 and loaded._warmup_end == 5
+    assert (
+        loaded.num_timesteps == 50 and hooks.n_updates(loaded) == hooks.n_updates(model) + 10 and loaded.first_warmup_end == 5
+    )
     assert all(th.equal(value, loaded.reference_actor.state_dict()[name]) for name, value in reference.items())
 
 
@@ -286,7 +288,9 @@ def test_settings_given_to_load_are_checked_like_the_constructors(tmp_path):
         with pytest.raises(ValueError, match=message):
             TD3C.load(tmp_path / "model", **settings)
     loaded = TD3C.load(tmp_path / "model", offline_fraction=0.25, epsilon="lin_0.1_0.2")
-    assert loaded.replay_buffer.offline_fraction == 0.25 and loaded._epsilon_schedule(0.0) == 0.2
+    assert loaded.replay_buffer.offline_fraction == 0.25
+    hooks.set_progress_remaining(loaded, 0.0)
+    assert loaded.current_epsilon == 0.2
 
 
 def test_save_to_a_stream():

@@ -38,6 +38,7 @@ from torch import nn
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, ReBRAC
 from sb3_offline_ft.testing import PointEnv, record
+from tests.hooks import last_observations, n_updates
 
 ALGORITHMS = [OfflineTD3, TD3BC, TD3C, ReBRAC]
 
@@ -162,7 +163,7 @@ def run(algorithm: type[TD3], feature: str, **more: Any) -> TD3:
 @cache
 def result_of_sb3(feature: str) -> tuple[dict[str, th.Tensor], int]:
     model = run(TD3, feature)
-    return state(model), model._n_updates
+    return state(model), n_updates(model)
 
 
 ALSO_FOR_SUBCLASSES = ("nothing special", "several environments", "n-step returns", "batch norm and dropout", "hindsight")
@@ -174,9 +175,9 @@ ALSO_FOR_SUBCLASSES = ("nothing special", "several environments", "n-step return
     + [(algorithm, feature) for algorithm in ALGORITHMS[1:] for feature in ALSO_FOR_SUBCLASSES],
 )
 def test_same_as_td3_to_the_bit(algorithm, feature):
-    expected, n_updates = result_of_sb3(feature)
+    expected, expected_updates = result_of_sb3(feature)
     model = run(algorithm, feature, kernel="autograd")
-    assert model._n_updates == n_updates > 10
+    assert n_updates(model) == expected_updates > 10
     found = state(model)
     assert found.keys() == expected.keys()
     assert [name for name, value in expected.items() if not th.equal(value, found[name])] == []
@@ -198,7 +199,7 @@ def test_hindsight_experience_replay(algorithm, strategy, observations, tmp_path
         algorithm, env(), "MultiInputPolicy", replay_buffer_class=HerReplayBuffer, policy_kwargs=SMALL_DICTS,
         replay_buffer_kwargs={"n_sampled_goal": 2, "goal_selection_strategy": strategy}, train_freq=4, gradient_steps=2,
     ).learn(64)  # fmt: skip
-    assert isinstance(model.replay_buffer, HerReplayBuffer) and model._n_updates > 0
+    assert isinstance(model.replay_buffer, HerReplayBuffer) and n_updates(model) > 0
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     loaded = algorithm.load(tmp_path / "model", env=env(), device="cpu")
@@ -212,7 +213,7 @@ def test_hindsight_experience_replay(algorithm, strategy, observations, tmp_path
 def test_replay_buffer_classes(algorithm):
     CountingReplayBuffer.n_batches = 0
     model = make(algorithm, replay_buffer_class=CountingReplayBuffer).learn(60)
-    assert type(model.replay_buffer) is CountingReplayBuffer and CountingReplayBuffer.n_batches == model._n_updates == 40
+    assert type(model.replay_buffer) is CountingReplayBuffer and CountingReplayBuffer.n_batches == n_updates(model) == 40
     own = make(algorithm).learn(30)
     assert isinstance(own.replay_buffer, ReplayBuffer)
     with pytest.raises(ValueError, match="replay_buffer_class"):
@@ -233,7 +234,7 @@ def test_replay_buffer_keeps_raw_observations_under_vec_normalize(algorithm):
     env = VecNormalize(several(2))
     model = make(algorithm, env).learn(80)
     stored = model.replay_buffer.observations[: model.replay_buffer.size()]
-    assert np.abs(stored).max() <= 1.0 < np.abs(model._last_obs).max() + 1.0
+    assert np.abs(stored).max() <= 1.0 < np.abs(last_observations(model)).max() + 1.0
     assert np.allclose(model._last_original_obs, np.stack(env.venv.get_attr("position")), atol=1e-6)
     batch = model.replay_buffer.sample(50, env=env)
     assert float(batch.observations.abs().max()) > 1.0, "normalized when they are drawn"
@@ -261,7 +262,7 @@ def test_vec_normalize_of_some_keys(algorithm):
     space = spaces.Dict({"image": IMAGE, "vector": spaces.Box(-1, 1, (3,))})
     env = VecNormalize(several(2, space), norm_obs_keys=["vector"])
     model = make(algorithm, env, "MultiInputPolicy", policy_kwargs=SMALL_DICTS).learn(50)
-    assert model._n_updates > 0 and env.obs_rms.keys() == {"vector"}
+    assert n_updates(model) > 0 and env.obs_rms.keys() == {"vector"}
 
 
 @every_algorithm
@@ -269,7 +270,7 @@ def test_one_key_of_a_dictionary(algorithm):
     space = spaces.Dict({"image": IMAGE, "vector": spaces.Box(-1, 1, (3,))})
     env = VecExtractDictObs(several(2, space), key="vector")
     model = make(algorithm, env).learn(50)
-    assert model._n_updates > 0 and model.observation_space == space["vector"]
+    assert n_updates(model) > 0 and model.observation_space == space["vector"]
 
 
 @every_algorithm
@@ -296,7 +297,7 @@ def test_images_that_are_normalized_already(algorithm):
     env = PointEnv(spaces.Box(0.0, 1.0, (1, 36, 36), np.float32))
     extractor = {"features_dim": 8, "normalized_image": True}
     kwargs = SMALL | {"features_extractor_kwargs": extractor, "normalize_images": False}
-    assert make(algorithm, env, "CnnPolicy", policy_kwargs=kwargs).learn(40)._n_updates > 0
+    assert n_updates(make(algorithm, env, "CnnPolicy", policy_kwargs=kwargs).learn(40)) > 0
 
 
 @every_algorithm

@@ -27,6 +27,7 @@ import sb3_offline_ft.collapse.snapshot as snapshot_module
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
 from sb3_offline_ft.collapse.signals import greedy_actions
 from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
+from sb3_offline_ft.offline_td3 import Phase
 
 OURS = (OfflineTD3, TD3BC, TD3C)
 DISCRETE = (DQN, QRDQN)
@@ -98,7 +99,7 @@ def learned(model):
         state["ent_coef_optimizer"] = model.ent_coef_optimizer.state_dict()
     if isinstance(model, TD3C):
         reference = model.reference_actor
-        state["multiplier"] = [model.log_multiplier, model.multiplier_optimizer.state_dict(), model._constrained]
+        state["multiplier"] = [{k: v.copy() for k, v in model.extra_state().items() if "multiplier" in k}, model.position()]
         state["reference"] = None if reference is None else reference.state_dict()
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None:
@@ -208,10 +209,10 @@ def test_new_multiplier_and_no_reference_are_restored():
     model.pretrain(10)
     fresh = LearnerSnapshot.take(model)
     at_take = learned(model)
-    assert model.reference_actor is None and not model.multiplier_optimizer.state
+    assert model.reference_actor is None and "multiplier_optimizer.step" not in model.extra_state()
     with pytest.warns(UserWarning, match="learns what is best"):
         model.learn(30)
-    assert model.reference_actor is not None and model.multiplier_optimizer.state
+    assert model.reference_actor is not None and "multiplier_optimizer.step" in model.extra_state()
     finetuning = LearnerSnapshot.take(model)
     reference = model.reference_actor
     expected = trace(model, 1)
@@ -221,9 +222,9 @@ def test_new_multiplier_and_no_reference_are_restored():
 
     fresh.restore(model)
     assert_same(learned(model), at_take)
-    assert model.reference_actor is None and not model._finetuning and not model._went_online
+    assert model.reference_actor is None and model.phase is Phase.PRETRAINED
     finetuning.restore(model)
-    assert model._finetuning and model._went_online
+    assert model.phase is Phase.FINETUNING
     assert_same_trace(trace(model, 1), expected)
 
 
@@ -246,7 +247,7 @@ def test_a_best_policy_found_since_is_not_the_restored_one():
     snapshot = LearnerSnapshot.take(model)
     reference = {name: value.clone() for name, value in model.reference_actor.state_dict().items()}
     evaluation.best_mean_reward = 0.0
-    model._eval_callbacks = [evaluation]
+    model.evaluations.callbacks = [evaluation]
     snapshot.restore(model)
     update(model, 10)
     assert all(th.equal(value, reference[name]) for name, value in model.reference_actor.state_dict().items())
@@ -454,9 +455,9 @@ def test_another_generator_is_refused_unless_left_out():
 
 def test_the_state_of_another_devices_generator_is_passed_over():
     model = filled(TD3BC)
-    state = model._get_extra_state() | {"noise_generator": np.zeros(16, np.uint8)}
+    state = model.extra_state() | {"noise_generator": np.zeros(16, np.uint8)}
     before = own_generators(model)
-    model._set_extra_state(state)
+    model.load_extra_state(state)
     assert own_generators(model) == before
 
 

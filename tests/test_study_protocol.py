@@ -1,6 +1,7 @@
 """The file of a study: what it means, what is refused, and which runs it asks for."""
 
 import copy
+import inspect
 import json
 import pickle
 import shutil
@@ -286,7 +287,9 @@ def test_who_learns_from_evaluations() -> None:
 
 
 def test_defaults_are_those_of_the_methods_own_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TD3C.__init__.__kwdefaults__, "warmup_steps", 7_000)
+    shown = inspect.signature(TD3C.__init__)
+    changed = [one.replace(default=7_000) if one.name == "warmup_steps" else one for one in shown.parameters.values()]
+    monkeypatch.setattr(TD3C.__init__, "__signature__", shown.replace(parameters=changed))
     # The preset would say it
     study = edited(
         presets={name: {"offline_steps": 10} for name in ("td3c", "td3bc")},

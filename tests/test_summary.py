@@ -113,7 +113,7 @@ def test_run_without_pretraining_has_no_dip(run, tmp_path):
     result = CliRunner().invoke(app, ["summary", str(copy)])
     assert result.exit_code == 0 and "not evaluated  (50 steps)" in result.output and "nan" not in result.output
     model = TD3C.load(copy / "Pendulum-v1")
-    model.offline_steps_done = 0
+    model.life_cycle.offline_steps_done = 0
     model.save(copy / "Pendulum-v1")
     assert "not pretrained" in CliRunner().invoke(app, ["summary", str(copy)]).output
 

@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import configure
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
 from sb3_offline_ft.datasets import scale_actions
+from tests import hooks
 
 SMALL = {"net_arch": [16, 16]}
 PLAIN = {"net_arch": [16, 16], "layer_norm": False}
@@ -65,7 +66,7 @@ class Adam:
 
 
 @pytest.mark.parametrize("kernel", ["fast", "autograd"])
-def test_one_update_is_the_papers(monkeypatch, kernel):
+def test_one_update_is_the_papers(kernel):
     """
     Two gradient steps with policy_delay 2, in float64, from Fujimoto et al. 2018 and Fujimoto & Gu 2021.
 
@@ -81,15 +82,8 @@ def test_one_update_is_the_papers(monkeypatch, kernel):
             # Targets that differ from the networks, so that a mix-up shows
             parameter.add_(0.05 * th.randn_like(parameter))
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
-    batches = []
-    update = model._update_critic
-
-    def remember(batch):
-        batches.append(batch)
-        update(batch)
-
-    monkeypatch.setattr(model, "_update_critic", remember)
-    generator = th.Generator().set_state(model._noise_generator.get_state())
+    batches = hooks.observe_batches(model)
+    generator = hooks.noise_generator(model)
     model.pretrain(2)
 
     names = ("actor.mu", "actor_target.mu", "critic.qf0", "critic.qf1", "critic_target.qf0", "critic_target.qf1")
@@ -152,11 +146,11 @@ def test_infinite_alpha_is_td3_to_the_bit(algorithm, settings, tmp_path):
     theirs_noise = th.random.get_rng_state()
     theirs.train(20, 256)
 
-    ours._noise_generator.set_state(theirs_noise)
+    ours.load_extra_state(ours.extra_state() | {"noise_generator": theirs_noise.numpy()})
     ours.pretrain(20)
     for name, parameter in theirs.policy.named_parameters():
         assert th.equal(parameter, ours.policy.get_parameter(name)), name
-    assert ours._n_updates == theirs._n_updates == 20
+    assert hooks.n_updates(ours) == hooks.n_updates(theirs) == 20
 
 
 @pytest.mark.parametrize("algorithm", [OfflineTD3, TD3BC, TD3C])
@@ -209,18 +203,18 @@ def test_online_weight_of_behavior_cloning(online_bc, weights):
     actions = model.actor(batch.observations)
     q_values = model.critic.q1_forward(batch.observations, actions)
     distance = ((actions - batch.actions) ** 2).mean().item()
-    model._pretraining = True
-    assert model._actor_loss(batch, actions, q_values).loss(actions, q_values).item() == pytest.approx(distance)
-    model._pretraining, model._finetuning = False, True
+    with model.life_cycle.pretraining():
+        assert hooks.objective(model, batch, actions, q_values).loss(actions, q_values).item() == pytest.approx(distance)
+    model.life_cycle.is_finetuning = True
     for progress_remaining, weight in zip((1.0, 0.0), weights, strict=True):
-        model._current_progress_remaining = progress_remaining
-        loss = model._actor_loss(batch, actions, q_values).loss(actions, q_values)
+        hooks.set_progress_remaining(model, progress_remaining)
+        loss = hooks.objective(model, batch, actions, q_values).loss(actions, q_values)
         assert loss.item() == pytest.approx(weight * distance)
 
 
 def test_numbers_of_numpy_are_numbers():
     model = TD3C("MlpPolicy", "Pendulum-v1", alpha=np.float32(1.5), epsilon=np.float32(0.25), offline_fraction=np.int64(1))
-    assert model.alpha == 1.5 and model._epsilon_schedule(1.0) == 0.25 and model.replay_buffer.offline_fraction == 1
+    assert model.alpha == 1.5 and model.current_epsilon == 0.25 and model.replay_buffer.offline_fraction == 1
 
 
 @pytest.mark.parametrize("alpha", [-1.0, float("nan"), "2.5", True])

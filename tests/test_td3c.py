@@ -11,10 +11,12 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot
-from tests.conftest import draw_batch
+from sb3_offline_ft.td3c.multiplier import Multiplier
+from tests import hooks
 
 DATASET = "bundled:pendulum-medium"
 SMALL = {"net_arch": [16, 16]}
@@ -59,11 +61,12 @@ def push(model: TD3C, strength: float, updates: int) -> list[tuple[float, float]
     model.kernel = "autograd"
     trace = []
     for _ in range(updates):
-        batch = draw_batch(model, 64)
-        model._update_actor(batch)
-        model._kernel.update_targets(model.tau, True)
+        batch = model.draw_batch(64)
+        hooks.update_actor(model, batch)
+        model.updater.kernel.update_targets(model.tau, True)
+        reference = model.reference_actor or model.actor_target
         with th.no_grad():
-            distance = (model.actor(batch.observations) - model._reference(batch.observations)).square().mean()
+            distance = (model.actor(batch.observations) - reference(batch.observations)).square().mean()
         trace.append((float(distance), model.multiplier))
     return trace
 
@@ -110,7 +113,7 @@ def test_gradients_do_not_bring_a_saturated_policy_back_and_the_trust_region_doe
     assert push(make_saturated(None), 0.0, 100)[-1][0] == pytest.approx(4.0, rel=1e-3)
     model = make_saturated(2.0)
     assert push(model, 0.0, 100)[-1][0] < 2e-2
-    assert 0 < model._mean_distance <= 2e-2
+    assert 0 < model.constraint.mean_distance <= 2e-2
 
 
 @pytest.mark.parametrize("reference", ["pretrained", "target"])
@@ -135,8 +138,7 @@ def test_the_policy_stays_in_the_trust_region_whatever_the_multiplier_does(refer
         # It is moved back before the next step: one step of slack
         assert running <= 1.25 * 2e-3
     assert trace[100:].mean() > 5e-4, "the policy does not move: nothing is tested"
-    moved = kept._logged["train/moved_back"]
-    assert 0 < sum(moved) < len(moved)
+    assert 0 < kept.updater.pop_means()["train/moved_back"] < 1
 
 
 def test_the_policy_that_acts_is_in_the_trust_region_too():
@@ -148,7 +150,7 @@ def test_the_policy_that_acts_is_in_the_trust_region_too():
     model.critic.q1_forward = ConstantPush(50.0).q1_forward
     model.kernel = "autograd"
     model.replay_buffer.offline_fraction = 1.0
-    observations = draw_batch(model, 1000).observations
+    observations = model.draw_batch(1000).observations
 
     @th.no_grad()
     def acting() -> float:
@@ -172,7 +174,8 @@ class Reads(TorchDispatchMode):
     def __init__(self, model: TD3C) -> None:
         super().__init__()
         self.n = 0
-        self.optimizers = (model.actor.optimizer, model.critic.optimizer, model.multiplier_optimizer)
+        self.optimizers = {model.actor.optimizer, model.critic.optimizer}
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self.optimizers.add(optimizer))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is th.ops.aten._local_scalar_dense.default:
@@ -189,7 +192,7 @@ def test_gradient_steps_read_no_value_of_a_tensor(kernel):
     model.learn(8)
     counts = []
     for gradient_steps in (4, 44):
-        model._logged.clear()
+        model.updater.pop_means()
         with Reads(model) as reads:
             model.train(gradient_steps, 8)
         counts.append(reads.n)
@@ -204,23 +207,23 @@ def test_a_run_goes_on_in_its_trust_region(tmp_path):
     push(model, 50.0, 30)
     model.save(tmp_path / "model")
     loaded = TD3C.load(tmp_path / "model")
-    assert loaded._mean_distance == model._mean_distance > 0
+    assert loaded.constraint.mean_distance == model.constraint.mean_distance > 0
     snapshot = LearnerSnapshot.take(model)
-    before = model._mean_distance
+    before = model.constraint.mean_distance
     push(model, 50.0, 3)
-    assert model._mean_distance != before
+    assert model.constraint.mean_distance != before
     snapshot.restore(model)
-    assert model._mean_distance == before
+    assert model.constraint.mean_distance == before
     model.set_reference_policy()
-    assert model._mean_distance == 0
+    assert model.constraint.mean_distance == 0
 
 
 def test_multiplier_is_bounded():
     model = make(epsilon=0.0, multiplier_learning_rate=5.0, max_multiplier=7.0, min_multiplier=0.5)
     start(model)
     assert push(model, 50.0, 10)[-1][1] == pytest.approx(7.0)
-    model.epsilon = 10.0
-    model._check_settings()
+    model.epsilon = 1.0
+    model.scale_epsilon(10.0)
     assert push(model, 0.0, 10)[-1][1] == pytest.approx(0.5)
 
 
@@ -230,15 +233,15 @@ def test_objective_and_dual_step_are_the_documented_ones():
     with th.no_grad():
         for parameter in model.actor.parameters():
             parameter.add_(0.5 * th.randn_like(parameter))
-    batch = draw_batch(model, 64)
+    batch = model.draw_batch(64)
     actions, reference = model.actor(batch.observations), model.reference_actor(batch.observations)
     q_values = model.critic.q1_forward(batch.observations, actions)
     distance = ((actions - reference) ** 2).mean()
     expected = (-q_values.mean() / q_values.abs().mean() + 2.0 * distance) / 3.0
-    loss = model._actor_loss(batch, actions, q_values).loss(actions, q_values)
+    loss = hooks.objective(model, batch, actions, q_values).loss(actions, q_values)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert distance.item() > 0.01
-    model._after_actor_update()
+    hooks.update_actor(model, batch)
     # The first step of Adam has the length of the learning rate, here upwards, on log scale
     assert model.multiplier == pytest.approx(2.0 * math.exp(0.1), rel=1e-4)
 
@@ -260,12 +263,12 @@ def test_penalty_in_the_critics_targets_by_hand(kernel):
         for network in (model.actor_target.mu, *model.critic_target.q_networks):
             for parameter in network.parameters():
                 parameter.add_(0.3 * th.randn_like(parameter))
-    batch = draw_batch(model, 64)
+    batch = model.draw_batch(64)
     targets = []
     for penalty in (0.5, 0.0, 0.5):
         model.critic_penalty = penalty
         th.manual_seed(1)
-        targets.append(model._target_q_values(batch))
+        targets.append(hooks.targets(model, batch))
     th.manual_seed(1)
     noise = th.empty_like(batch.actions).normal_(0, 0.2).clamp(-0.5, 0.5)
     with th.no_grad():
@@ -280,32 +283,32 @@ def test_penalty_in_the_critics_targets_by_hand(kernel):
         for network in model.critic_target.q_networks:
             network[-1].weight.mul_(100)
     th.manual_seed(1)
-    large = model._target_q_values(batch)
+    large = hooks.targets(model, batch)
     model.critic_penalty = 0.0
     th.manual_seed(1)
-    assert th.allclose(model._target_q_values(batch) - large, expected, rtol=1e-2, atol=1e-3)
+    assert th.allclose(hooks.targets(model, batch) - large, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_offline_the_critics_are_those_of_td3bc_with_a_penalty_too():
     ours, theirs = make(critic_penalty=1.0).pretrain(20), make().pretrain(20)
     for a, b in zip(ours.policy.state_dict().values(), theirs.policy.state_dict().values(), strict=True):
         assert th.equal(a, b)
-    assert ours._critic_penalty_scale is None
+    assert ours.constraint.value_scale.isnan()
 
 
 def test_the_scale_of_the_penalty_is_kept(tmp_path):
     """In files and snapshots; a run of its own measures it anew."""
     model = make(constraint_reference="pretrained", critic_penalty=1.0, offline_steps=20).learn(20)
-    scale = model._critic_penalty_scale
+    scale = model.constraint.value_scale
     assert scale > 0 and "train/critic_penalty" in model.logger.name_to_value
     model.save(tmp_path / "model")
     loaded = TD3C.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
-    assert loaded._critic_penalty_scale == scale
+    assert loaded.constraint.value_scale == scale
     snapshot = LearnerSnapshot.take(model)
     model.learn(0)
-    assert model._critic_penalty_scale is None
+    assert model.constraint.value_scale.isnan()
     snapshot.restore(model)
-    assert model._critic_penalty_scale == scale
+    assert model.constraint.value_scale == scale
 
 
 def test_the_scale_of_the_penalty_stays_after_a_rollback_to_before_it_was_measured():
@@ -315,7 +318,7 @@ def test_the_scale_of_the_penalty_stays_after_a_rollback_to_before_it_was_measur
 
     class Spoil(BaseCallback):
         def _on_step(self) -> bool:
-            scales.append(self.model._critic_penalty_scale)
+            scales.append(float(self.model.constraint.value_scale))
             if self.num_timesteps == 400:
                 with th.no_grad():
                     self.model.actor.mu[0].weight[0, 0] = math.nan
@@ -324,17 +327,17 @@ def test_the_scale_of_the_penalty_stays_after_a_rollback_to_before_it_was_measur
     model = make(env=gym.make("Pendulum-v1", max_episode_steps=50), constraint_reference="pretrained", critic_penalty=1.0,
                  offline_steps=20, warmup_steps=300, train_freq=10)  # fmt: skip
     model.learn(450, callback=[guard, Spoil()])
-    assert guard.rollbacks == 1 and scales[299] is None
+    assert guard.rollbacks == 1 and math.isnan(scales[299])
     assert set(scales[320:]) == {scales[320]} and scales[320] > 0
 
 
 def test_a_scale_that_is_not_finite_is_measured_again():
     model = make(constraint_reference="pretrained", critic_penalty=1.0)
     start(model)
-    batch = draw_batch(model, 8)
-    model._next_value_penalty(batch, batch.actions, th.full((8, 1), math.inf))
-    model._next_value_penalty(batch, batch.actions, th.full((8, 1), 3.0))
-    assert model._critic_penalty_scale == 3
+    batch = model.draw_batch(8)
+    hooks.next_value_penalty(model, batch, batch.actions, th.full((8, 1), math.inf))
+    hooks.next_value_penalty(model, batch, batch.actions, th.full((8, 1), 3.0))
+    assert model.constraint.value_scale == 3
 
 
 def test_values_stay_bounded_under_a_penalty():
@@ -349,12 +352,12 @@ def test_values_stay_bounded_under_a_penalty():
     with th.no_grad():
         model.actor_target.mu[-2].bias.add_(1.0)
     for _ in range(1500):
-        batch = draw_batch(model, 64)
-        model._update_critic(batch)
-        model._kernel.update_targets(model.tau, False)
+        batch = model.draw_batch(64)
+        hooks.update_critic(model, batch)
+        model.updater.kernel.update_targets(model.tau, False)
     values = th.cat(model.critic(batch.observations, batch.actions), dim=1).detach()
     # Rewards are above -16.3, distances in [0, 4]
-    least = (-16.3 - 0.9 * 20 * 4 * model._critic_penalty_scale) / (1 - 0.9)
+    least = (-16.3 - 0.9 * 20 * 4 * model.constraint.value_scale) / (1 - 0.9)
     assert least < float(values.min()) < float(values.mean()) < 0
 
 
@@ -368,9 +371,9 @@ def test_a_penalty_makes_a_policy_that_has_left_worth_less():
         with th.no_grad():
             model.actor_target.mu[-2].bias.add_(1.0)
         for _ in range(400):
-            batch = draw_batch(model, 64)
-            model._update_critic(batch)
-            model._kernel.update_targets(model.tau, False)
+            batch = model.draw_batch(64)
+            hooks.update_critic(model, batch)
+            model.updater.kernel.update_targets(model.tau, False)
         return float(th.cat(model.critic(batch.observations, batch.actions), dim=1).detach().mean())
 
     assert value(1.0) < value(0.0) - 1.0
@@ -430,7 +433,6 @@ def test_other_references_ignore_evaluations(reference):
     model.learn(30, callback=[watch, EvalCallback(Monitor(gym.make("Pendulum-v1")), eval_freq=5, n_eval_episodes=1)])
     if reference == "target":
         assert all(weights is None for _, weights in watch.weights)
-        assert model._reference is model.actor_target
     else:
         assert all(same(weights, watch.weights[0][0]) for _, weights in watch.weights)
 
@@ -445,16 +447,17 @@ def test_dataset_without_pretraining_is_said():
     model = make()
     with pytest.warns(UserWarning, match="no pretrained policy to stay near"):
         model.learn(3)
-    assert model._reference is None
+    assert model.reference_actor is None and "train/policy_distance" not in model.logger.name_to_value
 
 
 def test_scheduled_epsilon(tmp_path):
     model = make(epsilon="geo_0.001_0.1", offline_steps=10, constraint_reference="pretrained")
     model.learn(100)
-    assert model._epsilon_schedule(1.0) == pytest.approx(0.001)
-    assert model._epsilon_schedule(0.5) == pytest.approx(0.01)
     model.save(tmp_path / "model")
-    assert TD3C.load(tmp_path / "model")._epsilon_schedule(0.0) == pytest.approx(0.1)
+    for each in (model, TD3C.load(tmp_path / "model")):
+        for progress_remaining, epsilon in ((1.0, 0.001), (0.5, 0.01), (0.0, 0.1)):
+            hooks.set_progress_remaining(each, progress_remaining)
+            assert each.current_epsilon == pytest.approx(epsilon)
 
 
 @pytest.mark.parametrize(
@@ -476,3 +479,29 @@ def test_scheduled_epsilon(tmp_path):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+def test_a_multiplier_is_adam_on_log_scale() -> None:
+    """Against torch's own Adam on the logarithm, with bounds; a state goes on where it was."""
+    multiplier = Multiplier(2.0, 0.3, 0.5, 7.0)
+    logarithm = th.tensor(math.log(2.0), dtype=th.float64, requires_grad=True)
+    optimizer = th.optim.Adam([logarithm], lr=0.3)
+    other, violations = Multiplier(1.0, 0.3, 0.5, 7.0), [0.5, -0.1, 2.0, 2.0, 2.0, 2.0, -3.0, -3.0]
+    for step, violation in enumerate(violations):
+        logarithm.grad = th.tensor(-violation, dtype=th.float64)
+        optimizer.step()
+        with th.no_grad():
+            logarithm.clamp_(math.log(0.5), math.log(7.0))
+        multiplier.step(th.tensor(violation))
+        assert float(multiplier) == pytest.approx(math.exp(logarithm.item()), rel=1e-6)
+        assert not multiplier.value.requires_grad and float(multiplier.value) == pytest.approx(float(multiplier))
+        if step == 3:
+            other.load_state_dict(multiplier.state_dict() | {"something": np.zeros(2)})
+        if step >= 3:
+            assert float(other) == float(multiplier)
+            other.step(th.tensor(violations[step + 1] if step + 1 < len(violations) else 0.0))
+    unchanged = float(other)
+    with pytest.warns(UserWarning, match="starts at its initial value"):
+        other.load_state_dict({})
+    assert float(other) == unchanged
+    assert Multiplier(1.0, 0.3, 0.5, 7.0).state_dict().keys() == {"log_multiplier"}

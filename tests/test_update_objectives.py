@@ -74,9 +74,11 @@ class Biased(TD3BC):
 
     def _target_q_values(self, batch: Any) -> th.Tensor:
         noise = th.full_like(batch.actions, 0.1)
-        q_values = self._kernel.next_q_values(noise)
+        q_values = self.updater.kernel.next_q_values(noise)
         return (
-            batch.rewards + 0.9 * q_values.mean(dim=1, keepdim=True) - 0.1 * self._kernel.next_q_values(-noise).amax(1, True)
+            batch.rewards
+            + 0.9 * q_values.mean(dim=1, keepdim=True)
+            - 0.1 * self.updater.kernel.next_q_values(-noise).amax(1, True)
         )
 
 

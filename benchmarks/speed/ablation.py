@@ -29,12 +29,12 @@ from torch.nn import functional as F
 from worker import columns, fill_vectors, silence, use_cores, vector_env
 
 from sb3_offline_ft import TD3BC, OfflineDataset
-from sb3_offline_ft.offline_td3 import offline_td3
+from sb3_offline_ft.offline_td3 import updates
 from sb3_offline_ft.policies.policies import MlpPolicy
 from sb3_offline_ft.update import FastKernel
 
 SHAPE = "hopper"
-BATCHES_AT_ONCE = offline_td3.BATCHES_AT_ONCE
+BATCHES_AT_ONCE = updates.BATCHES_AT_ONCE
 
 
 class OwnOptimizerKernel(FastKernel):
@@ -95,12 +95,12 @@ def model(
     )
     made.load_offline_data()
     if kernel_class is not None:
-        made._kernel = kernel_class(made.policy)
+        made.updater.kernel = kernel_class(made.policy)
 
     def run(steps: int) -> None:
-        offline_td3.BATCHES_AT_ONCE = batches
+        updates.BATCHES_AT_ONCE = batches
         made.pretrain(steps, log_interval=10**9)
-        assert kernel_class is None or type(made._kernel) is kernel_class
+        assert kernel_class is None or type(made.updater.kernel) is kernel_class
 
     return run
 

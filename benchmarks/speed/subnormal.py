@@ -33,7 +33,7 @@ def measure(clear_every: int) -> dict[str, float]:
         warnings.filterwarnings("ignore", message=".*trains online like TD3")
         model.learn(300)
     model.train(STEPS, 256)
-    kernel: Any = model._kernel
+    kernel: Any = model.updater.kernel
     assert isinstance(kernel, FastKernel)
     first = kernel.critic_adam._first
     share = float(((first != 0) & (first.abs() < SMALLEST_NORMAL)).float().mean())

@@ -12,32 +12,36 @@ PolicyState = Mapping[str, th.Tensor]
 
 
 def is_pretraining(model: OffPolicyAlgorithm) -> bool:
-    return bool(getattr(model, "_pretraining", False))
+    return bool(getattr(getattr(model, "life_cycle", None), "is_pretraining", False))
 
 
 def learned_weights(model: OffPolicyAlgorithm) -> Any:
     """What an actor has during a step in place of the average that acts (``LearnedWeights``); None if it acts itself."""
-    learned: Any = getattr(model, "_learned_weights", None)
+    learned: Any = getattr(getattr(model, "acting", None), "learned_weights", None)
     return learned if learned is not None and learned.average else None
 
 
 def has_extra_state(model: OffPolicyAlgorithm) -> bool:
-    return hasattr(model, "_get_extra_state") and hasattr(model, "_set_extra_state")
+    return hasattr(model, "extra_state") and hasattr(model, "load_extra_state")
 
 
 def extra_state(model: Any) -> dict[str, np.ndarray]:
-    return model._get_extra_state() if has_extra_state(model) else {}
+    return dict(model.extra_state()) if has_extra_state(model) else {}
 
 
 def set_extra_state(model: Any, state: Mapping[str, np.ndarray], generators: bool) -> None:
     if has_extra_state(model):
-        skipped = () if generators else getattr(model, "_generator_state_names", ())
-        model._set_extra_state({name: value for name, value in state.items() if name not in skipped})
+        model.load_extra_state(state, generators)
 
 
-def position_names(model: OffPolicyAlgorithm) -> tuple[str, ...]:
-    """Names of the attributes that tell where in its life the learner is."""
-    return getattr(model, "_position_names", ())
+def position(model: Any) -> dict[str, Any]:
+    """Where in its life the learner is, but for what counts progress."""
+    return dict(model.position()) if has_extra_state(model) else {}
+
+
+def set_position(model: Any, position: Mapping[str, Any]) -> None:
+    if has_extra_state(model):
+        model.set_position(position)
 
 
 def move_reference(model: Any, policy_state: PolicyState) -> None:

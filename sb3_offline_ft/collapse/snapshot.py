@@ -23,7 +23,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_offline_ft.collapse.learner import extra_state, has_extra_state, position_names, set_extra_state
+from sb3_offline_ft.collapse.learner import extra_state, has_extra_state, position, set_extra_state, set_position
 from sb3_offline_ft.common.io import atomic_write, naming_damage
 
 FORMAT = "sb3_offline_ft.LearnerSnapshot"
@@ -123,7 +123,7 @@ class LearnerSnapshot:
             },
             "variables": variables,
             "extra": extra_state(model),
-            "counters": {name: getattr(model, name) for name in _counters(model)},
+            "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)} | position(model),
             "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env()),
             "action_noise": _noise_state(model.action_noise),
             "generators": _generator_state(model),
@@ -153,9 +153,10 @@ class LearnerSnapshot:
             for name, variable in variables.items():
                 variable.copy_(content["variables"][name])
         set_extra_state(model, content["extra"], generators)
-        for name, value in content["counters"].items():
-            if hasattr(model, name):
-                setattr(model, name, value)
+        set_position(model, content["counters"])
+        for name in COUNTERS:
+            if name in content["counters"] and hasattr(model, name):
+                setattr(model, name, content["counters"][name])
         _restore_vec_normalize(content["vec_normalize"], model.get_vec_normalize_env())
         model.action_noise = noise
         _restore_noise(content["action_noise"], noise, generators)
@@ -253,10 +254,6 @@ def _parts_of(
     modules = {name: value for name, value in objects.items() if isinstance(value, th.nn.Module)}
     optimizers = {name: value for name, value in objects.items() if name not in modules}
     return modules, optimizers, {name: recursive_getattr(model, name) for name in variable_names}
-
-
-def _counters(model: OffPolicyAlgorithm) -> list[str]:
-    return [name for name in (*COUNTERS, *position_names(model)) if hasattr(model, name)]
 
 
 # Copies

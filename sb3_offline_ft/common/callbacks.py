@@ -1,10 +1,12 @@
 """Helpers for callbacks and progress bars."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from stable_baselines3.common import callbacks
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -129,6 +131,38 @@ class InitialEvaluation(BaseCallback):
     def _on_step(self) -> bool:
         # A callback asked to stop: the first opportunity that SB3 gives
         return self._go_on
+
+
+class BestEvaluation:
+    """The best mean reward that the EvalCallbacks of a run have found."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[EvalCallback] = []
+        """Those of the present call of ``learn``."""
+        self.mean_reward = -math.inf
+
+    @property
+    def _best(self) -> float:
+        return max((callback.best_mean_reward for callback in self.callbacks), default=-math.inf)
+
+    def begin_run(self) -> None:
+        """What has been found before is the best of the run so far."""
+        self.mean_reward = self._best
+
+    def has_new(self) -> bool:
+        """Whether there is a better one since the last call."""
+        has_new = self._best > self.mean_reward
+        self.mean_reward = max(self.mean_reward, self._best)
+        return has_new
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The state as arrays."""
+        return {"best_mean_reward": np.array(self.mean_reward)}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up a state; what has been found since then was another policy's."""
+        if "best_mean_reward" in state:
+            self.mean_reward = max(self.mean_reward, float(state["best_mean_reward"]), self._best)
 
 
 def progress_bar(total: int, description: str) -> Any:

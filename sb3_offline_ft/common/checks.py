@@ -11,6 +11,7 @@ import numpy as np
 from sb3_offline_ft.common.suggestions import hint
 
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
 
 def whole_number(value: Any, name: str, least: int = 0) -> int:
@@ -42,23 +43,48 @@ def number_pair(value: Any, name: str) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def constructor_arguments(cls: type) -> dict[str, Any]:
+def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
     """
     :param cls: A class
-    :return: All arguments that its constructor takes, those that it passes on to its bases' included, by name with their
-        defaults; ``inspect.Parameter.empty`` is for none
+    :return: All parameters of its constructor by name, those that it passes on to its bases' included: in the order of the
+        bases, then its own
     """
-    arguments: dict[str, Any] = {}
+    parameters: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        named = {one.name: one.default for one in parameters if one.kind not in (VAR_POSITIONAL, VAR_KEYWORD)}
-        arguments = named | arguments
+        _, *found = inspect.signature(vars(base)["__init__"]).parameters.values()
+        named = {one.name: one for one in found if one.kind not in (VAR_POSITIONAL, VAR_KEYWORD)}
+        # A default that a subclass changes is at the place that the parameter has
+        changed = {name: named[name].replace(default=parameters[name].default) for name in named.keys() & parameters.keys()}
+        own = {name: one.replace(kind=KEYWORD_ONLY) for name, one in parameters.items() if name not in named}
+        parameters = named | changed | own
         # A constructor that takes any keyword passes them on to the next one
-        if not any(parameter.kind is VAR_KEYWORD for parameter in parameters):
+        if not any(one.kind is VAR_KEYWORD for one in found):
             break
-    return {name: default for name, default in arguments.items() if name != "self"}
+    return parameters
+
+
+def constructor_arguments(cls: type) -> dict[str, Any]:
+    """
+    :param cls: A class
+    :return: The arguments of :func:`constructor_parameters` by name with their defaults; ``inspect.Parameter.empty`` is for
+        none
+    """
+    return {name: one.default for name, one in constructor_parameters(cls).items()}
+
+
+def show_constructor(cls: type) -> None:
+    """
+    Let ``inspect.signature`` of a class and of its constructor show all parameters, those passed on to its bases included.
+
+    :param cls: The class
+    """
+    parameters = list(constructor_parameters(cls).values())
+    setattr(cls, "__signature__", inspect.Signature(parameters))  # noqa: B010  # mypy knows of no such attribute
+    if "__init__" in vars(cls):
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        vars(cls)["__init__"].__signature__ = inspect.Signature([this, *parameters])
 
 
 def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: Iterable[str] = ()) -> None:

@@ -24,42 +24,6 @@ from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
 
-ONLINE_ONLY = frozenset(
-    {
-        "buffer_size",
-        "learning_starts",
-        "train_freq",
-        "gradient_steps",
-        "action_noise",
-        "stats_window_size",
-        "tensorboard_log",
-        "verbose",
-        "offline_fraction",
-        "warmup_steps",
-        "warmup_action_noise",
-        "critic_warmup_steps",
-        "reset_optimizers",
-        "guide_policy",
-        "guide_steps",
-        "policy_averaging",
-        "online_bc",
-        "adaptive_bc_target",
-        "adaptive_bc_gains",
-        "adaptive_bc_returns",
-        "constraint_reference",
-        "epsilon",
-        "initial_multiplier",
-        "multiplier_learning_rate",
-        "min_multiplier",
-        "max_multiplier",
-        "trust_region",
-        "critic_penalty",
-        "online_actor_bc",
-        "online_critic_bc",
-    }
-)
-"""Hyperparameters that do not act before the first interaction; whatever is not named here is part of the recipe."""
-
 SAME_THROUGHOUT = ("policy", "policy_kwargs", "env", "dataset", "offline_steps", "normalize_observations", "seed", "device")
 """Arguments that cannot have another value in the finetuning than in the pretraining."""
 SHARED_WITH_PRETRAINING = tuple(name for name in SAME_THROUGHOUT if name not in ("env", "dataset", "seed", "device"))
@@ -69,6 +33,14 @@ _ELSEWHERE = frozenset({"env", "dataset", "seed", "device", "_init_setup_model"}
 _PACKAGES = (sb3_offline_ft, stable_baselines3, th, np)
 _TOLD_OTHERWISE = (sb3_offline_ft.__name__, "builtins", "abc", "typing", "torch", "stable_baselines3")
 """Packages whose code is told by their version, or as a whole."""
+
+
+def online_only_arguments(algorithm: type) -> frozenset[str]:
+    """
+    :param algorithm: A class of this package, or derived from one
+    :return: Arguments of its constructor that do not act before the first interaction; all others are part of the recipe
+    """
+    return frozenset().union(*(vars(base).get("online_only_arguments", ()) for base in algorithm.__mro__))
 
 
 @cache
@@ -108,9 +80,8 @@ class Recipe:
         device: th.device | str = "auto",
     ) -> None:
         self.algorithm = algorithm
-        self.hyperparams = {
-            name: value for name, value in hyperparams.items() if name not in ONLINE_ONLY and name not in _ELSEWHERE
-        }
+        self._left_out = online_only_arguments(algorithm) | _ELSEWHERE
+        self.hyperparams = {name: value for name, value in hyperparams.items() if name not in self._left_out}
         self.dataset = dataset
         self.seed = seed
         self.device = get_device(device)
@@ -129,7 +100,7 @@ class Recipe:
     def _settings(self) -> dict[str, Any]:
         arguments = constructor_arguments(self.algorithm)
         defaults = {name: default for name, default in arguments.items() if default is not inspect.Parameter.empty}
-        return {name: value for name, value in defaults.items() if name not in ONLINE_ONLY | _ELSEWHERE} | self.hyperparams
+        return {name: value for name, value in defaults.items() if name not in self._left_out} | self.hyperparams
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def start_from(model: OfflineTD3, pretrained: Pretrained, *, generators: bool = 
     else:
         model.set_parameters(snapshot.parameters)
         model._n_updates = snapshot.n_updates
-    model.offline_steps_done = pretrained.recipe.offline_steps
+    model.life_cycle.offline_steps_done = pretrained.recipe.offline_steps
 
 
 def finetuning_learner(

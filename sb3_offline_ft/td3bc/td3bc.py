@@ -1,37 +1,23 @@
 """TD3 with behavior cloning (Fujimoto & Gu 2021), offline and online."""
 
 import math
-from numbers import Real
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch as th
-from gymnasium.wrappers import RecordEpisodeStatistics
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.vec_env import VecMonitor, is_vecenv_wrapped
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import TD3Policy
-from torch.nn import functional as F
 
-from sb3_offline_ft.common.checks import number_pair
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
-from sb3_offline_ft.datasets import DatasetSpec
-from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS, OfflineTD3
-from sb3_offline_ft.policies.guide import GuideLike
-from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight
-from sb3_offline_ft.update import ActorObjective, Attraction, Batch
+from sb3_offline_ft.offline_td3 import OfflineTD3, OfflineTD3Arguments
+from sb3_offline_ft.offline_td3.objective import behavior_cloning, check_alpha
+from sb3_offline_ft.td3bc.adaptive_weight import AdaptiveWeight, check_returns_are_reported
+from sb3_offline_ft.update import ActorObjective, Batch
 
 ADAPTIVE = "adaptive"
 # The weight that is controlled begins with 1
 ONLINE_BC_WORDS = {"keep": 1.0, "drop": 0.0, ADAPTIVE: 1.0}
-NO_RETURNS = (
-    "`online_bc='adaptive'` needs the returns of training episodes, which this environment does not report: "
-    "wrap it in SB3's `Monitor`, or a vectorized one in `VecMonitor`."
-)
 
 
 class TD3BC(OfflineTD3):
@@ -43,8 +29,7 @@ class TD3BC(OfflineTD3):
     (constant for the gradient); the mean is over batch and action dimensions, actions are in [-1, 1]. ``w`` is 1 offline
     and ``online_bc`` while finetuning.
 
-    The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``policy_averaging`` are those of :class:`OfflineTD3`, where they are described.
+    The other parameters, those of SB3's TD3 in its order among them, are described at :class:`OfflineTD3`.
 
     :param alpha: Weight of the value against behavior cloning. 0 is behavior cloning alone; ``float("inf")`` is TD3's own
         objective, to the bit
@@ -60,151 +45,44 @@ class TD3BC(OfflineTD3):
         ``(J - |J|, J)`` where ``J`` is the return of the pretrained policy in the warm-up
     """
 
+    online_only_arguments: ClassVar[frozenset[str]] = frozenset(
+        {"online_bc", "adaptive_bc_target", "adaptive_bc_gains", "adaptive_bc_returns"}
+    )
+
     def __init__(
         self,
         policy: str | type[TD3Policy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
-        buffer_size: int = 1_000_000,  # 1e6
-        learning_starts: int = SB3_LEARNING_STARTS,
-        batch_size: int = 256,
-        tau: float = 0.005,
-        gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 1,
-        gradient_steps: int = 1,
-        action_noise: ActionNoise | None = None,
-        replay_buffer_class: type[ReplayBuffer] | None = None,
-        replay_buffer_kwargs: dict[str, Any] | None = None,
-        optimize_memory_usage: bool = False,
-        n_steps: int = 1,
-        policy_delay: int = 2,
-        target_policy_noise: float = 0.2,
-        target_noise_clip: float = 0.5,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: th.device | str = "auto",
-        _init_setup_model: bool = True,
-        *,
-        dataset: DatasetSpec | None = None,
-        offline_steps: int = 0,
-        offline_fraction: ScheduleLike = 0.5,
-        warmup_steps: int = 2000,
-        warmup_action_noise: bool = False,
-        critic_warmup_steps: int = 0,
-        reset_optimizers: bool = True,
-        normalize_observations: bool = True,
-        kernel: str = "auto",
-        update_precision: str = "float32",
-        guide_policy: GuideLike = None,
-        guide_steps: ScheduleLike = 0,
-        policy_averaging: float = 0.0,
+        *args: Any,
         alpha: float = 2.5,
         online_bc: ScheduleLike = 1.0,
         adaptive_bc_target: float = 1.05,
         adaptive_bc_gains: tuple[float, float] = (7.5e-5, 2.5e-4),
         adaptive_bc_returns: tuple[float, float] | None = None,
+        **kwargs: Unpack[OfflineTD3Arguments],
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            action_noise=action_noise,
-            replay_buffer_class=replay_buffer_class,
-            replay_buffer_kwargs=replay_buffer_kwargs,
-            optimize_memory_usage=optimize_memory_usage,
-            n_steps=n_steps,
-            policy_delay=policy_delay,
-            target_policy_noise=target_policy_noise,
-            target_noise_clip=target_noise_clip,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=False,
-            dataset=dataset,
-            offline_steps=offline_steps,
-            offline_fraction=offline_fraction,
-            warmup_steps=warmup_steps,
-            warmup_action_noise=warmup_action_noise,
-            critic_warmup_steps=critic_warmup_steps,
-            reset_optimizers=reset_optimizers,
-            normalize_observations=normalize_observations,
-            kernel=kernel,
-            update_precision=update_precision,
-            guide_policy=guide_policy,
-            guide_steps=guide_steps,
-            policy_averaging=policy_averaging,
-        )
         self.alpha = alpha
         self.online_bc = online_bc
         self.adaptive_bc_target = adaptive_bc_target
         self.adaptive_bc_gains = adaptive_bc_gains
         self.adaptive_bc_returns = adaptive_bc_returns
-        if _init_setup_model:
-            self._setup_model()
+        super().__init__(policy, env, *args, **kwargs)
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real) or not self.alpha >= 0:
-            raise ValueError(f"`alpha` must be a number of at least 0, found {self.alpha!r}.")
-        self.alpha = float(self.alpha)
+        self.alpha = check_alpha(self.alpha)
         self._online_bc_schedule: Schedule = make_schedule(self.online_bc, "online_bc", words=ONLINE_BC_WORDS)
-        self._adaptive_weight: AdaptiveWeight | None = self._make_adaptive_weight()
+        self.adaptive_weight: AdaptiveWeight | None = None
+        if self.online_bc == ADAPTIVE:
+            self.adaptive_weight = AdaptiveWeight(self.adaptive_bc_target, self.adaptive_bc_gains, self.adaptive_bc_returns)
+            # A file has lists in their place
+            self.adaptive_bc_gains, self.adaptive_bc_returns = self.adaptive_weight.gains, self.adaptive_weight.given_unit
 
-    def _make_adaptive_weight(self) -> AdaptiveWeight | None:
-        if self.online_bc != ADAPTIVE:
-            return None
-        target = self.adaptive_bc_target
-        if isinstance(target, bool) or not isinstance(target, Real) or not math.isfinite(target):
-            raise ValueError(f"`adaptive_bc_target` must be a finite number, found {target!r}.")
-        self.adaptive_bc_gains = number_pair(self.adaptive_bc_gains, "adaptive_bc_gains")
-        if min(self.adaptive_bc_gains) < 0:
-            raise ValueError(f"`adaptive_bc_gains` must be at least 0, found {self.adaptive_bc_gains}.")
-        if self.adaptive_bc_returns is not None:
-            self.adaptive_bc_returns = number_pair(self.adaptive_bc_returns, "adaptive_bc_returns")
-            if not self.adaptive_bc_returns[0] < self.adaptive_bc_returns[1]:
-                raise ValueError(
-                    "`adaptive_bc_returns` must be the return of a random policy and the larger one of an expert, found "
-                    f"{self.adaptive_bc_returns}."
-                )
-        return AdaptiveWeight(float(target), self.adaptive_bc_gains, self.adaptive_bc_returns)
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        goes_on = self._went_online and not reset_num_timesteps
-        if self._finetuning if goes_on else self.dataset is not None or self._has_trained_weights:
-            self._check_returns_are_reported()
-        started = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if self._adaptive_weight is not None:
-            # The run may have begun with another `online_bc`
-            self._adaptive_weight.offer_unit(self._reference_returns)
-        return started
-
-    def _check_returns_are_reported(self) -> None:
-        env = self.env
-        if self._adaptive_weight is None or env is None or is_vecenv_wrapped(env, VecMonitor):
-            return
-        reports = (env.env_is_wrapped(wrapper) for wrapper in (Monitor, RecordEpisodeStatistics))
-        if not all(map(any, zip(*reports, strict=True))):
-            raise ValueError(NO_RETURNS)
+    def _check_run(self, goes_on: bool) -> None:
+        super()._check_run(goes_on)
+        finetunes = self.life_cycle.is_finetuning if goes_on else self.dataset is not None or self.has_trained_weights
+        if finetunes and self.adaptive_weight is not None and self.env is not None:
+            check_returns_are_reported(self.env)
 
     @property
     def _reference_returns(self) -> tuple[float, float] | None:
@@ -214,52 +92,36 @@ class TD3BC(OfflineTD3):
 
     def _on_finetuning_start(self, pretrained: bool) -> None:
         super()._on_finetuning_start(pretrained)
-        if self._adaptive_weight is not None:
-            self._adaptive_weight.begin(self._reference_returns)
+        if self.adaptive_weight is not None:
+            self.adaptive_weight.begin(self._reference_returns)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
-        if self._adaptive_weight is None or not self._finetuning or dones is None:
+        if self.adaptive_weight is None or not self.life_cycle.is_finetuning or dones is None:
             return
-        for evaluation in self._eval_callbacks:
+        for evaluation in self.evaluations.callbacks:
             # The one before the first interaction is the pretrained policy's
             if self.num_timesteps == self.n_envs and math.isfinite(evaluation.last_mean_reward):
-                self._adaptive_weight.expect(float(evaluation.last_mean_reward))
-        for done, info in zip(dones, infos, strict=True):
-            if not done:
-                continue
-            if "episode" not in info:
-                raise ValueError(NO_RETURNS)
-            episode, is_frozen = info["episode"], self.num_timesteps <= self._frozen_until
-            self._adaptive_weight.observe(float(episode["r"]), int(episode["l"]), is_frozen)
+                self.adaptive_weight.expect(float(evaluation.last_mean_reward))
+        # The run may have begun with another `online_bc`
+        self.adaptive_weight.offer_unit(self._reference_returns)
+        self.adaptive_weight.observe_ended(infos, dones, is_frozen=self.num_timesteps <= self.life_cycle.frozen_until)
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
-        if math.isinf(self.alpha) or not (self._pretraining or self._finetuning):
+        if self.life_cycle.is_plain_td3:
             return super()._actor_loss(batch, actions, q_values)
-        weight = 1.0 if self._pretraining else self._online_bc_weight()
-        mean_abs_q = q_values.detach().abs().mean()
-        self._log("train/mean_abs_q", mean_abs_q)
-        self._log("train/bc_loss", F.mse_loss(actions.detach(), batch.actions))
-        self._log("train/bc_weight", weight)
-        return ActorObjective(self.alpha / mean_abs_q, (Attraction(weight, batch.actions),))
+        weight = 1.0 if self.life_cycle.is_pretraining else self._online_bc_weight()
+        return behavior_cloning(self.alpha, weight, batch.actions, actions, q_values, self._log)
 
     def _online_bc_weight(self) -> float:
-        if self._adaptive_weight is None:
+        if self.adaptive_weight is None:
             return self._online_bc_schedule(self._current_progress_remaining)
-        if math.isfinite(self._adaptive_weight.average):
-            self._log("train/average_score", self._adaptive_weight.average_score)
-        return self._adaptive_weight.weight
+        if math.isfinite(self.adaptive_weight.average):
+            self._log("train/average_score", self.adaptive_weight.average_score)
+        return self.adaptive_weight.weight
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_online_bc_schedule", "_adaptive_weight"]
+        return [*super()._excluded_save_params(), "_online_bc_schedule", "adaptive_weight"]
 
-    def _get_extra_state(self) -> dict[str, np.ndarray]:
-        state = super()._get_extra_state()
-        if self._adaptive_weight is not None:
-            state["adaptive_weight"] = self._adaptive_weight.get_state()
-        return state
-
-    def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
-        super()._set_extra_state(state)
-        if self._adaptive_weight is not None and "adaptive_weight" in state:
-            self._adaptive_weight.set_state(state["adaptive_weight"])
+    def _stateful_parts(self) -> dict[str, Any]:
+        return super()._stateful_parts() | ({} if self.adaptive_weight is None else {"adaptive_weight": self.adaptive_weight})

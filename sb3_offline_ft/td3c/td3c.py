@@ -2,37 +2,28 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
-import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch.nn import functional as F
 
 from sb3_offline_ft.common.schedules import make_schedule, scale_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
-from sb3_offline_ft.datasets import DatasetSpec
-from sb3_offline_ft.offline_td3.offline_td3 import SB3_LEARNING_STARTS
-from sb3_offline_ft.policies.frozen import frozen_actor, weights_from_arrays, weights_to_arrays
-from sb3_offline_ft.policies.guide import GuideLike
-from sb3_offline_ft.td3bc.td3bc import TD3BC
+from sb3_offline_ft.offline_td3 import OfflineTD3, SharedArguments
+from sb3_offline_ft.offline_td3.objective import behavior_cloning, check_alpha
+from sb3_offline_ft.td3c.constraint import Constraint
+from sb3_offline_ft.td3c.multiplier import Multiplier
 from sb3_offline_ft.update import ActorObjective, Attraction, Batch
 
 CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
-ACTOR = "actor."
-REFERENCE_PREFIX = "reference_actor."
-MULTIPLIER_STATE = ("step", "exp_avg", "exp_avg_sq")
-DISTANCE_WEIGHT = 0.1
-"""Weight of a batch in the running mean of distances: a few states far away make a batch's own an uncertain one."""
 AVERAGE_FREQ = 10
 """Steps of the actor between two looks at the distance of the averaged policy, which moves slowly."""
 
 
-class TD3C(TD3BC):
+class TD3C(OfflineTD3):
     """
     TD3 with a constrained policy update: TD3BC offline, and online a policy that stays near a reference policy.
 
@@ -43,8 +34,8 @@ class TD3C(TD3BC):
     on the violation with each step of the actor. If that does not keep the policy near, its weights are moved back towards
     the reference's (``trust_region``).
 
-    The parameters up to ``_init_setup_model`` are those of SB3's TD3, in its order; the following ones up to
-    ``policy_averaging``, which is on here by default, are those of :class:`OfflineTD3`, where they are described.
+    The other parameters, those of SB3's TD3 in its order among them, are described at :class:`OfflineTD3`;
+    ``policy_averaging`` is on here by default.
 
     :param alpha: Weight of the value against behavior cloning in the offline phase, as in :class:`TD3BC`
     :param constraint_reference: ``"target"``: the target policy, which follows the policy (a limit on its speed);
@@ -66,48 +57,16 @@ class TD3C(TD3BC):
         policy weigh the distance alike; 0 is for no penalty
     """
 
-    _position_names: ClassVar[tuple[str, ...]] = (*TD3BC._position_names, "_constrained")
+    online_only_arguments: ClassVar[frozenset[str]] = frozenset(
+        "constraint_reference epsilon initial_multiplier multiplier_learning_rate min_multiplier max_multiplier trust_region "
+        "critic_penalty".split()
+    )
 
     def __init__(
         self,
         policy: str | type[TD3Policy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
-        buffer_size: int = 1_000_000,  # 1e6
-        learning_starts: int = SB3_LEARNING_STARTS,
-        batch_size: int = 256,
-        tau: float = 0.005,
-        gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 1,
-        gradient_steps: int = 1,
-        action_noise: ActionNoise | None = None,
-        replay_buffer_class: type[ReplayBuffer] | None = None,
-        replay_buffer_kwargs: dict[str, Any] | None = None,
-        optimize_memory_usage: bool = False,
-        n_steps: int = 1,
-        policy_delay: int = 2,
-        target_policy_noise: float = 0.2,
-        target_noise_clip: float = 0.5,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: th.device | str = "auto",
-        _init_setup_model: bool = True,
-        *,
-        dataset: DatasetSpec | None = None,
-        offline_steps: int = 0,
-        offline_fraction: ScheduleLike = 0.5,
-        warmup_steps: int = 2000,
-        warmup_action_noise: bool = False,
-        critic_warmup_steps: int = 0,
-        reset_optimizers: bool = True,
-        normalize_observations: bool = True,
-        kernel: str = "auto",
-        update_precision: str = "float32",
-        guide_policy: GuideLike = None,
-        guide_steps: ScheduleLike = 0,
+        *args: Any,
         policy_averaging: float = 0.99,
         alpha: float = 2.5,
         constraint_reference: str = "best",
@@ -118,48 +77,9 @@ class TD3C(TD3BC):
         max_multiplier: float = 1e3,
         trust_region: float | None = 2.0,
         critic_penalty: float = 0.0,
+        **kwargs: Unpack[SharedArguments],
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            action_noise=action_noise,
-            replay_buffer_class=replay_buffer_class,
-            replay_buffer_kwargs=replay_buffer_kwargs,
-            optimize_memory_usage=optimize_memory_usage,
-            n_steps=n_steps,
-            policy_delay=policy_delay,
-            target_policy_noise=target_policy_noise,
-            target_noise_clip=target_noise_clip,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=False,
-            dataset=dataset,
-            offline_steps=offline_steps,
-            offline_fraction=offline_fraction,
-            warmup_steps=warmup_steps,
-            warmup_action_noise=warmup_action_noise,
-            critic_warmup_steps=critic_warmup_steps,
-            reset_optimizers=reset_optimizers,
-            normalize_observations=normalize_observations,
-            kernel=kernel,
-            update_precision=update_precision,
-            guide_policy=guide_policy,
-            guide_steps=guide_steps,
-            policy_averaging=policy_averaging,
-            alpha=alpha,
-        )
+        self.alpha = alpha
         self.constraint_reference = constraint_reference
         self.epsilon = epsilon
         self.initial_multiplier = initial_multiplier
@@ -168,27 +88,15 @@ class TD3C(TD3BC):
         self.max_multiplier = max_multiplier
         self.trust_region = trust_region
         self.critic_penalty = critic_penalty
-        self.reference_actor: Actor | None = None
-        self._constrained = False
-        self._critic_penalty_scale: float | None = None
-        if _init_setup_model:
-            self._setup_model()
+        super().__init__(policy, env, *args, policy_averaging=policy_averaging, **kwargs)
 
     def _check_settings(self) -> None:
         super()._check_settings()
+        self.alpha = check_alpha(self.alpha)
         if self.constraint_reference not in CONSTRAINT_REFERENCES:
-            raise ValueError(
-                f"`constraint_reference` must be one of {', '.join(map(repr, CONSTRAINT_REFERENCES))}, "
-                f"found {self.constraint_reference!r}."
-            )
+            known = ", ".join(map(repr, CONSTRAINT_REFERENCES))
+            raise ValueError(f"`constraint_reference` must be one of {known}, found {self.constraint_reference!r}.")
         self._epsilon_schedule: Schedule = make_schedule(self.epsilon, "epsilon")
-        if not 0 < self.min_multiplier <= self.initial_multiplier <= self.max_multiplier < math.inf:
-            raise ValueError(
-                "Expected 0 < min_multiplier <= initial_multiplier <= max_multiplier < inf, found "
-                f"{self.min_multiplier!r}, {self.initial_multiplier!r}, {self.max_multiplier!r}."
-            )
-        if not 0 <= self.multiplier_learning_rate < math.inf:
-            raise ValueError(f"`multiplier_learning_rate` must be at least 0, found {self.multiplier_learning_rate!r}.")
         if self.trust_region is not None and not 1 <= self.trust_region < math.inf:
             raise ValueError(
                 "`trust_region` must be at least 1, as it is in multiples of `epsilon`, or None for none, found "
@@ -202,28 +110,26 @@ class TD3C(TD3BC):
                 "policy's own actions: choose 'pretrained' or 'best', or `critic_penalty=0`."
             )
 
-    def _make_adaptive_weight(self) -> None:
-        # Online there is no behavior cloning, whatever a loaded file of TD3BC says
-        return None
-
     def _setup_model(self) -> None:
         super()._setup_model()
-        self._mean_distance = self._no_distance
-        self._reset_multiplier()
-
-    @property
-    def _no_distance(self) -> th.Tensor:
-        return th.zeros((), dtype=th.float64, device=self.device)
-
-    def _reset_multiplier(self) -> None:
-        log_multiplier = math.log(self.initial_multiplier)
-        self.log_multiplier = th.tensor(log_multiplier, dtype=th.float64, device=self.device, requires_grad=True)
-        self.multiplier_optimizer = th.optim.Adam([self.log_multiplier], lr=self.multiplier_learning_rate)
+        self.constraint = Constraint(self.policy, has_reference=self.constraint_reference != "target")
+        rates = self.initial_multiplier, self.multiplier_learning_rate
+        self._multiplier = Multiplier(*rates, self.min_multiplier, self.max_multiplier, self.device)
 
     @property
     def multiplier(self) -> float:
         """The Lagrange multiplier, now."""
-        return math.exp(self.log_multiplier.item())
+        return float(self._multiplier)
+
+    @property
+    def reference_actor(self) -> Actor | None:
+        """The reference policy; None if there is none, or for the reference ``"target"``."""
+        return self.constraint.reference
+
+    @property
+    def current_epsilon(self) -> float:
+        """The bound on the distance, now."""
+        return self._epsilon_schedule(self._current_progress_remaining)
 
     def set_reference_policy(self, policy_state: Mapping[str, th.Tensor] | None = None) -> None:
         """
@@ -232,14 +138,7 @@ class TD3C(TD3BC):
         :param policy_state: Its parameters and statistics by name, as in ``policy.state_dict()`` or in
             ``LearnerSnapshot.policy_state``; by default those of the current policy
         """
-        if self.constraint_reference == "target":
-            return
-        self._mean_distance = self._no_distance
-        if self.reference_actor is None:
-            self.reference_actor = frozen_actor(self.policy)
-        state = self.policy.state_dict() if policy_state is None else policy_state
-        actor = {name.removeprefix(ACTOR): value for name, value in state.items() if name.startswith(ACTOR)}
-        self.reference_actor.load_state_dict(actor)
+        self.constraint.set_reference(policy_state)
 
     def scale_epsilon(self, factor: float) -> None:
         """
@@ -252,21 +151,18 @@ class TD3C(TD3BC):
 
     def _on_finetuning_start(self, pretrained: bool) -> None:
         super()._on_finetuning_start(pretrained)
-        self.reference_actor = None
-        self._critic_penalty_scale = None
-        self._mean_distance = self._no_distance
-        self._constrained = pretrained
-        self._reset_multiplier()
-        if not pretrained:
-            if self._finetuning:
-                warnings.warn(
-                    "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
-                    "Pretrain with `offline_steps` or `pretrain()`.",
-                    stacklevel=6,
-                )
-            return
-        self.set_reference_policy()
-        if self.constraint_reference == "best" and not self._eval_callbacks:
+        self.constraint.begin_run()
+        self._multiplier.reset()
+        self.life_cycle.is_constrained = pretrained
+        if pretrained:
+            self.set_reference_policy()
+        elif self.life_cycle.is_finetuning:
+            warnings.warn(
+                "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
+                "Pretrain with `offline_steps` or `pretrain()`.",
+                stacklevel=6,
+            )
+        if pretrained and self.constraint_reference == "best" and not self.evaluations.callbacks:
             warnings.warn(
                 "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference "
                 "stays the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained'.",
@@ -280,7 +176,7 @@ class TD3C(TD3BC):
     @property
     def _reference(self) -> Actor | None:
         """The policy to stay near, None if there is none."""
-        if not self._constrained or self._pretraining:
+        if not self.life_cycle.is_constrained or self.life_cycle.is_pretraining:
             return None
         if self.constraint_reference == "target":
             return self.actor_target
@@ -293,12 +189,9 @@ class TD3C(TD3BC):
         reference = self._reference
         if self.critic_penalty == 0 or reference is None:
             return None
-        if self._critic_penalty_scale is None or not math.isfinite(self._critic_penalty_scale):
-            # Once: a scale that follows negative values lets them grow without bound
-            self._critic_penalty_scale = float(next_q_values.abs().mean())
         distance = (next_actions - reference(batch.next_observations)).square().mean(dim=1, keepdim=True)
-        multiplier = self.log_multiplier.detach().exp().to(distance.dtype)
-        penalty: th.Tensor = self.critic_penalty * self._critic_penalty_scale * multiplier * distance
+        weight = (self.critic_penalty * self.constraint.scale_of(next_q_values)).to(distance.dtype)
+        penalty: th.Tensor = weight * self._multiplier.value.to(distance.dtype) * distance
         self._log("train/critic_penalty", penalty.mean())
         return penalty
 
@@ -310,57 +203,34 @@ class TD3C(TD3BC):
     @th.no_grad()
     def _return_to_trust_region(self, batch: Batch) -> None:
         """Move the weights back if they are outside: a large multiplier alone does not bring the policy back."""
-        reference = self._reference
+        reference, constraint, epsilon = self._reference, self.constraint, self.current_epsilon
         if self.trust_region is None or reference is None:
             return
-        epsilon = self._epsilon_schedule(self._current_progress_remaining)
-        is_outside = self._move_back(self.actor.parameters(), self._mean_distance, epsilon, reference)
-        self._mean_distance = th.where(is_outside, epsilon, self._mean_distance)
-        if self._learned_weights is not None and self._learned_weights.average:
-            is_outside = is_outside | self._return_average(self._learned_weights.average, batch, epsilon, reference)
+        bounds = epsilon, self.trust_region
+        is_outside = constraint.move_back(self.actor.parameters(), reference, constraint.mean_distance, *bounds)
+        constraint.mean_distance = th.where(is_outside, epsilon, constraint.mean_distance)
+        average = {} if self.acting.learned_weights is None else self.acting.learned_weights.average
+        if average and self._n_updates // self.policy_delay % AVERAGE_FREQ == 0:
+            # What acts lags behind what is learned, and may be outside when that is not, such as after a fall of epsilon
+            distance = constraint.distance_of(average, reference, batch.observations)
+            is_outside = is_outside | constraint.move_back(average.values(), reference, distance, *bounds)
         self._log("train/moved_back", is_outside.double())
-
-    def _return_average(
-        self, average: dict[str, th.Tensor], batch: Batch, epsilon: float, reference: Actor
-    ) -> th.Tensor | bool:
-        """What acts lags behind what is learned, and may be outside when that is not, such as after a fall of epsilon."""
-        if self._n_updates // self.policy_delay % AVERAGE_FREQ != 0:
-            return False
-        training = self.actor.training
-        self.actor.set_training_mode(False)
-        try:
-            actions = th.func.functional_call(self.actor, average, (batch.observations,))
-        finally:
-            self.actor.set_training_mode(training)
-        distance = F.mse_loss(actions, reference(batch.observations)).double()
-        return self._move_back(average.values(), distance, epsilon, reference)
-
-    def _move_back(self, weights: Iterable[th.Tensor], distance: th.Tensor, epsilon: float, reference: Actor) -> th.Tensor:
-        assert self.trust_region is not None
-        is_outside = distance > self.trust_region * epsilon
-        # Decided on the device: a GPU would have to be waited for
-        way = th.where(is_outside, 1 - (epsilon / distance).sqrt(), 0.0)
-        for weight, center in zip(weights, reference.parameters(), strict=True):
-            weight.lerp_(center, way.to(weight.dtype))
-        return is_outside
 
     def _actor_loss(self, batch: Batch, actions: th.Tensor, q_values: th.Tensor) -> ActorObjective | th.Tensor:
         self._distance: th.Tensor | None = None
-        if self._pretraining:
-            return super()._actor_loss(batch, actions, q_values)
-        reference = self._reference
+        if self.life_cycle.is_pretraining:
+            return behavior_cloning(self.alpha, 1.0, batch.actions, actions, q_values, self._log)
+        reference, epsilon = self._reference, self.current_epsilon
         if reference is None:
-            return ActorObjective()
+            return super()._actor_loss(batch, actions, q_values)
         with th.no_grad():
             reference_actions = reference(batch.observations)
-        epsilon = self._epsilon_schedule(self._current_progress_remaining)
-        distance = F.mse_loss(actions.detach(), reference_actions)
+        self._distance = F.mse_loss(actions.detach(), reference_actions)
         mean_abs_q = q_values.detach().abs().mean()
-        multiplier = self.log_multiplier.detach().exp().to(distance.dtype)
-        self._distance, self._violation = distance, distance - epsilon
+        multiplier = self._multiplier.value.to(self._distance.dtype)
         self._log("train/mean_abs_q", mean_abs_q)
-        self._log("train/policy_distance", distance)
-        self._log("train/constraint_violation", self._violation)
+        self._log("train/policy_distance", self._distance)
+        self._log("train/constraint_violation", self._distance - epsilon)
         self._log("train/epsilon", epsilon)
         self._log("train/multiplier", multiplier)
         # Divided by the sum of the weights: Adam's steps would grow while the multiplier grows, and be tiny after it has
@@ -368,60 +238,12 @@ class TD3C(TD3BC):
         return ActorObjective(value_weight / mean_abs_q, (Attraction(distance_weight, reference_actions),))
 
     def _after_actor_update(self) -> None:
-        if self._distance is None:
-            return
-        # The dual's gradient with respect to log(multiplier), up to the factor multiplier, as SAC does for its temperature
-        self.log_multiplier.grad = -self._violation.to(self.log_multiplier.dtype)
-        self.multiplier_optimizer.step()
-        with th.no_grad():
-            self.log_multiplier.clamp_(math.log(self.min_multiplier), math.log(self.max_multiplier))
-        self._mean_distance = self._mean_distance + DISTANCE_WEIGHT * (self._distance.double() - self._mean_distance)
+        if self._distance is not None:
+            self._multiplier.step(self._distance - self.current_epsilon)
+            self.constraint.observe(self._distance)
 
     def _excluded_save_params(self) -> list[str]:
-        live = ["log_multiplier", "multiplier_optimizer", "reference_actor", "_distance", "_violation", "_epsilon_schedule"]
-        return [*super()._excluded_save_params(), *live, "_mean_distance"]
+        return [*super()._excluded_save_params(), "constraint", "_multiplier", "_distance", "_epsilon_schedule"]
 
-    def _get_extra_state(self) -> dict[str, np.ndarray]:
-        state = super()._get_extra_state()
-        state["log_multiplier"] = self.log_multiplier.detach().cpu().numpy()
-        for name, value in self.multiplier_optimizer.state.get(self.log_multiplier, {}).items():
-            state[f"multiplier_optimizer.{name}"] = value.cpu().numpy()
-        state["mean_distance"] = self._mean_distance.cpu().numpy()
-        if self._critic_penalty_scale is not None:
-            state["critic_penalty_scale"] = np.array(self._critic_penalty_scale)
-        if self.reference_actor is not None:
-            state |= weights_to_arrays(self.reference_actor, REFERENCE_PREFIX)
-        return state
-
-    def _set_extra_state(self, state: dict[str, np.ndarray]) -> None:
-        super()._set_extra_state(state)
-        if "log_multiplier" not in state:
-            warnings.warn(
-                "The file was not saved by TD3C: the Lagrange multiplier starts at its initial value "
-                f"{self.initial_multiplier:g}, and the loaded policy will be the reference of the constraint.",
-                stacklevel=3,
-            )
-            return
-        with th.no_grad():
-            self.log_multiplier.copy_(th.from_numpy(state["log_multiplier"]))
-        moments = {
-            name: th.from_numpy(state[f"multiplier_optimizer.{name}"].copy())
-            for name in MULTIPLIER_STATE
-            if f"multiplier_optimizer.{name}" in state
-        }
-        self.multiplier_optimizer.state.clear()
-        if moments:
-            self.multiplier_optimizer.state[self.log_multiplier] = {
-                name: value if name == "step" else value.to(self.device) for name, value in moments.items()
-            }
-        self._mean_distance = self._no_distance + float(state.get("mean_distance", 0.0))
-        if "critic_penalty_scale" in state:
-            # A state from before it was measured leaves it as it is
-            self._critic_penalty_scale = float(state["critic_penalty_scale"])
-        weights = weights_from_arrays(state, REFERENCE_PREFIX)
-        if not weights or self.constraint_reference == "target":
-            self.reference_actor = None
-            return
-        if self.reference_actor is None:
-            self.reference_actor = frozen_actor(self.policy)
-        self.reference_actor.load_state_dict(weights)
+    def _stateful_parts(self) -> dict[str, Any]:
+        return super()._stateful_parts() | {"multiplier": self._multiplier, "constraint": self.constraint}

@@ -144,7 +144,7 @@ def moments(model: TD3) -> State:
 
 def extra_state(model: OfflineTD3) -> ExtraState:
     """Copies of what a learner keeps beyond networks and optimizers."""
-    return {name: np.array(value) for name, value in model._get_extra_state().items()}
+    return {name: np.array(value) for name, value in model.extra_state().items()}
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:

@@ -17,13 +17,11 @@ from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.common.strict_yaml import Reader
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
-from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
-from sb3_offline_ft.rebrac.rebrac import POLICY_DEFAULTS
+from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.identity import is_same, method_facts
 from sb3_offline_ft.study.design.learners import NOISES, PLAIN_TD3, algorithm_class
 from sb3_offline_ft.study.design.methods import (
     ENSEMBLE_SIZE,
-    NOISE,
     SET_BY_STUDY,
     Method,
     default_of,
@@ -31,6 +29,7 @@ from sb3_offline_ft.study.design.methods import (
     is_ours,
     known_algorithms,
     known_hyperparams,
+    online_only,
     preset,
     set_path,
 )
@@ -94,7 +93,7 @@ class MethodFactory:
         key = "pretraining.hyperparams"
         self._check_hyperparams(self.pretraining, key, algorithm)
         for name in self.pretraining:
-            if name in ONLINE_ONLY | NOISE:
+            if name in online_only(algorithm):
                 self.reader.fail(f"{key}.{name}", "does not act before the first interaction: write it in `hyperparams`.")
         self.reader.whole(self.pretraining_hyperparams({}).get("offline_steps", 0), f"{key}.offline_steps")
 
@@ -125,12 +124,12 @@ class MethodFactory:
 
     def pretraining_hyperparams(self, variant: Mapping[str, Any]) -> dict[str, Any]:
         """All hyperparameters of the pretraining with values of factors, without those that act online only."""
-        known = known_hyperparams(self.pretraining_algorithm) - ONLINE_ONLY - NOISE
+        known = known_hyperparams(self.pretraining_algorithm) - online_only(self.pretraining_algorithm)
         made = self._preset(self.pretraining_algorithm)[0] | self.shared | self.pretraining
         own = copy.deepcopy({name: value for name, value in made.items() if name in known})
-        if self.pretraining_algorithm == "rebrac":
+        if defaults := getattr(algorithm_class(self.pretraining_algorithm), "policy_defaults", None):
             # Other algorithms, which go on with its networks, have other defaults
-            own["policy_kwargs"] = POLICY_DEFAULTS | dict(own.get("policy_kwargs") or {})
+            own["policy_kwargs"] = {**defaults, **(own.get("policy_kwargs") or {})}
         for factor, value in variant.items():
             path = factor_path(factor)
             if not factor.startswith(FINETUNING_PREFIX) and path[0] in known:

@@ -9,9 +9,8 @@ from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.policies.policies import OfflinePolicy
-from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY
 from sb3_offline_ft.study.design.learners import algorithm_class
-from sb3_offline_ft.study.design.methods import NOISE, Method, is_ours
+from sb3_offline_ft.study.design.methods import Method, is_ours, online_only
 
 RESULTS_VERSION = 2
 """Raised by a release whose runs give other results, as by another default: then finished cells are run again, else never."""
@@ -53,7 +52,7 @@ def _algorithm_version(algorithm: str) -> dict[str, int]:
 
 def _pretraining_facts(algorithm: str, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
     chosen = _chosen(algorithm, hyperparams)
-    acting = {name: value for name, value in chosen.items() if name not in ONLINE_ONLY | NOISE}
+    acting = {name: value for name, value in chosen.items() if name not in online_only(algorithm)}
     return {"algorithm": algorithm, "hyperparams": acting}
 
 

@@ -16,6 +16,7 @@ from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.offline_td3 import OfflineTD3
+from sb3_offline_ft.pretrained.recipe import online_only_arguments
 from sb3_offline_ft.study.design.learners import algorithm_class
 
 ENSEMBLE_SIZE = "ensemble_size"
@@ -75,6 +76,11 @@ def known_hyperparams(algorithm: str) -> set[str]:
     cls = algorithm_class(algorithm)
     noise = NOISE if issubclass(cls, OffPolicyAlgorithm) else set()
     return constructor_arguments(cls).keys() - _NEVER | noise
+
+
+def online_only(algorithm: str) -> frozenset[str]:
+    """The hyperparameters that do not act before the first interaction."""
+    return online_only_arguments(algorithm_class(algorithm)) | NOISE
 
 
 def default_of(algorithm: str, name: str) -> Any:

@@ -13,9 +13,9 @@ from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
-from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
+from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.learners import algorithm_class
-from sb3_offline_ft.study.design.methods import NOISE, Method, known_hyperparams
+from sb3_offline_ft.study.design.methods import Method, known_hyperparams, online_only
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.tuning.plan import TuningPlan
 
@@ -57,13 +57,9 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     Write a method as rl_zoo3 has it: what acts in the pretraining keeps the value that it was tuned with, and is given once
     more with the prefix ``finetuning_`` where the finetuning differs.
     """
-    known = known_hyperparams(method.algorithm)
+    known, left_out = known_hyperparams(method.algorithm), online_only(method.algorithm)
     defaults = constructor_arguments(algorithm_class(plan.study.pretraining.algorithm))
-    offline = {
-        name: value
-        for name, value in method.pretraining_hyperparams.items()
-        if name in known and name not in ONLINE_ONLY | NOISE
-    }
+    offline = {name: value for name, value in method.pretraining_hyperparams.items() if name in known - left_out}
     entry: dict[str, Any] = {
         "policy": "MlpPolicy",
         "n_timesteps": plan.study.interactions,
@@ -73,7 +69,7 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     for name, value in method.hyperparams.items():
         if name in SHARED_WITH_PRETRAINING:
             continue
-        differs = name not in ONLINE_ONLY | NOISE and value != offline.get(name, defaults.get(name, value))
+        differs = name not in left_out and value != offline.get(name, defaults.get(name, value))
         entry[FINETUNING_PREFIX + name if differs else name] = value
     callback = _callback(plan, method)
     return entry | ({} if callback is None else {"callback": callback})

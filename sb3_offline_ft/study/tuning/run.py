@@ -13,8 +13,8 @@ from rich.text import Text
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.evaluation.comparisons import PairedComparison, compare_paired
-from sb3_offline_ft.pretrained.recipe import ONLINE_ONLY, SHARED_WITH_PRETRAINING
-from sb3_offline_ft.study.design.methods import NOISE
+from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
+from sb3_offline_ft.study.design.methods import online_only
 from sb3_offline_ft.study.design.protocol import STUDY_FILE
 from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.engine.queue import CellState, fault_text
@@ -203,7 +203,8 @@ def confirmation_study(result: TuningResult, seeds: list[int], folder: Path) -> 
     entry = dict(given["methods"][plan.method.base]) | {"label": "preset"}
     own = dict(plan.method.hyperparams)
     entry["hyperparams"] = {name: value for name, value in own.items() if name not in SHARED_WITH_PRETRAINING}
-    offline = {name: v for name, v in plan.method.pretraining_hyperparams.items() if name not in ONLINE_ONLY | NOISE}
+    left_out = online_only(plan.study.pretraining.algorithm)
+    offline = {name: value for name, value in plan.method.pretraining_hyperparams.items() if name not in left_out}
     tuned = {name: new for name, (_, new) in result.changes.items()}
     methods = {
         PRESET_METHOD: entry,
