@@ -111,7 +111,7 @@ def check_zoo() -> Iterator[Check]:
     )
     if process.returncode:
         error = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        yield Check("rl_zoo3", "problem", f"cannot be imported: {error}", 'pip install "sb3-offline-ft[zoo]"')
+        yield Check("rl_zoo3", "problem", f"cannot be imported: {error}", "pip install rl_zoo3")
     else:
         listing = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("ALGOS ")][-1]
         missing = [name for name in ALGORITHMS if name not in listing]
@@ -179,7 +179,7 @@ def check_mujoco() -> Iterator[Check]:
         env.step(env.action_space.sample())
         env.close()
     except Exception as error:
-        yield Check("MuJoCo", "problem", f"Hopper-v5 fails: {error}", 'pip install "sb3-offline-ft[mujoco]"')
+        yield Check("MuJoCo", "problem", f"Hopper-v5 fails: {error}", 'pip install "gymnasium[mujoco]"')
     else:
         yield Check("MuJoCo", "ok", f"{metadata.version('mujoco')}, Hopper-v5 works")
 

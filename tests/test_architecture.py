@@ -14,8 +14,8 @@ PACKAGE = "sb3_offline_ft"
 ROOT = REPOSITORY / PACKAGE
 
 FLOORS = [
-    {"algorithms", "common"},
-    {"policies", "pages", "collapse", "deployment"},
+    {"common"},
+    {"algorithms", "policies", "pages", "collapse", "deployment"},
     {"update"},
     {"datasets"},
     {"buffers"},
@@ -31,8 +31,7 @@ FLOORS = [
 """The rooms, from the ground up. A room may use itself and those on lower floors, not its neighbours."""
 
 FEWER = {
-    # It is read before torch is imported
-    "algorithms": set(),
+    "algorithms": {"common"},
     "common": set(),
     # They serve the algorithms of SB3 and sb3-contrib as well as ours
     "collapse": {"common"},

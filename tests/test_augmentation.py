@@ -8,6 +8,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_offline_ft.buffers.augmentation import AUGMENTATIONS, Augmentation, make_augmentation
+from sb3_offline_ft.buffers.files import ring_columns
 from tests.replay_data import DICT, IMAGE, VECTOR, by_name, fill_online, make_buffer, make_dataset, make_vec_normalize
 
 GENERATOR = np.random.default_rng
@@ -111,7 +112,7 @@ def test_both_observations_are_changed_independently_and_nothing_else_is(name: s
     for buffer in (plain, changing):
         buffer.set_offline_data(dataset)
         fill_online([buffer], 20, GENERATOR(1))
-    stored = {key: array.copy() for key, array in changing._ring().items()}
+    stored = {key: array.copy() for key, array in ring_columns(changing).items()}
     batches = []
     for buffer in (plain, changing):
         np.random.seed(0)
@@ -123,7 +124,7 @@ def test_both_observations_are_changed_independently_and_nothing_else_is(name: s
     assert not th.allclose(changes[0], changes[1])
     # Both the offline and the online half of a batch
     assert changes[0][:16].any() and changes[0][16:32].any()
-    for key, array in changing._ring().items():
+    for key, array in ring_columns(changing).items():
         assert np.array_equal(array, stored[key]), key
     assert dataset.fingerprint == make_dataset(VECTOR, [20], [True], GENERATOR(0)).fingerprint
 
@@ -194,7 +195,7 @@ def test_an_augmentation_of_ones_own() -> None:
     ("name", "message"),
     [
         ("gausian_noise", "'gausian_noise': did you mean 'gaussian_noise'"),
-        ("blur", "'blur': known are gaussian_noise, .*random_shift"),
+        ("blur", "'blur': known are amplitude_scaling, .*random_shift"),
         ("gaussian_noise_0.1_0.2", "at most the numbers std"),
         ("dimension_dropout_3", "at most the numbers none"),
         ("gaussian_noise_0", "needs a positive std, found 0"),

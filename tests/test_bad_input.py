@@ -3,8 +3,10 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from torch.nn.utils import parameters_to_vector
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, OfflineDataset, OfflineTD3
 
@@ -20,6 +22,10 @@ def columns(n: int = 20, **changed: np.ndarray) -> dict[str, np.ndarray]:
         "terminations": ends, "truncations": ~ends & False,
     }  # fmt: skip
     return data | changed
+
+
+def weights(model: OfflineTD3) -> th.Tensor:
+    return parameters_to_vector(model.policy.parameters()).detach().clone()
 
 
 @pytest.mark.parametrize("algorithm", [OfflineTD3, TD3BC, TD3C])
@@ -47,13 +53,14 @@ def test_offline_fraction(value):
 
 def test_negative_budgets():
     model = TD3BC("MlpPolicy", ENV, dataset=DATASET)
+    before = weights(model)
     with pytest.raises(ValueError, match="`gradient_steps` must be a whole number of at least 0, found -5"):
         model.pretrain(-5)
     with pytest.raises(ValueError, match="`log_interval` must be a whole number of at least 1, found 0"):
         model.pretrain(5, log_interval=0)
     with pytest.raises(ValueError, match="`total_timesteps` must be a whole number of at least 0, found -5"):
         model.learn(-5)
-    assert model._n_updates == 0 and model.offline_dataset is None
+    assert th.equal(weights(model), before) and model.offline_dataset is None
 
 
 def test_unknown_keyword_in_the_constructor():
@@ -133,9 +140,11 @@ def test_dataset_that_does_not_fit_changes_nothing(dataset, message, start):
     if isinstance(dataset, dict):
         dataset = OfflineDataset.from_columns(**dataset)
     model = TD3BC("MlpPolicy", ENV, dataset=dataset, offline_steps=10)
+    before = weights(model)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         getattr(model, start)(5)
-    assert model._n_updates == model.num_timesteps == model.offline_steps_done == 0
+    assert th.equal(weights(model), before) and model.num_timesteps == model.offline_steps_done == 0
+    # SB3 keeps there what it began an episode with
     assert model.offline_dataset is None and model.dataset_fingerprint is None and model._last_obs is None
     assert all((normalizer.observation_std == 1).all() for normalizer in model.policy.normalizers())
 
@@ -153,7 +162,10 @@ def test_action_scaling_is_that_of_the_policy():
     model.load_offline_data()
     recorded = model.offline_dataset.actions
     assert np.abs(recorded).max() > 1.5, "recorded in the environment's units"
-    assert model.replay_buffer._offline_actions == pytest.approx(model.policy.scale_action(recorded), abs=1e-6)
+    batch = model.replay_buffer.sample(500)
+    row_of = {row.tobytes(): index for index, row in enumerate(model.offline_dataset.observations)}
+    rows = [row_of[row.tobytes()] for row in batch.observations.numpy()]
+    assert batch.actions.numpy() == pytest.approx(model.policy.scale_action(recorded[rows]), abs=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimize_memory_usage": True}])
@@ -169,6 +181,7 @@ def test_options_of_a_buffer_that_is_not_used(settings):
 
 def test_rows_that_belong_together_cannot_be_dropped_which_is_said_before_pretraining():
     model = TD3BC("MlpPolicy", ENV, dataset=DATASET, n_steps=3, offline_steps=5, batch_size=4)
+    before = weights(model)
     with pytest.raises(ValueError, match=r"need the rows that follow: .*`poisoned_data='keep'`"):
         model.learn(10, callback=CollapseGuard(poisoned_data="drop"))
-    assert model._n_updates == 0
+    assert th.equal(weights(model), before)

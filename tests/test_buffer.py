@@ -1,5 +1,6 @@
 """The offline-to-online replay buffer: what goes in comes out, in the promised shares."""
 
+import io
 import time
 import tracemalloc
 import zipfile
@@ -16,6 +17,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft import OfflineDataset, OfflineToOnlineReplayBuffer
 from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer
+from sb3_offline_ft.buffers.augmentation import Augmentation
+from sb3_offline_ft.common.observations import mean_and_std
 
 OBSERVATION_SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 ACTION_SPACE = spaces.Box(np.array([-2.0], np.float32), np.array([2.0], np.float32))
@@ -284,6 +287,14 @@ def test_an_unknown_option_names_those_that_are_near():
             kind(20, space, ACTION_SPACE, "cpu", offline_samplng="balanced")
 
 
+def rows_to_estimate(buffer: OfflineToOnlineReplayBuffer) -> list[int]:
+    """Rows drawn by balanced replay since the last estimate of priorities."""
+    file = io.BytesIO()
+    buffer.save_online(file)
+    with np.load(io.BytesIO(file.getvalue()), allow_pickle=False) as arrays:
+        return arrays["balanced/drawn"].tolist()
+
+
 @pytest.mark.parametrize("n_batches", [0, 1, 3])
 def test_draws_are_taken_back(n_batches):
     """Those of a chunk of batches of which only the first have been used."""
@@ -309,14 +320,24 @@ def test_draws_are_taken_back(n_batches):
             (
                 buffer.get_sampler_state(),
                 buffer.sampled_rows_by_source(),
-                buffer._balanced.get_state()["drawn"].tolist(),
+                rows_to_estimate(buffer),
                 buffer.sample(16, offline_fraction=1.0).observations.tolist(),
             )
         )
     assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("options", [{"augmentation": "gaussian_noise"}, {"offline_sampling": "balanced"}])
+class Spread(Augmentation):
+    """Notes the unit that it is given."""
+
+    name, needs_std = "spread", True
+
+    def __call__(self, values, generator, std):
+        self.std = std
+        return values
+
+
+@pytest.mark.parametrize("options", [{"augmentation": Spread()}, {"offline_sampling": "balanced"}])
 def test_statistics_of_the_data_need_no_copy_of_it(options):
     n, size = 60_000, 100
     observations = np.random.default_rng(0).normal(3.0, 2.0, (n, size)).astype(np.float32)
@@ -333,8 +354,10 @@ def test_statistics_of_the_data_need_no_copy_of_it(options):
     # Pieces of a million float64 numbers, twice, and a few numbers for each row
     assert peak < observations.nbytes
     expected = observations.std(axis=0, dtype=np.float64)
-    found = buffer._std[""] if buffer._balanced is None else buffer._balanced._std[0] - 1e-3
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(mean_and_std(observations)[1], expected, rtol=1e-6)
+    if "augmentation" in options:
+        buffer.sample(1)
+        np.testing.assert_allclose(options["augmentation"].std, expected, rtol=1e-6)
 
 
 def test_mixed_sampling_is_as_fast_as_sb3():

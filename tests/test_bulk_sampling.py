@@ -216,7 +216,8 @@ def test_offline_rows_are_those_the_generator_names(handle_timeout_termination):
         50, observation_space, ACTION_SPACE, "cpu", handle_timeout_termination=handle_timeout_termination, seed=4
     )
     buffer.set_offline_data(dataset)
-    generator = deepcopy(buffer)._offline_generator
+    generator = np.random.default_rng()
+    generator.bit_generator.state = json.loads(buffer.get_sampler_state())
     rows = np.concatenate([generator.integers(0, 100, size=16) for _ in range(5)])
     found = buffer.sample_batches(5, 16)
     ended = dataset.terminations if handle_timeout_termination else dataset.terminations | dataset.truncations

@@ -311,7 +311,7 @@ class TestColumns:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("map.yml", "obervations: x\n", "unknown key 'obervations'; did you mean observations"),
+            ("map.yml", "obervations: x\n", "unknown key 'obervations'. Did you mean 'observations'"),
             ("map.yml", "observations: 3\n", "observations must be a list of columns"),
             ("map.yml", "reward: [a, b]\n", "reward must be the name of a column"),
             ("map.yml", "observations: ''\n", "observations names no column"),

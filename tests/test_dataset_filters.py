@@ -132,8 +132,8 @@ def test_random_choices_are_nested_and_depend_on_the_seed_alone(hopper: OfflineD
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_retrun": 1}, "'bundled:hopper-medium': unknown filter or option 'min_retrun'. Did you mean min_return?"),
-        ({"zzz": 1}, "unknown filter or option 'zzz'. There are min_return, max_return"),
+        ({"min_retrun": 1}, "'bundled:hopper-medium': unknown filter or option 'min_retrun'. Did you mean 'min_return'?"),
+        ({"zzz": 1}, "unknown filter or option 'zzz'. Known are clip_actions, episodes, keys"),
         ({"min_return": "many"}, "min_return must be a finite number, found 'many'"),
         ({"min_return": float("nan")}, "min_return must be a finite number, found nan"),
         ({"min_return": None}, "min_return must be a finite number, found None"),

@@ -281,6 +281,17 @@ def test_observations_with_several_dimensions() -> None:
         assert_holds(load_dataset(f"grid/{data_format}-v0"), [episode])
 
 
+@pytest.mark.parametrize(
+    ("name", "fingerprint"),
+    [
+        ("hopper-medium", "112bc3ca61deb2eade18976476dd2f20b0cbc1f9fbcf12dc5d4a39be82f1f92c"),
+        ("pendulum-medium", "b478f5e36a554e6ab778dcf8d7243dd512a9129c992ae91dac5cae964e20fc80"),
+    ],
+)
+def test_fingerprints_stay_what_saved_models_and_results_know(name: str, fingerprint: str) -> None:
+    assert load_dataset(f"bundled:{name}").fingerprint == fingerprint
+
+
 def test_fingerprint_depends_on_the_data_alone(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     episodes = [Episode.make(rng, length, end) for length, end in ((4, "terminated"), (1, "truncated"), (6, "terminated"))]

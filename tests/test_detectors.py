@@ -527,11 +527,11 @@ def test_detectors_are_made_from_names():
     assert make_detector({"cusum": {"horizon": 7}}, 0.03, 70).horizon == 7
     own = BettingDetector(0.2)
     assert make_detector(own, 0.03, 70) is own and own.false_alarm_rate == 0.2
-    with pytest.raises(ValueError, match="Unknown detector 'cumsum': did you mean 'cusum'"):
+    with pytest.raises(ValueError, match=r"Unknown detector 'cumsum'\. Did you mean 'cusum'"):
         make_detector("cumsum")
-    with pytest.raises(ValueError, match="known are cusum, betting, deterioration"):
+    with pytest.raises(ValueError, match="Known are betting, cusum, deterioration"):
         make_detector("xyz")
     with pytest.raises(ValueError, match="is one name"):
         make_detector({"cusum": {}, "betting": {}})
-    with pytest.raises(TypeError, match="unknown keyword 'drfit': did you mean 'drift'"):
+    with pytest.raises(TypeError, match=r"unknown keyword 'drfit'.*'drift'"):
         make_detector({"cusum": {"drfit": 1}})

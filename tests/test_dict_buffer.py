@@ -15,6 +15,7 @@ from stable_baselines3.common.envs import SimpleMultiObsEnv
 
 from sb3_offline_ft import OfflineDataset
 from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
+from sb3_offline_ft.buffers.files import ring_columns
 from tests.replay_data import (
     ACTION_SPACE,
     DICT,
@@ -163,8 +164,8 @@ def test_saved_online_part_continues_to_the_bit(tmp_path: Path, space: str) -> N
         assert_same(*batches)
     copied = make_buffer(SPACES[space], 20, 2, n_steps=2)
     copied.copy_online(buffers[0])
-    for name, array in copied._ring().items():
-        assert name == "timeouts" or np.array_equal(array, buffers[0]._ring()[name]), name
+    for name, array in ring_columns(copied).items():
+        assert name == "timeouts" or np.array_equal(array, ring_columns(buffers[0])[name]), name
 
 
 def test_the_content_of_sb3s_buffer_is_taken_over() -> None:

@@ -150,13 +150,14 @@ def test_saved_and_emptied_buffers_agree_with_their_rows(tmp_path: Path) -> None
         assert row["has_returns"] == expected[observation]["has_returns"]
 
     # Rows that follow a loaded buffer belong to another episode
-    before = loaded.online_size
+    before, unfinished = loaded.online_size, (loaded.pos - 1) % loaded.buffer_size
     fill_online([loaded], 1, np.random.default_rng(5), ends=1.0)
-    assert loaded._returns is not None and before == loaded.online_size
+    assert before == loaded.online_size
     newest = (loaded.pos - 1) % loaded.buffer_size
-    assert (
-        loaded._returns.are_known[newest].all() and not loaded._returns.values[newest - 1][loaded.dones[newest - 1] == 0].any()
-    )
+    drawn = dict(rows(loaded.sample(1000)))
+    for env in range(2):
+        assert drawn[loaded.observations[newest, env].tobytes()]["has_returns"]
+        assert loaded.dones[unfinished, env] or not drawn[loaded.observations[unfinished, env].tobytes()]["has_returns"]
     loaded.reset()
     fill_online([loaded], 2, np.random.default_rng(6), ends=0.0)
     assert not loaded.sample(9).has_returns.any()
@@ -168,18 +169,20 @@ def test_returns_of_an_interrupted_episode_stay_unknown() -> None:
     buffer.cut_episodes()
     fill_online([buffer], 2, np.random.default_rng(1), ends=0.0)
     fill_online([buffer], 1, np.random.default_rng(2), ends=1.0)
-    assert buffer._returns is not None
-    assert buffer._returns.are_known[:6, 0].tolist() == 3 * [False] + 3 * [True]
+    drawn = dict(rows(buffer.sample(300)))
+    are_known = [bool(drawn[observation.tobytes()]["has_returns"]) for observation in buffer.observations[:6, 0]]
+    assert are_known == 3 * [False] + 3 * [True]
 
 
 def test_a_reward_that_is_not_finite_leaves_returns_unknown() -> None:
     buffer = make_buffer(VECTOR, 10, **EVERYTHING)
     zeros = np.zeros((1, 3), np.float32)
-    for reward, done in ((1.0, False), (np.nan, False), (2.0, True), (np.inf, False), (-np.inf, True), (3.0, True)):
-        buffer.add(zeros, zeros, np.zeros((1, 2)), np.array([reward]), np.array([done]), [{}])
-    assert buffer._returns is not None
-    assert buffer._returns.are_known[:6, 0].tolist() == [False, False, True, False, False, True]
-    assert buffer._returns.values[:6, 0].tolist() == [0, 0, 2, 0, 0, 3]
+    steps = ((1.0, False), (np.nan, False), (2.0, True), (np.inf, False), (-np.inf, True), (3.0, True))
+    for number, (reward, done) in enumerate(steps):
+        buffer.add(zeros + number, zeros, np.zeros((1, 2)), np.array([reward]), np.array([done]), [{}])
+    drawn = {int(row["observations"][0]): row for _, row in rows(buffer.sample(300))}
+    assert [bool(drawn[number]["has_returns"]) for number in range(6)] == [False, False, True, False, False, True]
+    assert [float(drawn[number]["returns"]) for number in range(6)] == [0, 0, 2, 0, 0, 3]
 
 
 def test_rows_that_need_others_say_so() -> None:

@@ -268,7 +268,7 @@ def test_nested_keys(data_format: str) -> None:
     assert model.offline_dataset is not None
     np.testing.assert_array_equal(model.offline_dataset.observations[:4], shown(lambda: FlattenObservation(Keyed(NESTED))))
     for wrong, message in (
-        ("achieved_goal/kettel", "no key 'achieved_goal/kettel'. Did you mean achieved_goal/kettle"),
+        ("achieved_goal/kettel", "no key 'achieved_goal/kettel'. Did you mean 'achieved_goal/kettle"),
         ("goal", "no key 'goal'"),
         ("observation,observation", "observation twice"),
         ("achieved_goal,achieved_goal/kettle", "names achieved_goal/kettle twice"),

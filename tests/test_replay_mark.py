@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 
 from sb3_offline_ft import load_dataset
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
-from sb3_offline_ft.collapse.replay import (
+from sb3_offline_ft.collapse.poisoned import (
     ReplayMark,
     check_can_thin_out,
     replace_last_if_not_finite,
@@ -174,10 +174,12 @@ def test_the_online_part_may_become_empty_beside_offline_data():
     for number in range(5):
         row = np.full((1, 3), number / 10, np.float32)
         buffer.add(row, row, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
-    offline = buffer._offline_actions.copy()
+    position = buffer.sampler_position()
+    offline = buffer.sample(len(dataset), offline_fraction=1.0).actions
     assert thin_out_since(buffer, mark, 5, 0.0, np.random.default_rng(0)) == 5
     assert (buffer.online_size, buffer.pos) == (0, 0)
-    np.testing.assert_array_equal(buffer._offline_actions, offline)
+    buffer.rewind(position)
+    np.testing.assert_array_equal(buffer.sample(len(dataset)).actions, offline)
     assert buffer.sample(8).is_offline.all()
 
 

@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 import sb3_offline_ft.collapse.snapshot as snapshot_module
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
+from sb3_offline_ft.collapse.signals import greedy_actions
 from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
 from sb3_offline_ft.offline_td3 import Phase
 
@@ -445,6 +446,7 @@ def test_another_architecture_is_refused_and_nothing_changed(source, target, mes
 def test_another_generator_is_refused_unless_left_out():
     model = make(TD3)
     snapshot = LearnerSnapshot.take(model)
+    # Gymnasium has no other way to another kind of generator
     model.action_space._np_random = np.random.Generator(np.random.MT19937(0))
     with pytest.raises(ValueError, match="generator action_space is MT19937 now and PCG64"):
         snapshot.restore(model)
@@ -464,25 +466,25 @@ def test_policy_state_acts_like_the_policy():
     snapshot = LearnerSnapshot.take(model)
     observation = th.ones(1, 3)
     model.policy.set_training_mode(False)
-    expected = model.policy._predict(observation, deterministic=True)
+    expected = greedy_actions(model, observation)
     update(model, 50)
     model.policy.set_training_mode(False)
     found = th.func.functional_call(model.policy, dict(snapshot.policy_state), (observation, True))
     assert th.equal(found, expected)
-    assert not th.equal(model.policy._predict(observation, deterministic=True), expected)
+    assert not th.equal(greedy_actions(model, observation), expected)
 
 
 def test_damaged_and_foreign_files(tmp_path):
     path, model = tmp_path / "snapshot.pt", make(TD3)
     LearnerSnapshot.take(model).save(path)
     content = path.read_bytes()
-    unharmed = dict(flat(LearnerSnapshot.load(path)._content))
     refused = 0
     for position in np.linspace(0, len(content) - 1, 80).astype(int):
         path.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
         # Padding between the parts of the file may change
         with contextlib.suppress(ValueError):
-            assert_same(dict(flat(LearnerSnapshot.load(path)._content)), unharmed)
+            LearnerSnapshot.load(path).save(tmp_path / "again.pt")
+            assert (tmp_path / "again.pt").read_bytes() == content
             refused -= 1
         refused += 1
     assert refused > 40

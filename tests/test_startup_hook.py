@@ -113,7 +113,7 @@ def test_without_rl_zoo3_the_hook_is_silent_and_our_own_import_is_clear(run_pyth
     assert (silent.stdout.strip(), silent.stderr) == ("absent", "")
     clear = run_python("-c", hide + "import sb3_offline_ft.zoo")
     assert clear.returncode == 1
-    assert 'pip install "sb3-offline-ft[zoo]"' in clear.stderr.splitlines()[-1]
+    assert "pip install rl_zoo3" in clear.stderr.splitlines()[-1]
 
 
 def test_the_start_file_names_the_function_that_the_pth_line_calls() -> None:

@@ -392,7 +392,7 @@ def test_looking_up_a_trial_shows_no_password(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'shared.db'}?password=sesame"
     open_storage(storage, create=True)
     with pytest.raises(ValueError, match=r"There is no study 'mine' in sqlite:///.*password=hidden: it has none") as caught:
-        describe_trial(storage, "mine", None)
+        describe_trial(storage, "mine", 0)
     assert "sesame" not in str(caught.value)
 
 

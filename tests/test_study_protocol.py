@@ -605,7 +605,7 @@ def test_init_keeps_absolute_paths_and_finds_relative_ones_through_links(
         ({"env": "Pendulum-v7"}, "`env` is 'Pendulum-v7'"),
         ({"datasets": ["a"]}, "`datasets` must be a mapping"),
         ({"datasets": {"a/b": PENDULUM}}, "`datasets.a/b` must be a label"),
-        ({"datasets": {"a": f"{PENDULUM}?epsodes=3"}}, "`datasets.a` is no dataset.*Did you mean episodes"),
+        ({"datasets": {"a": f"{PENDULUM}?epsodes=3"}}, "`datasets.a` is no dataset.*Did you mean 'episodes'"),
         ({"datasets": {1: PENDULUM}}, r"`datasets.1` must be text, found 1: put it in quotes"),
         ({"datasets": {"no-data": PENDULUM}}, "`datasets.no-data` must be a label"),
         ({"datasets": {}}, "`datasets` must have at least one dataset"),

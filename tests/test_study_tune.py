@@ -25,7 +25,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from typer.testing import CliRunner
 
 from sb3_offline_ft import TD3C, LearnerSnapshot
+from sb3_offline_ft.algorithms import search_space
 from sb3_offline_ft.cli import app
+from sb3_offline_ft.common.search_space import split_finetuning
 from sb3_offline_ft.datasets import load_dataset
 from sb3_offline_ft.evaluation.comparisons import compare_paired
 from sb3_offline_ft.pretrained.start import pretrain
@@ -36,14 +38,12 @@ from sb3_offline_ft.study.engine.queue import KEY, CellState
 from sb3_offline_ft.study.engine.status import read_statuses
 from sb3_offline_ft.study.report.page import write_report
 from sb3_offline_ft.study.tuning.entry import spec_seen_from, write_entry, zoo_entry
-from sb3_offline_ft.study.tuning.objective import Objective, number_of_last
 from sb3_offline_ft.study.tuning.plan import TuningPlan, TuningSettings
-from sb3_offline_ft.study.tuning.pruner import DEEPEST_DIP, PRESET, DipPruner, make_pruner
 from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, TuningQueue
 from sb3_offline_ft.study.tuning.report import parameter_importance
 from sb3_offline_ft.study.tuning.run import Tuned, confirm_best, confirmation_text, tune
-from sb3_offline_ft.tuning.search_spaces import SEARCH_SPACES, split_finetuning, split_tuning
-from sb3_offline_ft.zoo.tuning import ObservedTrial
+from sb3_offline_ft.tuning.objective import Objective, ObservedTrial, number_of_last, split_tuning
+from sb3_offline_ft.tuning.pruner import DEEPEST_DIP, PRESET, DipPruner, make_pruner
 from tests.conftest import REPOSITORY, RunPython
 from tests.study_environments import CLOSED, FAIL, FOLDER_VARIABLE, GATED_PENDULUM
 from tests.study_runs import environment, wait_until, write_study
@@ -177,7 +177,7 @@ def test_the_median_ends_no_more_than_half_of_the_trials_that_are_as_good_as_the
 def test_the_preset_is_found_in_the_search_space(study: Path) -> None:
     plan = plan_for(study)
     parameters = plan.preset_parameters()
-    assert parameters.keys() == SEARCH_SPACES["td3c"].tuned.keys()
+    assert parameters.keys() == search_space("td3c").tuned.keys()
     hyperparams = plan.method.hyperparams
     changed = plan.changed(parameters)
     assert changed.pop("epsilon") == "geo_0.001_0.001"
@@ -197,7 +197,7 @@ def test_values_that_the_search_space_does_not_have_are_left_to_the_sampler(tmp_
         "rebrac": {"algorithm": "rebrac", "hyperparams": {"online_actor_bc": "geo_1_0.01", "noise_type": None}},
     }
     write_study(tmp_path, **SHORT | {"methods": methods})
-    everything = SEARCH_SPACES["td3c"].tuned.keys()
+    everything = search_space("td3c").tuned.keys()
     without = {"warmup_steps", "offline_fraction", "offline_fraction_schedule", "epsilon", "epsilon_end_factor"}
     assert plan_for(tmp_path).preset_parameters().keys() == everything - without
     rebrac = plan_for(tmp_path, algo="rebrac").preset_parameters()
@@ -458,7 +458,7 @@ def test_the_files_say_what_came_out(tuned: Tuned) -> None:
     assert "<script" not in page and "src=" not in page
     assert "tpe sampler, none pruner, 2 random trials first; a trial was given up as the pruner says, but never" in page
     columns, *rows = (folder / "trials.csv").read_text().splitlines()
-    params = [f"params_{name}" for name in sorted(SEARCH_SPACES["td3c"].tuned)]
+    params = [f"params_{name}" for name in sorted(search_space("td3c").tuned)]
     facts = ["number", "trial", "state", "value", *params, "scores", "search", "deepest_dip", "datetime_start", "duration"]
     assert columns.split(",") == facts and len(rows) == 3
     assert (folder / "history.png").read_bytes().startswith(b"\x89PNG")

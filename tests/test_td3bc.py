@@ -1,5 +1,6 @@
 """TD3BC: its update is the paper's, and its limits are TD3 and behavior cloning."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
 
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
+from sb3_offline_ft.datasets import scale_actions
 from tests import hooks
 
 SMALL = {"net_arch": [16, 16]}
@@ -133,27 +135,17 @@ def test_infinite_alpha_is_td3_to_the_bit(algorithm, settings, tmp_path):
     data = ours.offline_dataset
     buffer = ReplayBuffer(len(data), theirs.observation_space, theirs.action_space, "cpu")
     buffer.observations[:, 0], buffer.next_observations[:, 0] = data.observations, data.next_observations
-    buffer.actions[:, 0], buffer.rewards[:, 0] = ours.replay_buffer._offline_actions, data.rewards
+    buffer.actions[:, 0], buffer.rewards[:, 0] = scale_actions(data.actions, ours.action_space), data.rewards
     buffer.dones[:, 0], buffer.timeouts[:, 0], buffer.full = data.terminations | data.truncations, data.truncations, True
     theirs.replay_buffer = buffer
 
-    rows = np.random.default_rng(0).integers(0, len(data), size=(20, 256))
-    chosen = iter(rows)
+    generator = np.random.default_rng()
+    generator.bit_generator.state = json.loads(ours.replay_buffer.get_sampler_state())
+    chosen = iter(generator.integers(0, len(data), size=(20, 256)))
     buffer.sample = lambda batch_size, env=None: buffer._get_samples(next(chosen))
     theirs_noise = th.random.get_rng_state()
     theirs.train(20, 256)
 
-    ours_chosen = iter(rows)
-
-    class Generator:
-        bit_generator = np.random.default_rng(0).bit_generator
-
-        def integers(self, low, high, size):
-            chosen = np.concatenate([next(ours_chosen) for _ in range(size // 256)])
-            assert len(chosen) == size
-            return chosen
-
-    ours.replay_buffer._offline_generator = Generator()
     ours.load_extra_state(ours.extra_state() | {"noise_generator": theirs_noise.numpy()})
     ours.pretrain(20)
     for name, parameter in theirs.policy.named_parameters():

@@ -17,6 +17,7 @@ from sb3_offline_ft import TD3BC
 from sb3_offline_ft.update import products
 from sb3_offline_ft.update.products import LARGE, NATIVE, Products, choose_products
 from tests.conftest import REPOSITORY
+from tests.kernels import kernel_of
 
 CPU = th.device("cpu")
 NO_UNITS = "ignore:`update_precision='bfloat16'`. this CPU has no units for bfloat16"
@@ -133,7 +134,7 @@ def test_the_switch_is_put_back(pretend: Patch, precision: Any, own: str) -> Non
         chosen.multiply(th.zeros(2, 3), th.zeros(2, 3), out=th.zeros(2, 3))
     assert precision.fp32_precision == kept
     model = make(update_precision="bfloat16").pretrain(2)
-    assert model.updater.kernel.products.name == "oneDNN bfloat16"
+    assert kernel_of(model).products.name == "oneDNN bfloat16"
     assert precision.fp32_precision == kept
 
 
@@ -180,7 +181,7 @@ start = th.cat([p.detach().double().flatten() for p in models[0].policy.paramete
 for model in models:
     model.pretrain(40)
 fast, autograd = (th.cat([p.detach().double().flatten() for p in model.policy.parameters()]) for model in models)
-print(models[0].updater.kernel.products.name)
+print(models[0]._kernel.products.name)
 print(float((fast - autograd).norm() / (autograd - start).norm()))
 print(th.backends.mkldnn.matmul.fp32_precision)
 """
@@ -223,7 +224,7 @@ def test_bfloat16_learns_nearly_the_same(pretend: Patch, onednn: bool, layer_nor
     pretend("has_onednn_switch", onednn)
     pretend("onednn_is_single_precision", False)
     model = make(update_precision="bfloat16", policy_kwargs=kwargs, policy_delay=1).pretrain(1)
-    assert model.updater.kernel.products.name == ("oneDNN bfloat16" if onednn else "bfloat16 copies")
+    assert kernel_of(model).products.name == ("oneDNN bfloat16" if onednn else "bfloat16 copies")
     for name, found in gradients_of(model).items():
         expected = gradients_of(exact)[name]
         assert float(nn.functional.cosine_similarity(found, expected, dim=0)) > 0.99, name
@@ -250,13 +251,13 @@ def test_bfloat16_is_for_large_products_only(pretend: Patch) -> None:
 @pytest.mark.filterwarnings(NO_UNITS)
 def test_the_precision_may_change_between_two_calls() -> None:
     model = make().pretrain(2)
-    assert model.updater.kernel.precision == "float32"
+    assert kernel_of(model).precision == "float32"
     model.update_precision = "bfloat16"
     model.pretrain(2)
-    assert model.updater.kernel.precision == "bfloat16" and "bfloat16" in model.updater.kernel.products.name
+    assert kernel_of(model).precision == "bfloat16" and "bfloat16" in kernel_of(model).products.name
     assert {float(entry["step"]) for entry in model.critic.optimizer.state.values()} == {4.0}
     model.update_precision = "float32"
-    assert model.pretrain(2).updater.kernel.precision == "float32"
+    assert kernel_of(model.pretrain(2)).precision == "float32"
 
 
 @needs_switch

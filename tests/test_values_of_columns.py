@@ -17,6 +17,7 @@ from stable_baselines3.common.save_util import save_to_pkl
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
+from sb3_offline_ft.datasets.files.tables import read_tables
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 
@@ -198,3 +199,33 @@ def test_lists_of_objects(tmp_path: Path) -> None:
     np.savez(tmp_path / "bounds.npz", **good(), action_low=np.array(["-1"]), action_high=np.array(["1"]))
     with pytest.raises(ValueError, match="action_low must hold real numbers"):
         load_dataset(tmp_path / "bounds.npz")
+
+
+OBSERVED = {"obs": [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]], "action": [0.0, 0.1, 0.2], "reward": [1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"obs": [[0.0, 1.0], [1.0, 1e39], [2.0, 3.0]]}, r"column 'obs', row 2: 1e\+39 is too large for float32"),
+        ({"action": [0.0, 1e39, 0.2]}, r"column 'action', row 2: 1e\+39 is too large for float32"),
+        (
+            {"obs": [["0.0", "1.0"], ["1.0", "1.5"], ["2.0", "3.0"]]},
+            r"column 'obs', row 1: .*the text '0\.0'.*lists of numbers",
+        ),
+        ({"obs": [[0.0, 1.0], [1.0, None], [2.0, 3.0]]}, r"column 'obs', row 2: expected numbers, found .*nan"),
+        ({"action": ["0.0", "1.5", "0.2"]}, r"column 'action', row 1: .* found the text '0\.0'; 3 of 3 rows .*as text"),
+        ({"reward": ["1", "2", "-"]}, r"column 'reward', row 1: expected a number, found the text '1'"),
+    ],
+)
+def test_numbers_in_parquet_are_no_text_and_fit_into_float32(changed: Any, message: str, tmp_path: Path) -> None:
+    parquet.write_table(pa.table(OBSERVED | changed), tmp_path / "run.parquet")
+    with pytest.raises(ValueError, match=rf"run\.parquet', {message}"):
+        read_tables([tmp_path / "run.parquet"])
+
+
+def test_digits_in_quotes_are_numbers_in_csv(tmp_path: Path) -> None:
+    """Its cells have no types."""
+    (tmp_path / "run.csv").write_text('obs,action,reward\n"1.5","0.1","1"\n"2.5","0.2","2"\n"3.5","0.3","3"\n')
+    with pytest.warns(UserWarning, match="no next_observations"):
+        assert read_tables([tmp_path / "run.csv"]).rewards.tolist() == [1.0, 2.0]

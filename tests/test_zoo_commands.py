@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from sb3_offline_ft import TD3BC, TD3C
-from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
+from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, preset_path
+from sb3_offline_ft.common.checks import constructor_arguments
 from tests.conftest import REPOSITORY, Installation, RunPython
 
 BUNDLED_PENDULUM = REPOSITORY / "sb3_offline_ft" / "datasets" / "bundled" / "pendulum-medium"
@@ -222,17 +223,69 @@ def test_the_preset_is_the_default_for_our_algorithms_only(tmp_path: Path) -> No
 def test_registering_again_changes_nothing(run_python: RunPython) -> None:
     code = """
 import rl_zoo3.exp_manager as m, rl_zoo3
-table, keys = rl_zoo3.ALGOS, list(rl_zoo3.ALGOS)
+table, keys, before = rl_zoo3.ALGOS, list(rl_zoo3.ALGOS), dict(vars(m.ExperimentManager))
 import sb3_offline_ft.zoo as zoo
-def methods():
-    return [vars(m.ExperimentManager)[n] for n in ("__init__", "read_hyperparameters", "learn", "objective")]
-first = methods()
+def changed():
+    return {name: value for name, value in vars(m.ExperimentManager).items() if value is not before.get(name)}
+first = changed()
 zoo.register(); zoo.register()
-print(rl_zoo3.ALGOS is table is m.ALGOS, methods() == first, hasattr(first[0].__wrapped__, "__wrapped__"))
+print(rl_zoo3.ALGOS is table is m.ALGOS, changed() == first, *first)
 print(*[k for k in table if k not in keys], *[k for k in keys if k not in table])
 """
     process = run_python("-c", code, SB3_OFFLINE_FT_NO_HOOK="1")
-    assert process.stdout.split() == ["True", "True", "False", "td3bc", "td3c", "rebrac"], process.stderr
+    assert process.stdout.split() == ["True", "True", "__new__", "td3bc", "td3c", "rebrac"], process.stderr
+
+
+def test_only_the_zoo_itself_changes_anything_in_rl_zoo3(run_python: RunPython) -> None:
+    code = """
+import sys
+from rl_zoo3 import exp_manager, hyperparams_opt, utils
+def tables():
+    names = (utils.ALGOS, hyperparams_opt.HYPERPARAMS_SAMPLER, hyperparams_opt.HYPERPARAMS_CONVERTER)
+    return [dict(table) for table in (vars(exp_manager.ExperimentManager), *names)]
+before = tables()
+import sb3_offline_ft.cli, sb3_offline_ft.study.commands, sb3_offline_ft.study.tuning.run, sb3_offline_ft.tuning.samplers
+from pathlib import Path
+from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, preset_path, search_space
+from sb3_offline_ft.datasets import load_dataset
+from sb3_offline_ft.pretrained.cache import PretrainedCache
+from sb3_offline_ft.pretrained.recipe import Recipe
+from sb3_offline_ft.study import Protocol, init_study
+from sb3_offline_ft.tuning.storage import open_storage
+from stable_baselines3.common.env_util import make_vec_env
+open_storage("study.log", create=True)
+init_study(Path("made"), env="Pendulum-v1", datasets=["bundled:pendulum-medium"])
+Protocol.load(Path("made")).check()
+for algo in ALGORITHMS:
+    search_space(algo), preset_path(algo)
+recipe = Recipe(algorithm_class("td3c"), {"policy": "MlpPolicy", "offline_steps": 2}, load_dataset("bundled:pendulum-medium"),
+    make_vec_env("Pendulum-v1"), 0)
+PretrainedCache(Path("pretrained")).get(recipe, make_vec_env("Pendulum-v1"))
+print(tables() == before, "sb3_offline_ft.zoo" in sys.modules)
+"""
+    process = run_python("-c", code, SB3_OFFLINE_FT_NO_HOOK="1")
+    assert process.stdout.splitlines()[-1:] == ["True False"], process.stdout + process.stderr
+
+
+def test_our_algorithms_have_a_manager_of_their_own_wherever_the_class_was_imported_from(run_python: RunPython) -> None:
+    code = """
+import argparse, copy, inspect, pickle
+from rl_zoo3.exp_manager import ExperimentManager
+signature = inspect.signature(ExperimentManager)
+import sb3_offline_ft.zoo, rl_zoo3.train
+class Mine(ExperimentManager):
+    pass
+def make(cls, algo):
+    return cls(argparse.Namespace(), algo, "Pendulum-v1", log_folder="logs", config=None)
+ours, theirs = make(ExperimentManager, "td3c"), make(rl_zoo3.train.ExperimentManager, "sac")
+named = ExperimentManager(args=argparse.Namespace(), algo="rebrac", env_id="Pendulum-v1", log_folder="logs")
+print(*[type(each).__name__ for each in (ours, named, copy.copy(ours), pickle.loads(pickle.dumps(ours)), make(Mine, "sac"))])
+print(type(theirs) is type(copy.deepcopy(theirs)) is ExperimentManager is rl_zoo3.train.ExperimentManager)
+print(isinstance(ours, ExperimentManager), inspect.signature(ExperimentManager) == signature, ours.config == named.config)
+"""
+    process = run_python("-c", code, SB3_OFFLINE_FT_NO_HOOK="1")
+    names = 4 * ["OfflineExperimentManager"]
+    assert process.stdout.split() == [*names, "Mine", "True", "True", "True", "False"], process.stderr
 
 
 def test_an_algorithm_that_the_user_registered_under_our_name_is_kept(run_python: RunPython) -> None:
@@ -247,11 +300,8 @@ print(rl_zoo3.ALGOS["td3c"].__name__)
 
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))
 def test_presets_name_only_parameters_that_exist(algo: str) -> None:
-    import inspect
-    from pkgutil import resolve_name
-
     zoo_parameters = {"n_timesteps", "noise_type", "noise_std", "n_envs", "normalize", "env_wrapper", "callback"}
-    accepted = set(inspect.signature(resolve_name(ALGORITHMS[algo])).parameters) | zoo_parameters
+    accepted = constructor_arguments(algorithm_class(algo)).keys() | zoo_parameters
     presets = yaml.safe_load(Path(preset_path(algo)).read_text())
     assert {"default", "Hopper-v5", "Pendulum-v1"} <= set(presets)
     for environment, preset in presets.items():

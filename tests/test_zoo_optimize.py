@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from threading import Barrier
 from typing import Any
 
@@ -28,16 +27,16 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_offline_ft
 from sb3_offline_ft import TD3C, LearnerSnapshot, OfflineDataset, OfflineTD3, load_dataset, register
-from sb3_offline_ft.algorithms import ALGORITHMS
+from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, search_space
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, finetuning_arguments
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.recipe import Recipe, code_digest, online_only_arguments
 from sb3_offline_ft.pretrained.start import pretrain
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX, SEARCH_SPACES, constructor_arguments
 from sb3_offline_ft.tuning.storage import open_storage
 from tests.conftest import REPOSITORY, Installation, RunPython
 from tests.zoo_runs import SMALL, UNGUARDED, make_manager, run
 
-TUNED = sorted(SEARCH_SPACES)
+TUNED = sorted(ALGORITHMS)
 COMMAND = [*("--env", "Pendulum-v1", "-n", "120", "--eval-episodes", "1", "--study-name", "study")]
 OPTIMIZE = ["-optimize", "--n-evaluations", "2", "--no-optim-plots", "--n-startup-trials", "1"]
 PARAMETERS = ["-params", *(f"{name}:{value!r}" for name, value in SMALL.items())]
@@ -82,7 +81,7 @@ def make_recipe(
     env: VecEnv, algo: str = "td3c", seed: int = 1, dataset: str = "bundled:pendulum-medium", **changed: Any
 ) -> Recipe:
     hyperparams = {"policy": "MlpPolicy", **SMALL, "offline_steps": 4} | changed
-    return Recipe(resolve_name(ALGORITHMS[algo]), hyperparams, load_dataset(dataset), env, seed, "cpu")
+    return Recipe(algorithm_class(algo), hyperparams, load_dataset(dataset), env, seed, "cpu")
 
 
 # Through the command
@@ -394,9 +393,9 @@ def test_parameters_are_converted_back_into_what_was_sampled(algo: str) -> None:
         trial = study.ask()
         sampled = HYPERPARAMS_SAMPLER[algo](trial, 1, 1, {})
         converted = HYPERPARAMS_CONVERTER[algo](trial.params)
-        again = constructor_arguments(converted, 1)
+        again = finetuning_arguments(converted, 1)
         assert repr(sampled) == repr(again)
-        model = resolve_name(ALGORITHMS[algo])("MlpPolicy", "Pendulum-v1", buffer_size=10, **sampled)
+        model = algorithm_class(algo)("MlpPolicy", "Pendulum-v1", buffer_size=10, **sampled)
         assert model.lr_schedule(1.0) == converted["finetuning_learning_rate"]
         assert model.action_noise._sigma[0] == converted["noise_std"]
         # A file of hyperparameters and the command line can hold them
@@ -407,7 +406,7 @@ def test_parameters_are_converted_back_into_what_was_sampled(algo: str) -> None:
 def test_the_documentation_names_what_is_tuned() -> None:
     section = (REPOSITORY / "docs" / "tuning.md").read_text().partition("## Search spaces")[2].partition("\n## ")[0]
     documented = {line.split("`")[1] for line in section.splitlines() if line.startswith("| `")}
-    assert documented == {name for algo in TUNED for name in SEARCH_SPACES[algo].tuned}
+    assert documented == {name for algo in TUNED for name in search_space(algo).tuned}
 
 
 def test_what_the_user_gives_is_not_tuned(tmp_path: Path) -> None:

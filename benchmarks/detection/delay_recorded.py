@@ -19,7 +19,7 @@ from rescue import WARMUP_STEPS
 
 from sb3_offline_ft import CollapseGuard
 from sb3_offline_ft.collapse.detectors import DETECTORS, Detector, make_detector
-from sb3_offline_ft.collapse.guard import WITHIN_FREQ
+from sb3_offline_ft.collapse.episodes import WITHIN_FREQ
 from sb3_offline_ft.collapse.monitor import EpisodeMonitor
 from sb3_offline_ft.common.io import atomic_write
 

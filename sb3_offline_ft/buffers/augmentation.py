@@ -1,12 +1,15 @@
 """Random changes of the observations of sampled batches, against overfitting to a dataset of limited size."""
 
-import difflib
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from gymnasium import spaces
+
+from sb3_offline_ft.common.observations import Observations, by_key, kind_of, mean_and_std
+from sb3_offline_ft.common.suggestions import hint
 
 Array = npt.NDArray[Any]
 
@@ -208,9 +211,7 @@ def make_augmentation(value: str | Augmentation | None) -> Augmentation | None:
         words.pop()
     name = "_".join(words)
     if name not in AUGMENTATIONS:
-        near = difflib.get_close_matches(name, AUGMENTATIONS, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(AUGMENTATIONS)}."
-        raise ValueError(f"`augmentation` is {value!r}: {hint}")
+        raise ValueError(f"`augmentation` is {value!r}: {hint(name, AUGMENTATIONS)}")
     chosen = AUGMENTATIONS[name]
     try:
         inspect.signature(chosen).bind(*numbers)
@@ -218,6 +219,67 @@ def make_augmentation(value: str | Augmentation | None) -> Augmentation | None:
         expected = ", ".join(inspect.signature(chosen).parameters) or "none"
         raise ValueError(f"`augmentation` is {value!r}: expected after the name at most the numbers {expected}.") from error
     return chosen(*numbers)
+
+
+class Augmenter:
+    """
+    Changes batches by an augmentation, with a random stream of its own.
+
+    :param augmentation: The augmentation
+    :param observation_space: Observation space; those of its keys that are of the augmentation's kind are changed
+    :raises ValueError: It has none, or one that cannot be changed
+    """
+
+    def __init__(self, augmentation: Augmentation, observation_space: spaces.Space[Any]) -> None:
+        self._augmentation = augmentation
+        self._std: dict[str, Array] = {}
+        parts = by_key(observation_space)
+        self._keys = [key for key, space in parts.items() if kind_of(space) == augmentation.kind]
+        if not self._keys:
+            raise ValueError(
+                f"The augmentation {augmentation.name!r} is for {augmentation.kind}s, which the observation space has not: "
+                f"{observation_space}."
+            )
+        for key in self._keys:
+            augmentation.check(parts[key].shape)
+
+    def seed(self, seed: int) -> None:
+        """Start the random stream anew."""
+        self.generator = np.random.default_rng(seed)
+
+    @property
+    def needs_offline_data(self) -> bool:
+        """Whether the offline data, in units of whose spread it is, has not been set."""
+        return self._augmentation.needs_std and not self._std
+
+    def set_offline_data(self, observations: Observations) -> None:
+        """Take the spread of the offline data as the unit."""
+        columns = by_key(observations)
+        for key in self._keys if self._augmentation.needs_std else ():
+            self._std[key] = mean_and_std(columns[key])[1].reshape(columns[key].shape[1:]).astype(np.float32)
+
+    def __call__(self, observations: Observations, next_observations: Observations) -> None:
+        """
+        Change batches in place.
+
+        :param observations: Shape ``(n_batches, batch_size, *obs_shape)``, or a dictionary of such
+        :param next_observations: The same
+        :raises ValueError: It needs offline data, and there is none
+        """
+        if self.needs_offline_data:
+            raise ValueError(
+                f"The augmentation {self._augmentation.name!r} is in units of the offline data's standard deviations, and "
+                "there is no offline data: set it, or use `augmentation=None`."
+            )
+        both = by_key(observations), by_key(next_observations)
+        # Batch after batch, so that the random stream does not depend on how many are drawn at once
+        for batch in range(len(both[0][self._keys[0]])):
+            for columns in both:
+                for key in self._keys:
+                    values = columns[key][batch]
+                    changed = self._augmentation(values, self.generator, self._std.get(key))
+                    if changed is not values:
+                        values[...] = changed
 
 
 def _as_number(text: str) -> float | None:

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from sb3_offline_ft.buffers.sampling import SourceShares, SumTree
 from sb3_offline_ft.buffers.transitions import OfflineTransitions, OnlineTransitions, Transitions
-from sb3_offline_ft.common.checks import whole_number
+from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.observations import Observations, by_key, kind_of, mean_and_std
 from sb3_offline_ft.datasets.spaces import flatten_rows
 
 Array = npt.NDArray[Any]
 
+OFFLINE_SAMPLING = ("uniform", "balanced")
 PRIORITY_BOUNDS = (1e-3, 1e3)
 STD_OFFSET = 1e-3
 DRAWS_KEPT = 1000
@@ -89,11 +90,7 @@ class BalancedReplay:
         self.seed(0)
 
     def seed(self, seed: int) -> None:
-        """
-        Start the random stream anew that the network and its batches come from. A network that has been trained is kept.
-
-        :param seed: The seed
-        """
+        """Start the random stream anew that the network and its batches come from. A network that has been trained is kept."""
         self._generator = np.random.default_rng(seed)
         if self._restored is not None:
             # It is taken up when the offline data is set, and the seed was given after it
@@ -135,12 +132,7 @@ class BalancedReplay:
         self._drawn = list(rows)
 
     def draw(self, generator: np.random.Generator, size: int) -> Array:
-        """
-        :param generator: Source of randomness
-        :param size: Number of rows
-        :return: Offline rows, drawn independently in proportion to their priorities; these are estimated anew by the next
-            :meth:`update`
-        """
+        """Draw offline rows independently in proportion to their priorities, which the next :meth:`update` estimates anew."""
         assert self._tree is not None
         rows = self._tree.draw(generator, size)
         self._drawn.append(rows)
@@ -208,9 +200,7 @@ class BalancedReplay:
         return th.from_numpy(inputs).to(self._device)
 
     def get_state(self) -> dict[str, Array]:
-        """
-        :return: All that the priorities and their further course depend on, by name; empty before there is any
-        """
+        """All that the priorities and their further course depend on, by name; empty before there is any."""
         if self._restored is not None:
             return self._restored
         if self._tree is None:
@@ -228,23 +218,6 @@ class BalancedReplay:
                     state[f"optimizer/{name}/{moment}"] = value.detach().cpu().numpy().copy()
         return state
 
-    def check_state(self, state: Mapping[str, Array], name: str) -> None:
-        """
-        :param state: What :meth:`get_state` returned
-        :param name: Where it comes from, for messages
-        :raises ValueError: It belongs to other data or a network of other sizes
-        """
-        if not state:
-            return
-        if self._tree is not None and len(state["priorities"]) != len(self._offline):
-            raise ValueError(f"{_other_length(len(state['priorities']), len(self._offline), name)}.")
-        sizes = [state[name].shape[0] for name in state if name.startswith("network/") and name.endswith("weight")]
-        if sizes and sizes != [*self.net_arch, 1]:
-            raise ValueError(
-                f"The density-ratio network in {name} was saved with layers {sizes[:-1]}, this learner has {self.net_arch}: "
-                "use the same `net_arch`."
-            )
-
     def set_state(self, state: Mapping[str, Array], name: str = "the state") -> None:
         """
         Go on from a state. If there is no offline data yet, it is taken up as soon as there is.
@@ -253,7 +226,14 @@ class BalancedReplay:
         :param name: Where it comes from, for messages
         :raises ValueError: It belongs to other data or a network of other sizes; nothing is changed then
         """
-        self.check_state(state, name)
+        if self._tree is not None and state and len(state["priorities"]) != len(self._offline):
+            raise ValueError(f"{_other_length(len(state['priorities']), len(self._offline), name)}.")
+        sizes = [state[key].shape[0] for key in state if key.startswith("network/") and key.endswith("weight")]
+        if sizes and sizes != [*self.net_arch, 1]:
+            raise ValueError(
+                f"The density-ratio network in {name} was saved with layers {sizes[:-1]}, this learner has {self.net_arch}: "
+                "use the same `net_arch`."
+            )
         if self._tree is None:
             self._restored, self._restored_from = dict(state) or None, name
         elif state:
@@ -277,6 +257,32 @@ class BalancedReplay:
                 }
         self.n_updates = int(state["n_updates"])
         self._generator.bit_generator.state = json.loads(str(state["generator"]))
+
+
+def make_balanced_replay(
+    offline_sampling: str, balanced_kwargs: dict[str, Any], observation_space: spaces.Space[Any], device: th.device
+) -> BalancedReplay | None:
+    """
+    :param offline_sampling: ``"uniform"`` or ``"balanced"``
+    :param balanced_kwargs: Keyword arguments of balanced replay
+    :param observation_space: Observation space
+    :param device: PyTorch device
+    :return: Balanced replay, None for uniform sampling
+    :raises ValueError: The name is unknown, or there are keyword arguments without effect
+    :raises TypeError: A keyword argument is unknown
+    """
+    if offline_sampling not in OFFLINE_SAMPLING:
+        raise ValueError(
+            f"`offline_sampling` must be one of {', '.join(map(repr, OFFLINE_SAMPLING))}, found {offline_sampling!r}."
+        )
+    if offline_sampling == "uniform":
+        if balanced_kwargs:
+            raise ValueError("`balanced_kwargs` have no effect without `offline_sampling='balanced'`: add it or drop them.")
+        return None
+    if not isinstance(balanced_kwargs, Mapping):
+        raise TypeError(f"`balanced_kwargs` must be a dictionary such as {{'temperature': 5.0}}, found {balanced_kwargs!r}.")
+    known_keywords(BalancedReplay, balanced_kwargs, "balanced_kwargs", excluded=("observation_space", "device"))
+    return BalancedReplay(observation_space, **balanced_kwargs, device=device)
 
 
 def _other_length(n_saved: int, n_rows: int, name: str) -> str:

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Never
+from typing import Any, ClassVar, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -12,39 +11,33 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_offline_ft.buffers.augmentation import Augmentation, make_augmentation
-from sb3_offline_ft.buffers.balanced_replay import BalancedReplay
-from sb3_offline_ft.buffers.batch_columns import BatchColumns, empty_rows, gather, gather_observations
-from sb3_offline_ft.buffers.files import File, damaged, read_arrays, write_arrays
-from sb3_offline_ft.buffers.sampling import SourceShares
-from sb3_offline_ft.buffers.transitions import OfflineTransitions, OnlineTransitions, RingReturns, Transitions, n_step_rows
+from sb3_offline_ft.buffers.augmentation import Augmentation, Augmenter, make_augmentation
+from sb3_offline_ft.buffers.balanced_replay import make_balanced_replay
+from sb3_offline_ft.buffers.batch_columns import BatchColumns
+from sb3_offline_ft.buffers.files import (
+    KIND,
+    File,
+    check_columns,
+    check_facts,
+    facts_of,
+    read_arrays,
+    ring_columns,
+    write_arrays,
+)
+from sb3_offline_ft.buffers.offline_part import OfflinePart, SamplerPosition
+from sb3_offline_ft.buffers.sampling import draw_ring_rows
+from sb3_offline_ft.buffers.transitions import OnlineTransitions, RingReturns
 from sb3_offline_ft.common.checks import known_keywords, whole_number
-from sb3_offline_ft.common.observations import Observations, by_key, kind_of, map_observations, mean_and_std
+from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.observations import by_key, map_observations
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples, Schedule, ScheduleLike
-from sb3_offline_ft.datasets import OfflineDataset, check_compatible, clip_actions, fit_to_space, scale_actions
-from sb3_offline_ft.datasets.columns import as_flags, check_numbers
+from sb3_offline_ft.datasets import OfflineDataset
 
 Array = npt.NDArray[Any]
 
-RING_COLUMNS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-OFFLINE_SAMPLING = ("uniform", "balanced")
 BALANCED_PREFIX = "balanced/"
-
-
-class SamplerPosition(NamedTuple):
-    """
-    How far the draws of offline rows are.
-
-    :param state: The random streams
-    :param rows_by_source: Number of rows drawn from each source, shape ``(n_sources,)``
-    :param drawn: With balanced replay, the rows whose priorities are to be estimated
-    """
-
-    state: str
-    rows_by_source: Array
-    drawn: tuple[Array, ...]
 
 
 class OfflineToOnlineReplayBuffer(ReplayBuffer):
@@ -132,18 +125,14 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         space: Any = observation_space
         self.observations = map_observations(_as_float32, self.observations, space)
         self.next_observations = map_observations(_as_float32, self.next_observations, space)
-        self.offline_data: OfflineDataset | None = None
         self._progress_remaining = 1.0
         self._offline_fraction: Schedule = make_schedule(offline_fraction, "offline_fraction", 0.0, 1.0)
-        self._offline: OfflineTransitions | None = None
-        self._shares = SourceShares([])
-        self._rows_by_source = np.zeros(0, np.int64)
+        chosen = make_augmentation(augmentation)
+        self._augmenter = None if chosen is None else Augmenter(chosen, observation_space)
+        balanced_kwargs = {} if balanced_kwargs is None else balanced_kwargs
+        self._offline = OfflinePart(make_balanced_replay(offline_sampling, balanced_kwargs, observation_space, self.device))
         self._next_actions = False
         self._returns: RingReturns | None = None
-        self._augmentation, self._augmented = make_augmentation(augmentation), list[str]()
-        self._std: dict[str, Array] = {}
-        self._choose_augmented_keys()
-        self._balanced = self._make_balanced(offline_sampling, {} if balanced_kwargs is None else balanced_kwargs)
         self.seed_sampler(seed)
         self.n_steps, self.gamma = 1, 1.0
         self.set_n_steps(n_steps, gamma)
@@ -156,15 +145,14 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         Set the number of steps of the n-step return.
 
         :param n_steps: The number, at least 1
-        :param gamma: Discount factor, for Monte-Carlo returns too
-        :raises ValueError: One is out of range
+        :param gamma: Discount factor in [0, 1], for Monte-Carlo returns too
         """
         n_steps = whole_number(n_steps, "n_steps", least=1)
         if not 0 <= gamma <= 1:
             raise ValueError(f"`gamma` must be in [0, 1], found {gamma!r}.")
         self.n_steps, self.gamma = n_steps, float(gamma)
-        if self._offline is not None:
-            self._offline.gamma = self.gamma
+        if self._offline.transitions is not None:
+            self._offline.transitions.gamma = self.gamma
         if self._returns is not None:
             self._returns = RingReturns(self, self.gamma)
 
@@ -187,7 +175,7 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
     @property
     def needs_offline_data(self) -> bool:
         """Whether nothing can be sampled before offline data is set, as the augmentation is in units of its spread."""
-        return self._augmentation is not None and self._augmentation.needs_std and not self._std
+        return self._augmenter is not None and self._augmenter.needs_offline_data
 
     @property
     def nbytes_per_row(self) -> int:
@@ -195,39 +183,12 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         arrays = [*by_key(self.observations).values(), *by_key(self.next_observations).values()]
         return sum(array[0, 0].nbytes for array in arrays)
 
-    def _make_balanced(self, offline_sampling: str, balanced_kwargs: dict[str, Any]) -> BalancedReplay | None:
-        if offline_sampling not in OFFLINE_SAMPLING:
-            raise ValueError(
-                f"`offline_sampling` must be one of {', '.join(map(repr, OFFLINE_SAMPLING))}, found {offline_sampling!r}."
-            )
-        if offline_sampling == "uniform":
-            if balanced_kwargs:
-                raise ValueError(
-                    "`balanced_kwargs` have no effect without `offline_sampling='balanced'`: add it or drop them."
-                )
-            return None
-        if not isinstance(balanced_kwargs, Mapping):
-            raise TypeError(
-                f"`balanced_kwargs` must be a dictionary such as {{'temperature': 5.0}}, found {balanced_kwargs!r}."
-            )
-        known_keywords(BalancedReplay, balanced_kwargs, "balanced_kwargs", excluded=("observation_space", "device"))
-        return BalancedReplay(self.observation_space, **balanced_kwargs, device=self.device)
-
-    def _choose_augmented_keys(self) -> None:
-        augmentation = self._augmentation
-        if augmentation is None:
-            return
-        parts = by_key(self.observation_space)
-        self._augmented = [key for key, space in parts.items() if kind_of(space) == augmentation.kind]
-        if not self._augmented:
-            raise ValueError(
-                f"The augmentation {augmentation.name!r} is for {augmentation.kind}s, which the observation space has not: "
-                f"{self.observation_space}."
-            )
-        for key in self._augmented:
-            augmentation.check(parts[key].shape)
-
     # Offline data
+
+    @property
+    def offline_data(self) -> OfflineDataset | None:
+        """The offline transitions, their observations in the form of the environment's space."""
+        return self._offline.dataset
 
     @property
     def offline_size(self) -> int:
@@ -262,11 +223,9 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
 
         :param seed: The seed; None for fresh entropy
         """
-        self._offline_generator = np.random.default_rng(derive_seed(seed, stream=0))
-        if self._augmentation is not None:
-            self._augmentation_generator = np.random.default_rng(derive_seed(seed, stream=2))
-        if self._balanced is not None:
-            self._balanced.seed(derive_seed(seed, stream=3))
+        self._offline.seed(seed)
+        if self._augmenter is not None:
+            self._augmenter.seed(derive_seed(seed, stream=2))
 
     def set_offline_data(self, dataset: OfflineDataset) -> None:
         """
@@ -277,29 +236,15 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         :raises ValueError: The dataset's spaces are not the environment's, or its actions are out of bounds
         """
         assert isinstance(self.action_space, spaces.Box)
-        check_compatible(dataset, self.observation_space, self.action_space)
-        dataset = clip_actions(dataset, self.action_space)
-        actions = scale_actions(dataset.actions, self.action_space).reshape(len(dataset), self.action_dim)
-        dataset = fit_to_space(dataset, self.observation_space)
-        offline = OfflineTransitions(dataset, actions, self.handle_timeout_termination, self.gamma)
-        shares = SourceShares(dataset.sources)
-        if self._balanced is not None:
-            self._balanced.set_offline_data(offline, shares)
-        self.offline_data, self._offline, self._shares = dataset, offline, shares
-        self._rows_by_source = np.zeros(len(shares.names), np.int64)
-        if self._augmentation is not None and self._augmentation.needs_std:
-            columns = by_key(dataset.observations)
-            self._std = {key: _spread(columns[key]) for key in self._augmented}
-
-    @property
-    def _offline_actions(self) -> Array:
-        return np.empty((0, self.action_dim), np.float32) if self._offline is None else self._offline.actions
+        self._offline.set(dataset, self.observation_space, self.action_space, self.handle_timeout_termination, self.gamma)
+        if self._augmenter is not None and self._offline.dataset is not None:
+            self._augmenter.set_offline_data(self._offline.dataset.observations)
 
     def sampled_rows_by_source(self) -> dict[str, int]:
         """
         :return: How many rows have been sampled from each source of the offline data since it was set
         """
-        return dict(zip(self._shares.names, self._rows_by_source.tolist(), strict=True))
+        return dict(zip(self._offline.shares.names, self._offline.rows_by_source.tolist(), strict=True))
 
     def update_density_ratio(self) -> th.Tensor | None:
         """
@@ -310,9 +255,10 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             :meth:`~sb3_offline_ft.buffers.balanced_replay.BalancedReplay.update`); None if nothing was done, as with uniform
             sampling, and as long as there are no online or no offline rows
         """
-        if self._balanced is None or self.offline_data is None or self.size() == 0:
+        balanced = self._offline.balanced
+        if balanced is None or self.offline_data is None or self.size() == 0:
             return None
-        return self._balanced.update(OnlineTransitions(self), self.online_size)
+        return balanced.update(OnlineTransitions(self), self.online_size)
 
     # Online data
 
@@ -402,157 +348,36 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         :raises ValueError: The buffer is empty, or the augmentation needs offline data and there is none
         """
         n_offline, n_online = self.split(batch_size, offline_fraction)
-        columns = self._allocate((n_batches, batch_size), with_offline=n_offline > 0)
-        if n_offline > 0:
-            assert self._offline is not None
+        offline = self._offline.transitions if n_offline > 0 else None
+        columns = BatchColumns.empty(
+            (n_batches, batch_size),
+            self,
+            self.observations if offline is None else offline.observations,
+            discounts=self.n_steps > 1,
+            next_actions=self._next_actions,
+            returns=self._returns is not None,
+        )
+        if offline is not None:
             columns.is_offline[:, :n_offline] = True
-            rows = self._draw_offline_rows(n_batches, n_offline)
-            self._fill_columns(columns, slice(0, n_offline), self._offline, rows, env)
+            rows = self._offline.draw((n_batches, n_offline), by_priority=self.size() > 0)
+            columns.fill(slice(0, n_offline), offline, rows, self.n_steps, self.gamma, env)
         if n_online > 0:
-            rows = self._draw_online_rows(n_batches, n_online)
-            self._fill_columns(columns, slice(n_offline, None), OnlineTransitions(self, self._returns), rows, env)
-        if self._augmentation is not None:
-            self._augment(columns, self._augmentation)
-        return self._to_batch(columns, env)
+            rows = draw_ring_rows((n_batches, n_online), self.size(), self.n_envs)
+            online = OnlineTransitions(self, self._returns)
+            columns.fill(slice(n_offline, None), online, rows, self.n_steps, self.gamma, env)
+        if self._augmenter is not None:
+            self._augmenter(columns.observations, columns.next_observations)
+        return columns.as_samples(env, self.device)
 
-    def _allocate(self, shape: tuple[int, int], with_offline: bool) -> BatchColumns:
-        offline = self.observations if self._offline is None or not with_offline else self._offline.observations
-        columns = BatchColumns(
-            observations=empty_rows(shape, self.observations, offline),
-            next_observations=empty_rows(shape, self.next_observations, offline),
-            actions=np.empty((*shape, self.action_dim), self.actions.dtype),
-            dones=np.empty(shape, np.float32),
-            rewards=np.empty(shape, np.float32),
-            is_offline=np.zeros(shape, dtype=bool),
-        )
-        if self.n_steps > 1:
-            columns.discounts = np.empty(shape, np.float32)
-        if self._next_actions:
-            columns.next_actions = np.empty((*shape, self.action_dim), self.actions.dtype)
-            columns.has_next_actions = np.empty(shape, dtype=bool)
-        if self._returns is not None:
-            columns.returns = np.empty(shape, np.float32)
-            columns.has_returns = np.empty(shape, dtype=bool)
-        return columns
-
-    def _fill_columns(
-        self, columns: BatchColumns, span: slice, transitions: Transitions, rows: Array, env: VecNormalize | None
-    ) -> None:
-        """
-        Copy rows into columns.
-
-        :param columns: Shapes ``(n_batches, batch_size, ...)``
-        :param span: Which part of each batch is filled
-        :param transitions: Where the rows are
-        :param rows: Shape ``(n_batches, size of span)``
-        :param env: VecNormalize, for rewards
-        """
-        last = rows
-        if self.n_steps == 1:
-            gather(transitions.rewards, rows, columns.rewards[:, span])
-        else:
-            following = n_step_rows(transitions, rows.ravel(), self.n_steps)
-            rewards = self._normalize_reward(transitions.rewards.take(following.rows), env)
-            columns.rewards[:, span] = following.rewards(rewards, self.gamma).reshape(rows.shape)
-            assert columns.discounts is not None
-            columns.discounts[:, span] = following.discounts(self.gamma).reshape(rows.shape)
-            last = following.last.reshape(rows.shape)
-        gather_observations(transitions.observations, rows, columns.observations, span)
-        gather_observations(transitions.next_observations, last, columns.next_observations, span)
-        gather(transitions.actions, rows, columns.actions[:, span])
-        columns.dones[:, span] = transitions.dones(last)
-        if columns.next_actions is not None and columns.has_next_actions is not None:
-            columns.next_actions[:, span], columns.has_next_actions[:, span] = transitions.next_actions(last)
-        if columns.returns is not None and columns.has_returns is not None:
-            columns.returns[:, span], columns.has_returns[:, span] = transitions.returns(rows)
-
-    def _augment(self, columns: BatchColumns, augmentation: Augmentation) -> None:
-        if augmentation.needs_std and not self._std:
-            raise ValueError(
-                f"The augmentation {augmentation.name!r} is in units of the offline data's standard deviations, and there is "
-                "no offline data: set it, or use `augmentation=None`."
-            )
-        both = by_key(columns.observations), by_key(columns.next_observations)
-        # Batch after batch, so that the random stream does not depend on how many are drawn at once
-        for batch in range(len(columns.rewards)):
-            for observations in both:
-                for key in self._augmented:
-                    values = observations[key][batch]
-                    changed = augmentation(values, self._augmentation_generator, self._std.get(key))
-                    if changed is not values:
-                        values[...] = changed
-
-    def _to_batch(self, columns: BatchColumns, env: VecNormalize | None) -> OfflineToOnlineReplayBufferSamples:
-        rewards = columns.rewards.reshape(-1, 1)
-        if self.n_steps == 1:
-            # Those of n-step returns have been normalized before they were summed
-            rewards = self._normalize_reward(rewards, env)
-        if columns.returns is not None and env is not None and env.norm_reward:
-            columns.returns /= np.sqrt(env.ret_rms.var + env.epsilon)
-        extra = (columns.next_actions, columns.has_next_actions, columns.returns, columns.has_returns)
-        return OfflineToOnlineReplayBufferSamples(
-            self._observation_tensors(columns.observations, env),
-            self._to_tensor(columns.actions.reshape(-1, self.action_dim)),
-            self._observation_tensors(columns.next_observations, env),
-            self._to_tensor(columns.dones.reshape(-1, 1)),
-            self._to_tensor(rewards),
-            None if columns.discounts is None else self._to_tensor(columns.discounts.reshape(-1, 1)),
-            self._to_tensor(columns.is_offline.reshape(-1, 1)),
-            *(None if array is None else self._to_tensor(array.reshape(rewards.size, -1)) for array in extra),
-        )
-
-    def _observation_tensors(self, observations: Observations, env: VecNormalize | None) -> Any:
-        if isinstance(observations, dict):
-            rows = {key: array.reshape(-1, *array.shape[2:]) for key, array in observations.items()}
-            normalized = self._normalize_obs(rows, env)
-            assert isinstance(normalized, dict)
-            return {key: self._to_tensor(np.asarray(array)) for key, array in normalized.items()}
-        return self._to_tensor(np.asarray(self._normalize_obs(observations.reshape(-1, *observations.shape[2:]), env)))
-
-    def _to_tensor(self, array: np.ndarray) -> th.Tensor:
-        """
-        Make a tensor of a fresh array, whose memory it may share.
-
-        :param array: Any shape
-        :return: The same shape, on the buffer's device
-        """
-        # SB3's `to_torch` calls `th.as_tensor`, which takes three times as long
-        tensor = th.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
-
-    def _draw_offline_rows(self, n_batches: int, n_offline: int) -> Array:
-        size = n_batches * n_offline
-        if self._balanced is not None and self.size() > 0:
-            rows = self._balanced.draw(self._offline_generator, size)
-        else:
-            rows = self._shares.draw(self._offline_generator, size)
-        self._rows_by_source += self._shares.count(rows)
-        return rows.reshape(n_batches, n_offline)
-
-    def _draw_online_rows(self, n_batches: int, n_online: int) -> Array:
-        """
-        Draw with the calls of SB3's ``ReplayBuffer``, hence the same rows for the same seed.
-
-        :param n_batches: Number of batches
-        :param n_online: Number of online rows in each
-        :return: Indices into the flattened ring, shape ``(n_batches, n_online)``
-        """
-        if self.n_envs == 1:
-            # SB3's draw of the environment takes nothing from the stream
-            return np.random.randint(0, self.size(), size=(n_batches, n_online))
-        rows = np.empty((n_batches, n_online), np.intp)
-        for batch in rows:
-            np.multiply(np.random.randint(0, self.size(), size=n_online), self.n_envs, out=batch)
-            batch += np.random.randint(0, high=self.n_envs, size=n_online)
-        return rows
+    # Random streams
 
     def get_sampler_state(self) -> str:
         """
         :return: State of the generators of the offline rows and of the augmentation, as JSON
         """
-        state = dict(self._offline_generator.bit_generator.state)
-        if self._augmentation is not None:
-            state["augmentation"] = self._augmentation_generator.bit_generator.state
+        state = dict(self._offline.generator.bit_generator.state)
+        if self._augmenter is not None:
+            state["augmentation"] = self._augmenter.generator.bit_generator.state
         return json.dumps(state)
 
     def set_sampler_state(self, state: str) -> None:
@@ -563,16 +388,16 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         """
         saved = json.loads(state)
         augmentation = saved.pop("augmentation", None)
-        self._offline_generator.bit_generator.state = saved
-        if self._augmentation is not None and augmentation is not None:
-            self._augmentation_generator.bit_generator.state = augmentation
+        self._offline.generator.bit_generator.state = saved
+        if self._augmenter is not None and augmentation is not None:
+            self._augmenter.generator.bit_generator.state = augmentation
 
     def sampler_position(self) -> SamplerPosition:
         """
         :return: What :meth:`rewind` goes back to
         """
-        drawn = () if self._balanced is None else self._balanced.drawn
-        return SamplerPosition(self.get_sampler_state(), self._rows_by_source.copy(), drawn)
+        drawn = () if self._offline.balanced is None else self._offline.balanced.drawn
+        return SamplerPosition(self.get_sampler_state(), self._offline.rows_by_source.copy(), drawn)
 
     def rewind(self, position: SamplerPosition) -> None:
         """
@@ -582,31 +407,11 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         :param position: What :meth:`sampler_position` returned, after the offline data was set
         """
         self.set_sampler_state(position.state)
-        self._rows_by_source = position.rows_by_source.copy()
-        if self._balanced is not None:
-            self._balanced.drawn = position.drawn
+        self._offline.rows_by_source = position.rows_by_source.copy()
+        if self._offline.balanced is not None:
+            self._offline.balanced.drawn = position.drawn
 
     # Files
-
-    def _ring(self) -> dict[str, Array]:
-        """The arrays of the ring by the names that they have in files."""
-        arrays: dict[str, Array] = {}
-        for name in RING_COLUMNS:
-            column = getattr(self, name)
-            arrays |= {f"{name}/{key}": array for key, array in column.items()} if isinstance(column, dict) else {name: column}
-        return arrays
-
-    def _signature(self) -> dict[str, Any]:
-        assert isinstance(self.action_space, spaces.Box)
-        return {
-            "observation shape": _shapes(self.obs_shape),
-            "observation dtype": map_observations(lambda array: str(array.dtype), self.observations),
-            "action shape": list(self.action_space.shape),
-            "action bounds": [self.action_space.low.ravel().tolist(), self.action_space.high.ravel().tolist()],
-            "n_envs": self.n_envs,
-            "n_steps": self.n_steps,
-            "gamma": self.gamma if self.n_steps > 1 else None,
-        }
 
     def save_online(self, path: File) -> None:
         """
@@ -615,18 +420,17 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
 
         :param path: The file, written whole or not at all; or a binary stream
         """
-        size = self.size()
         facts = {
-            **self._signature(),
+            **facts_of(self),
             "buffer_size": self.buffer_size,
             "handle_timeout_termination": self.handle_timeout_termination,
             "pos": self.pos,
             "full": self.full,
             "sampler": self.get_sampler_state(),
         }
-        arrays = {name: array[:size] for name, array in self._ring().items()}
-        if self._balanced is not None:
-            arrays |= {BALANCED_PREFIX + name: array for name, array in self._balanced.get_state().items()}
+        arrays = {name: array[: self.size()] for name, array in ring_columns(self).items()}
+        if self._offline.balanced is not None:
+            arrays |= {BALANCED_PREFIX + name: array for name, array in self._offline.balanced.get_state().items()}
         write_arrays(path, facts, arrays)
 
     def load_online(self, path: File) -> None:
@@ -640,23 +444,18 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
             environments or of steps, or other offline data; the buffer is then unchanged
         """
         facts, arrays = read_arrays(path)
-        self._check_signature({name: facts.get(name) for name in self._signature()}, str(path))
-        try:
-            columns = {name: arrays[name] for name in self._ring()}
-            for name, array in self._ring().items():
-                if columns[name].shape != (len(columns["rewards"]), *array.shape[1:]):
-                    raise ValueError(f"{name} has the shape {columns[name].shape}")
-            self._check_columns(columns, str(path))
+        check_facts(facts, facts_of(self), str(path))
+        with naming_damage(path, KIND):
+            columns = {name: arrays[name] for name in ring_columns(self)}
+            check_columns(columns, self, str(path))
             place = int(facts["pos"]), bool(facts["full"]), int(facts["buffer_size"])
             sampler = str(facts["sampler"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(path, error) from error
-        if self._balanced is not None:
+        if self._offline.balanced is not None:
             prefix = BALANCED_PREFIX
-            state = {name[len(prefix) :]: arrays[name] for name in arrays if name.startswith(prefix)}
-            self._balanced.set_state(state, str(path))
+            state = {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
+            self._offline.balanced.set_state(state, str(path))
         self.set_sampler_state(sampler)
-        self._fill(columns, *place)
+        self._fill_ring(columns, *place)
 
     def copy_online(self, other: ReplayBuffer, name: str = "the buffer") -> None:
         """
@@ -669,53 +468,23 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         """
         if type(other) not in self._sb3_classes and not isinstance(other, OfflineToOnlineReplayBuffer):
             raise ValueError(f"{name} holds a {type(other).__name__}: expected a {self._sb3_classes[0].__name__}.")
-        assert isinstance(other.action_space, spaces.Box)
-        n_steps = getattr(other, "n_steps", 1)
-        found = {
-            **self._signature(),
-            "observation shape": _shapes(other.obs_shape),
-            "action shape": list(other.action_space.shape),
-            "action bounds": [other.action_space.low.ravel().tolist(), other.action_space.high.ravel().tolist()],
-            "n_envs": other.n_envs,
-            "n_steps": n_steps,
-            "gamma": getattr(other, "gamma", None) if n_steps > 1 else None,
-        }
-        self._check_signature(found, name)
+        own = facts_of(self)
+        # Ours are float32, whatever the other's are
+        check_facts({**facts_of(other), "observation dtype": own["observation dtype"]}, own, name)
         if other.optimize_memory_usage:
             raise ValueError(f"{name} was filled with `optimize_memory_usage=True`: expected False; gather it anew without.")
-        columns = {column: array[: other.size()] for column, array in OfflineToOnlineReplayBuffer._ring(other).items()}  # type: ignore[arg-type]
-        self._check_columns(columns, name)
-        self._fill(columns, other.pos, other.full, other.buffer_size)
+        columns = {column: array[: other.size()] for column, array in ring_columns(other).items()}
+        check_columns(columns, self, name)
+        self._fill_ring(columns, other.pos, other.full, other.buffer_size)
 
-    def _check_signature(self, found: dict[str, Any], name: str) -> None:
-        for key, expected in self._signature().items():
-            same = found[key] == expected
-            if key == "action bounds":
-                same = np.shape(found[key]) == np.shape(expected) and np.allclose(found[key], expected)
-            if not same:
-                same_thing = (
-                    "`n_steps` and `gamma`" if key in ("n_steps", "gamma") else "environment and number of environments"
-                )
-                raise ValueError(
-                    f"{name} was saved with {key} {found[key]}, this learner has {expected}: "
-                    f"load it into a learner with the same {same_thing}."
-                )
-
-    def _check_columns(self, columns: dict[str, Array], where: str) -> None:
-        for name, ring in self._ring().items():
-            if name in ("dones", "timeouts"):
-                as_flags(columns[name], name, where)
-            else:
-                check_numbers(columns[name], name, where, ring.dtype)
-
-    def _fill(self, columns: dict[str, Array], pos: int, full: bool, capacity: int) -> None:
+    def _fill_ring(self, columns: dict[str, Array], pos: int, full: bool, capacity: int) -> None:
         if capacity != self.buffer_size:
             if full:
                 columns = {name: np.roll(values, -pos, axis=0) for name, values in columns.items()}
             columns = {name: values[-self.buffer_size :] for name, values in columns.items()}
             n_rows = len(columns["rewards"])
             pos, full = n_rows % self.buffer_size, n_rows == self.buffer_size
-        for name, array in self._ring().items():
+        for name, array in ring_columns(self).items():
             array[: len(columns[name])] = columns[name]
         self.pos, self.full = pos, full
         self.cut_episodes()
@@ -733,12 +502,3 @@ def _as_float32(ring: Array, space: spaces.Space[Any]) -> Array:
         return ring
     # Fresh zeros rather than a conversion: untouched pages cost no memory
     return np.zeros(ring.shape, np.float32)
-
-
-def _spread(column: Array) -> Array:
-    """Standard deviations over rows, the shape of one."""
-    return mean_and_std(column)[1].reshape(column.shape[1:]).astype(np.float32)
-
-
-def _shapes(obs_shape: Any) -> Any:
-    return {key: list(shape) for key, shape in obs_shape.items()} if isinstance(obs_shape, dict) else list(obs_shape)

@@ -33,11 +33,7 @@ class SourceShares:
             self._cumulative[-1] = 1.0
 
     def draw(self, generator: np.random.Generator, size: int) -> Array:
-        """
-        :param generator: Source of randomness
-        :param size: Number of rows
-        :return: The rows, shape ``(size,)``; several calls draw the rows of one call of their total size
-        """
+        """Draw rows, shape ``(size,)``; several calls draw the rows of one call of their total size."""
         if self._shares is None:
             return generator.integers(0, self._n_rows, size=size)
         # One number says both source and row, so that how draws are grouped does not change them
@@ -49,20 +45,14 @@ class SourceShares:
         return rows
 
     def relative_probabilities(self, rows: Array) -> Array:
-        """
-        :param rows: Rows
-        :return: Their probabilities times the number of rows, the same shape
-        """
+        """The rows' probabilities times the number of all rows."""
         if self._shares is None:
             return np.ones(rows.shape)
         probabilities: Array = (self._shares * self._n_rows / self._lengths)[self._sources(rows)]
         return probabilities
 
     def count(self, rows: Array) -> Array | int:
-        """
-        :param rows: Rows
-        :return: How many of them come from each source, shape ``(n_sources,)``; a number if there is one source
-        """
+        """How many rows come from each source, shape ``(n_sources,)``; a number if there is one source."""
         if len(self.names) == 1:
             return rows.size
         return np.bincount(self._sources(rows).ravel(), minlength=len(self.names))
@@ -70,6 +60,25 @@ class SourceShares:
     def _sources(self, rows: Array) -> Array:
         sources: Array = np.searchsorted(self._begins, rows, side="right") - 1
         return sources
+
+
+def draw_ring_rows(shape: tuple[int, int], n_filled: int, n_envs: int) -> Array:
+    """
+    Draw rows of a ring with the calls of SB3's ``ReplayBuffer``, hence the same ones for the same seed.
+
+    :param shape: ``(n_batches, batch_size)``
+    :param n_filled: Number of steps in the ring
+    :param n_envs: Number of environments
+    :return: Indices into the flattened ring
+    """
+    if n_envs == 1:
+        # SB3's draw of the environment takes nothing from the stream
+        return np.random.randint(0, n_filled, size=shape)
+    rows = np.empty(shape, np.intp)
+    for batch in rows:
+        np.multiply(np.random.randint(0, n_filled, size=shape[1]), n_envs, out=batch)
+        batch += np.random.randint(0, high=n_envs, size=shape[1])
+    return rows
 
 
 class SumTree:
@@ -99,12 +108,7 @@ class SumTree:
         return self._sums[self._first_leaf : self._first_leaf + self._n_rows]
 
     def set(self, rows: Array, priorities: Array) -> None:
-        """
-        Change priorities.
-
-        :param rows: Rows, shape ``(m,)``; one that is given twice must have the same priority both times
-        :param priorities: Their priorities, shape ``(m,)``
-        """
+        """Change priorities of rows; one that is given twice must have the same priority both times."""
         nodes = rows + self._first_leaf
         self._sums[nodes] = priorities
         while nodes.size and nodes[0] > 1:
@@ -112,11 +116,7 @@ class SumTree:
             self._sums[nodes] = self._sums[2 * nodes] + self._sums[2 * nodes + 1]
 
     def draw(self, generator: np.random.Generator, size: int) -> Array:
-        """
-        :param generator: Source of randomness
-        :param size: Number of rows
-        :return: Rows, drawn independently in proportion to their priorities, shape ``(size,)``
-        """
+        """Draw rows independently in proportion to their priorities, shape ``(size,)``."""
         rest = generator.random(size) * self._sums[1]
         nodes = np.ones(size, np.int64)
         while nodes.size and nodes[0] < self._first_leaf:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_offline_ft.common.observations import Observations
+from sb3_offline_ft.common.observations import Observations, map_observations
 from sb3_offline_ft.common.returns import discounted_returns
 from sb3_offline_ft.datasets import OfflineDataset
 
@@ -44,38 +44,22 @@ class Transitions(ABC):
 
     @abstractmethod
     def dones(self, rows: Array) -> Array:
-        """
-        :param rows: Rows
-        :return: Whether the value of the next state counts as 0
-        """
+        """Whether the value of the next state counts as 0."""
 
     @abstractmethod
     def is_last(self, rows: Array) -> Array:
-        """
-        :param rows: Rows, or what :meth:`ahead` returned for rows that go on less far
-        :return: Whether nothing that is known continues the row: its episode ended there, or it is the newest one
-        """
+        """Whether nothing that is known continues the row: its episode ended there, or it is the newest one."""
 
     @abstractmethod
     def ahead(self, rows: Array, steps: Array | int) -> Array:
-        """
-        :param rows: Rows
-        :param steps: Number of steps, broadcast against the rows
-        :return: The rows that many steps later, if the episode goes on that far, else any valid ones
-        """
+        """The rows that many steps later, if the episode goes on that far, else any valid ones."""
 
     @abstractmethod
     def returns(self, rows: Array) -> tuple[Array, Array]:
-        """
-        :param rows: Rows
-        :return: Discounted sums of the rewards to the end of the episode, and whether they are known; unknown ones are 0
-        """
+        """Discounted sums of the rewards to the end of the episode, and whether they are known; unknown ones are 0."""
 
     def next_actions(self, rows: Array) -> tuple[Array, Array]:
-        """
-        :param rows: Rows
-        :return: The actions taken after the rows, shape ``(*rows.shape, action_dim)``, and whether there are; else they are 0
-        """
+        """The actions taken after the rows, shape ``(*rows.shape, action_dim)``, and whether there are; else they are 0."""
         has_next = ~self.is_last(rows)
         actions = self.actions.take(self.ahead(rows, 1), axis=0)
         actions[~has_next] = 0.0
@@ -83,14 +67,7 @@ class Transitions(ABC):
 
 
 class OfflineTransitions(Transitions):
-    """
-    The rows of a dataset.
-
-    :param dataset: The dataset, its observations in the form of the environment's space
-    :param actions: Its actions scaled to [-1, 1], shape ``(N, action_dim)``
-    :param handle_timeout_termination: Whether to bootstrap the value at truncations
-    :param gamma: Discount factor of the returns; may be changed
-    """
+    """The rows of a dataset in the form of the environment's space, with its actions scaled to [-1, 1]."""
 
     def __init__(self, dataset: OfflineDataset, actions: Array, handle_timeout_termination: bool, gamma: float) -> None:
         self._dataset = dataset
@@ -138,12 +115,7 @@ class OfflineTransitions(Transitions):
 
 
 class OnlineTransitions(Transitions):
-    """
-    The rows of a ring of SB3, numbered step by step and within a step environment by environment.
-
-    :param ring: The buffer whose ring it is
-    :param returns: Returns of the ring's rows, if they are kept
-    """
+    """The rows of a ring of SB3, numbered step by step and within a step environment by environment."""
 
     def __init__(self, ring: ReplayBuffer, returns: "RingReturns | None" = None) -> None:
         self._ring = ring
@@ -153,18 +125,15 @@ class OnlineTransitions(Transitions):
     def _flat(self, column: Array) -> Array:
         return column.reshape(self._n_slots, *column.shape[2:])
 
-    def _flat_observations(self, observations: Observations) -> Observations:
-        if isinstance(observations, dict):
-            return {key: self._flat(column) for key, column in observations.items()}
-        return self._flat(observations)
-
     @property
     def observations(self) -> Observations:
-        return self._flat_observations(self._ring.observations)
+        flat: Observations = map_observations(self._flat, self._ring.observations)
+        return flat
 
     @property
     def next_observations(self) -> Observations:
-        return self._flat_observations(self._ring.next_observations)
+        flat: Observations = map_observations(self._flat, self._ring.next_observations)
+        return flat
 
     @property
     def actions(self) -> Array:
@@ -209,36 +178,20 @@ class NStepRows(NamedTuple):
     last: Array
 
     def rewards(self, rewards: Array, gamma: float) -> Array:
-        """
-        Sum in the order of SB3's ``NStepReplayBuffer``, hence to the same float32 number.
-
-        :param rewards: Rewards of the rows, shape ``(n, n_steps)``
-        :param gamma: Discount factor
-        :return: Discounted sums, shape ``(n,)``
-        """
+        """Discounted sums ``(n,)``, in the order of SB3's ``NStepReplayBuffer`` and hence the same float32 numbers."""
         discounts = gamma ** np.arange(rewards.shape[1], dtype=np.float32).reshape(1, -1)
         # Chosen rather than multiplied by 0: a reward of another episode may not be finite
         sums: Array = (np.where(self.mask, rewards, 0.0) * discounts).sum(axis=1)
         return sums
 
     def discounts(self, gamma: float) -> Array:
-        """
-        :param gamma: Discount factor
-        :return: Discounts of the values after the last rows, shape ``(n,)``
-        """
+        """Discounts of the values after the last rows, shape ``(n,)``."""
         discounts: Array = gamma ** self.mask.sum(axis=1).astype(np.float32)
         return discounts
 
 
 def n_step_rows(transitions: Transitions, rows: Array, n_steps: int) -> NStepRows:
-    """
-    Follow each row until ``n_steps`` rows are together or its episode ends.
-
-    :param transitions: The transitions
-    :param rows: Rows, shape ``(n,)``
-    :param n_steps: Number of steps
-    :return: The rows of each return
-    """
+    """Follow each row until ``n_steps`` rows are together or its episode ends."""
     following = transitions.ahead(rows[:, None], np.arange(n_steps))
     is_last = transitions.is_last(following)
     n_ahead = np.where(is_last.any(axis=1), is_last.argmax(axis=1), n_steps - 1)
@@ -247,12 +200,7 @@ def n_step_rows(transitions: Transitions, rows: Array, n_steps: int) -> NStepRow
 
 
 class RingReturns:
-    """
-    Monte-Carlo returns of a ring's rows, filled in when an episode ends.
-
-    :param ring: The buffer whose ring it is
-    :param gamma: Discount factor
-    """
+    """Monte-Carlo returns of a ring's rows, filled in when an episode ends."""
 
     def __init__(self, ring: ReplayBuffer, gamma: float) -> None:
         self._gamma = gamma
@@ -273,12 +221,7 @@ class RingReturns:
             self._set(ring, slots[:n_finished], env, end_of_rows - rows, are_known)
 
     def row_added(self, ring: ReplayBuffer, slot: int) -> None:
-        """
-        Take note of a new row, and of the returns of the episodes that it ends.
-
-        :param ring: The buffer
-        :param slot: The row, already stored
-        """
+        """Take note of a new row, already stored, and of the returns of the episodes that it ends."""
         self.values[slot] = 0.0
         self.are_known[slot] = False
         self._n_unfinished += 1

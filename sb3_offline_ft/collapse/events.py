@@ -10,9 +10,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -53,10 +53,8 @@ class EventLog:
 
     def start(self, resume: bool) -> None:
         """
-        Begin a run.
+        Begin a run, or go on with the events that are there: the file's or, if this log has been started, its own.
 
-        :param resume: Go on with the events that are there: the file's or, if this log has already been started, its own.
-            Otherwise both are forgotten, and the file is replaced by a new one.
         :raises ValueError: The file that shall be resumed is damaged
         """
         if not resume:
@@ -72,15 +70,10 @@ class EventLog:
         self._write()
 
     def append(self, event: Event) -> None:
-        """
-        Add an event and write it to the file.
-
-        :param event: The event. NumPy's scalars and arrays become Python's, other objects that JSON lacks become texts.
-        :raises ValueError: The log was not started, and the file that is there is damaged
-        """
+        """Add an event, in which what JSON lacks becomes numbers, lists and texts; ``ValueError`` as for :meth:`start`."""
         if not self._is_started:
             self.start(resume=True)
-        self.events.append({str(name): _plain(value) for name, value in event.items()})
+        self.events.append(_restored(_encodable(event)))
         self._write()
 
     def _write(self) -> None:
@@ -132,22 +125,15 @@ class EventLog:
 
 def read_events(path: Path) -> list[Event]:
     """
-    Read a file of events. A last line that is incomplete, as a killed process leaves it, is dropped.
+    Read a file of events, oldest first. A last line that is incomplete, as a killed process leaves it, is dropped.
 
-    :param path: The file
-    :return: The events, oldest first
     :raises ValueError: Another line is damaged
     """
     return _parse(path)[0]
 
 
 def monitored_words(events: Iterable[Event]) -> str:
-    """
-    Say how many episodes were compared with the baseline, which is not all that there were.
-
-    :param events: The events
-    :return: Such as ``"40 monitored episodes (of 50)"``
-    """
+    """How many episodes were compared with the baseline, such as ``"40 monitored episodes (of 50)"``."""
     by_kind = {kind: [event for event in events if event["event"] == kind] for kind in EPISODES}
     kind = "evaluation" if by_kind["evaluation"] else "episode"
     n = sum(event.get("phase", "monitoring") == "monitoring" for event in by_kind[kind])
@@ -156,18 +142,12 @@ def monitored_words(events: Iterable[Event]) -> str:
 
 
 def encode_events(events: Iterable[Event]) -> bytes:
-    """
-    :param events: Events
-    :return: What a file of them holds
-    """
+    """What a file of these events holds."""
     return b"".join(map(_line, events))
 
 
 def _parse(path: Path) -> tuple[list[Event], int, int | None]:
-    """
-    :param path: The file
-    :return: The events, how many of them are whole lines, and where the last line begins if it does not end in a newline
-    """
+    """Events, how many of them are whole lines, and where the last line begins if it does not end in a newline."""
     *whole, last = path.read_bytes().split(b"\n")
     events = [_event(line, path, number) for number, line in enumerate(whole, start=1) if line.strip()]
     n_whole = len(events)
@@ -191,41 +171,35 @@ def _event(line: bytes, path: Path, number: int) -> Event:
             f"{path}, line {number} is damaged: expected a JSON object with an 'event', found {shown!r}. "
             "Remove this line to read the others."
         )
-    return {name: _restored(value, name) for name, value in event.items()}
+    return cast(Event, _restored(event))
 
 
 def _line(event: Event) -> bytes:
     return json.dumps(_encodable(event), allow_nan=False).encode("ascii") + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def _encodable(value: Any) -> Any:
+    """In the form of JSON: numbers that it lacks, and objects, as texts."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, (float, np.floating)):
-        return float(value)
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(name): _encodable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encodable(item) for item in value]
     if isinstance(value, (np.bool_, np.integer)):
         return value.item()
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
     # NumPy's arrays and torch's tensors
     if not isinstance(value, (type, np.generic)) and hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return _encodable(value.tolist())
     return str(value)
 
 
-def _encodable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _encodable(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_encodable(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _restored(value: Any, name: str) -> Any:
+def _restored(value: Any, name: str = "") -> Any:
+    """The same with the numbers that JSON lacks, but for what is called as fields of words are."""
     if isinstance(value, dict):
         return {key: _restored(item, key) for key, item in value.items()}
     if isinstance(value, list):

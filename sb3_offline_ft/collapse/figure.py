@@ -28,11 +28,7 @@ Array = npt.NDArray[np.float64]
 def draw_events(events: list[Event], path: Path | None = None) -> Figure:
     """
     Draw a guarded run: above, the returns of its episodes with the baseline, the alarms and the rollbacks; below, how close
-    the detector was to an alarm.
-
-    :param events: The events, oldest first
-    :param path: The PNG file, written whole or not at all; None writes none
-    :return: The figure, which pyplot does not know
+    the detector was to an alarm. The figure, which pyplot does not know, is also written to ``path``, as PNG.
     """
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -76,10 +72,8 @@ def _step(event: Event, name: str = "timestep") -> float:
 
 def _segments(events: list[Event]) -> Iterator[list[Event]]:
     """
-    The episodes and alarms between rollbacks and restarts, across which no line shall go.
-
-    :param events: The events
-    :return: The segments. Episodes that end at the step of a rollback belong to what came before it, wherever they stand.
+    The episodes and alarms between rollbacks and restarts, across which no line shall go. Episodes that end at the step of a
+    rollback belong to what came before it, wherever they stand.
     """
     segment: list[Event] = []
     rollback_step: float | None = None

@@ -3,16 +3,19 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
 from sb3_offline_ft.collapse.detectors import Alarm, Detector
 
+PROMOTION_LEVEL = 0.05
 MOST_EPISODES_TO_ALARM = 200
 TOTAL_COLLAPSE = 1e3
 """Standard deviations below the baseline, for the answer to how soon a total collapse is noticed."""
+
+Phase = Literal["baseline", "monitoring", "unwatched", "done"]
 
 
 class EpisodeMonitor:
@@ -32,6 +35,11 @@ class EpisodeMonitor:
         self._tolerance = tolerance
         self._random_return = random_return
         self.needs_rewards = prototype.needs_rewards
+        self.phase: Phase = "baseline"
+        self.gathered: list[Any] = []
+        """Episodes of the first baseline, as long as there is none."""
+        self.better: list[Any] | None = None
+        """Episodes of a policy that was found better, of which a higher baseline may be made; None where none is in sight."""
         self.periods = 0
         self.detector = prototype
         self._set_reference([])
@@ -53,7 +61,14 @@ class EpisodeMonitor:
         detector.calibrate(reference)
         self.detector = detector
         self.periods += 1
+        self.phase = "monitoring"
         self._set_reference(list(reference))
+
+    @property
+    def level(self) -> dict[str, float | None]:
+        """Statistic and threshold, while episodes are monitored."""
+        is_monitoring, detector = self.phase == "monitoring", self.detector
+        return {name: getattr(detector, name) if is_monitoring else None for name in ("statistic", "threshold")}
 
     def _credited(self, episode: Any) -> Any:
         if not self.needs_rewards:
@@ -61,74 +76,80 @@ class EpisodeMonitor:
         return np.asarray(episode, dtype=np.float64) + self._credit_per_step
 
     def judge(self, episode: Any, key: int = 0) -> Alarm | None:
-        """
-        :param episode: A finished episode: its return, or its rewards
-        :param key: Which of several running episodes it was
-        :return: An alarm, or None
-        """
+        """Take a finished episode, which was the running one of this key, into account: its return, or its rewards."""
         return self.detector.update(self._credited(episode), key)
 
     def judge_within(self, rewards: Sequence[float], key: int) -> Alarm | None:
-        """
-        :param rewards: Rewards of a running episode so far
-        :param key: Which of several running episodes it is
-        :return: An alarm, or None
-        """
+        """Look at the rewards that a running episode has given so far."""
         return self.detector.update_within(self._credited(rewards), key)
 
-    def is_not_worse(self, returns: Sequence[float], level: float) -> bool:
+    def higher_baseline(self, episode: Any, least: int) -> list[Any] | None:
         """
-        Welch's one-sided test of the hypothesis that the mean is below the baseline's by more than the tolerated loss.
+        Add an episode to those of a better policy, if such are gathered.
 
-        :param returns: Returns of at least two episodes
-        :param level: Level of the test
-        :return: Whether the hypothesis is rejected
+        :param episode: The episode
+        :param least: Number of episodes that are needed at least
+        :return: All of them when there are enough, if they are fit to be the baseline
         """
+        if self.better is None:
+            return None
+        self.better.append(episode)
+        if len(self.better) < max(len(self.reference), least):
+            return None
+        gathered, self.better = self.better, None
+        returns = [float(np.sum(episode)) for episode in gathered]
+        # An episode below all that were known before may be the first of a collapse, which must not become the measure
+        if min(returns) >= self.returns.min() - self.margin and self.is_better(returns, PROMOTION_LEVEL):
+            return gathered
+        # Its share is spent all the same: what is accepted has been selected for being high
+        self.periods += 1
+        return None
+
+    def gather_better(self) -> None:
+        """The policy was found better: a higher baseline may be made of the episodes to come."""
+        if self.better is None:
+            self.better = []
+
+    def is_not_worse(self, returns: Sequence[float], level: float = PROMOTION_LEVEL) -> bool:
+        """Whether Welch's test rejects that the mean is below the baseline's by more than the tolerated loss."""
         return self._exceeds(returns, float(self.returns.mean()) - self.margin, level)
 
     def is_better(self, returns: Sequence[float], level: float) -> bool:
-        """
-        Welch's one-sided test of the hypothesis that the mean is not above the baseline's.
-
-        :param returns: Returns of at least two episodes
-        :param level: Level of the test
-        :return: Whether the hypothesis is rejected
-        """
+        """Whether Welch's test rejects that the mean is not above the baseline's."""
         return self._exceeds(returns, float(self.returns.mean()), level)
 
     def _exceeds(self, returns: Sequence[float], bound: float, level: float) -> bool:
-        baseline = self.returns
-        shifted = baseline + (bound - baseline.mean())
+        shifted = self.returns + (bound - self.returns.mean())
         result = stats.ttest_ind(returns, shifted, equal_var=False, alternative="greater")
         return bool(result.pvalue < level)
 
     def episodes_to_alarm(self) -> int | None:
-        """
-        :return: Number of episodes of a total collapse after which the detector raises an alarm; None if it is more than 200
-        """
+        """Number of episodes of a total collapse after which the detector raises an alarm; None if it is more than 200."""
         detector = copy.deepcopy(self.detector)
         worst = float(self.returns.mean() - TOTAL_COLLAPSE * max(float(self.returns.std()), 1e-12))
         length = max((len(episode) for episode in self.reference), default=1) if self.needs_rewards else 1
         episode: Any = np.full(length, worst / length) if self.needs_rewards else worst
-        for number in range(1, MOST_EPISODES_TO_ALARM + 1):
-            if detector.update(episode) is not None:
-                return number
-        return None
+        numbers = range(1, MOST_EPISODES_TO_ALARM + 1)
+        return next((number for number in numbers if detector.update(episode) is not None), None)
+
+    @property
+    def summary(self) -> dict[str, float | int]:
+        """Mean, standard deviation, 5 and 95 % quantiles and number of the baseline's returns."""
+        returns = self.returns
+        low, high = np.quantile(returns, [0.05, 0.95])
+        sd = float(returns.std(ddof=1)) if len(returns) > 1 else math.nan
+        return {"mean": float(returns.mean()), "sd": sd, "low": float(low), "high": float(high), "n": len(returns)}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """
-        :return: Everything needed to go on, as arrays by name
-        """
+        """Everything that is needed to go on with the present period, as arrays by name."""
         state = {f"detector.{name}": value for name, value in self.detector.state_dict().items()} if self.reference else {}
-        lengths = [np.size(episode) for episode in self.reference]
-        values = np.concatenate([np.atleast_1d(episode) for episode in self.reference]) if self.reference else np.empty(0)
-        rate = np.array(self.detector.false_alarm_rate)
+        values = [np.empty(0), *(np.atleast_1d(episode) for episode in self.reference)]
         return {
             **state,
             "periods": np.array(self.periods),
-            "rate": rate,
-            "lengths": np.array(lengths, np.int64),
-            "values": values,
+            "rate": np.array(self.detector.false_alarm_rate),
+            "lengths": np.array([np.size(episode) for episode in self.reference], np.int64),
+            "values": np.concatenate(values),
         }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
@@ -141,15 +162,6 @@ class EpisodeMonitor:
         self._set_reference([piece if self.needs_rewards else float(piece[0]) for piece in pieces])
         if self.reference:
             detector = self._prototype.fresh(float(state["rate"]))
-            detector.load_state_dict(
-                {name.removeprefix("detector."): value for name, value in state.items() if name.startswith("detector.")}
-            )
+            prefix = "detector."
+            detector.load_state_dict({name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)})
             self.detector = detector
-
-    @property
-    def summary(self) -> dict[str, float | int]:
-        """Mean, standard deviation, 5 and 95 % quantiles and number of the baseline's returns."""
-        returns = self.returns
-        low, high = np.quantile(returns, [0.05, 0.95])
-        sd = float(returns.std(ddof=1)) if len(returns) > 1 else math.nan
-        return {"mean": float(returns.mean()), "sd": sd, "low": float(low), "high": float(high), "n": len(returns)}

@@ -1,187 +1,21 @@
 """What is changed after a rollback, so that the restored learner does not collapse in the same way again."""
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import numpy as np
-import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.td3.policies import Actor
-from torch import nn
 
-from sb3_offline_ft.collapse.signals import (
-    Observations,
-    PolicyState,
-    draw_rows,
-    greedy_actions,
-    observations_at,
-    policy_distance,
-)
+from sb3_offline_ft.collapse.brake import PolicyBrake
+from sb3_offline_ft.collapse.learner import PolicyState
+from sb3_offline_ft.collapse.reporting import Reporter
 from sb3_offline_ft.common.checks import whole_number
-from sb3_offline_ft.policies.averaging import LearnedWeights
+from sb3_offline_ft.common.suggestions import suggestion
 
-PROBE_SIZE = 256
-PROBE_LIFE = 50
-"""Steps of the optimizer after which the trust region is measured on other states."""
-SHRINKS = 12
-
-
-def _mode_matters(module: nn.Module) -> bool:
-    """Whether a network computes something else while training. Switching takes as long as a small network's pass."""
-    normalizes = any(name.endswith("running_mean") for name, _ in module.named_buffers())
-    return normalizes or any(isinstance(part, nn.modules.dropout._DropoutNd) for part in module.modules())
-
-
-class PolicyBrake:
-    """
-    Slows, holds or confines the policy of an SB3 learner from outside, through hooks on the optimizer of its actor.
-
-    It works for every algorithm whose policy has an ``actor``, and for value-based ones (DQN, QRDQN), whose network is the
-    policy. Where the policy that acts is an average of what is learned, it is the average that is held and confined, and what
-    is learned goes with it. Nothing is hooked before the first use.
-
-    :param model: The learner
-    :param seed: Seed of the choice of states on which the trust region is measured
-    """
-
-    def __init__(self, model: OffPolicyAlgorithm, seed: int = 0) -> None:
-        self._model = model
-        policy: Any = model.policy
-        name = next((name for name in ("actor", "quantile_net", "q_net") if hasattr(policy, name)), None)
-        if name is None:
-            raise ValueError(
-                f"CollapseGuard does not know where {type(policy).__name__} keeps its policy: expected an attribute `actor`, "
-                "`quantile_net` or `q_net`."
-            )
-        self.module: nn.Module = getattr(policy, name)
-        self._prefix = f"{name}."
-        self._optimizer: th.optim.Optimizer = policy.actor.optimizer if name == "actor" else policy.optimizer
-        self._generator = np.random.default_rng(seed)
-        self._mode_matters = _mode_matters(model.policy)
-        self._handles: list[Any] = []
-        self._learning_rates: list[float] = []
-        self._held: dict[str, th.Tensor] = {}
-        self._run: float = model.start_time
-        self._probe: Observations | None = None
-        self._probe_age = 0
-        self._center: PolicyState | None = None
-        self._center_actions: th.Tensor | None = None
-        self.learning_rate_factor = 1.0
-        self.radius = math.inf
-        self.held = False
-
-    @property
-    def _is_needed(self) -> bool:
-        return self.held or self.learning_rate_factor != 1 or self._center is not None
-
-    def attach(self) -> None:
-        """Act on the optimizer in the present run of ``learn``, if there is anything to do."""
-        self._run = self._model.start_time
-        if self._is_needed and not self._handles:
-            self._handles = [
-                self._optimizer.register_step_pre_hook(self._before_step),
-                self._optimizer.register_step_post_hook(self._after_step),
-            ]
-
-    def remove(self) -> None:
-        """Let the optimizer alone, until the next :meth:`attach`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def slow_down(self, factor: float) -> None:
-        """
-        :param factor: What the learning rate of the policy is multiplied with, in place of the present factor
-        """
-        self.learning_rate_factor = factor
-        self.attach()
-
-    def hold(self, held: bool) -> None:
-        """
-        :param held: Whether the policy stays as it is; the critics learn on
-        """
-        self.held = held
-        self._held = {name: value.clone() for name, value in self.module.state_dict().items()} if held else {}
-        self.attach()
-
-    def confine(self, radius: float, center: PolicyState) -> None:
-        """
-        Keep the policy within a trust region: after each step of the optimizer that leaves it, the parameters are moved back
-        on the straight line to those of the center until they are inside.
-
-        :param radius: Largest :func:`policy_distance` to the center, on states of the replay buffer
-        :param center: Parameters of the whole policy
-        """
-        self.radius = radius
-        self._center = {name: value.to(self._model.device) for name, value in center.items()}
-        self._probe = None
-        self.attach()
-
-    def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # After an interrupt nobody removes the hooks; a run that began without this brake is none of its business
-        if self._model.start_time != self._run:
-            return
-        self._learning_rates = [group["lr"] for group in optimizer.param_groups]
-        factor = 0.0 if self.held else self.learning_rate_factor
-        for group in optimizer.param_groups:
-            group["lr"] *= factor
-
-    def _after_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._model.start_time != self._run:
-            return
-        for group, learning_rate in zip(optimizer.param_groups, self._learning_rates, strict=True):
-            group["lr"] = learning_rate
-        if self.held:
-            # Batch normalization learns without an optimizer, and a learning rate of 0 does not stop a non-finite gradient
-            self.module.load_state_dict(self._held)
-            if (learned := self._learned_weights) is not None:
-                learned.undo_step(cast(Actor, self.module))
-        elif self._center is not None and math.isfinite(self.radius):
-            if (learned := self._learned_weights) is not None:
-                learned.call_afterwards(partial(self._move_inside, learned.values))
-            else:
-                self._move_inside({})
-
-    @property
-    def _learned_weights(self) -> LearnedWeights | None:
-        """What the actor has during a step in place of the average that acts; None if it acts itself."""
-        learned: LearnedWeights | None = getattr(getattr(self._model, "acting", None), "learned_weights", None)
-        return learned if learned is not None and learned.average else None
-
-    @th.no_grad()
-    def _move_inside(self, learned: Mapping[str, th.Tensor]) -> None:
-        model, center = self._model, self._center
-        assert center is not None
-        buffer = model.replay_buffer
-        assert buffer is not None
-        training = model.policy.training
-        if self._mode_matters:
-            model.policy.set_training_mode(False)
-        try:
-            self._probe_age += 1
-            if self._probe is None or self._probe_age >= PROBE_LIFE:
-                self._probe = observations_at(model, *draw_rows(buffer, PROBE_SIZE, self._generator))
-                self._center_actions = greedy_actions(model, self._probe, center)
-                self._probe_age = 0
-            assert self._center_actions is not None
-            for _ in range(SHRINKS):
-                distance = policy_distance(greedy_actions(model, self._probe), self._center_actions)
-                if not distance > self.radius:
-                    return
-                # Small steps change actions in proportion, so the squared distance shrinks with the square of the share
-                share = 0.98 * math.sqrt(self.radius / distance) if isinstance(model.action_space, spaces.Box) else 0.8
-                for name, value in (*self.module.named_parameters(), *self.module.named_buffers(), *learned.items()):
-                    if value.is_floating_point():
-                        origin = center[self._prefix + name]
-                        value.copy_(origin + share * (value - origin))
-        finally:
-            if self._mode_matters:
-                model.policy.set_training_mode(training)
+Settings = dict[str, Any]
+"""What a remedy has set, for the log."""
 
 
 class Remedy(ABC):
@@ -201,7 +35,7 @@ class Remedy(ABC):
         return None
 
     @abstractmethod
-    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
+    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> Settings:
         """
         :param model: The learner, restored
         :param brake: Its brake
@@ -218,7 +52,7 @@ class Remedy(ABC):
         :param brake: Its brake
         """
 
-    def on_promotion(self, brake: PolicyBrake, center: PolicyState) -> dict[str, Any] | None:
+    def on_promotion(self, brake: PolicyBrake, center: PolicyState) -> Settings | None:
         """
         Called when a later policy has been found not worse, after this remedy has been applied.
 
@@ -248,7 +82,7 @@ class SlowerActor(Remedy):
     def __init__(self, factor: float = 0.5, least: float = 0.05) -> None:
         self.factor, self.least = _share(factor, "factor"), _share(least, "least")
 
-    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
+    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> Settings:
         brake.slow_down(max(self.least, self.factor**n))
         return {"learning_rate_factor": brake.learning_rate_factor}
 
@@ -268,7 +102,7 @@ class CriticWarmup(Remedy):
     def problem(self, model: OffPolicyAlgorithm) -> str | None:
         return None if hasattr(model.policy, "actor") else f"the policy of {type(model).__name__} is its critic"
 
-    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
+    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> Settings:
         brake.hold(True)
         return {"steps": self.steps, "until": model.num_timesteps + self.steps}
 
@@ -297,12 +131,12 @@ class TrustRegion(Remedy):
             raise ValueError(f"`growth` must be at least 1, found {growth!r}.")
         self.radius, self.shrink, self.growth, self.largest = radius, _share(shrink, "shrink"), growth, largest
 
-    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
+    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> Settings:
         radius = brake.radius * self.shrink if math.isfinite(brake.radius) else self.radius
         brake.confine(min(radius, self.radius), center)
         return {"radius": brake.radius}
 
-    def on_promotion(self, brake: PolicyBrake, center: PolicyState) -> dict[str, Any] | None:
+    def on_promotion(self, brake: PolicyBrake, center: PolicyState) -> Settings | None:
         if not math.isfinite(brake.radius):
             return None
         brake.confine(min(brake.radius * self.growth, self.largest), center)
@@ -324,7 +158,7 @@ class TighterConstraint(Remedy):
     def problem(self, model: OffPolicyAlgorithm) -> str | None:
         return None if hasattr(model, "scale_epsilon") else f"{type(model).__name__} has no `epsilon`"
 
-    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
+    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> Settings:
         model.scale_epsilon(self.factor)  # type: ignore[attr-defined]
         return {"factor": self.factor, "epsilon": model.epsilon}  # type: ignore[attr-defined]
 
@@ -346,7 +180,7 @@ class MoreOfflineData(Remedy):
             return None
         return "its replay buffer has no offline data"
 
-    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
+    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> Settings:
         buffer: Any = model.replay_buffer
         fraction = 1 - self.factor * (1 - buffer.offline_fraction)
         buffer.offline_fraction = fraction
@@ -371,7 +205,7 @@ class Warmup(Remedy):
     def problem(self, model: OffPolicyAlgorithm) -> str | None:
         return None if hasattr(model, "begin_warmup") else f"{type(model).__name__} has no `begin_warmup`"
 
-    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> dict[str, Any]:
+    def apply(self, model: OffPolicyAlgorithm, brake: PolicyBrake, n: int, center: PolicyState) -> Settings:
         model.begin_warmup(self.steps)  # type: ignore[attr-defined]
         return {"steps": self.steps}
 
@@ -379,6 +213,11 @@ class Warmup(Remedy):
 REMEDIES: dict[str, type[Remedy]] = {
     remedy.name: remedy for remedy in (SlowerActor, CriticWarmup, TrustRegion, TighterConstraint, MoreOfflineData, Warmup)
 }
+DEFAULT_REMEDIES: tuple[Mapping[str, Any], ...] = (
+    {"critic_warmup": {"steps": 1000}},
+    {"trust_region": {"radius": 0.01}},
+    {"tighter_constraint": {"factor": 0.5}},
+)
 
 
 def make_remedies(remedies: Sequence[str | Mapping[str, Any] | Remedy]) -> list[Remedy]:
@@ -394,20 +233,83 @@ def make_remedies(remedies: Sequence[str | Mapping[str, Any] | Remedy]) -> list[
         if isinstance(remedy, Remedy):
             made.append(remedy)
             continue
-        name, keywords = (remedy, {}) if isinstance(remedy, str) else _single_entry(remedy)
+        entry = {remedy: None} if isinstance(remedy, str) else remedy
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise ValueError(f"A remedy must be a name or {{name: {{keyword: value}}}}, found {remedy!r}.")
+        ((name, keywords),) = entry.items()
         if name not in REMEDIES:
-            near = difflib.get_close_matches(name, REMEDIES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(REMEDIES)}."
-            raise ValueError(f"Unknown remedy {name!r}: {hint}")
+            raise ValueError(f"Unknown remedy {name!r}. {suggestion(name, REMEDIES)}")
         try:
-            made.append(REMEDIES[name](**keywords))
+            made.append(REMEDIES[name](**(keywords or {})))
         except TypeError as error:
-            raise ValueError(f"The remedy {name!r} cannot be made from {dict(keywords)!r}: {error}.") from None
+            raise ValueError(f"The remedy {name!r} cannot be made from {dict(keywords or {})!r}: {error}.") from None
     return made
 
 
-def _single_entry(remedy: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    if not isinstance(remedy, Mapping) or len(remedy) != 1:
-        raise ValueError(f"A remedy must be a name or {{name: {{keyword: value}}}}, found {remedy!r}.")
-    ((name, keywords),) = remedy.items()
-    return name, keywords or {}
+@dataclass
+class RemediesOfRun:
+    """The remedies that a run has, and when those that end will."""
+
+    remedies: Sequence[Remedy]
+    model: OffPolicyAlgorithm
+    brake: PolicyBrake
+    report: Reporter
+
+    def __post_init__(self) -> None:
+        self._ends: list[tuple[int, Remedy]] = []
+
+    @property
+    def ends(self) -> list[tuple[int, str]]:
+        """Timesteps at which remedies end, and their names."""
+        return [(timestep, remedy.name) for timestep, remedy in self._ends]
+
+    def apply(self, center: PolicyState) -> None:
+        """Apply one after the other after a rollback to a policy."""
+        self.forget_ends()
+        self.brake.hold(False)
+        for remedy in self.remedies:
+            settings = remedy.apply(self.model, self.brake, self.report.counts.rollbacks, center)
+            if "until" in settings:
+                self._ends.append((settings["until"], remedy))
+            message = f"{remedy.name}: {_described(settings)}"
+            self.report.event("remedy", name=remedy.name, parameters=settings, message=message)
+            self.report.say(f"remedy {message}.")
+
+    def move(self, center: PolicyState) -> None:
+        """A later policy has been promoted."""
+        for remedy in self.remedies if self.report.counts.rollbacks > 0 else ():
+            settings = remedy.on_promotion(self.brake, center)
+            if settings is not None:
+                message = f"{remedy.name} moves with the promotion: {_described(settings)}"
+                self.report.event("remedy", name=remedy.name, parameters=settings, message=message)
+
+    def end_due(self) -> None:
+        """End those whose time has come."""
+        for entry in [entry for entry in self._ends if entry[0] <= self.model.num_timesteps]:
+            self._ends.remove(entry)
+            entry[1].release(self.model, self.brake)
+            self.report.event("release", name=entry[1].name)
+
+    def forget_ends(self) -> None:
+        self._ends = []
+
+    def take_up(self, ends: Sequence[tuple[int, str]]) -> None:
+        """Go on with what :attr:`ends` was; remedies that are not in use any more are left out."""
+        by_name = {remedy.name: remedy for remedy in self.remedies}
+        self._ends = [(timestep, by_name[name]) for timestep, name in ends if name in by_name]
+
+
+def applicable(remedies: Sequence[Remedy], model: OffPolicyAlgorithm, required: bool) -> list[Remedy]:
+    """Those of the remedies that can be applied to a learner; ``ValueError`` if all are required and one cannot."""
+    found = []
+    for remedy in remedies:
+        problem = remedy.problem(model)
+        if problem is None:
+            found.append(remedy)
+        elif required:
+            raise ValueError(f"The remedy {remedy.name!r} cannot be applied: {problem}. Leave it out of `remedies`.")
+    return found
+
+
+def _described(settings: Settings) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items() if isinstance(value, int | float))

@@ -23,7 +23,6 @@ def show_events(run: Path, figure: Path | None = None, everything: bool = False,
     :param run: The run's folder, or its file of events
     :param figure: Where the picture shall be; None draws none
     :param everything: Show every episode, signal and candidate too
-    :param console: Where to print
     :raises FileNotFoundError: There are no events
     :raises ValueError: The file of events is damaged
     """
@@ -47,12 +46,7 @@ def show_events(run: Path, figure: Path | None = None, everything: bool = False,
 
 
 def verdict(events: list[Event]) -> str:
-    """
-    Say in a few words what came of a run.
-
-    :param events: The events, oldest first
-    :return: The verdict
-    """
+    """Say in a few words what came of a run."""
     episodes, alarms, rollbacks = (_of(events, kind) for kind in ("episode", "alarm", "rollback"))
     if alarms or rollbacks:
         facts = [f"{_count(alarms, 'alarm')}, {_count(rollbacks, 'rollback')} in {monitored_words(events)}"]
@@ -75,12 +69,7 @@ def verdict(events: list[Event]) -> str:
 
 
 def settings(start: Event) -> str:
-    """
-    Say with which settings a guard was started.
-
-    :param start: The event
-    :return: The settings
-    """
+    """Say with which settings a guard was started."""
     facts = [f"{name} {start[name]}" for name in ("algorithm", "detector") if start.get(name)]
     if start.get("false_alarm_rate") is not None:
         rate = f"false-alarm rate {_number(start['false_alarm_rate'])}"
@@ -96,12 +85,7 @@ def settings(start: Event) -> str:
 
 
 def describe(event: Event) -> str:
-    """
-    Say in words what happened.
-
-    :param event: The event, of any kind
-    :return: The words
-    """
+    """Say in words what happened."""
     words = _WORDS.get(event["event"])
     if words is not None:
         try:

@@ -1,9 +1,10 @@
-"""Secondary signals of collapse: measured on transitions of the replay buffer, without being noticed by the learner."""
+"""Signs of a collapse beside the returns: signals measured on transitions of the replay buffer, and non-finite numbers."""
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch as th
@@ -11,27 +12,23 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_offline_ft.collapse.learner import PolicyState, policy_network
+
 SATURATED = 0.99
 """Scaled actions beyond this are counted as saturated."""
 
 LEAST_ROWS = 2
+LOSSES = ("train/critic_loss", "train/actor_loss", "train/loss")
 
 Observations = th.Tensor | dict[str, th.Tensor]
-PolicyState = Mapping[str, th.Tensor]
 
 
 def draw_rows(buffer: ReplayBuffer, n: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """
-    Choose transitions of a replay buffer's ring uniformly.
-
-    A full ring with ``optimize_memory_usage`` has one less than rows: the newest next observation has overwritten the oldest
-    observation.
-
-    :param buffer: The buffer, not empty
-    :param n: How many
-    :param generator: The random generator; ``buffer.sample`` would draw from NumPy's global one
-    :return: Rows and environments, each of shape ``(n,)``
+    Rows and environments, each of shape ``(n,)``, of transitions of a replay buffer, drawn uniformly; ``buffer.sample`` would
+    draw from NumPy's global generator.
     """
+    # The newest next observation has overwritten the oldest observation
     if buffer.optimize_memory_usage and buffer.full:
         rows = (buffer.pos + generator.integers(1, buffer.buffer_size, size=n)) % buffer.buffer_size
     else:
@@ -40,15 +37,7 @@ def draw_rows(buffer: ReplayBuffer, n: int, generator: np.random.Generator) -> t
 
 
 def observations_at(model: OffPolicyAlgorithm, rows: np.ndarray, columns: np.ndarray, following: bool = False) -> Observations:
-    """
-    Observations of the replay buffer as the policy sees them.
-
-    :param model: The learner
-    :param rows: Rows, shape ``(n,)``
-    :param columns: Environments, shape ``(n,)``
-    :param following: Whether to take the next observations
-    :return: Tensor of shape ``(n, ...)``, or a dictionary of such
-    """
+    """Observations of the replay buffer, or the ones that follow them, as the policy sees them."""
     buffer = model.replay_buffer
     assert buffer is not None
     vec_normalize = model.get_vec_normalize_env()
@@ -66,12 +55,8 @@ def observations_at(model: OffPolicyAlgorithm, rows: np.ndarray, columns: np.nda
 @th.no_grad()
 def greedy_actions(model: OffPolicyAlgorithm, observations: Observations, state: PolicyState | None = None) -> th.Tensor:
     """
-    The policy's actions without exploration.
-
-    :param model: The learner; its policy must be in evaluation mode
-    :param observations: Observations as the policy sees them
-    :param state: Parameters and buffers of the policy to use in place of its own
-    :return: Scaled actions in [-1, 1], shape ``(n, action_dim)``; for discrete actions their numbers, shape ``(n,)``
+    The policy's actions without exploration, with the parameters ``state`` or its own, in evaluation mode: scaled to [-1, 1],
+    shape ``(n, action_dim)``, or numbers of discrete ones, shape ``(n,)``.
     """
     policy = model.policy
     if state is None:
@@ -80,18 +65,13 @@ def greedy_actions(model: OffPolicyAlgorithm, observations: Observations, state:
     names = [name for name, _ in (*policy.named_parameters(), *policy.named_buffers())]
     chosen = {name: state[name] for name in names}
     arguments = {"deterministic": True}
-    actions: th.Tensor = th.func.functional_call(policy, chosen, (observations,), arguments, tie_weights=False)
-    return actions
+    return cast(th.Tensor, th.func.functional_call(policy, chosen, (observations,), arguments, tie_weights=False))
 
 
 def policy_distance(actions: th.Tensor, others: th.Tensor) -> float:
     """
-    How far two policies are apart on the same observations.
-
-    :param actions: Actions of one
-    :param others: Actions of the other
-    :return: Mean squared difference over states and dimensions for continuous actions in [-1, 1]; share of states in which the
-        action differs for discrete ones
+    How far two policies are apart, by their actions on the same observations: mean squared difference over states and
+    dimensions of continuous actions in [-1, 1]; share of states in which discrete ones differ.
     """
     if actions.is_floating_point():
         return float((actions - others).pow(2).mean())
@@ -101,13 +81,8 @@ def policy_distance(actions: th.Tensor, others: th.Tensor) -> float:
 @th.no_grad()
 def q_values(model: OffPolicyAlgorithm, observations: Observations, actions: th.Tensor, target: bool = False) -> th.Tensor:
     """
-    Values of actions by the learner's critic: minimum over critics, mean over quantiles.
-
-    :param model: The learner; its policy must be in evaluation mode
-    :param observations: Observations as the policy sees them
-    :param actions: Scaled actions, or numbers of discrete ones
-    :param target: Whether to use the target network, where there is one
-    :return: Values, shape ``(n,)``
+    Values, shape ``(n,)``, of actions by the learner's critic, or by its target where there is one, in evaluation mode:
+    minimum over critics, mean over quantiles.
     """
     policy: Any = model.policy
     if hasattr(policy, "critic"):
@@ -118,13 +93,11 @@ def q_values(model: OffPolicyAlgorithm, observations: Observations, actions: th.
         else:
             # TQC: batch, critics, quantiles
             values = values.mean(dim=2)
-        smallest: th.Tensor = values.min(dim=1).values
-        return smallest
+        return cast(th.Tensor, values.min(dim=1).values)
     name = "quantile_net" if hasattr(policy, "quantile_net") else "q_net"
     values = getattr(policy, f"{name}_target" if target else name)(observations)
     values = values.mean(dim=1) if name == "quantile_net" else values
-    chosen: th.Tensor = values.gather(1, actions.reshape(-1, 1).long()).squeeze(1)
-    return chosen
+    return cast(th.Tensor, values.gather(1, actions.reshape(-1, 1).long()).squeeze(1))
 
 
 class SignalMonitor:
@@ -215,3 +188,53 @@ class SignalMonitor:
         ended = buffer.dones[rows, columns] * (1 - buffer.timeouts[rows, columns])
         targets = buffer.to_torch(rewards) + model.gamma * (1 - buffer.to_torch(ended)) * next_values
         return float((targets - q_values(model, observations, buffer.to_torch(buffer.actions[rows, columns]))).abs().mean())
+
+
+class NonFiniteNumbers:
+    """Looks for them in updates and steps."""
+
+    def __init__(self, model: OffPolicyAlgorithm) -> None:
+        self._model = model
+        _, self._policy, _ = policy_network(model)
+        self._checked_updates = model._n_updates
+        self._observation_was_broken = False
+
+    def go_on(self) -> None:
+        """Begin another call of ``learn``."""
+        self._observation_was_broken = False
+
+    def in_updates(self) -> str | None:
+        """What the updates since the last look have made not finite."""
+        for name in LOSSES:
+            value = self._model.logger.name_to_value.get(name)
+            if value is not None and not math.isfinite(value):
+                return f"non-finite {name.removeprefix('train/').replace('_', ' ')}"
+        if self._model._n_updates != self._checked_updates:
+            self._checked_updates = self._model._n_updates
+            sums = [parameter.detach().sum() for parameter in self._policy.parameters()]
+            if not th.stack(sums).isfinite().all():
+                return "non-finite policy parameter"
+        return None
+
+    def forget_updates(self) -> None:
+        """What is not finite now shall not raise the alarm again."""
+        self._checked_updates, logger = self._model._n_updates, self._model.logger
+        for name in LOSSES:
+            logger.name_to_value.pop(name, None)
+            logger.name_to_excluded.pop(name, None)
+            logger.name_to_count.pop(name, None)
+
+    def in_step(self, step: Mapping[str, Any], rewards: np.ndarray) -> Literal["environment", "policy"] | None:
+        """Who gave what is not finite in a step; an action after a broken observation is not the policy's fault."""
+        ended = np.flatnonzero(step["dones"])
+        observations = [step["new_obs"], *(step["infos"][index].get("terminal_observation") for index in ended)]
+        parts: list[np.ndarray] = [rewards]
+        for one in observations:
+            parts += [] if one is None else list(one.values()) if isinstance(one, dict) else [one]
+        # A sum is finite only if all its terms are
+        environment_is_fine = all(math.isfinite(part.sum()) for part in parts)
+        action_is_finite = math.isfinite(step["actions"].sum())
+        blameless, self._observation_was_broken = self._observation_was_broken, not environment_is_fine
+        if environment_is_fine and action_is_finite:
+            return None
+        return "environment" if action_is_finite or blameless else "policy"

@@ -4,7 +4,6 @@ import copy
 import io
 import os
 import pathlib
-import pickle
 import random
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.collapse.learner import extra_state, has_extra_state, position, set_extra_state, set_position
+from sb3_offline_ft.common.io import atomic_write, naming_damage
 
 FORMAT = "sb3_offline_ft.LearnerSnapshot"
 VERSION = 1
@@ -43,17 +43,6 @@ PARTS = {
     "action_noise": dict,
     "generators": dict,
 }
-DAMAGED = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    OSError,
-)
 FIX = "Restore it into a model made with the same algorithm, policy and network sizes."
 
 
@@ -123,7 +112,6 @@ class LearnerSnapshot:
         :raises ValueError: The action noise is of an unknown class and cannot be copied
         """
         modules, optimizers, variables = _parts_of(model)
-        extended: Any = model
         live = {
             "algorithm": type(model).__name__,
             "num_timesteps": int(model.num_timesteps),
@@ -134,9 +122,8 @@ class LearnerSnapshot:
                 for name, optimizer in optimizers.items()
             },
             "variables": variables,
-            "extra": extended.extra_state() if _has_extra_state(model) else {},
-            "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)}
-            | (extended.position() if _has_extra_state(model) else {}),
+            "extra": extra_state(model),
+            "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)} | position(model),
             "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env()),
             "action_noise": _noise_state(model.action_noise),
             "generators": _generator_state(model),
@@ -165,10 +152,8 @@ class LearnerSnapshot:
         with th.no_grad():
             for name, variable in variables.items():
                 variable.copy_(content["variables"][name])
-        if _has_extra_state(model):
-            extended: Any = model
-            extended.load_extra_state(content["extra"], generators)
-            extended.set_position(content["counters"])
+        set_extra_state(model, content["extra"], generators)
+        set_position(model, content["counters"])
         for name in COUNTERS:
             if name in content["counters"] and hasattr(model, name):
                 setattr(model, name, content["counters"][name])
@@ -204,7 +189,7 @@ class LearnerSnapshot:
         _check_tensors(what, "", content["variables"], variables)
         for name, optimizer in optimizers.items():
             _check_optimizer(what, name, content["optimizers"][name], optimizer)
-        if (content["extra"] or _has_extra_state(model)) and self.algorithm != type(model).__name__:
+        if (content["extra"] or has_extra_state(model)) and self.algorithm != type(model).__name__:
             raise ValueError(f"{what}: they keep different things beyond their networks. {FIX}")
         _check_vec_normalize(what, content["vec_normalize"], model.get_vec_normalize_env())
         _check_noise(what, content["action_noise"], noise)
@@ -237,7 +222,7 @@ class LearnerSnapshot:
         :raises ValueError: The file is damaged, is not a snapshot, or was written by a newer version of this package
         """
         stream = io.BytesIO(pathlib.Path(path).read_bytes())
-        try:
+        with naming_damage(path, "a snapshot saved by `LearnerSnapshot.save`"):
             with zipfile.ZipFile(stream) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
@@ -251,19 +236,13 @@ class LearnerSnapshot:
             wrong = [name for name, kind in PARTS.items() if version == VERSION and not isinstance(content.get(name), kind)]
             if wrong:
                 raise ValueError(f"it lacks {', '.join(wrong)}")
-        except DAMAGED as error:
-            raise ValueError(
-                f"{path} is damaged or not a snapshot saved by `LearnerSnapshot.save` ({type(error).__name__}: {error})."
-            ) from error
         if version != VERSION:
             raise ValueError(
                 f"{path} is a snapshot of version {version}, expected {VERSION}: read it with the version of sb3-offline-ft "
                 "that wrote it."
             )
-        content["modules"] = {
-            name: {key: value.to(device) if isinstance(value, th.Tensor) else value for key, value in module.items()}
-            for name, module in content["modules"].items()
-        }
+        for module in content["modules"].values():
+            module.update({name: value.to(device) for name, value in module.items() if isinstance(value, th.Tensor)})
         return cls(content)
 
 
@@ -277,10 +256,6 @@ def _parts_of(
     return modules, optimizers, {name: recursive_getattr(model, name) for name in variable_names}
 
 
-def _has_extra_state(model: OffPolicyAlgorithm) -> bool:
-    return hasattr(model, "extra_state")
-
-
 # Copies
 
 
@@ -289,9 +264,7 @@ def _copied(value: Any) -> Any:
         return value.detach().clone()
     if isinstance(value, Mapping):
         return {key: _copied(entry) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(entry) for entry in value)
-    return copy.deepcopy(value)
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else copy.deepcopy(value)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -314,8 +287,8 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry, f"{where}, {key}") for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        entries = [_plain(entry, f"{where}, {index}") for index, entry in enumerate(value)]
-        return tuple(entries) if isinstance(value, tuple) else entries
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_plain(entry, f"{where}, {index}") for index, entry in enumerate(value))
     raise ValueError(
         f"A snapshot file holds tensors, arrays and plain values only, found {type(value).__name__} in {where}: "
         "keep this snapshot in memory."
@@ -329,9 +302,7 @@ def _unpacked(value: Any) -> Any:
         return flat[0] if value["shape"] is None else flat.reshape(value["shape"]).copy()
     if isinstance(value, dict):
         return {key: _unpacked(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_unpacked(entry) for entry in value)
-    return value
+    return type(value)(map(_unpacked, value)) if isinstance(value, list | tuple) else value
 
 
 # Networks and optimizers

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,10 @@ from stable_baselines3.common.callbacks import (
     EventCallback,
     StopTrainingOnMaxEpisodes,
 )
+from stable_baselines3.common.env_util import unwrap_wrapper
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 STEP_NAMES = frozenset(
     "actions buffer_actions clipped_actions new_obs rewards dones infos num_collected_steps num_collected_episodes".split()
@@ -29,10 +33,7 @@ CallbackType = TypeVar("CallbackType", bound=BaseCallback)
 
 
 def as_list(callback: MaybeCallback) -> list[BaseCallback]:
-    """
-    :param callback: What ``learn`` accepts: None, a function, a callback or a list of callbacks
-    :return: A new list of callbacks
-    """
+    """A new list of the callbacks of whatever ``learn`` accepts."""
     if callback is None:
         return []
     if isinstance(callback, list):
@@ -41,13 +42,7 @@ def as_list(callback: MaybeCallback) -> list[BaseCallback]:
 
 
 def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> Iterator[CallbackType]:
-    """
-    Find the callbacks of a kind, in lists and as children of others.
-
-    :param callback: Where to look
-    :param kind: The class to look for
-    :return: The callbacks, outer ones first
-    """
+    """Find the callbacks of a kind, in lists and as children of others; outer ones first."""
     if callback is None:
         return
     if isinstance(callback, kind):
@@ -56,6 +51,19 @@ def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> I
         yield from find_callbacks(child, kind)
     if isinstance(callback, EventCallback):
         yield from find_callbacks(callback.callback, kind)
+
+
+def monitor_folder(env: VecEnv) -> Path | None:
+    """
+    :param env: Environments
+    :return: Where their episodes are written, as rl_zoo3 has them written to a run's folder; None if they are not, or in other
+        processes
+    """
+    for each in getattr(env.unwrapped, "envs", ()):
+        monitor = unwrap_wrapper(each, Monitor)
+        if isinstance(monitor, Monitor) and monitor.results_writer is not None:
+            return Path(monitor.results_writer.file_handler.name).parent
+    return None
 
 
 class NoEpisodesError(ValueError, KeyError):
@@ -96,10 +104,7 @@ def telling_of_episodes() -> Iterator[None]:
 
 
 def check_needs_no_episodes(callback: MaybeCallback) -> None:
-    """
-    :param callback: What ``pretrain`` was given
-    :raises NoEpisodesError: It counts episodes
-    """
+    """Raise :class:`NoEpisodesError` if a callback that ``pretrain`` was given counts episodes."""
     for given in as_list(callback):
         for found in find_callbacks(given, StopTrainingOnMaxEpisodes) if isinstance(given, BaseCallback) else ():
             raise NoEpisodesError(f"{type(found).__name__} counts episodes, but {NO_EPISODES}")
@@ -164,9 +169,6 @@ def progress_bar(total: int, description: str) -> Any:
     """
     A progress bar that looks like SB3's own.
 
-    :param total: Number of steps
-    :param description: What it counts
-    :return: The bar
     :raises ImportError: tqdm or rich is missing
     """
     # SB3 chooses tqdm.rich and silences its warning there

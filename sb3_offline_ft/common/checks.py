@@ -1,6 +1,5 @@
 """Checks of what users pass."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable
@@ -8,6 +7,8 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+
+from sb3_offline_ft.common.suggestions import hint
 
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
@@ -20,7 +21,6 @@ def whole_number(value: Any, name: str, least: int = 0) -> int:
     :param value: The number
     :param name: Its name, for the message
     :param least: Smallest value allowed
-    :return: The number as an int
     :raises ValueError: It is not a whole number, or too small
     """
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
@@ -33,9 +33,6 @@ def number_pair(value: Any, name: str) -> tuple[float, float]:
     """
     Check a pair of numbers; YAML files and saved models write it as a list.
 
-    :param value: The pair
-    :param name: Its name, for the message
-    :return: The pair
     :raises ValueError: It is something else, or a number is not finite
     """
     pair = tuple(value) if isinstance(value, list | tuple | np.ndarray) else ()
@@ -102,8 +99,5 @@ def known_keywords(cls: type, keywords: Iterable[str], function: str, excluded: 
     """
     known = constructor_arguments(cls).keys() - set(excluded)
     for name in keywords:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sorted(known))}."
-        raise TypeError(f"{function} got an unknown keyword {name!r}: {hint}")
+        if name not in known:
+            raise TypeError(f"{function} got an unknown keyword {name!r}: {hint(name, known)}")

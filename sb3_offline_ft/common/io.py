@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -41,8 +41,6 @@ def replace_synced(temporary: pathlib.Path, target: pathlib.Path) -> None:
     """
     Give a file or a folder of files its name when the disk has what is in it, so that no crash leaves a name without content.
 
-    :param temporary: What was written
-    :param target: Its name to be, in the same folder
     :raises OSError: The disk does not take it, or the name is that of a folder with content; all is as it was
     """
     for path in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
@@ -64,11 +62,11 @@ def _sync(path: pathlib.Path) -> None:
 
 
 @contextmanager
-def naming_damage(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+def naming_damage(path: str | os.PathLike[str] | IO[bytes], expected: str) -> Iterator[None]:
     """
     Make one clear error of whatever libraries raise about a file that is damaged, or is another one than was expected.
 
-    :param path: The file that the block reads
+    :param path: The file that the block reads, or a stream
     :param expected: What it should be, in words
     :raises ValueError: The block could not read it
     :raises FileNotFoundError: There is no such file
@@ -87,9 +85,6 @@ def read_npz(path: str | os.PathLike[str], *names: str) -> dict[str, np.ndarray]
     """
     Read arrays of an ``.npz`` file; nothing is unpickled.
 
-    :param path: The file
-    :param names: Names of the arrays
-    :return: The arrays by name
     :raises ValueError: It is damaged, or an array is missing or holds Python objects
     :raises FileNotFoundError: There is no such file
     """
@@ -100,35 +95,20 @@ def read_npz(path: str | os.PathLike[str], *names: str) -> dict[str, np.ndarray]
 
 
 def arrays_to_text(arrays: Mapping[str, np.ndarray]) -> str:
-    """
-    Pack named arrays into one ASCII string (base64 of an ``.npz`` without pickle).
-
-    :param arrays: Arrays by name
-    :return: The string, readable by :func:`arrays_from_text`
-    """
+    """Pack named arrays into one ASCII string (base64 of an ``.npz`` without pickle)."""
     stream = io.BytesIO()
     np.savez(stream, **dict(arrays))  # type: ignore[arg-type]  # the stubs take names for savez's own keyword
     return base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def arrays_from_text(text: str) -> dict[str, np.ndarray]:
-    """
-    Unpack what :func:`arrays_to_text` packed.
-
-    :param text: The string
-    :return: Arrays by name
-    """
+    """Unpack what :func:`arrays_to_text` packed."""
     with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
 def arrays_to_json(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """
-    Turn named arrays into what ``json.dumps`` takes; for small arrays much faster than :func:`arrays_to_text`.
-
-    :param arrays: Arrays by name, of numbers, booleans or text
-    :return: By name the dtype, the shape and the content
-    """
+    """Turn arrays of numbers, booleans or text into JSON's form; for small ones much faster than :func:`arrays_to_text`."""
     return {
         name: {
             "dtype": array.dtype.str,
@@ -140,12 +120,7 @@ def arrays_to_json(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]
 
 
 def arrays_from_json(content: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """
-    Take back what :func:`arrays_to_json` gave.
-
-    :param content: By name the dtype, the shape and the content
-    :return: Arrays by name
-    """
+    """Take back what :func:`arrays_to_json` gave."""
     return {
         name: np.frombuffer(base64.b64decode(entry["content"]), np.dtype(entry["dtype"])).reshape(entry["shape"]).copy()
         for name, entry in content.items()

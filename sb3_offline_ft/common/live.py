@@ -1,6 +1,6 @@
 """What a learner is, read off the learner itself: a run claims nothing that it did not have."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -40,28 +40,33 @@ def live_arguments(model: BaseAlgorithm) -> dict[str, Any]:
 
 
 def network_arguments(policy: BasePolicy) -> dict[str, Any]:
-    """
-    :param policy: A policy
-    :return: The ``policy_kwargs`` that make the same networks, defaults included
-    """
+    """The ``policy_kwargs`` that make the same networks, defaults included."""
     return {name: value for name, value in policy._get_constructor_parameters().items() if name not in _NOT_NETWORKS}
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
     """
-    :param value: An argument
-    :return: The same in the form of JSON; classes and functions by their names, other objects with their attributes
+    :param value: Anything
+    :param other: Gives the form of an object that is neither a number, a text nor a collection of such; by default classes and
+        functions are written by their names, other objects with their attributes
+    :return: The same in the form of JSON
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Mapping):
+        return {str(key): as_json(entry, other) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_json(entry, other) for entry in value]
+    if isinstance(value, np.floating):
+        return float(value)
+    if isinstance(value, np.generic | np.ndarray | th.Tensor):
+        return as_json(value.tolist(), other)
+    return _described(value) if other is None else other(value)
+
+
+def _described(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, Mapping):
-        return {str(key): as_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [as_json(entry) for entry in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
     if isinstance(value, th.device):
         return str(value)
     if isinstance(value, partial):

@@ -15,13 +15,7 @@ Observations = Array | dict[str, Array]
 
 
 def map_observations(function: Callable[..., Any], *observations: Observations) -> Any:
-    """
-    Apply a function to an array, or to the arrays of every key.
-
-    :param function: Takes as many arrays as there are observations
-    :param observations: All arrays, or all dictionaries with the same keys
-    :return: What the function returned, for dictionaries a dictionary with the keys of the first
-    """
+    """Apply a function to arrays, or to those of every key of dictionaries with the same keys."""
     first = observations[0]
     if not isinstance(first, dict):
         return function(*observations)
@@ -29,13 +23,7 @@ def map_observations(function: Callable[..., Any], *observations: Observations) 
 
 
 def named_arrays(observations: Observations, name: str) -> Iterator[tuple[str, Array]]:
-    """
-    Go through the arrays together with names for messages.
-
-    :param observations: An array or a dictionary of arrays
-    :param name: The name of the whole
-    :return: Pairs ``(name, array)``; in a dictionary the name is that of the whole followed by the key in brackets
-    """
+    """The arrays with names for messages: in a dictionary that of the whole followed by the key in brackets."""
     if isinstance(observations, dict):
         for key, array in observations.items():
             yield f"{name}[{key!r}]", array
@@ -44,38 +32,25 @@ def named_arrays(observations: Observations, name: str) -> Iterator[tuple[str, A
 
 
 def n_rows(observations: Observations) -> int:
-    """
-    :param observations: An array or a dictionary of arrays of the same length
-    :return: Number of rows ``N``
-    """
+    """Number of rows ``N``."""
     return len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
 
 
 def nbytes(observations: Observations) -> int:
-    """
-    :param observations: An array or a dictionary of arrays
-    :return: Size of all arrays together in bytes
-    """
+    """Size of all arrays together in bytes."""
     return sum(array.nbytes for _, array in named_arrays(observations, ""))
 
 
 def take_rows(observations: Observations, rows: Any) -> Any:
-    """
-    Pick rows.
-
-    :param observations: An array or a dictionary of arrays
-    :param rows: Whatever indexes the first axis of an array: indices of any shape, a mask or a slice
-    :return: The same structure with these rows; views for a slice, copies otherwise
-    """
+    """Pick rows by whatever indexes the first axis of an array; views for a slice, copies otherwise."""
     return map_observations(lambda array: array[rows], observations)
 
 
 def mean_and_std(observations: Array) -> tuple[Array, Array]:
     """
-    Mean and standard deviation of each number of an observation, in double precision without a copy of all of them in it.
+    Mean and population standard deviation of each number of an observation, flattened to one dimension.
 
-    :param observations: Shape ``(N, *shape)``
-    :return: Mean and population standard deviation, float64, flattened to one dimension
+    They are computed in double precision without a copy of all observations in it.
     """
     rows = observations.reshape(len(observations), -1)
     mean = rows.mean(axis=0, dtype=np.float64)

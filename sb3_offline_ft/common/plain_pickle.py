@@ -1,9 +1,4 @@
-"""
-Settings that Stable-Baselines3 has pickled, read without running code that they hold.
-
-A pickle is a program: it names functions, calls them and writes into objects. The reader here has none of these
-instructions. It puts together texts, numbers, lists, tuples, sets and dictionaries, and keeps names as names.
-"""
+"""Settings that Stable-Baselines3 has pickled, read without running code that they hold."""
 
 import base64
 import io
@@ -22,12 +17,7 @@ class NotPlainError(ValueError):
 
 @dataclass(frozen=True)
 class Name:
-    """
-    What a pickle names; nothing has been imported.
-
-    :param module: The module
-    :param name: The name in it
-    """
+    """What a pickle names; nothing has been imported."""
 
     module: str
     name: str
@@ -50,6 +40,11 @@ class Name:
 
 # The one that is written in Python: the other one has its instructions in C
 class _PlainUnpickler(pickle._Unpickler):
+    """
+    A pickle is a program: it names functions, calls them and writes into objects. This reader has none of these
+    instructions. It puts together texts, numbers, lists, tuples, sets and dictionaries, and keeps names as names.
+    """
+
     dispatch = {  # noqa: RUF012  # as in its base class
         code: action
         for code, action in pickle._Unpickler.dispatch.items()

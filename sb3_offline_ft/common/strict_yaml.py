@@ -40,7 +40,6 @@ def load_yaml(text: str, file: Path) -> Any:
 
     :param text: The text
     :param file: Where it is from, for messages
-    :return: What it says
     :raises ValueError: It is no YAML, or a key is given twice
     """
     try:
@@ -53,30 +52,20 @@ def load_yaml(text: str, file: Path) -> Any:
 
 class Reader:
     """
-    Checks what a file says; every error names the file and the key.
+    Checks what a file says under a key, whose path is such as ``methods.td3c.guard``.
 
-    :param file: The file
+    Every method raises a ``ValueError`` that names the file and the key if the value is something else.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def fail(self, key: str, problem: str) -> NoReturn:
-        """
-        :param key: Path of the key, such as ``methods.td3c.guard``
-        :param problem: What is wrong with it, as a sentence that goes on after it
-        :raises ValueError: Always
-        """
+        """Say what is wrong with a key, as a sentence that goes on after it."""
         raise ValueError(f"{self.file}: `{key}` {problem}")
 
     def mapping(self, value: Any, key: str, known: Collection[str] | None = None) -> dict[str, Any]:
-        """
-        :param value: What is found
-        :param key: Path of its key, empty for the whole file
-        :param known: The keys that it can have, None for any text
-        :return: The mapping; an empty one for nothing
-        :raises ValueError: It is none, or has an unknown key
-        """
+        """A mapping with no other than the known keys, if these are given; an empty one for nothing."""
         if value is None:
             return {}
         if not isinstance(value, Mapping):
@@ -90,12 +79,7 @@ class Reader:
         return dict(value)
 
     def text(self, value: Any, key: str) -> str:
-        """
-        :param value: What is found
-        :param key: Path of its key
-        :return: The text
-        :raises ValueError: It is something else, or empty
-        """
+        """A text that is not empty."""
         if not isinstance(value, str):
             self.fail(key, f"must be text, found {value!r}{'' if value is None else ': put it in quotes'}.")
         if not value.strip():
@@ -103,36 +87,20 @@ class Reader:
         return value.strip()
 
     def truth(self, value: Any, key: str) -> bool:
-        """
-        :param value: What is found
-        :param key: Path of its key
-        :return: Whether it is true
-        :raises ValueError: It is neither true nor false
-        """
+        """True or false."""
         if not isinstance(value, bool):
             self.fail(key, f"must be true or false, found {value!r}.")
         return value
 
     def whole(self, value: Any, key: str, least: int = 1) -> int:
-        """
-        :param value: What is found
-        :param key: Path of its key
-        :param least: Smallest value allowed
-        :return: The whole number
-        :raises ValueError: It is none, or too small
-        """
+        """A whole number of at least ``least``."""
         try:
             return whole_number(value, key, least)
         except ValueError as error:
             raise ValueError(f"{self.file}: {error}") from None
 
     def number(self, value: Any, key: str) -> float:
-        """
-        :param value: What is found
-        :param key: Path of its key
-        :return: The finite number
-        :raises ValueError: It is none
-        """
+        """A finite number."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             self.fail(key, f"must be a finite number, found {value!r}.")
         return float(value)

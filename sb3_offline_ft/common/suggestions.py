@@ -5,22 +5,19 @@ from collections.abc import Collection, Iterable
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """
-    :param name: What was written
-    :param known: What can be meant
-    :param most: Number of answers
-    :return: The known names that are most like it, perhaps none
-    """
+    """At most so many of the known names that are most like what was written, perhaps none."""
     plain = {each.lower().replace("-", "_"): each for each in known}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=most)
     return [plain[each] for each in near]
 
 
-def suggestion(name: str, known: Collection[str]) -> str:
-    """
-    :param name: What was written
-    :param known: What can be meant
-    :return: A sentence with the nearest known names, or all of them
-    """
+def hint(name: str, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known names, or all of them."""
     near = nearest(name, known, 3)
-    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known are {', '.join(sorted(known))}."
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sorted(known))}."
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """As :func:`hint`, but a sentence of its own."""
+    found = hint(name, known)
+    return found[0].upper() + found[1:]

@@ -1,14 +1,15 @@
 """Checks and conversions of the columns of a dataset."""
 
+import math
 from collections.abc import Callable, Mapping
-from itertools import chain, cycle
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from sb3_offline_ft.common.observations import Array, Observations, n_rows, named_arrays
+from sb3_offline_ft.common.observations import Array, Observations, by_key, named_arrays
 from sb3_offline_ft.datasets.spaces import column_dtype, row_shape
 
 FloatArray = npt.NDArray[np.float32]
@@ -19,20 +20,78 @@ FLOAT_COLUMNS = ("observations", "actions", "rewards", "next_observations")
 FLAG_COLUMNS = ("terminations", "truncations")
 COLUMNS = (*FLOAT_COLUMNS, *FLAG_COLUMNS, "episode_starts")
 
-_CHUNK_ROWS = 65_536
+
+def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array itself, made read-only."""
+    array.flags.writeable = False
+    return array
+
+
+def as_columns(
+    given: Mapping[str, Any],
+    observation_space: spaces.Space[Any] | None,
+    action_space: spaces.Space[Any] | None,
+    where: str,
+    copy: bool,
+) -> dict[str, Any]:
+    """Bring what a user gave for each column but the starts of episodes into its form; all must go together.
+
+    :param given: Arrays, and dictionaries of arrays for observations; ``truncations`` may be ``None``.
+    :param observation_space: A supported space, if known; a ``Dict`` gives the order of the keys.
+    :param action_space: A supported space, if known.
+    :param where: Names the dataset at the start of messages.
+    :param copy: Copy arrays even if they have the right type.
+    :return: The columns.
+    :raises ValueError: if one has another type or shape, there are no rows, or the spaces do not fit.
+    """
+    columns: dict[str, Any] = {
+        "observations": as_observations(given["observations"], "observations", observation_space, where, copy),
+        "actions": as_float(given["actions"], "actions", where, copy),
+        "rewards": as_float(given["rewards"], "rewards", where, copy),
+        "next_observations": as_observations(given["next_observations"], "next_observations", observation_space, where, copy),
+        "terminations": as_flags(given["terminations"], "terminations", where),
+    }
+    now, following = columns["observations"], columns["next_observations"]
+    keys, found = (one.keys() if isinstance(one, dict) else None for one in (now, following))
+    if keys != found:
+        raise ValueError(
+            f"{where}: next_observations must have the same keys as observations ({_keys(keys or ['one array'])}), "
+            f"found {_keys(found or ['one array'])}"
+        )
+    if keys is not None:
+        columns["next_observations"] = {key: following[key] for key in keys}
+    truncations = given["truncations"]
+    columns["truncations"] = (
+        np.zeros_like(columns["terminations"]) if truncations is None else as_flags(truncations, "truncations", where)
+    )
+    _check_shapes(columns, observation_space, action_space, where)
+    return columns
+
+
+def split_episodes(columns: dict[str, Any], episode_starts: npt.ArrayLike | None, where: str) -> tuple[IntArray, int]:
+    """Find the episodes, and mark the last row of each that has no flag as a truncation.
+
+    :param columns: The columns; ``truncations`` is replaced.
+    :param episode_starts: ``(E,)`` row indices, if known; without them, an episode also ends where the next row's observation
+        is not this row's next observation.
+    :param where: Names the dataset at the start of messages.
+    :return: The first row of every episode, and the number of episodes that only the observations told apart.
+    :raises ValueError: if ``episode_starts`` do not increase from 0 to at most the last row.
+    """
+    length = len(columns["rewards"])
+    starts_here = np.roll(columns["terminations"] | columns["truncations"], 1)
+    starts_here[0] = True
+    n_joints = 0
+    if episode_starts is None:
+        n_joints = _mark_joints(starts_here, columns["observations"], columns["next_observations"])
+    else:
+        starts_here[_as_starts(episode_starts, length, where)] = True
+    columns["truncations"] = np.roll(starts_here, -1) & ~columns["terminations"]
+    return np.flatnonzero(starts_here).astype(np.int64), n_joints
 
 
 def as_observations(observations: Any, name: str, space: spaces.Space[Any] | None, where: str, copy: bool) -> Observations:
-    """Bring observations into the form of a column.
-
-    :param observations: An array, or a dictionary of arrays.
-    :param name: The column's name, for messages.
-    :param space: A supported observation space, if known; a ``Dict`` gives the order of the keys.
-    :param where: Names the dataset at the start of messages.
-    :param copy: Copy the arrays even if they have the right type.
-    :return: float32, but uint8 for images; for a ``Discrete`` space ``(N, 1)``.
-    :raises ValueError: if the keys are not those of the space, or an array holds something else than the space says.
-    """
+    """Bring observations into the form of a column: float32, but uint8 for images; for a ``Discrete`` space ``(N, 1)``."""
     if not isinstance(observations, Mapping):
         if isinstance(observations, tuple):
             raise ValueError(f"{where}: {name} must be one array or a dictionary of arrays, found a tuple")
@@ -61,36 +120,8 @@ def as_observations(observations: Any, name: str, space: spaces.Space[Any] | Non
     return columns
 
 
-def with_keys_of(observations: Observations, next_observations: Observations, where: str) -> Observations:
-    """Bring the keys of the next observations into the order of the observations.
-
-    :param observations: The column.
-    :param next_observations: The column.
-    :param where: Names the dataset at the start of messages.
-    :return: The next observations.
-    :raises ValueError: if their keys differ.
-    """
-    keys, found = (one.keys() if isinstance(one, dict) else None for one in (observations, next_observations))
-    if keys != found:
-        raise ValueError(
-            f"{where}: next_observations must have the same keys as observations ({_keys(keys or ['one array'])}), "
-            f"found {_keys(found or ['one array'])}"
-        )
-    if isinstance(observations, dict) and isinstance(next_observations, dict):
-        return {key: next_observations[key] for key in observations}
-    return next_observations
-
-
 def as_float(column: npt.ArrayLike, name: str, where: str, copy: bool) -> FloatArray:
-    """Bring a column of numbers into its form.
-
-    :param column: Any shape.
-    :param name: The column's name, for messages.
-    :param where: Names the dataset at the start of messages.
-    :param copy: Copy the array even if it has the right type.
-    :return: float32.
-    :raises ValueError: if it does not hold real numbers, or actions are no floats.
-    """
+    """Bring a column of real numbers into its form, float32; actions must be floats."""
     if isinstance(column, Mapping | tuple):
         raise ValueError(f"{where}: {name} must be one array, found a {type(column).__name__}; it is not supported")
     array = np.asarray(column)
@@ -105,14 +136,7 @@ def as_float(column: npt.ArrayLike, name: str, where: str, copy: bool) -> FloatA
 
 
 def check_numbers(array: Array, name: str, where: str, dtype: npt.DTypeLike = np.float32) -> None:
-    """Check that an array can become a column, so that neither text nor objects are taken as numbers.
-
-    :param array: Any shape.
-    :param name: The column's name, for messages.
-    :param where: Names the dataset at the start of messages.
-    :param dtype: The column's type; ``uint8`` is for images, which are not converted.
-    :raises ValueError: if it does not hold real numbers, or no images where they are expected.
-    """
+    """Check that an array can become a column; neither text nor objects are numbers, and images are not converted."""
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{where}: {name} must hold real numbers, {_found(array)}. Convert them to float32.")
     if np.dtype(dtype) == np.uint8 != array.dtype:
@@ -141,31 +165,20 @@ def _as_numbers(column: Any, name: str, space: spaces.Space[Any] | None, where: 
 
 
 def as_flags(column: npt.ArrayLike, name: str, where: str) -> BoolArray:
-    """Bring flags into the form of a column.
-
-    :param column: Booleans, or 0 and 1.
-    :param name: The column's name, for messages.
-    :param where: Names the dataset at the start of messages.
-    :return: bool.
-    :raises ValueError: if there is anything else.
-    """
+    """Bring flags, booleans or 0 and 1, into the form of a column; anything else is an error."""
     array = np.asarray(column)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{where}: {name} must be booleans, {_found(array)}")
     flags = array.astype(np.bool_)
-    if array.dtype.kind != "b":
-        wrong = np.flatnonzero(array.reshape(-1) != flags.reshape(-1))
-        if len(wrong):
-            raise ValueError(
-                f"{where}: {name} must be booleans (or 0 and 1), found {array.reshape(-1)[wrong[0]]} in row {wrong[0]}"
-            )
+    if array.dtype.kind != "b" and len(wrong := np.flatnonzero(array != flags)):
+        raise ValueError(f"{where}: {name} must be booleans (or 0 and 1), found {array.flat[wrong[0]]} in row {wrong[0]}")
     return flags
 
 
 def split_ends(
     flags: Mapping[str, BoolArray], names: Mapping[str, str], where: str, row: Callable[[int], str] = "row {}".format
 ) -> dict[str, BoolArray]:
-    """Tell terminations from truncations where flags say that an episode ended, one way or the other.
+    """Tell terminations from truncations where ``dones`` say that an episode ended, one way or the other.
 
     :param flags: Any of ``terminations``, ``truncations`` and ``dones``, each ``(N,)``.
     :param names: What the flags are called in messages.
@@ -197,15 +210,7 @@ def split_ends(
     return known if truncated is not None else known | {"truncations": done & ~terminated}
 
 
-def as_starts(episode_starts: npt.ArrayLike, n_rows: int, where: str) -> IntArray:
-    """Check the rows at which episodes are said to start.
-
-    :param episode_starts: ``(E,)`` row indices.
-    :param n_rows: Number of rows.
-    :param where: Names the dataset at the start of messages.
-    :return: int64.
-    :raises ValueError: if they do not increase from 0 to at most the last row.
-    """
+def _as_starts(episode_starts: npt.ArrayLike, n_rows: int, where: str) -> IntArray:
     starts = np.asarray(episode_starts)
     if starts.ndim != 1 or starts.dtype.kind not in "iu":
         raise ValueError(
@@ -218,29 +223,19 @@ def as_starts(episode_starts: npt.ArrayLike, n_rows: int, where: str) -> IntArra
     return starts.astype(np.int64)
 
 
-def check_shapes(
-    columns: dict[str, Any],
-    observation_space: spaces.Space[Any] | None,
-    action_space: spaces.Space[Any] | None,
-    where: str,
+def _check_shapes(
+    columns: dict[str, Any], observation_space: spaces.Space[Any] | None, action_space: spaces.Space[Any] | None, where: str
 ) -> None:
-    """Check that columns go together and with their spaces.
-
-    :param columns: All columns but the starts of episodes.
-    :param observation_space: The observations' space, if known.
-    :param action_space: The actions' space, if known.
-    :param where: Names the dataset at the start of messages.
-    :raises ValueError: if there are no rows, or a shape is wrong.
-    """
     observations = dict(named_arrays(columns["observations"], "observations"))
-    next_observations = dict(named_arrays(columns["next_observations"], "next_observations"))
+    following = [array for _, array in named_arrays(columns["next_observations"], "next_observations")]
     first_name, first = next(iter(observations.items()))
     length = len(first) if first.ndim else 0
     if length == 0:
         raise ValueError(f"{where} is empty: expected at least one transition, found {first_name} {first.shape}")
-    observation_spaces = observation_space.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
-    with_spaces = [(*pair, space) for pair, space in zip(observations.items(), cycle(observation_spaces), strict=False)]
-    for name, array, space in [*with_spaces, ("actions", columns["actions"], action_space)]:
+    known = [] if observation_space is None else by_key(observation_space).values()
+    vectors = [(name, array, space) for (name, array), space in zip_longest(observations.items(), known)]
+    vectors.append(("actions", columns["actions"], action_space))
+    for name, array, space in vectors:
         if array.ndim < 2:
             raise ValueError(
                 f"{where}: {name} must have the shape (rows, dimensions), found {array.shape}. "
@@ -251,11 +246,10 @@ def check_shapes(
                 f"{where}: {name} have rows of shape {array.shape[1:]}, but its space has shape {row_shape(space)}"
             )
     expected = [(name, columns[name], (length,)) for name in ("rewards", *FLAG_COLUMNS)]
-    expected += [(name, array, (length, *array.shape[1:])) for name, array, _ in with_spaces]
+    expected += [(name, array, (length, *array.shape[1:])) for name, array, _ in vectors]
     expected += [
-        (name, array, same.shape) for (name, array), same in zip(next_observations.items(), observations.values(), strict=True)
+        (f"next_{name}", array, same.shape) for (name, same), array in zip(observations.items(), following, strict=True)
     ]
-    expected.append(("actions", columns["actions"], (length, *columns["actions"].shape[1:])))
     for name, array, shape in expected:
         if array.shape != shape:
             raise ValueError(
@@ -263,55 +257,30 @@ def check_shapes(
             )
 
 
-def mark_joints(starts_here: BoolArray, observations: Observations, next_observations: Observations) -> int:
-    """Mark the rows that do not continue the row before.
-
-    :param starts_here: ``(N,)``, True where an episode is known to start; changed in place.
-    :param observations: The column.
-    :param next_observations: The column.
-    :return: Number of rows that were marked.
-    """
-    n_joints = 0
-    pairs = [
-        (before, after)
-        for (_, before), (_, after) in zip(named_arrays(next_observations, ""), named_arrays(observations, ""), strict=True)
-    ]
-    for begin in range(1, n_rows(observations), _CHUNK_ROWS):
-        end = min(begin + _CHUNK_ROWS, n_rows(observations))
-        new = np.zeros(end - begin, np.bool_)
-        for before, after in ((before[begin - 1 : end - 1], after[begin:end]) for before, after in pairs):
-            differs = before != after
-            if before.dtype.kind == "f":
-                differs &= ~(np.isnan(before) & np.isnan(after))
-            new |= differs.reshape(end - begin, -1).any(axis=1)
-        new &= ~starts_here[begin:end]
-        starts_here[begin:end] |= new
-        n_joints += int(new.sum())
-    return n_joints
+def _mark_joints(starts_here: BoolArray, observations: Observations, next_observations: Observations) -> int:
+    """Mark the rows that do not continue the row before, and count them."""
+    new = np.zeros(len(starts_here) - 1, np.bool_)
+    for (_, before), (_, after) in zip(named_arrays(next_observations, ""), named_arrays(observations, ""), strict=True):
+        differs = before[:-1] != after[1:]
+        if before.dtype.kind == "f":
+            differs &= ~(np.isnan(before[:-1]) & np.isnan(after[1:]))
+        new |= differs.reshape(len(new), math.prod(differs.shape[1:])).any(axis=1)
+    new &= ~starts_here[1:]
+    starts_here[1:] |= new
+    return int(new.sum())
 
 
 def check_finite(columns: dict[str, Any], starts: IntArray, where: str) -> None:
-    """Check that no column holds NaN or infinity.
-
-    :param columns: The columns.
-    :param starts: First row of each episode.
-    :param where: Names the dataset at the start of messages.
-    :raises ValueError: if one does; the message names the first row.
-    """
+    """Check that no column holds NaN or infinity; the message names the first row and its episode."""
     for name, column in chain.from_iterable(named_arrays(columns[column], column) for column in FLOAT_COLUMNS):
         if column.dtype.kind != "f":
             continue
-        count, first = 0, -1
-        for begin in range(0, len(column), _CHUNK_ROWS):
-            chunk = column[begin : begin + _CHUNK_ROWS]
-            bad = ~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
-            if bad.any():
-                first = begin + int(bad.argmax()) if first < 0 else first
-                count += int(bad.sum())
-        if count:
+        is_bad = ~np.isfinite(column).reshape(len(column), -1).all(axis=1)
+        if is_bad.any():
+            first = int(is_bad.argmax())
             episode = int(np.searchsorted(starts, first, side="right")) - 1
             raise ValueError(
-                f"{where}: {name} hold NaN or infinity in {count} of {len(column)} rows, first in row {first} "
+                f"{where}: {name} hold NaN or infinity in {int(is_bad.sum())} of {len(column)} rows, first in row {first} "
                 f"(episode {episode}, step {first - int(starts[episode])}): {column[first]}. "
                 "Remove these episodes or repair the values."
             )

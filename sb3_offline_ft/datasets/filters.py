@@ -1,6 +1,5 @@
 """Which episodes of a dataset to take."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -8,7 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+
+_WHOLE = ("min_length", "max_length", "episodes", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +37,12 @@ class EpisodeFilters:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str) -> Self:
-        """Read filters from a spec, a file or keywords.
-
-        :param options: Values by name; numbers may be written as strings.
-        :param where: Names the dataset at the start of messages.
-        :return: The filters.
-        :raises ValueError: if a name is unknown, a value is not possible, or filters exclude one another.
-        """
+        """Read filters from a spec, a file or keywords; numbers may be written as strings."""
         check_option_names(options, FILTERS, where)
         values = {name: _number(value, name, where) for name, value in options.items()}
         for name, value in values.items():
             least = 0 if name == "seed" else 1
-            if name in ("min_length", "max_length", "episodes", "seed") and (value != int(value) or value < least):
+            if name in _WHOLE and (value != int(value) or value < least):
                 raise ValueError(f"{where}: {name} must be a whole number of at least {least}, found {options[name]!r}.")
         if not 0.0 < values.get("top_fraction", 1.0) <= 1.0:
             raise ValueError(f"{where}: top_fraction must be above 0 and at most 1, found {options['top_fraction']!r}.")
@@ -56,23 +52,15 @@ class EpisodeFilters:
                 raise ValueError(f"{where}: min_{what} ({low:g}) must not be above max_{what} ({high:g}).")
         if "seed" in values and "episodes" not in values:
             raise ValueError(f"{where}: seed has no effect without episodes; add episodes=..., or leave it out.")
-        whole = ("min_length", "max_length", "episodes", "seed")
-        return cls(**{name: int(value) if name in whole else value for name, value in values.items()})  # type: ignore[arg-type]
+        return cls(**{name: int(value) if name in _WHOLE else value for name, value in values.items()})  # type: ignore[arg-type]
 
     def given(self) -> dict[str, float]:
-        """
-        :return: The filters that are set, in order.
-        """
+        """The filters that are set, in order."""
         values = {name: getattr(self, name) for name in FILTERS}
         return {name: value for name, value in values.items() if value is not None}
 
     def apply(self, dataset: OfflineDataset) -> OfflineDataset:
-        """Take the episodes that meet all conditions.
-
-        :param dataset: The dataset.
-        :return: The dataset itself if nothing is set, else one whose provenance tells the filters and what they left.
-        :raises ValueError: if no episode is left.
-        """
+        """Take the episodes that meet all conditions; the provenance tells the filters and what they left."""
         given = self.given()
         if not given:
             return dataset
@@ -112,32 +100,18 @@ FILTERS: tuple[str, ...] = tuple(field.name for field in fields(EpisodeFilters))
 
 
 def check_option_names(names: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    """
-    :param names: What is given.
-    :param known: What is understood.
-    :param where: Names the dataset at the start of messages.
-    :raises ValueError: if one is not known; the message has the nearest.
-    """
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-            raise ValueError(f"{where}: unknown filter or option {name!r}. {hint}")
+            raise ValueError(f"{where}: unknown filter or option {name!r}. {suggestion(str(name), known)}")
 
 
 def format_number(value: float) -> str:
-    """
-    :param value: A finite number.
-    :return: The shortest text that gives the same number again.
-    """
+    """The shortest text that gives the same number again."""
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
 
 
 def format_options(options: Mapping[str, float]) -> str:
-    """
-    :param options: Numbers by name.
-    :return: The text after the question mark of a spec.
-    """
+    """The text after the question mark of a spec."""
     return "&".join(f"{name}={format_number(value)}" for name, value in options.items())
 
 

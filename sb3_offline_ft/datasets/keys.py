@@ -1,6 +1,5 @@
 """Keys of Dict observations: which to take, and in which order a flattened environment puts them together."""
 
-import difflib
 import json
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,17 +13,13 @@ from gymnasium.wrappers import DtypeObservation, FlattenObservation
 from minari.serialization import deserialize_space
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_offline_ft.common.suggestions import suggestion
+
 _NOTE = "sb3_offline_ft_flattened_space"
 
 
 def parse_keys(value: Any, where: str) -> tuple[str, ...]:
-    """Read the names of keys.
-
-    :param value: A sequence of names, or a text with commas between them, in which ``%2C`` stands for a comma in a name.
-    :param where: Names the dataset at the start of messages.
-    :return: The names.
-    :raises ValueError: if it is something else, or a name is empty or there twice.
-    """
+    """Read a sequence of names, or a text with commas between them, in which ``%2C`` stands for a comma in a name."""
     names = [urllib.parse.unquote(name).strip() for name in value.split(",")] if isinstance(value, str) else value
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{where}: keys must be names of observations with commas between them, found {value!r}.")
@@ -34,29 +29,17 @@ def parse_keys(value: Any, where: str) -> tuple[str, ...]:
 
 
 def format_keys(keys: Iterable[str]) -> str:
-    """
-    :param keys: Names.
-    :return: The text that :func:`parse_keys` reads, fit for a spec.
-    """
+    """The text that :func:`parse_keys` reads, fit for a spec."""
     return ",".join(urllib.parse.quote(key, safe="/") for key in keys)
 
 
 def choose_keys(wanted: Sequence[str], known: Sequence[str], where: str) -> list[str]:
-    """Look up keys.
-
-    :param wanted: Names; that of a nested Dict stands for all keys in it, in the order of the data.
-    :param known: The keys of the data, those of nested Dicts joined by ``/``.
-    :param where: Names the dataset at the start of messages.
-    :return: Keys of the data, in the order in which they are wanted.
-    :raises ValueError: if there is no such key, or one is named twice.
-    """
+    """Look up keys, in the order in which they are wanted; the name of a nested Dict stands for all keys in it."""
     chosen: list[str] = []
     for name in wanted:
         found = [name] if name in known else [key for key in known if key.startswith(f"{name}/")]
         if not found:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}."
-            raise ValueError(f"{where}: the observations have no key {name!r}. {hint}")
+            raise ValueError(f"{where}: the observations have no key {name!r}. {suggestion(name, known)}")
         if twice := [key for key in found if key in chosen]:
             raise ValueError(f"{where}: keys names {', '.join(twice)} twice: give it once.")
         chosen += found
@@ -64,20 +47,12 @@ def choose_keys(wanted: Sequence[str], known: Sequence[str], where: str) -> list
 
 
 def no_keys(where: str, shape: Any) -> ValueError:
-    """
-    :param where: Names the dataset at the start of the message.
-    :param shape: Shape of its observations.
-    :return: The error to raise if keys are wanted of observations that have none.
-    """
+    """The error to raise if keys are wanted of observations that have none."""
     return ValueError(f"{where}: keys are those of Dict observations, found one array of shape {shape}. Leave out `keys`.")
 
 
 def leaf_spaces(space: spaces.Dict, prefix: str = "") -> dict[str, spaces.Space[Any]]:
-    """
-    :param space: A space.
-    :param prefix: Stands before the names.
-    :return: The spaces in it in order, those of nested Dicts under names joined by ``/``.
-    """
+    """The spaces in a Dict in order, those of nested ones under names joined by ``/``."""
     leaves: dict[str, spaces.Space[Any]] = {}
     for key, one in space.spaces.items():
         leaves |= leaf_spaces(one, f"{prefix}{key}/") if isinstance(one, spaces.Dict) else {f"{prefix}{key}": one}
@@ -85,18 +60,12 @@ def leaf_spaces(space: spaces.Dict, prefix: str = "") -> dict[str, spaces.Space[
 
 
 def dict_of(leaves: dict[str, spaces.Space[Any]]) -> spaces.Dict:
-    """
-    :param leaves: Spaces by key.
-    :return: A space with the keys in this order; that of a plain dictionary would be sorted.
-    """
+    """A space with the keys in this order; that of a plain dictionary would be sorted."""
     return spaces.Dict(list(leaves.items()))
 
 
 def space_in_order(serialized: str) -> spaces.Space[Any]:
-    """
-    :param serialized: What Minari wrote of a space.
-    :return: The space, its keys in the order in which they were written; Minari's own function sorts them.
-    """
+    """What Minari wrote of a space, its keys in the order in which they were written; Minari's own function sorts them."""
     content = json.loads(serialized)
     return _in_order(deserialize_space(content), content)
 
@@ -108,12 +77,7 @@ def _in_order(space: spaces.Space[Any], content: dict[str, Any]) -> spaces.Space
 
 
 def fitting_orders(leaves: dict[str, spaces.Space[Any]], flat: spaces.Box) -> Iterator[list[str]]:
-    """Find the orders in which spaces make up a flat one.
-
-    :param leaves: Supported spaces by key.
-    :param flat: A space of one dimension.
-    :return: Orders of the keys; that of ``leaves`` first, if it is one.
-    """
+    """Find the orders of keys in which spaces make up a flat one; that of ``leaves`` comes first, if it is one."""
     boxes = {key: flatten_space(one) for key, one in leaves.items()}
     bounds = {key: (one.low, one.high) for key, one in boxes.items() if isinstance(one, spaces.Box)}
 
@@ -136,10 +100,9 @@ def fitting_orders(leaves: dict[str, spaces.Space[Any]], flat: spaces.Box) -> It
 
 
 def flattened_space(env: VecEnv | gym.Env[Any, Any]) -> spaces.Space[Any] | None:
-    """Look through the wrappers of an environment for the space that a ``FlattenObservation`` flattens.
+    """The space that a ``FlattenObservation`` flattens, be it in other processes.
 
-    :param env: An environment, or a vectorized one, be it in other processes.
-    :return: The space; ``None`` if there is no such wrapper, or the observations are changed once more behind it.
+    ``None`` if there is no such wrapper, or the observations are changed once more behind it.
     """
     if isinstance(env, gym.Env):
         return _flattened_by(env)

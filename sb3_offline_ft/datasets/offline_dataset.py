@@ -3,7 +3,6 @@
 import hashlib
 import math
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -14,48 +13,32 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from sb3_offline_ft.common.observations import Observations, map_observations, n_rows, named_arrays, nbytes, take_rows
+from sb3_offline_ft.common.observations import (
+    Observations,
+    by_key,
+    map_observations,
+    n_rows,
+    named_arrays,
+    nbytes,
+    take_rows,
+)
 from sb3_offline_ft.common.returns import discounted_returns
 from sb3_offline_ft.datasets.columns import (
     COLUMNS,
     BoolArray,
     FloatArray,
     IntArray,
-    as_flags,
-    as_float,
-    as_observations,
-    as_starts,
+    as_columns,
     check_finite,
-    check_shapes,
-    mark_joints,
-    with_keys_of,
+    frozen,
+    split_episodes,
 )
 from sb3_offline_ft.datasets.keys import choose_keys, dict_of, no_keys, parse_keys
+from sb3_offline_ft.datasets.parts import DatasetPart, distinct, with_shares
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores
 from sb3_offline_ft.datasets.spaces import check_spaces_supported, space_difference
 
 KeyOrder: TypeAlias = Literal["recorded", "named", "unknown"]
-
-
-@dataclass(frozen=True)
-class DatasetPart:
-    """One of the sources that a dataset was put together from.
-
-    :param name: For titles and logs; no two parts of a dataset have the same.
-    :param spec: The string that :func:`load_dataset` loads it from, if there is one.
-    :param begin: Its first row.
-    :param end: The row after its last one.
-    :param weight: Its share of the offline rows that a replay buffer samples; ``None`` in all parts stands for shares
-        in proportion to the numbers of rows.
-    :param clip_actions: Whether its actions are clipped to the bounds of the environment's instead of being refused.
-    """
-
-    name: str
-    spec: str | None
-    begin: int
-    end: int
-    weight: float | None = None
-    clip_actions: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -153,46 +136,22 @@ class OfflineDataset:
         """
         where = f"Dataset {spec or name!r}"
         check_spaces_supported(observation_space, action_space, where)
-        columns: dict[str, Any] = {
-            "observations": as_observations(observations, "observations", observation_space, where, copy),
-            "actions": as_float(actions, "actions", where, copy),
-            "rewards": as_float(rewards, "rewards", where, copy),
-            "next_observations": as_observations(next_observations, "next_observations", observation_space, where, copy),
-            "terminations": as_flags(terminations, "terminations", where),
-        }
-        columns["next_observations"] = with_keys_of(columns["observations"], columns["next_observations"], where)
-        if truncations is None:
-            columns["truncations"] = np.zeros_like(columns["terminations"])
-        else:
-            columns["truncations"] = as_flags(truncations, "truncations", where)
-        check_shapes(columns, observation_space, action_space, where)
-        length = n_rows(columns["observations"])
-
-        starts_here = np.zeros(length, dtype=np.bool_)
-        starts_here[0] = True
-        starts_here[1:] = (columns["terminations"] | columns["truncations"])[:-1]
+        given = (observations, actions, rewards, next_observations, terminations, truncations)
+        columns = as_columns(dict(zip(COLUMNS[:-1], given, strict=True)), observation_space, action_space, where, copy)
+        columns["episode_starts"], n_joints = split_episodes(columns, episode_starts, where)
+        check_finite(columns, columns["episode_starts"], where)
         provenance = dict(provenance or {})
-        if episode_starts is not None:
-            starts_here[as_starts(episode_starts, length, where)] = True
-        else:
-            n_joints = mark_joints(starts_here, columns["observations"], columns["next_observations"])
-            if n_joints:
-                provenance["unflagged_episode_ends"] = n_joints
-                warnings.warn(
-                    f"{where}: {n_joints} of {length} rows carry no flag although the next row does not continue from their "
-                    "next_observations. Each is taken as the end of an episode (a truncation). If that is not meant, "
-                    "set `truncations` at the ends of episodes, or pass `episode_starts`.",
-                    stacklevel=2,
-                )
-        starts = np.flatnonzero(starts_here).astype(np.int64)
-        ends_here = np.roll(starts_here, -1)
-        columns["truncations"] = ends_here & ~columns["terminations"]
-        check_finite(columns, starts, where)
-
-        columns["episode_starts"] = starts
+        if n_joints:
+            provenance["unflagged_episode_ends"] = n_joints
+            warnings.warn(
+                f"{where}: {n_joints} of {n_rows(columns['observations'])} rows carry no flag although the next row does not "
+                "continue from their next_observations. Each is taken as the end of an episode (a truncation). If that is not "
+                "meant, set `truncations` at the ends of episodes, or pass `episode_starts`.",
+                stacklevel=2,
+            )
         assert action_space is None or isinstance(action_space, spaces.Box)
         return cls(
-            **{name: map_observations(_frozen, column) for name, column in columns.items()},
+            **{name: map_observations(frozen, column) for name, column in columns.items()},
             observation_space=observation_space,
             action_space=action_space,
             spec=spec,
@@ -248,7 +207,7 @@ class OfflineDataset:
         keep[chosen] = True
         rows = np.flatnonzero(keep[self.episode_of_rows()])
         lengths = self.episode_lengths[chosen]
-        columns = {name: map_observations(_frozen, take_rows(getattr(self, name), rows)) for name in COLUMNS[:-1]}
+        columns = {name: map_observations(frozen, take_rows(getattr(self, name), rows)) for name in COLUMNS[:-1]}
         parts = [
             replace(part, begin=int(np.searchsorted(rows, part.begin)), end=int(np.searchsorted(rows, part.end)))
             for part in self.sources
@@ -256,9 +215,9 @@ class OfflineDataset:
         return replace(
             self,
             **columns,
-            episode_starts=_frozen(np.cumsum(lengths) - lengths),
+            episode_starts=frozen(np.cumsum(lengths) - lengths),
             spec=None,
-            sources=_with_shares([replace(part, spec=None) for part in parts if part.end > part.begin]),
+            sources=with_shares([replace(part, spec=None) for part in parts if part.end > part.begin]),
         )
 
     def select_keys(self, keys: Sequence[str] | str) -> Self:
@@ -310,30 +269,28 @@ class OfflineDataset:
             _check_same_kind(datasets[0], other)
         datasets, key_order = _with_one_order(datasets)
         shares = _shares(datasets, weights)
-        offsets = np.cumsum([0, *map(len, datasets)])
-        names = _distinct([part.name for dataset in datasets for part in dataset.sources])
+        offsets = np.cumsum([0, *map(len, datasets)]).tolist()
+        names = iter(distinct([part.name for dataset in datasets for part in dataset.sources]))
         parts: list[DatasetPart] = []
-        for dataset, offset, share in zip(datasets, offsets.tolist(), shares, strict=False):
+        for dataset, offset, share in zip(datasets, offsets, shares, strict=False):
             for part in dataset.sources:
                 within = (part.end - part.begin) / len(dataset) if part.weight is None else part.weight
                 weight = None if share is None else share * within
-                span = (offset + part.begin, offset + part.end)
-                parts.append(replace(part, name=names[len(parts)], begin=span[0], end=span[1], weight=weight))
+                begin, end = offset + part.begin, offset + part.end
+                parts.append(replace(part, name=next(names), begin=begin, end=end, weight=weight))
         columns = {
             name: map_observations(
-                lambda *arrays: _frozen(np.concatenate(arrays)), *(getattr(dataset, name) for dataset in datasets)
+                lambda *arrays: frozen(np.concatenate(arrays)), *(getattr(dataset, name) for dataset in datasets)
             )
             for name in COLUMNS[:-1]
         }
-        starts = np.concatenate(
-            [dataset.episode_starts + offset for dataset, offset in zip(datasets, offsets[:-1], strict=True)]
-        )
+        starts = np.concatenate([one.episode_starts + offset for one, offset in zip(datasets, offsets[:-1], strict=True)])
         env_ids = {dataset.env_id for dataset in datasets} - {None}
         scores = {dataset.reference_scores for dataset in datasets}
         lossy = {"lossy_images": True} if any(dataset.provenance.get("lossy_images") for dataset in datasets) else {}
         return cls(
             **columns,
-            episode_starts=_frozen(starts),
+            episode_starts=frozen(starts),
             observation_space=next((one.observation_space for one in datasets if one.observation_space is not None), None),
             action_space=next((one.action_space for one in datasets if one.action_space is not None), None),
             name=" + ".join(part.name for part in parts),
@@ -344,7 +301,7 @@ class OfflineDataset:
                 **lossy,
             },
             reference_scores=scores.pop() if len(scores) == 1 else None,
-            sources=_with_shares(parts),
+            sources=with_shares(parts),
             key_order=key_order,
         )
 
@@ -365,12 +322,12 @@ class OfflineDataset:
     @cached_property
     def episode_lengths(self) -> IntArray:
         """``(E,)`` int64, number of rows of each episode."""
-        return _frozen(np.diff(self.episode_starts, append=len(self)))
+        return frozen(np.diff(self.episode_starts, append=len(self)))
 
     @cached_property
     def episode_ends(self) -> IntArray:
         """``(E,)`` int64, index of the last row of each episode."""
-        return _frozen(self.episode_starts + self.episode_lengths - 1)
+        return frozen(self.episode_starts + self.episode_lengths - 1)
 
     def episode_of_rows(self) -> IntArray:
         """
@@ -383,7 +340,7 @@ class OfflineDataset:
         """``(N,)`` bool, whether the episode goes on after the row."""
         column = np.ones(len(self), dtype=np.bool_)
         column[self.episode_ends] = False
-        return _frozen(column)
+        return frozen(column)
 
     @cached_property
     def next_actions(self) -> FloatArray:
@@ -391,7 +348,7 @@ class OfflineDataset:
         column = np.zeros_like(self.actions)
         column[:-1] = self.actions[1:]
         column[self.episode_ends] = 0.0
-        return _frozen(column)
+        return frozen(column)
 
     def monte_carlo_returns(self, gamma: float) -> FloatArray:
         """Discounted sums of the rewards from each row to the end of its episode.
@@ -407,13 +364,13 @@ class OfflineDataset:
         cache: dict[float, FloatArray] = self.__dict__.setdefault("_monte_carlo_returns", {})
         if gamma not in cache:
             remaining = np.repeat(self.episode_ends, self.episode_lengths) - np.arange(len(self))
-            cache[gamma] = _frozen(discounted_returns(self.rewards, remaining, gamma))
+            cache[gamma] = frozen(discounted_returns(self.rewards, remaining, gamma))
         return cache[gamma]
 
     @cached_property
     def episode_returns(self) -> npt.NDArray[np.float64]:
         """``(E,)`` float64, undiscounted sum of the rewards of each episode."""
-        return _frozen(np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64))
+        return frozen(np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -453,21 +410,12 @@ class OfflineDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for name in COLUMNS:
-            map_observations(_frozen, getattr(self, name))
-
-
-def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    array.flags.writeable = False
-    return array
+            map_observations(frozen, getattr(self, name))
 
 
 def _shapes(observations: Observations) -> str:
-    def shape(array: npt.NDArray[Any]) -> str:
-        return f"{array.shape[1:]}{' uint8' if array.dtype == np.uint8 else ''}"
-
-    if not isinstance(observations, dict):
-        return shape(observations)
-    return "{" + ", ".join(f"{key}: {shape(array)}" for key, array in observations.items()) + "}"
+    shapes = map_observations(lambda array: f"{array.shape[1:]}{' uint8' * (array.dtype == np.uint8)}", observations)
+    return shapes if isinstance(shapes, str) else "{" + ", ".join(f"{key}: {one}" for key, one in shapes.items()) + "}"
 
 
 def _shares(datasets: Sequence[OfflineDataset], weights: Sequence[float] | None) -> list[float | None]:
@@ -495,26 +443,6 @@ def _with_one_order(datasets: list[Any]) -> tuple[list[Any], KeyOrder]:
     return [dataset._with_keys(keys) for dataset in datasets], one.key_order
 
 
-def _with_shares(parts: list[DatasetPart]) -> tuple[DatasetPart, ...]:
-    """Make the shares sum to 1; a single part has none."""
-    if len(parts) == 1:
-        return (replace(parts[0], weight=None),)
-    if any(part.weight is None for part in parts):
-        return tuple(parts)
-    total = math.fsum(part.weight or 0.0 for part in parts)
-    return tuple(replace(part, weight=(part.weight or 0.0) / total) for part in parts)
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Number the names that occur more than once."""
-    counts, taken = Counter(names), Counter[str]()
-    distinct: list[str] = []
-    for name in names:
-        taken[name] += 1
-        distinct.append(name if counts[name] == 1 else f"{name} ({taken[name]})")
-    return distinct
-
-
 def _check_same_kind(first: OfflineDataset, other: OfflineDataset) -> None:
     where = f"The datasets {first.name!r} and {other.name!r} cannot be put together"
     hint = "Use data that was recorded in the same environment (and wrappers)."
@@ -530,15 +458,11 @@ def _check_same_kind(first: OfflineDataset, other: OfflineDataset) -> None:
                 f"{where}: the first has {name} of shape {array.shape[1:]} and type {array.dtype}, the second of shape "
                 f"{found.shape[1:]} and type {found.dtype}. {hint}"
             )
-    pairs: list[tuple[str, spaces.Space[Any] | None, spaces.Space[Any] | None]] = [
-        ("action", first.action_space, other.action_space)
+    found_spaces = by_key(other.observation_space)
+    pairs = [("action", first.action_space, other.action_space)] + [
+        (f"observation {key!r}" if key else "observation", space, found_spaces.get(key))
+        for key, space in by_key(first.observation_space).items()
     ]
-    if isinstance(first.observation_space, spaces.Dict) and isinstance(other.observation_space, spaces.Dict):
-        pairs += [
-            (f"observation {key!r}", space, other.observation_space[key]) for key, space in first.observation_space.items()
-        ]
-    else:
-        pairs.append(("observation", first.observation_space, other.observation_space))
     for what, space, found_space in pairs:
         if space is not None and found_space is not None and (difference := space_difference(space, found_space, what)):
             raise ValueError(f"{where}: {difference}. {hint}")

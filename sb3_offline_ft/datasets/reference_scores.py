@@ -82,19 +82,13 @@ def reference_scores_for(env_id: str, scale: str = "v5-measured") -> ReferenceSc
 
 
 def choose_reference_scores(
-    env_id: str | None, given_random: float | None = None, given_expert: float | None = None, given_by: str = "the dataset"
+    env_id: str | None, given_random: float | None = None, given_expert: float | None = None
 ) -> ReferenceScores | None:
-    """Decide which reference scores a dataset gets.
+    """Decide which reference scores a dataset gets that gives some itself, such as Minari's ``ref_min_score``.
 
     The dataset's own scores come first, then the measured ones of its environment, then none. One exception:
     D4RL's constants in the metadata of a dataset whose environment has measured scores give way to those,
     as they were measured on other dynamics; :attr:`OfflineDataset.provenance` keeps what the dataset said.
-
-    :param env_id: Gymnasium id of the dataset's environment, if known.
-    :param given_random: The dataset's own score of a random policy (Minari's ``ref_min_score``).
-    :param given_expert: The dataset's own score of an expert (Minari's ``ref_max_score``).
-    :param given_by: Names the dataset in the source of scores it gives itself.
-    :return: The scores with their source, or ``None``.
     """
     measured = None if env_id is None else reference_scores_for(env_id)
     if given_random is None or given_expert is None or given_random == given_expert:
@@ -103,5 +97,5 @@ def choose_reference_scores(
         return measured
     d4rl = None if env_id is None else reference_scores_for(env_id, scale="d4rl")
     if d4rl is None or not np.allclose((given_random, given_expert), (d4rl.random, d4rl.expert), rtol=1e-4):
-        return ReferenceScores(given_random, given_expert, f"given by {given_by}")
-    return measured or ReferenceScores(given_random, given_expert, f"D4RL constants, given by {given_by}")
+        return ReferenceScores(given_random, given_expert, "given by the dataset")
+    return measured or ReferenceScores(given_random, given_expert, "D4RL constants, given by the dataset")

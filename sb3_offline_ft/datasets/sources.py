@@ -1,50 +1,48 @@
 """What a dataset spec means: from its text to the columns of an :class:`OfflineDataset`."""
 
-import difflib
 import importlib.resources
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import minari
 import numpy as np
 from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from sb3_offline_ft.datasets.files.hdf5 import load_hdf5, open_hdf5
+from sb3_offline_ft.common.suggestions import nearest
+from sb3_offline_ft.datasets.files.hdf5 import hdf5_reader
 from sb3_offline_ft.datasets.files.hub import hub_ids
-from sb3_offline_ft.datasets.files.minari import load_minari, open_minari
+from sb3_offline_ft.datasets.files.minari import minari_reader
 from sb3_offline_ft.datasets.files.minari_writing import restore_replaced
-from sb3_offline_ft.datasets.files.npz import load_npz, open_npz
-from sb3_offline_ft.datasets.files.reading import Source
-from sb3_offline_ft.datasets.files.replay_buffers import (
-    check_trust,
-    has_own_format,
-    load_own_replay_buffer,
-    load_replay_buffer,
-    open_own_replay_buffer,
-)
+from sb3_offline_ft.datasets.files.npz import npz_reader
+from sb3_offline_ft.datasets.files.reading import Kind, Reader, Source
+from sb3_offline_ft.datasets.files.replay_buffers import has_own_format, own_replay_buffer_reader, replay_buffer_reader
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
-from sb3_offline_ft.datasets.specs import TRUST, Base, DatasetSpec, PartSpec, join_specs, parse_spec
+from sb3_offline_ft.datasets.specs import (
+    ACCEPTED,
+    BUNDLED,
+    BUNDLED_PREFIX,
+    BUNDLED_SPECS,
+    TRUST,
+    Base,
+    DatasetSpec,
+    PartSpec,
+    join_specs,
+    parse_spec,
+)
 from sb3_offline_ft.datasets.validation import with_clipping
 
-BUNDLED: tuple[str, ...] = ("hopper-medium", "pendulum-medium")
-"""Names of the datasets that come with the package; load one with ``load_dataset("bundled:<name>")``."""
-
-_BUNDLED_PREFIX = "bundled:"
-_BUNDLED_SPECS = tuple(_BUNDLED_PREFIX + name for name in BUNDLED)
-_FileKind: TypeAlias = Literal["npz", "hdf5", "replay-buffer", "own-replay-buffer"]
-_FILE_KINDS: dict[str, _FileKind] = {
-    ".npz": "npz",
-    ".hdf5": "hdf5",
-    ".h5": "hdf5",
-    ".pkl": "replay-buffer",
+_READERS: dict[Kind, Reader] = {
+    "npz": npz_reader,
+    "hdf5": hdf5_reader,
+    "own-replay-buffer": own_replay_buffer_reader,
+    "replay-buffer": replay_buffer_reader,
+    **dict.fromkeys(("minari", "minari-folder", "bundled"), minari_reader),
 }
-_ACCEPTED = (
-    "A spec is a Minari id (mujoco/hopper/medium-v0), a folder holding a Minari dataset, a .npz, .hdf5 or .pkl file, "
-    f"or one of {', '.join(_BUNDLED_SPECS)}; filters follow after a question mark, and several are joined by ' + '."
-)
+_KINDS_BY_SUFFIX: dict[str, Kind] = {".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".pkl": "replay-buffer"}
 
 
 def load_dataset(
@@ -94,7 +92,7 @@ def load_dataset(
         damaged, empty, not finite or not supported.
     :raises TypeError: if the spec is of another type.
     """
-    parts = parse_spec(spec, filters, trust_pickle, _ACCEPTED)
+    parts = parse_spec(spec, filters, trust_pickle)
     datasets = [_load_part(part, download, progress_bar) for part in parts]
     if len(datasets) == 1:
         return datasets[0]
@@ -114,26 +112,13 @@ def check_spec(spec: DatasetSpec, *, download: bool = True, trust_pickle: bool =
     :raises ValueError: as :func:`load_dataset`, if the spec is malformed or its data cannot be opened.
     :raises TypeError: as :func:`load_dataset`.
     """
-    for part in parse_spec(spec, filters, trust_pickle, _ACCEPTED):
+    for part in parse_spec(spec, filters, trust_pickle):
         if isinstance(part.base, OfflineDataset):
             continue
-        source = _resolve(part.base, download)
-        given = part.base if isinstance(part.base, minari.MinariDataset) else None
-        if source.path is None:
-            continue
-        if source.kind == "npz":
-            with open_npz(source.path):
+        source = _resolve(part, download)
+        if source.path is not None:
+            with _READERS[source.kind](source):
                 pass
-        elif source.kind == "hdf5":
-            with open_hdf5(source.path):
-                pass
-        elif source.kind == "own-replay-buffer":
-            with open_own_replay_buffer(source.path):
-                pass
-        elif source.kind == "replay-buffer":
-            check_trust(source.path, part.trust_pickle)
-        else:
-            open_minari(source, source.path, part.keys, given)
 
 
 def spec_text(spec: DatasetSpec) -> str | None:
@@ -144,7 +129,7 @@ def spec_text(spec: DatasetSpec) -> str | None:
     :raises ValueError: as :func:`load_dataset`, if the spec is malformed.
     :raises TypeError: as :func:`load_dataset`.
     """
-    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    parts = parse_spec(spec)
     bases = [_base_text(part.base) for part in parts]
     texts = [None if base is None else part.text(base, part.trust_pickle) for part, base in zip(parts, bases, strict=True)]
     return join_specs(texts, [part.weight for part in parts])
@@ -163,7 +148,7 @@ def without_trust(spec: Any) -> Any:
         return [without_trust(entry) for entry in spec]
     if not isinstance(spec, str) or TRUST not in spec:
         return spec
-    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    parts = parse_spec(spec)
     if any(TRUST in str(part.base) for part in parts):
         # Whether such a name is a path depends on what is there, now and when it is read
         raise ValueError(f"{spec!r} has {TRUST!r} in the name of the data: rename it, or leave the second {TRUST!r} out.")
@@ -190,8 +175,9 @@ def _source_of(dataset: minari.MinariDataset) -> Source:
     data = Path(dataset.storage.data_path).absolute()
     local = _local_data_folder(dataset.id)
     if local is not None and local.resolve() == data.resolve():
-        return Source("minari", dataset.id, dataset.id, data)
-    return Source("minari-folder", str(data.parent if data.name == "data" else data), dataset.id, data)
+        return Source("minari", dataset.id, dataset.id, data, given=dataset)
+    spec = str(data.parent if data.name == "data" else data)
+    return Source("minari-folder", spec, dataset.id, data, given=dataset)
 
 
 def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDataset:
@@ -204,15 +190,18 @@ def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDat
         is_plain = given is not None and "?" not in given and len(dataset.sources) == 1
         spec = part.text(given or "", needs_trust=False) if is_plain else None
     else:
-        source = _resolve(part.base, download)
+        source = replace(_resolve(part, download), progress_bar=progress_bar)
         if source.path is None:
-            source = _download(source)
-        assert source.path is not None
+            source = replace(source, path=_download(source.spec))
         spec = None
-        if not isinstance(part.base, minari.MinariDataset) or _is_whole(part.base):
+        if source.given is None or _is_whole(source.given):
             # It is saved with models and results, from which no consent shall come
             spec = part.text(source.spec, needs_trust=False)
-        dataset = _load_source(source, source.path, part, progress_bar)
+        with _READERS[source.kind](source) as read:
+            dataset = read()
+        # Minari data is read without the other keys
+        if part.keys is not None and dataset.key_order != "named":
+            dataset = dataset.select_keys(part.keys)
     name = part.text(dataset.name, needs_trust=False)
     dataset = part.filters.apply(dataset)
     if part.clip_actions:
@@ -220,36 +209,23 @@ def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDat
     return dataset.with_facts(spec=spec, name=name)
 
 
-def _load_source(source: Source, path: Path, part: PartSpec, progress_bar: bool) -> OfflineDataset:
-    match source.kind:
-        case "npz":
-            dataset = load_npz(source, path)
-        case "hdf5":
-            dataset = load_hdf5(source, path)
-        case "own-replay-buffer":
-            dataset = load_own_replay_buffer(source, path)
-        case "replay-buffer":
-            check_trust(path, part.trust_pickle)
-            dataset = load_replay_buffer(source, path)
-        case _:
-            # Reads no more than the keys
-            given = part.base if isinstance(part.base, minari.MinariDataset) else None
-            return load_minari(source, path, open_minari(source, path, part.keys, given), progress_bar)
-    return dataset if part.keys is None else dataset.select_keys(part.keys)
+def _resolve(part: PartSpec, download: bool) -> Source:
+    assert not isinstance(part.base, OfflineDataset)
+    is_open = isinstance(part.base, minari.MinariDataset)
+    source = _source_of(part.base) if is_open else _find(part.base, download)
+    return replace(source, keys=part.keys, trust_pickle=part.trust_pickle)
 
 
-def _resolve(spec: str | os.PathLike[str] | minari.MinariDataset, download: bool) -> Source:
-    if isinstance(spec, minari.MinariDataset):
-        return _source_of(spec)
+def _find(spec: str | os.PathLike[str], download: bool) -> Source:
     text = os.fspath(spec).strip()
-    if text.startswith(_BUNDLED_PREFIX):
+    if text.startswith(BUNDLED_PREFIX):
         return _resolve_bundled(text)
     path = Path(text).expanduser()
     explicit = isinstance(spec, os.PathLike) or text.startswith((".", "~")) or path.is_absolute()
-    if path.suffix in _FILE_KINDS and not path.is_dir():
+    if path.suffix in _KINDS_BY_SUFFIX and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"No dataset file {str(path.absolute())!r}{_suggest_files(path)}")
-        kind: _FileKind = _FILE_KINDS[path.suffix]
+        kind = _KINDS_BY_SUFFIX[path.suffix]
         if kind != "hdf5" and has_own_format(path):
             kind = "own-replay-buffer"
         return Source(kind, str(path.absolute()), path.stem, path.absolute())
@@ -274,10 +250,10 @@ def _resolve(spec: str | os.PathLike[str] | minari.MinariDataset, download: bool
 
 
 def _resolve_bundled(text: str) -> Source:
-    name = text.removeprefix(_BUNDLED_PREFIX)
+    name = text.removeprefix(BUNDLED_PREFIX)
     if name not in BUNDLED:
         raise FileNotFoundError(
-            f"No bundled dataset {name!r}{_did_you_mean(text, _BUNDLED_SPECS)} There are {', '.join(_BUNDLED_SPECS)}."
+            f"No bundled dataset {name!r}{_did_you_mean(text, BUNDLED_SPECS)} There are {', '.join(BUNDLED_SPECS)}."
         )
     folder = Path(str(importlib.resources.files("sb3_offline_ft.datasets") / "bundled" / name / "data"))
     if not folder.is_dir():
@@ -310,7 +286,7 @@ def _check_minari_id(text: str) -> None:
     else:
         problem = "it is no existing path either; a Minari id looks like mujoco/hopper/medium-v0"
     raise ValueError(
-        f"Malformed dataset spec {text!r}: {problem}{_did_you_mean(text, [*_local_ids(), *_BUNDLED_SPECS])} {_ACCEPTED}"
+        f"Malformed dataset spec {text!r}: {problem}{_did_you_mean(text, [*_local_ids(), *BUNDLED_SPECS])} {ACCEPTED}"
     )
 
 
@@ -350,17 +326,17 @@ def _unknown(text: str, hub_problem: str | None, known_ids: list[str]) -> str:
         f"local Minari datasets in {str(_minari_root())!r}: {len(local_ids)} there, none with this id",
         f"Minari's hub: {hub_problem}" if hub_problem else "Minari's hub: no dataset with this id",
     ]
-    suggestion = _did_you_mean(text, [*local_ids, *known_ids, *_BUNDLED_SPECS])
+    suggestion = _did_you_mean(text, [*local_ids, *known_ids, *BUNDLED_SPECS])
     advice = " Without the hub, copy the dataset into the local folder, or set MINARI_DATASETS_PATH." if hub_problem else ""
     return f"Unknown dataset {text!r}. Tried {'; '.join(tried)}{suggestion}{advice}"
 
 
 def _did_you_mean(text: str, known: Iterable[str]) -> str:
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(text.lower(), by_lower, n=3, cutoff=0.6)
+    known = list(known)
+    near = nearest(text, known, 3)
     # A user who types the last parts of an id only gets no close match by spelling.
-    near += [low for low in by_lower if text.lower() in low and low not in near][: 3 - len(near)]
-    return f". Did you mean {' or '.join(by_lower[low] for low in near)}?" if near else "."
+    near += [one for one in known if text.lower() in one.lower() and one not in near][: 3 - len(near)]
+    return f". Did you mean {' or '.join(near)}?" if near else "."
 
 
 def _suggest_files(path: Path) -> str:
@@ -369,16 +345,16 @@ def _suggest_files(path: Path) -> str:
     return _did_you_mean(path.name, (sibling.name for sibling in path.parent.iterdir()))
 
 
-def _download(source: Source) -> Source:
-    folder = get_dataset_path(source.spec)
+def _download(dataset_id: str) -> Path:
+    folder = get_dataset_path(dataset_id)
     try:
         # A folder without metadata is an interrupted download, which Minari would take as complete.
-        minari.download_dataset(source.spec, force_download=folder.exists())
+        minari.download_dataset(dataset_id, force_download=folder.exists())
     except Exception as error:
-        raise ValueError(f"Downloading the dataset {source.spec!r} failed ({type(error).__name__}: {error}).") from error
-    path = _local_data_folder(source.spec)
-    if path is None:
+        raise ValueError(f"Downloading the dataset {dataset_id!r} failed ({type(error).__name__}: {error}).") from error
+    data = _local_data_folder(dataset_id)
+    if data is None:
         raise FileNotFoundError(
-            f"The download of {source.spec!r} left no metadata.json in {str(folder / 'data')!r}. Try again."
+            f"The download of {dataset_id!r} left no metadata.json in {str(folder / 'data')!r}. Try again."
         )
-    return Source(source.kind, source.spec, source.name, path)
+    return data

@@ -16,6 +16,16 @@ Base: TypeAlias = str | os.PathLike[str] | OfflineDataset | minari.MinariDataset
 DatasetSpec: TypeAlias = Base | Mapping[str, Any] | Sequence[Any]
 """What :func:`load_dataset` takes."""
 
+BUNDLED: tuple[str, ...] = ("hopper-medium", "pendulum-medium")
+"""Names of the datasets that come with the package; load one with ``load_dataset("bundled:<name>")``."""
+
+BUNDLED_PREFIX = "bundled:"
+BUNDLED_SPECS = tuple(BUNDLED_PREFIX + name for name in BUNDLED)
+ACCEPTED = (
+    "A spec is a Minari id (mujoco/hopper/medium-v0), a folder holding a Minari dataset, a .npz, .hdf5 or .pkl file, "
+    f"or one of {', '.join(BUNDLED_SPECS)}; filters follow after a question mark, and several are joined by ' + '."
+)
+
 TRUST = "trust_pickle"
 """The option that lets a file be unpickled. What is read from files loses it, see ``sources.without_trust``."""
 _OPTIONS = (*FILTERS, "keys", "clip_actions", TRUST)
@@ -27,15 +37,7 @@ _TRUE, _FALSE = ("1", "true", "yes"), ("0", "false", "no")
 
 @dataclass(frozen=True)
 class PartSpec:
-    """One source with what is wanted of it.
-
-    :param base: The source without options.
-    :param filters: Which episodes.
-    :param trust_pickle: Whether it may be unpickled.
-    :param weight: Its share, not normalised, or ``None``.
-    :param keys: Which observations of a ``Dict``, in order; ``None`` for all.
-    :param clip_actions: Whether to clip its actions to the bounds of the action space.
-    """
+    """One source, without options, and what is wanted of it; the weight is not normalised."""
 
     base: Base
     filters: EpisodeFilters
@@ -45,11 +47,7 @@ class PartSpec:
     clip_actions: bool = False
 
     def text(self, base: str, needs_trust: bool) -> str:
-        """
-        :param base: The text that names the source.
-        :param needs_trust: Whether the text shall hold the consent to unpickle it.
-        :return: The text that names it with these options.
-        """
+        """The text that names a source with these options, and with the consent to unpickle it if it shall be in it."""
         numbers = ({"clip_actions": 1} if self.clip_actions else {}) | self.filters.given()
         numbers |= {TRUST: 1} if needs_trust else {}
         texts = [f"keys={format_keys(self.keys)}"] if self.keys else []
@@ -57,39 +55,25 @@ class PartSpec:
         return "?".join([base, "&".join(texts)]) if texts else base
 
 
-def parse_spec(spec: Any, options: Mapping[str, Any], trust_pickle: bool, accepted: str) -> list[PartSpec]:
+def parse_spec(spec: Any, options: Mapping[str, Any] | None = None, trust_pickle: bool = False) -> list[PartSpec]:
     """Take a spec apart.
 
     :param spec: What the user gave.
-    :param options: Filters for all of its parts.
+    :param options: Filters and other options for all of its parts.
     :param trust_pickle: Whether all of its parts may be unpickled.
-    :param accepted: Says what a spec can be, for messages.
     :return: One part or more.
     :raises ValueError: if it is malformed, an option is unknown or given twice, or some parts have a weight and others none.
     :raises TypeError: if it is of another type.
     """
     if isinstance(spec, str):
-        entries = _parse_text(spec, accepted)
+        entries = _parse_text(spec)
     elif isinstance(spec, Sequence) and not isinstance(spec, bytes | bytearray):
         if not spec:
-            raise ValueError(f"The list of datasets is empty. {accepted}")
-        entries = [_parse_entry(entry, accepted) for entry in spec]
+            raise ValueError(f"The list of datasets is empty. {ACCEPTED}")
+        entries = [_parse_entry(entry) for entry in spec]
     else:
-        entries = [_parse_entry(spec, accepted)]
-    parts: list[PartSpec] = []
-    for base, weight, given in entries:
-        where = f"Dataset {_name(base)}"
-        check_option_names({**given, **options}, _OPTIONS, where)
-        for name in given.keys() & options.keys():
-            if _differs(name, given[name], options[name]):
-                raise ValueError(
-                    f"{where}: {name} is {given[name]} in the spec and {options[name]} as a keyword: give it once."
-                )
-        chosen = dict(options) | given
-        trusted = _truth(chosen.pop("trust_pickle", False), where) or trust_pickle
-        keys, clipped = chosen.pop("keys", None), _truth(chosen.pop("clip_actions", False), where, "clip_actions")
-        keys = None if keys is None else parse_keys(keys, where)
-        parts.append(PartSpec(base, EpisodeFilters.parse(chosen, where), trusted, weight, keys, clipped))
+        entries = [_parse_entry(spec)]
+    parts = [_part(*entry, options or {}, trust_pickle) for entry in entries]
     unweighted = [str(part.base) for part in parts if part.weight is None]
     if 0 < len(unweighted) < len(parts):
         raise ValueError(
@@ -99,11 +83,18 @@ def parse_spec(spec: Any, options: Mapping[str, Any], trust_pickle: bool, accept
     return parts
 
 
-def _name(base: Base) -> str:
-    """The name of a source as it stands in messages."""
-    if isinstance(base, minari.MinariDataset):
-        return repr(base.id)
-    return repr(base.name if isinstance(base, OfflineDataset) else str(base))
+def _part(base: Base, weight: float | None, given: dict[str, Any], options: Mapping[str, Any], trust_pickle: bool) -> PartSpec:
+    called = base.id if isinstance(base, minari.MinariDataset) else base.name if isinstance(base, OfflineDataset) else base
+    where = f"Dataset {str(called)!r}"
+    check_option_names({**given, **options}, _OPTIONS, where)
+    for name in given.keys() & options.keys():
+        if _differs(name, given[name], options[name]):
+            raise ValueError(f"{where}: {name} is {given[name]} in the spec and {options[name]} as a keyword: give it once.")
+    chosen = {**options, **given}
+    trusted = _truth(chosen.pop(TRUST, False), where) or trust_pickle
+    keys, clipped = chosen.pop("keys", None), _truth(chosen.pop("clip_actions", False), where, "clip_actions")
+    keys = None if keys is None else parse_keys(keys, where)
+    return PartSpec(base, EpisodeFilters.parse(chosen, where), trusted, weight, keys, clipped)
 
 
 def _differs(name: str, one: Any, other: Any) -> bool:
@@ -118,12 +109,12 @@ def _differs(name: str, one: Any, other: Any) -> bool:
 _Entry = tuple[Base, float | None, dict[str, Any]]
 
 
-def _parse_entry(entry: Any, accepted: str) -> _Entry:
+def _parse_entry(entry: Any) -> _Entry:
     """One entry of a list: a spec of one source, a pair of it and a weight, or a mapping with options."""
     if isinstance(entry, OfflineDataset | minari.MinariDataset | os.PathLike):
         return entry, None, {}
     if isinstance(entry, str):
-        entries = _parse_text(entry, accepted)
+        entries = _parse_text(entry)
         if len(entries) > 1:
             raise ValueError(f"An entry of a list names one dataset, found {entry!r}: give each as an entry of its own.")
         return entries[0]
@@ -141,10 +132,9 @@ def _parse_entry(entry: Any, accepted: str) -> _Entry:
     if not isinstance(base, str | os.PathLike | OfflineDataset | minari.MinariDataset):
         raise TypeError(
             "A dataset spec must be a string, a path, an OfflineDataset, a MinariDataset or a list of those, found "
-            f"{type(base).__name__}. "
-            f"{accepted}"
+            f"{type(base).__name__}. {ACCEPTED}"
         )
-    base, own_weight, own_options = _parse_entry(base, accepted)
+    base, own_weight, own_options = _parse_entry(base)
     if weight is not None and own_weight is not None:
         raise ValueError(f"Dataset {str(base)!r} has two weights, {own_weight:g} and {weight!r}: give one.")
     for name in options.keys() & own_options.keys():
@@ -153,21 +143,21 @@ def _parse_entry(entry: Any, accepted: str) -> _Entry:
     return base, own_weight if weight is None else _weight(weight, str(base)), options | own_options
 
 
-def _parse_text(text: str, accepted: str) -> list[_Entry]:
+def _parse_text(text: str) -> list[_Entry]:
     text = text.strip()
     if not text:
-        raise ValueError(f"The dataset spec is empty. {accepted}")
+        raise ValueError(f"The dataset spec is empty. {ACCEPTED}")
     if _is_path_with_options(text):
-        return [_parse_part(text, text, accepted)]
-    return [_parse_part(part.strip(), text, accepted) for part in _PLUS.split(f" {text} ")]
+        return [_parse_part(text, text)]
+    return [_parse_part(part.strip(), text) for part in _PLUS.split(f" {text} ")]
 
 
-def _parse_part(part: str, whole: str, accepted: str) -> _Entry:
+def _parse_part(part: str, whole: str) -> _Entry:
     weight = None
     if not _is_path(part) and (match := _WEIGHTED.fullmatch(part)):
         weight, part = _weight(match[1], match[2]), match[2].strip()
     if not part:
-        raise ValueError(f"The dataset spec {whole!r} has an empty part: write a dataset on both sides of each +. {accepted}")
+        raise ValueError(f"The dataset spec {whole!r} has an empty part: write a dataset on both sides of each +. {ACCEPTED}")
     base, options = (part, {}) if _is_path(part) else _split_query(part)
     return base, weight, options
 
@@ -213,12 +203,7 @@ def _truth(value: Any, where: str, name: str = "trust_pickle") -> bool:
 
 
 def join_specs(specs: Sequence[str | None], weights: Sequence[float | None]) -> str | None:
-    """Put the specs of a list into one string.
-
-    :param specs: The spec of each part, ``None`` if it has none.
-    :param weights: The weight of each part.
-    :return: A string that names them all, ``None`` if there is none: a path with a plus between spaces can only stand alone.
-    """
+    """Put the specs of a list into one string, if there is one: a path with a plus between spaces can only stand alone."""
     texts: list[str] = []
     for spec, weight in zip(specs, weights, strict=True):
         alone = len(specs) == 1 and weight is None

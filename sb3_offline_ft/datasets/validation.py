@@ -13,8 +13,8 @@ from gymnasium.spaces.utils import flatten_space
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.common.observations import Observations, by_key, named_arrays
-from sb3_offline_ft.datasets.columns import as_observations
+from sb3_offline_ft.common.observations import Observations, by_key, map_observations
+from sb3_offline_ft.datasets.columns import as_observations, frozen
 from sb3_offline_ft.datasets.keys import dict_of, fitting_orders, flattened_space, format_keys, leaf_spaces
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.spaces import (
@@ -30,7 +30,6 @@ from sb3_offline_ft.datasets.spaces import (
 ACTION_TOLERANCE = 1e-3
 """Actions this far beyond the bounds, as a share of each dimension's range, are rounding: they get clipped."""
 
-_CHUNK_ROWS = 65_536
 _CLIP = "clip them with ?clip_actions=1 after the dataset's name, or load_dataset(..., clip_actions=True)"
 
 
@@ -84,8 +83,7 @@ def fit_to_space(dataset: OfflineDataset, observation_space: spaces.Space[Any]) 
     order = _flattened_order(dataset, observation_space)
     if order is not None:
         return _flatten(dataset, order, observation_space)
-    columns = by_key(dataset.observations)
-    wanted = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    columns, wanted = by_key(dataset.observations), by_key(observation_space)
     keys = {key for key, column in columns.items() if key in wanted and _is_transposed(column, wanted[key])}
     return _transpose(dataset, keys) if keys else dataset
 
@@ -117,18 +115,14 @@ def as_flattened_by(dataset: OfflineDataset, env: VecEnv | gym.Env[Any, Any]) ->
         raise ValueError(f"{where} does not fit the environment, which flattens its observations: {difference}.")
     if not isinstance(observations, dict):
         return dataset
-    columns = {
-        name: as_observations(getattr(dataset, name), name, wrapped, where, copy=False)
-        for name in ("observations", "next_observations")
-    }
-    return replace(dataset, **columns, observation_space=wrapped, key_order="recorded")  # type: ignore[arg-type]
+    in_order = _with_observations(dataset, lambda one: as_observations(one, "observations", wrapped, where, False), wrapped)
+    return replace(in_order, key_order="recorded")
 
 
 def with_clipping(dataset: OfflineDataset) -> OfflineDataset:
     """Have the actions of a dataset clipped: now if it knows their bounds, else when it meets an environment.
 
-    :param dataset: The dataset.
-    :return: A copy that shares the other columns; infinite bounds, as behind gymnasium's ``ClipAction``, count as unknown.
+    Infinite bounds, as behind gymnasium's ``ClipAction``, count as unknown.
     """
     dataset = replace(dataset, sources=tuple(replace(part, clip_actions=True) for part in dataset.sources))
     if dataset.action_space is not None and not dataset.action_space.is_bounded():
@@ -144,26 +138,26 @@ def clip_actions(dataset: OfflineDataset, action_space: spaces.Box) -> OfflineDa
     :return: The dataset itself if there is nothing to clip, else a copy that shares the other columns; ``actions_clipped`` of
         its provenance counts rows and numbers, and says how far beyond the bounds they were, as a share of the range.
     """
-    if not any(part.clip_actions for part in dataset.sources) or dataset.actions.shape[1:] != action_space.shape:
+    clipped = [slice(part.begin, part.end) for part in dataset.sources if part.clip_actions]
+    if not clipped or dataset.actions.shape[1:] != action_space.shape:
         return dataset
-    actions = dataset.actions.copy()
-    n_of = n_rows = n_numbers = 0
-    furthest = 0.0
-    for part in dataset.sources:
-        if not part.clip_actions:
-            continue
-        rows = actions[part.begin : part.end]
-        excess = np.maximum(action_space.low - rows, rows - action_space.high)
-        n_of += len(rows)
-        n_rows += int((excess > 0).reshape(len(rows), -1).any(axis=1).sum())
-        n_numbers += int((excess > 0).sum())
-        furthest = max(furthest, float((excess / (action_space.high - action_space.low)).max()))
-        np.clip(rows, action_space.low, action_space.high, out=rows)
+    excess = np.concatenate([_excess(dataset.actions[part], action_space) for part in clipped])
+    n_rows = int((excess > 0).reshape(len(excess), -1).any(axis=1).sum())
     if n_rows == 0 and "actions_clipped" in dataset.provenance:
         return dataset
-    actions.flags.writeable = False
-    found = {"rows": n_rows, "of_rows": n_of, "numbers": n_numbers, "furthest": round(furthest, 6)}
-    return replace(dataset, actions=actions, provenance=dataset.provenance | {"actions_clipped": found})
+    actions = dataset.actions.copy()
+    for part in clipped:
+        np.clip(actions[part], action_space.low, action_space.high, out=actions[part])
+    furthest = round(max(0.0, float(excess.max())), 6)
+    found = {"rows": n_rows, "of_rows": len(excess), "numbers": int((excess > 0).sum()), "furthest": furthest}
+    return replace(dataset, actions=frozen(actions), provenance=dataset.provenance | {"actions_clipped": found})
+
+
+def _excess(actions: npt.NDArray[Any], space: spaces.Box) -> npt.NDArray[Any]:
+    """How far actions are beyond the bounds, as a share of the range; negative within them."""
+    excess: npt.NDArray[Any] = np.maximum(space.low - actions, actions - space.high)
+    excess /= space.high - space.low
+    return excess
 
 
 def scale_actions(actions: npt.NDArray[Any], action_space: spaces.Box) -> npt.NDArray[np.float32]:
@@ -194,26 +188,16 @@ def _bounded_box(space: spaces.Space[Any], what: str) -> spaces.Box:
 
 
 def _check_action_range(dataset: OfflineDataset, space: spaces.Box, where: str) -> None:
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    extent = high - low
-    n_beyond, n_numbers, worst = 0, 0, 0.0
-    worst_at: tuple[int, ...] = (0,)
-    for begin in range(0, len(dataset), _CHUNK_ROWS):
-        chunk = dataset.actions[begin : begin + _CHUNK_ROWS].astype(np.float64)
-        excess = np.maximum(low - chunk, chunk - high) / extent
-        n_beyond += int((excess > ACTION_TOLERANCE).reshape(len(chunk), -1).any(axis=1).sum())
-        n_numbers += int((excess > ACTION_TOLERANCE).sum())
-        if excess.max() > worst:
-            worst = float(excess.max())
-            row, *dims = (int(i) for i in np.unravel_index(excess.argmax(), excess.shape))
-            worst_at = (begin + row, *dims)
-    if n_beyond:
-        row, *dims = worst_at
+    excess = _excess(dataset.actions, space)
+    is_beyond = excess > ACTION_TOLERANCE
+    if is_beyond.any():
+        row, *dims = (int(i) for i in np.unravel_index(excess.argmax(), excess.shape))
         at = tuple(dims)
+        n_rows = int(is_beyond.reshape(len(dataset), -1).any(axis=1).sum())
         raise ValueError(
-            f"{where} does not fit the environment: {n_beyond} of {len(dataset)} rows have actions beyond its bounds, "
-            f"worst in row {row}, dimension {index_text(at)}: expected {low[at]:g} to {high[at]:g}, "
-            f"found {dataset.actions[worst_at]:g}. {_advice(dataset.actions, worst_at, n_numbers)}"
+            f"{where} does not fit the environment: {n_rows} of {len(dataset)} rows have actions beyond its bounds, "
+            f"worst in row {row}, dimension {index_text(at)}: expected {space.low[at]:g} to {space.high[at]:g}, "
+            f"found {dataset.actions[row, *at]:g}. {_advice(dataset.actions, (row, *at), int(is_beyond.sum()))}"
         )
 
 
@@ -300,17 +284,14 @@ def _transpose(dataset: OfflineDataset, keys: set[str]) -> OfflineDataset:
     """Put channels first in the images under these keys."""
 
     def transpose(column: Observations) -> Observations:
-        arrays = {
-            key: np.ascontiguousarray(np.moveaxis(array, -1, 1)) if key in keys else array
-            for key, array in by_key(column).items()
-        }
+        arrays = dict(by_key(column))
+        arrays |= {key: np.ascontiguousarray(np.moveaxis(arrays[key], -1, 1)) for key in keys}
         return arrays if isinstance(column, dict) else arrays[""]
 
     space = dataset.observation_space
-    if isinstance(space, spaces.Dict):
-        space = spaces.Dict([(key, _channels_first(one) if key in keys else one) for key, one in space.spaces.items()])
-    elif space is not None:
-        space = _channels_first(space)
+    if space is not None:
+        known = {key: _channels_first(one) if key in keys else one for key, one in by_key(space).items()}
+        space = dict_of(known) if isinstance(space, spaces.Dict) else known[""]
     return _with_observations(dataset, transpose, space)
 
 
@@ -335,9 +316,8 @@ def _without_key(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> OfflineD
     ((key, column),) = dataset.observations.items()
     space = dataset.observation_space
     inner = space[key] if isinstance(space, spaces.Dict) else None
-    if isinstance(inner, spaces.Discrete):
-        return dataset
-    if column.shape[1:] != wanted.shape and not _is_transposed(column, wanted):
+    fits = column.shape[1:] == wanted.shape or _is_transposed(column, wanted)
+    if isinstance(inner, spaces.Discrete) or not fits:
         return dataset
     return _with_observations(dataset, lambda columns: columns[key], inner)
 
@@ -375,8 +355,5 @@ def _flattened_order(dataset: OfflineDataset, wanted: spaces.Space[Any]) -> list
 def _with_observations(
     dataset: OfflineDataset, function: Callable[[Observations], Observations], space: spaces.Space[Any] | None
 ) -> OfflineDataset:
-    columns = {name: function(getattr(dataset, name)) for name in ("observations", "next_observations")}
-    for name, column in columns.items():
-        for _, array in named_arrays(column, name):
-            array.flags.writeable = False
-    return replace(dataset, **columns, observation_space=space)  # type: ignore[arg-type]
+    now, following = (map_observations(frozen, function(one)) for one in (dataset.observations, dataset.next_observations))
+    return replace(dataset, observations=now, next_observations=following, observation_space=space)

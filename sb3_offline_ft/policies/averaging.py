@@ -27,9 +27,7 @@ class LearnedWeights:
         self._afterwards: Callable[[], None] | None = None
 
     def load(self, values: Mapping[str, th.Tensor]) -> None:
-        """
-        :param values: New weights by name
-        """
+        """Take over weights by name."""
         for name, value in self.values.items():
             value.copy_(values[name])
 
@@ -63,8 +61,6 @@ class LearnedWeights:
     def undo_step(self, actor: Actor) -> None:
         """
         Within :meth:`in_place`, after the step: these weights stay what they were, and the average is what the actor has now.
-
-        :param actor: The actor, which has these weights until the end of the block
         """
         self._is_undone = True
         parameters = [parameter.detach() for parameter in actor.parameters()]
@@ -72,9 +68,7 @@ class LearnedWeights:
         _copy(list(self.values.values()), parameters)
 
     def call_afterwards(self, act: Callable[[], None]) -> None:
-        """
-        :param act: Called once at the end of the present :meth:`in_place`, when the actor has the new average
-        """
+        """Have something called once at the end of the present :meth:`in_place`, when the actor has the new average."""
         self._afterwards = act
 
 

@@ -9,10 +9,7 @@ from stable_baselines3.td3.policies import Actor, TD3Policy
 
 
 def frozen_actor(policy: TD3Policy) -> Actor:
-    """
-    :param policy: A policy
-    :return: A copy of its actor with the present weights, in evaluation mode and without gradients
-    """
+    """A copy of a policy's actor with the present weights, in evaluation mode and without gradients."""
     # The target has the same modules and no optimizer, which would be copied too
     actor = copy.deepcopy(policy.actor_target)
     actor.load_state_dict(policy.actor.state_dict())
@@ -21,29 +18,17 @@ def frozen_actor(policy: TD3Policy) -> Actor:
 
 
 def weights_to_arrays(module: th.nn.Module, prefix: str) -> dict[str, np.ndarray]:
-    """
-    :param module: A module
-    :param prefix: What the names begin with
-    :return: Its parameters and buffers by name
-    """
+    """Parameters and buffers of a module by prefixed names."""
     return tensors_to_arrays(module.state_dict(), prefix)
 
 
 def tensors_to_arrays(tensors: Mapping[str, th.Tensor], prefix: str) -> dict[str, np.ndarray]:
-    """
-    :param tensors: Tensors by name
-    :param prefix: What the names begin with
-    :return: They as arrays
-    """
+    """Tensors as arrays by prefixed names."""
     return {prefix + name: value.cpu().numpy() for name, value in tensors.items()}
 
 
 def weights_from_arrays(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, th.Tensor]:
-    """
-    :param arrays: Arrays, among them what :func:`weights_to_arrays` or :func:`tensors_to_arrays` returned
-    :param prefix: What the names of those begin with
-    :return: What ``load_state_dict`` takes; empty if there are none
-    """
+    """What ``load_state_dict`` takes, of the arrays whose names have the prefix; empty if there are none."""
     return {
         name.removeprefix(prefix): th.from_numpy(value.copy()) for name, value in arrays.items() if name.startswith(prefix)
     }

@@ -176,11 +176,7 @@ def _make_policy(
 
 
 def guide_actions(guide: BaseAlgorithm | BasePolicy, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """
-    :param guide: The guide
-    :param observations: Observations of all environments, as the learner gets them
-    :return: The guide's deterministic actions, shape ``(n_envs, *action_shape)``, within the bounds of the action space
-    """
+    """The guide's deterministic actions ``(n_envs, *action_shape)``, within the bounds of the action space."""
     actions, _ = guide.predict(observations, deterministic=True)
     assert isinstance(guide.action_space, spaces.Box)
     clipped: np.ndarray = np.clip(actions, guide.action_space.low, guide.action_space.high)

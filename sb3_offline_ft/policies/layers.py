@@ -13,10 +13,7 @@ __all__ = ["NormalizedCombinedExtractor", "NormalizedFlattenExtractor", "is_vect
 
 
 def is_vector_space(space: spaces.Space[Any]) -> bool:
-    """
-    :param space: An observation space, not a ``Dict``
-    :return: Whether normalizing its observations makes sense: it is a ``Box``, and not one of images
-    """
+    """Whether normalizing the observations of a space, not a ``Dict``, makes sense: a ``Box``, and not one of images."""
     return isinstance(space, spaces.Box) and not is_image_space(space)
 
 

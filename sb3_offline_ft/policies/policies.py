@@ -9,11 +9,11 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
 
 from sb3_offline_ft.common.checks import whole_number
 from sb3_offline_ft.common.observations import mean_and_std
-from sb3_offline_ft.policies.acting import ActingPolicy
 from sb3_offline_ft.policies.layers import NormalizedCombinedExtractor, NormalizedFlattenExtractor, is_vector_space
 
 __all__ = [
@@ -53,7 +53,7 @@ class LayerNormContinuousCritic(ContinuousCritic):
             setattr(self, f"qf{index}", self.q_networks[index])
 
 
-class OfflinePolicy(ActingPolicy):
+class OfflinePolicy(TD3Policy):
     """
     Actor and critics: what the policies of this package have in common.
 
@@ -135,6 +135,16 @@ class OfflinePolicy(ActingPolicy):
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
         return LayerNormContinuousCritic(**critic_kwargs).to(self.device)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode.
+
+        :param mode: True for training mode, False for evaluation mode
+        """
+        # SB3 asks for it at every step in the environment, and switching takes as long there as acting
+        if self.training is not mode or not (_all_in_mode(self.actor, mode) and _all_in_mode(self.critic, mode)):
+            super().set_training_mode(mode)
+
     def normalizers(self) -> list[NormalizedFlattenExtractor]:
         """
         :return: The observation normalizers of all networks, none if another features extractor is used
@@ -174,6 +184,11 @@ class OfflinePolicy(ActingPolicy):
         combined = [module.extractors for module in self.modules() if isinstance(module, CombinedExtractor)]
         found = [extractors[key] for extractors in combined if key in extractors]
         return [module for module in found if isinstance(module, NormalizedFlattenExtractor)]
+
+
+def _all_in_mode(module: nn.Module, mode: bool) -> bool:
+    children = module._modules.values()
+    return module.training is mode and all([child is None or _all_in_mode(child, mode) for child in children])
 
 
 class MlpPolicy(OfflinePolicy):

@@ -24,12 +24,7 @@ ARGUMENTS = "arguments"
 
 
 def default_folder(log_path: str | Path) -> Path:
-    """
-    Where pretrained learners are kept.
-
-    :param log_path: Folder of the algorithm's runs
-    :return: What the environment variable ``SB3_OFFLINE_FT_PRETRAINED`` says, else ``pretrained`` in that folder
-    """
+    """What the environment variable ``SB3_OFFLINE_FT_PRETRAINED`` says, else ``pretrained`` in the folder of runs."""
     return Path(os.environ.get(FOLDER_VARIABLE) or Path(log_path) / "pretrained").absolute()
 
 
@@ -37,9 +32,8 @@ class PretrainedCache:
     """
     Pretrained learners in a folder, found by the digest of their recipe.
 
-    ``<digest>.pt`` is a :class:`LearnerSnapshot`, ``<digest>.json`` says what it was made of,
-    and what the learner was. While one process pretrains,
-    others that want the same wait for it; the operating system takes the lock from a process that dies.
+    ``<digest>.pt`` is a :class:`LearnerSnapshot`, ``<digest>.json`` says what it was made of, and what the learner was. While
+    one process pretrains, others that want the same wait for it; the operating system takes the lock from a process that dies.
 
     :param folder: The folder, shared by all processes and machines that shall share the work
     :param progress_bar: Whether to show a progress bar
@@ -58,21 +52,11 @@ class PretrainedCache:
         self._memory = Lock()
 
     def path(self, recipe: Recipe) -> Path:
-        """
-        :param recipe: A recipe
-        :return: Where its learner is, or would be
-        """
+        """Where a recipe's learner is, or would be."""
         return self.folder / f"{recipe.digest}.pt"
 
     def get(self, recipe: Recipe, env: VecEnv) -> Pretrained:
-        """
-        The learner of a recipe: from memory, from the folder, or pretrained now.
-
-        :param recipe: The recipe
-        :param env: An environment with the recipe's spaces
-        :return: The pretrained learner
-        :raises OSError: The folder cannot be used
-        """
+        """The learner of a recipe: from memory, from the folder, or pretrained now."""
         with self._memory:
             if self._last is None or self._last.recipe.digest != recipe.digest:
                 with self.lock(recipe.digest, f"another process that pretrains {recipe}"):
@@ -85,13 +69,7 @@ class PretrainedCache:
 
     @contextmanager
     def lock(self, name: str, waiting_for: str) -> Iterator[None]:
-        """
-        Hold a lock that all processes with this folder respect.
-
-        :param name: Its name
-        :param waiting_for: What is waited for if another process has it, to be said then
-        :raises OSError: The folder cannot be used
-        """
+        """Hold a lock that all processes with this folder respect, and say what is waited for if another one has it."""
         lock = FileLock(self.folder / f"{name}.lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

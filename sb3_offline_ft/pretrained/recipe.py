@@ -45,12 +45,7 @@ def online_only_arguments(algorithm: type) -> frozenset[str]:
 
 @cache
 def code_digest(algorithm: type | None = None) -> str:
-    """
-    Tell states of the code apart that have the same version, as in a checkout.
-
-    :param algorithm: A class whose own modules count too, and those of its bases, wherever they are
-    :return: SHA-256 of the source files of this package and of the class
-    """
+    """SHA-256 of the sources of this package and of a class and its bases: checkouts of one version are not all the same."""
     package = Path(sb3_offline_ft.__file__).parent
     modules = {
         base.__module__ for base in (algorithm.__mro__ if algorithm else ()) if not base.__module__.startswith(_TOLD_OTHERWISE)

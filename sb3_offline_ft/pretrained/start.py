@@ -35,12 +35,7 @@ class Pretrained:
 
 
 def new_pretraining_learner(recipe: Recipe, env: VecEnv) -> OfflineTD3:
-    """
-    :param recipe: The recipe
-    :param env: An environment with the recipe's spaces
-    :return: The learner that is pretrained, before its first update. It never acts, so its replay buffer has hardly any room:
-        only its networks and its random numbers are for others
-    """
+    """The learner that is pretrained. It never acts, so its buffer has hardly any room."""
     return recipe.algorithm(
         env=env,
         seed=recipe.seed,
@@ -52,15 +47,7 @@ def new_pretraining_learner(recipe: Recipe, env: VecEnv) -> OfflineTD3:
 
 
 def pretrain(recipe: Recipe, env: VecEnv, progress_bar: bool = False, on_progress: Progress | None = None) -> Pretrained:
-    """
-    Follow a recipe.
-
-    :param recipe: The recipe
-    :param env: An environment with the recipe's spaces; it is not acted in
-    :param progress_bar: Whether to show a progress bar
-    :param on_progress: Is told the progress from time to time
-    :return: The pretrained learner
-    """
+    """Follow a recipe, with an environment that has its spaces and is not acted in."""
     model = new_pretraining_learner(recipe, env)
     if on_progress is None:
         model.pretrain(progress_bar=progress_bar)
@@ -102,16 +89,7 @@ def start_from(model: OfflineTD3, pretrained: Pretrained, *, generators: bool = 
 def finetuning_learner(
     algorithm: type[OfflineTD3], arguments: Mapping[str, Any], pretrained: Pretrained, env: VecEnv, seed: int
 ) -> OfflineTD3:
-    """
-    A learner that starts from a pretrained one, whatever its own algorithm.
-
-    :param algorithm: Its class
-    :param arguments: Arguments of its constructor; those that it shares with the pretraining are the recipe's
-    :param pretrained: The pretrained learner
-    :param env: The environment to act in
-    :param seed: Seed of the finetuning
-    :return: The learner
-    """
+    """A learner of any algorithm that starts from a pretrained one; arguments that both share are the recipe's."""
     recipe = pretrained.recipe
     own = {name: value for name, value in arguments.items() if name not in SHARED_WITH_PRETRAINING}
     shared = {name: recipe.hyperparams[name] for name in SHARED_WITH_PRETRAINING if name in recipe.hyperparams}

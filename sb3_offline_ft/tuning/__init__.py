@@ -1,1 +1,1 @@
-"""What tuning stands on: storages and search spaces."""
+"""The engine of both tuners, rl_zoo3's ``-optimize`` and ``study tune``: storages, samplers, objective, pruner."""

@@ -26,18 +26,12 @@ MADE_BY_ANOTHER = ("already exists", "database is locked")
 
 
 def with_absolute_path(storage: str) -> str:
-    """
-    :param storage: A journal file ending in ``.log``, or the URL of a database
-    :return: The same, as Optuna needs it to find that a process died which had locked the journal
-    """
+    """A storage's path or URL, as Optuna needs it to find that a process died which had locked the journal."""
     return str(Path(storage).absolute()) if storage.endswith(JOURNAL_SUFFIX) else storage
 
 
 def without_password(storage: str) -> str:
-    """
-    :param storage: A journal file ending in ``.log``, or the URL of a database
-    :return: The same, as it may be shown
-    """
+    """A storage's path or URL, as it may be shown."""
     if storage.endswith(JOURNAL_SUFFIX):
         return storage
     try:
@@ -131,8 +125,6 @@ class _JournalLock(JournalFileSymlinkLock):
     """
     The lock of those who write a journal. A process that was killed while it wrote, or whose disk was full, leaves part of a
     line, after which Optuna could not read what others write: who gets the lock next removes it.
-
-    :param path: The journal
     """
 
     def __init__(self, path: str) -> None:
@@ -140,9 +132,7 @@ class _JournalLock(JournalFileSymlinkLock):
         self._path = path
 
     def acquire(self) -> bool:
-        """
-        :return: True, when the lock is there
-        """
+        """True, when the lock is there."""
         super().acquire()
         try:
             with open(self._path, "rb+") as file:
@@ -185,16 +175,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def describe_trial(storage: str, study_name: str, number: int | None) -> str:
-    """
-    Look a trial up.
-
-    :param storage: The study's storage
-    :param study_name: Name of the study
-    :param number: The trial's number, None for the best one
-    :return: What is known of it
-    :raises ValueError: There is no such study or trial
-    """
+def describe_trial(storage: str, study_name: str, number: int) -> str:
+    """What is known of a trial, by its number."""
     opened = open_storage(storage, create=False)
     names = optuna.get_all_study_names(opened)
     if study_name not in names:
@@ -204,12 +186,12 @@ def describe_trial(storage: str, study_name: str, number: int | None) -> str:
         )
     study = optuna.load_study(study_name=study_name, storage=opened)
     trials = study.get_trials(deepcopy=False)
-    if number is not None and not 0 <= number < len(trials):
+    if not 0 <= number < len(trials):
         raise ValueError(
             f"There is no trial {number} in the study {study_name!r}, which has the trials 0 to {len(trials) - 1}: "
             "choose one with `--trial-id`."
         )
-    trial = study.best_trial if number is None else trials[number]
+    trial = trials[number]
     told: dict[str, Any] = {"study's seed": study.user_attrs.get("seed"), "evaluated every": trial.user_attrs.get("eval_freq")}
     values = "no value" if trial.value is None else f"value {trial.value:.1f}"
     facts = [values, *(f"{name} {value}" for name, value in told.items() if value is not None)]

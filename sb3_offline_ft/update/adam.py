@@ -13,39 +13,13 @@ from sb3_offline_ft.update.networks import FlatParameters, NotSupportedError
 @functools.cache
 def _has_fused_adam(device: str) -> bool:
     parameter, gradient, first, second = (th.zeros(1, device=device) for _ in range(4))
+    count = th.ones((), device=device)
+    settings: dict[str, Any] = {"lr": 0.0, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
     try:
-        _fused_adam(parameter, gradient, first, second, th.ones((), device=device), 0.0, (0.9, 0.999), 0.0, 1e-8)
+        th._fused_adam_([parameter], [gradient], [first], [second], [], [count], amsgrad=False, maximize=False, **settings)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
     return True
-
-
-def _fused_adam(
-    values: th.Tensor,
-    gradients: th.Tensor,
-    first: th.Tensor,
-    second: th.Tensor,
-    count: th.Tensor,
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
-) -> None:
-    th._fused_adam_(
-        [values],
-        [gradients],
-        [first],
-        [second],
-        [],
-        [count],
-        lr=learning_rate,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
 
 
 _hardshrink = th.ops.aten.hardshrink.out
@@ -97,10 +71,7 @@ class FlatAdam:
 
     @staticmethod
     def problem(optimizer: th.optim.Optimizer) -> str | None:
-        """
-        :param optimizer: An optimizer
-        :return: Why its steps cannot be done here, None if they can
-        """
+        """Why the optimizer's steps cannot be done here, None if they can."""
         if type(optimizer) is not th.optim.Adam:
             return f"the optimizer is {type(optimizer).__name__}, not Adam"
         if "step" in optimizer.__dict__:
@@ -122,11 +93,7 @@ class FlatAdam:
 
     @staticmethod
     def problem_of_state(optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> str | None:
-        """
-        :param optimizer: An optimizer
-        :param parameters: Its parameters
-        :return: Why its state cannot be gone on from here, None if it can
-        """
+        """Why the state of an optimizer with these parameters cannot be gone on from here, None if it can."""
         if not optimizer.state:
             return None
         entries = [optimizer.state.get(parameter) for parameter in parameters]
@@ -192,20 +159,18 @@ class FlatAdam:
             or _global_optimizer_post_hooks
         )
 
-    def _is_attached(self) -> bool:
-        """Whether the state is here, after a step that was not taken here."""
-        if self._left:
-            try:
-                self.attach()
-            except NotSupportedError:
-                self._left = True
-                return False
-        return True
+    def _comes_back(self) -> bool:
+        """Whether the state is here again, after a step that was not taken here."""
+        try:
+            self.attach()
+        except NotSupportedError:
+            self._left = True
+        return not self._left
 
     @th.no_grad()
     def step(self) -> None:
         """One step with the present gradients."""
-        if self._has_hooks or not self._is_attached():
+        if self._has_hooks or (self._left and not self._comes_back()):
             # Hooks may do anything to parameters, gradients and state: torch's own step, and then a look at what they did
             self.optimizer.step()
             self._parameters.gather()
@@ -218,16 +183,20 @@ class FlatAdam:
         self._steps += 1
         if self._count.device.type != "cpu":
             self._count += 1
-        _fused_adam(
-            self._parameters.values,
-            self.gradients,
-            self._first,
-            self._second,
-            self._count,
-            group["lr"],
-            group["betas"],
-            group["weight_decay"],
-            group["eps"],
+        th._fused_adam_(
+            [self._parameters.values],
+            [self.gradients],
+            [self._first],
+            [self._second],
+            [],
+            [self._count],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
         )
         if self._count.device.type == "cpu" and self._count.item() % CLEAR_EVERY == 0:
             self._clear_tiny(group["eps"])

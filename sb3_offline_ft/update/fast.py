@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch as th
 from stable_baselines3.td3.policies import TD3Policy
 
-from sb3_offline_ft.policies.policies import NormalizedFlattenExtractor
+from sb3_offline_ft.policies.layers import NormalizedFlattenExtractor
 from sb3_offline_ft.update.adam import FlatAdam
 from sb3_offline_ft.update.kernel import ActorLoss, ActorObjective, Batch, UpdateKernel, actor_value_of, batches_of
 from sb3_offline_ft.update.mlp import MlpPass, Scratch, layer_tensors
@@ -25,14 +25,10 @@ from sb3_offline_ft.update.products import choose_products
 
 
 class _Inputs:
-    """
-    What the networks are given: features with actions behind them, of the observations and of the next ones.
-
-    :param memory: Memory of both, shape ``(2, n_rows, n_features + action_dim)``
-    :param n_features: Number of features
-    """
+    """What the networks are given: features with actions behind them, of the observations and of the next ones."""
 
     def __init__(self, memory: th.Tensor, n_features: int) -> None:
+        # ``(2, n_rows, n_features + action_dim)``
         self.input, self.next_input = memory.unbind()
         self.features, self.next_features = memory[:, :, :n_features].unbind()
         self.actions, self.next_actions = memory[:, :, n_features:].unbind()
@@ -44,27 +40,27 @@ class _Passes:
     def __init__(self, kernel: "FastKernel", batch_size: int) -> None:
         self.batch_size = batch_size
         networks, products, like = kernel.networks, kernel.products, kernel.actor_parameters.values
-        values = {
-            name: layer_tensors(layers, parameters, parameters.values)
-            for name, layers, parameters in zip(kernel.NAMES, networks.all_layers, kernel.parameters, strict=True)
-        }
+        actor, actor_target, critic, critic_target = (
+            layer_tensors(layers, parameters, parameters.values)
+            for layers, parameters in zip(networks, kernel.parameters, strict=True)
+        )
         actor_gradients = layer_tensors(networks.actor, kernel.actor_parameters, kernel.actor_adam.gradients)
         critic_gradients = layer_tensors(networks.critic, kernel.critic_parameters, kernel.critic_adam.gradients)
         # The actor's results are needed while the first critic's gradient is computed, those of different critics are not
         scratch, actor_scratch = Scratch(batch_size, like), Scratch(batch_size, like)
-        self.actor = MlpPass(networks.actor, 0, values["actor"][0], actor_gradients[0], actor_scratch, products)
-        self.actor_target = MlpPass(networks.actor_target, 0, values["actor_target"][0], None, actor_scratch, products)
+        self.actor = MlpPass(networks.actor, 0, actor[0], actor_gradients[0], actor_scratch, products)
+        self.actor_target = MlpPass(networks.actor_target, 0, actor_target[0], None, actor_scratch, products)
         self.critics = [
             MlpPass(networks.critic, index, tensors, gradients, scratch, products)
-            for index, (tensors, gradients) in enumerate(zip(values["critic"], critic_gradients, strict=True))
+            for index, (tensors, gradients) in enumerate(zip(critic, critic_gradients, strict=True))
         ]
         self.critics_target = [
             MlpPass(networks.critic_target, index, tensors, None, scratch, products)
-            for index, tensors in enumerate(values["critic_target"])
+            for index, tensors in enumerate(critic_target)
         ]
         # Without gradients of parameters, for the policy's step
         self.critics_for_actor = [
-            MlpPass(networks.critic, index, tensors, None, scratch, products) for index, tensors in enumerate(values["critic"])
+            MlpPass(networks.critic, index, tensors, None, scratch, products) for index, tensors in enumerate(critic)
         ]
         self.error = like.new_empty(batch_size, 1)
 
@@ -84,7 +80,6 @@ class FastKernel(UpdateKernel):
 
     name: ClassVar[str] = "fast"
     needs_training_mode: ClassVar[bool] = False
-    NAMES: ClassVar[tuple[str, ...]] = ("actor", "actor_target", "critic", "critic_target")
 
     def __init__(self, policy: TD3Policy, precision: str = "float32") -> None:
         super().__init__(policy)
@@ -92,7 +87,7 @@ class FastKernel(UpdateKernel):
         self._statistics_version = -1
         self.networks = self.check(policy)
         self._check_normalizers()
-        self.parameters = [FlatParameters(layers) for layers in self.networks.all_layers]
+        self.parameters = [FlatParameters(layers) for layers in self.networks]
         self.actor_parameters, self._actor_target, self.critic_parameters, self._critic_target = self.parameters
         self.actor_adam = FlatAdam(policy.actor.optimizer, self.actor_parameters)
         self.critic_adam = FlatAdam(policy.critic.optimizer, self.critic_parameters)

@@ -10,10 +10,10 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.td3.policies import TD3Policy
 from torch.nn import functional as F
 
+from sb3_offline_ft.common.observations import take_rows
 from sb3_offline_ft.common.type_aliases import OfflineToOnlineReplayBufferSamples
 
 Batch = OfflineToOnlineReplayBufferSamples | ReplayBufferSamples
-Column = th.Tensor | dict[str, th.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -68,39 +68,23 @@ an :class:`ActorObjective`, or a scalar built of differentiable operations on th
 
 
 def batches_of(rows: Batch, batch_size: int) -> Iterator[Batch]:
-    """
-    :param rows: Several batches in one, batch after batch
-    :param batch_size: Number of rows in each
-    :return: Each batch; views, not copies
-    """
+    """Go through batches that are one after the other in ``rows``; they are views."""
     n_rows = len(rows.actions)
     if n_rows == batch_size:
         yield rows
         return
     for start in range(0, n_rows, batch_size):
         part = slice(start, start + batch_size)
-        yield type(rows)(*(_part_of(column, part) for column in rows))  # type: ignore[arg-type]
-
-
-def _part_of(column: Column, part: slice) -> Column:
-    if isinstance(column, dict):
-        return {key: values[part] for key, values in column.items()}
-    return None if column is None else column[part]
+        yield type(rows)(*(None if column is None else take_rows(column, part) for column in rows))  # type: ignore[arg-type]
 
 
 def actor_value_of(policy: TD3Policy) -> str:
-    """
-    :param policy: A policy, which may be SB3's
-    :return: Which value its actor maximises: that of the ``"first"`` critic, the ``"mean"`` or the ``"min"`` of all
-    """
+    """Which value the actor of a policy, which may be SB3's, maximises."""
     return getattr(policy, "actor_value", "first")
 
 
 def target_critics_of(policy: TD3Policy) -> int:
-    """
-    :param policy: A policy, which may be SB3's
-    :return: Number of target critics whose minimum is the critics' target
-    """
+    """Number of target critics of a policy, which may be SB3's, whose minimum is the critics' target."""
     chosen = getattr(policy, "target_critics", None)
     return len(policy.critic_target.q_networks) if chosen is None else chosen
 

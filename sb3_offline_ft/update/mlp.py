@@ -24,12 +24,7 @@ class LayerTensors:
 
 
 def layer_tensors(layers: Sequence[Layer], parameters: FlatParameters, memory: th.Tensor) -> list[list[LayerTensors]]:
-    """
-    :param layers: Layers of several networks of one shape
-    :param parameters: The layout of their parameters
-    :param memory: Memory of this layout: the parameters themselves, or their gradients
-    :return: For each network the tensors of each layer, views of the memory
-    """
+    """The tensors of each layer of each network, views of memory with the parameters' layout: themselves, or gradients."""
     views = iter(parameters.views(memory))
     by_layer = [[[next(views) for _ in group] for group in layer.parameter_groups] for layer in layers]
     return [
@@ -42,12 +37,7 @@ def layer_tensors(layers: Sequence[Layer], parameters: FlatParameters, memory: t
 
 
 class Scratch:
-    """
-    Memory for intermediate results, shared by passes that do not need each other's: what stays in the cache is fast.
-
-    :param batch_size: Number of rows
-    :param like: A tensor of the same type and on the same device
-    """
+    """Memory for intermediate results, shared by passes that do not need each other's: what stays in the cache is fast."""
 
     def __init__(self, batch_size: int, like: th.Tensor) -> None:
         self.batch_size = batch_size
@@ -55,20 +45,13 @@ class Scratch:
         self._memory: dict[str, th.Tensor] = {}
 
     def reserve(self, slot: str, n_columns: int) -> None:
-        """
-        :param slot: Name of a piece of memory
-        :param n_columns: What :meth:`view` will be asked for at most
-        """
+        """Make a named piece of memory so large that :meth:`view` can be asked for these columns."""
         size = self.batch_size * n_columns
         if slot not in self._memory or self._memory[slot].numel() < size:
             self._memory[slot] = self._like.new_empty(size)
 
     def view(self, slot: str, n_columns: int) -> th.Tensor:
-        """
-        :param slot: Name of a piece of memory
-        :param n_columns: Number of columns
-        :return: It as a matrix
-        """
+        """A named piece of memory as a matrix."""
         return self._memory[slot][: self.batch_size * n_columns].view(self.batch_size, n_columns)
 
 
@@ -188,10 +171,7 @@ class MlpPass:
         self._inner_layers_backwards = self._layers[:0:-1]
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: Input, shape ``(batch, n_in)``
-        :return: Output, shape ``(batch, n_out)``, in the scratch memory
-        """
+        """From the input ``(batch, n_in)`` to the output ``(batch, n_out)``, in the scratch memory."""
         for layer in self._layers:
             x = layer.forward(x)
         return x

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
@@ -13,7 +14,8 @@ from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sb3_offline_ft.policies.policies import LayerNormContinuousCritic, NormalizedFlattenExtractor
+from sb3_offline_ft.policies.layers import NormalizedFlattenExtractor
+from sb3_offline_ft.policies.policies import LayerNormContinuousCritic
 
 ALIGNMENT = 16
 """Numbers to whose multiples the layers' parameters are aligned: 64 bytes, a cache line."""
@@ -52,22 +54,22 @@ class Layer:
         return groups
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What calling a module, or going back through it, calls besides its methods."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def is_plain(module: nn.Module) -> bool:
-    """
-    :param module: A module
-    :return: Whether calling it does nothing but its class's ``forward``
-    """
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and module.__dict__.keys().isdisjoint(REPLACEABLE)
+    """Whether calling a module does nothing but its class's ``forward``."""
+    return not any(hooks_of(module)) and module.__dict__.keys().isdisjoint(REPLACEABLE)
 
 
 def read_layers(networks: Sequence[nn.Module], what: str) -> tuple[Layer, ...]:
     """
     Read MLPs of one shape, such as the critics of an ensemble, layer by layer.
 
-    :param networks: The networks, each a ``Sequential``
+    :param networks: The networks
     :param what: What they are, for messages
-    :return: Their layers
     :raises NotSupportedError: They are something else
     """
     for network in networks:
@@ -111,26 +113,17 @@ def _read_layers(columns: list[list[nn.Module]], what: str) -> Iterable[Layer]:
         yield Layer(linears, norms, activation)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class PolicyNetworks:
-    """The networks of a TD3 policy, read."""
+class PolicyNetworks(NamedTuple):
+    """The layers of the networks of a TD3 policy."""
 
     actor: tuple[Layer, ...]
     actor_target: tuple[Layer, ...]
     critic: tuple[Layer, ...]
     critic_target: tuple[Layer, ...]
 
-    @property
-    def all_layers(self) -> list[tuple[Layer, ...]]:
-        """The layers of each network."""
-        return [self.actor, self.actor_target, self.critic, self.critic_target]
-
 
 def networks_of(policy: TD3Policy) -> tuple[Actor, Actor, ContinuousCritic, ContinuousCritic]:
-    """
-    :param policy: A policy
-    :return: Its networks: actor, target actor, critic, target critic
-    """
+    """Actor, target actor, critic and target critic."""
     return policy.actor, policy.actor_target, policy.critic, policy.critic_target
 
 
@@ -138,8 +131,6 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
     """
     Read a policy's networks.
 
-    :param policy: The policy
-    :return: Its layers
     :raises NotSupportedError: It has others than MLPs on flat observations, or somebody changed what calling them does
     """
     space = policy.observation_space
@@ -167,7 +158,7 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
     )
     if any(p.is_shared() for p in policy.parameters() if p.device.type == "cpu"):  # type: ignore[no-untyped-call]
         raise NotSupportedError("parameters are in memory that is shared between processes, from which they would be moved")
-    addresses = [p.data_ptr() for layers in networks.all_layers for layer in layers for g in layer.parameter_groups for p in g]
+    addresses = [p.data_ptr() for layers in networks for layer in layers for g in layer.parameter_groups for p in g]
     if len(set(addresses)) != len(addresses):
         raise NotSupportedError("layers share parameters")
     for live, target in ((networks.actor, networks.actor_target), (networks.critic, networks.critic_target)):
@@ -180,10 +171,7 @@ def read_policy(policy: TD3Policy) -> PolicyNetworks:
 
 
 def check_trainable(parameters: Iterable[th.Tensor]) -> None:
-    """
-    :param parameters: Parameters
-    :raises NotSupportedError: One is frozen, or has hooks on its gradient
-    """
+    """Raise :class:`NotSupportedError` if a parameter is frozen, or has hooks on its gradient."""
     for parameter in parameters:
         if not parameter.requires_grad:
             raise NotSupportedError("a parameter is frozen (`requires_grad=False`)")
@@ -196,22 +184,11 @@ class ModuleWatch:
     Notices whether somebody has changed modules: hooks, replaced children or parameters, replaced methods.
 
     It takes a few microseconds, since the dictionaries of the modules are looked at without calling Python code for each.
-
-    :param modules: The modules, unchanged so far
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        self._hooks = [
-            hooks
-            for module in modules
-            for hooks in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ]
+        self._hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self._modules = modules
         self._attributes = [module.__dict__ for module in modules]
         self._containers = [
@@ -238,9 +215,7 @@ class FlatParameters:
     """
     Parameters of networks in one piece of memory, in which they stay the same objects with the same values.
 
-    One operation then works on all of them, and parameters of an ensemble form one tensor.
-
-    :param layers: The layers of the networks
+    One operation then works on all of them.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -281,15 +256,10 @@ class FlatParameters:
                     parameter.data = view
 
     def zeros(self) -> th.Tensor:
-        """
-        :return: New memory of the same layout
-        """
+        """New memory of the same layout."""
         first = self.parameters[0]
         return th.zeros(self.size, dtype=first.dtype, device=first.device)
 
     def views(self, memory: th.Tensor) -> list[th.Tensor]:
-        """
-        :param memory: Memory of this layout
-        :return: The part of each parameter
-        """
+        """The part of each parameter in memory of this layout."""
         return [memory[start : start + shape.numel()].view(shape) for start, shape in self._places]

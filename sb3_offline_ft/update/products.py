@@ -5,7 +5,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -18,28 +18,19 @@ UPDATE_PRECISIONS = ("float32", "bfloat16")
 Product = Callable[..., Any]
 
 
-class Products:
-    """
-    Computes ``out = a @ b``.
+class Products(NamedTuple):
+    """What computes ``out = a @ b``, by ``multiply(a, b, out=out)``, and whether it keeps the precision of float32."""
 
-    :param name: What computes it, for people
-    :param multiply: Called as ``multiply(a, b, out=out)``
-    :param is_single_precision: Whether it keeps the precision of float32
-    """
-
-    def __init__(self, name: str, multiply: Product = th.mm, is_single_precision: bool = True) -> None:
-        self.name = name
-        self.multiply = multiply
-        self.is_single_precision = is_single_precision
+    name: str
+    multiply: Product = th.mm
+    is_single_precision: bool = True
 
 
 NATIVE = Products("torch's default")
 
 
 def has_onednn_switch() -> bool:
-    """
-    :return: Whether this torch can be told at run time to let oneDNN compute float32 products
-    """
+    """Whether this torch can be told at run time to let oneDNN compute float32 products."""
     matmul = getattr(th.backends.mkldnn, "matmul", None)
     return bool(th.backends.mkldnn.is_available()) and hasattr(matmul, "fp32_precision")  # type: ignore[no-untyped-call]
 
@@ -70,17 +61,13 @@ def _relative_error(multiply: Product) -> float:
 
 @functools.cache
 def onednn_is_single_precision() -> bool:
-    """
-    :return: Whether products that are handed to oneDNN by the switch keep the precision of float32 on this CPU, measured
-    """
+    """Whether products that are handed to oneDNN by the switch keep the precision of float32 on this CPU, measured."""
     return has_onednn_switch() and _relative_error(_with_onednn) < SINGLE_PRECISION_ERROR
 
 
 @functools.cache
 def cpu_vendor() -> str:
-    """
-    :return: The CPU's maker as the operating system names it, such as ``GenuineIntel`` or ``AuthenticAMD``
-    """
+    """The CPU's maker as the operating system names it, such as ``GenuineIntel`` or ``AuthenticAMD``."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -116,16 +103,12 @@ def choose_products(precision: str, device: th.device) -> Products:
 
 
 def has_avx512() -> bool:
-    """
-    :return: Whether torch uses AVX-512 on this CPU
-    """
+    """Whether torch uses AVX-512 on this CPU."""
     return th.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def has_bfloat16_units() -> bool:
-    """
-    :return: Whether the CPU multiplies bfloat16 numbers itself
-    """
+    """Whether the CPU multiplies bfloat16 numbers itself."""
     try:
         return "bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:

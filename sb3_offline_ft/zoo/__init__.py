@@ -1,26 +1,19 @@
 """Makes our algorithms known to rl_zoo3; importing this module is enough, and may be done any number of times."""
 
+import inspect
 import warnings
-from pkgutil import resolve_name
+from typing import Any
 
 import _sb3_offline_ft_startup
-from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
+from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, preset_path, search_space
 
 __all__ = ["ALGORITHMS", "preset_path", "register"]
 
 
-def _extend_experiment_manager() -> None:
-    from sb3_offline_ft.tuning.search_spaces import register_search_spaces
-    from sb3_offline_ft.zoo.experiment import extend_experiment_manager
-
-    register_search_spaces()
-    extend_experiment_manager()
-
-
 def register() -> None:
     """
-    Add our algorithms to ``rl_zoo3.ALGOS``, their search spaces to its tables of samplers and converters, and our presets,
-    checks and pretraining to its ``ExperimentManager``.
+    Add our algorithms to ``rl_zoo3.ALGOS``, their search spaces to its tables of samplers and converters, and let its
+    ``ExperimentManager`` be :class:`~sb3_offline_ft.zoo.experiment.OfflineExperimentManager` for them.
 
     Other algorithms of rl_zoo3 are left as they are. Calling it again changes nothing.
     """
@@ -30,22 +23,44 @@ def register() -> None:
         if error.name not in ("rl_zoo3", "rl_zoo3.utils"):
             raise
         raise ImportError(
-            'sb3_offline_ft.zoo needs rl_zoo3, which is not installed. Install it with `pip install "sb3-offline-ft[zoo]"`.',
-            name="rl_zoo3",
+            "sb3_offline_ft.zoo needs rl_zoo3, which is not installed. Install it with `pip install rl_zoo3`.", name="rl_zoo3"
         ) from None
 
     # In place: every rl_zoo3 module holds a reference to this one dictionary.
-    for name, location in ALGORITHMS.items():
-        if name not in ALGOS:
-            ALGOS[name] = resolve_name(location)
+    for algo in ALGORITHMS:
+        if algo not in ALGOS:
+            ALGOS[algo] = algorithm_class(algo)
 
-    if not _sb3_offline_ft_startup.after_import("rl_zoo3.exp_manager", _extend_experiment_manager):
+    if not _sb3_offline_ft_startup.after_import("rl_zoo3.exp_manager", _extend_experiments):
         warnings.warn(
             "sb3_offline_ft.zoo was imported while rl_zoo3.exp_manager was still loading: the presets of "
             f"{', '.join(ALGORITHMS)} are not the default yet. Import sb3_offline_ft.zoo before rl_zoo3.exp_manager, or "
             "call sb3_offline_ft.zoo.register() once more afterwards.",
             stacklevel=2,
         )
+
+
+def _extend_experiments() -> None:
+    from rl_zoo3.exp_manager import ExperimentManager
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+    for algo in ALGORITHMS.keys() - HYPERPARAMS_SAMPLER.keys():
+        space = search_space(algo)
+        HYPERPARAMS_SAMPLER[algo], HYPERPARAMS_CONVERTER[algo] = space.sample, space.convert
+    # Whoever has imported the class, before or after us, gets ours for our algorithms; it is the same class for all others
+    if vars(ExperimentManager).get("__new__") is not _new_experiment:
+        _new_experiment.__signature__ = inspect.signature(ExperimentManager.__init__)  # type: ignore[attr-defined]
+        ExperimentManager.__new__ = _new_experiment  # type: ignore[method-assign]
+
+
+def _new_experiment(cls: type, args: Any = None, algo: str = "", *_: Any, **__: Any) -> Any:
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    if cls is ExperimentManager and algo in ALGORITHMS:
+        from sb3_offline_ft.zoo.experiment import OfflineExperimentManager
+
+        cls = OfflineExperimentManager
+    return object.__new__(cls)
 
 
 register()

@@ -1,12 +1,10 @@
-"""What rl_zoo3's ``ExperimentManager`` does differently for our algorithms: presets, early checks, no empty run folders."""
+"""rl_zoo3's ``ExperimentManager`` for our algorithms: presets, early checks, one pretraining, no empty run folders."""
 
 import copy
 import inspect
 import os
 import shutil
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from gymnasium import spaces
@@ -15,21 +13,18 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
-from sb3_offline_ft.tuning.search_spaces import split_finetuning, split_tuning
-
-# Modules that only our own runs need are imported where they are used: this one is loaded with rl_zoo3, whoever uses it.
+from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.common.search_space import split_finetuning
+from sb3_offline_ft.datasets import check_spec, without_trust
+from sb3_offline_ft.offline_td3 import OfflineTD3
+from sb3_offline_ft.tuning.objective import split_tuning
+from sb3_offline_ft.tuning.samplers import StudySeed, TrialSeededSampler
+from sb3_offline_ft.tuning.storage import describe_trial, open_storage, with_absolute_path
+from sb3_offline_ft.zoo.pretraining import Pretraining
+from sb3_offline_ft.zoo.trials import prepare_trial
 
 DEFAULT_EVALUATIONS = 10
-
-_EXTENDED = "_extended_by_sb3_offline_ft"
-_RUN_FOLDER = "_run_folder_created_by_sb3_offline_ft"
-_FINETUNING = "_finetuning_of_sb3_offline_ft"
-_PRETRAINING = "_pretraining_of_sb3_offline_ft"
-_SEED = "_study_seed_of_sb3_offline_ft"
-_DIP_PENALTY = "_dip_penalty_of_sb3_offline_ft"
-
-Method = Callable[..., Any]
 
 
 class _RunWatch(BaseCallback):
@@ -37,7 +32,7 @@ class _RunWatch(BaseCallback):
     Notes whether training has made a step. It comes first in the list of callbacks because ``ExperimentManager.learn``
     ends the first one by hand, and rl_zoo3's progress bar fails there, hiding the true error, if it never started.
 
-    :param followed: the callback that ``ExperimentManager.learn`` would have ended by hand
+    :param followed: The callback that ``ExperimentManager.learn`` would have ended by hand
     """
 
     def __init__(self, followed: BaseCallback | None) -> None:
@@ -65,247 +60,177 @@ class _TrialNumber(int):
         return True
 
 
-def _is_ours(manager: Any) -> bool:
-    return manager.algo in ALGORITHMS
+class OfflineExperimentManager(ExperimentManager):
+    """
+    What ``ExperimentManager(args, "td3c", ...)`` gives for each of our algorithms. The parameters are those of rl_zoo3's
+    class; without ``config`` the hyperparameters are our preset's.
+    """
 
+    pretraining: Pretraining
+    study_seed: StudySeed
+    dip_penalty = 0.0
+    evaluation_seed: int | None = None
+    """The seed of environments for evaluation, None for the run's own."""
+    _new_folder: str | None = None
+    """The run's folder, as long as it would be in the way if the run failed: enjoy takes the latest one."""
 
-def _remove_created_folder(manager: Any) -> None:
-    folder = manager.__dict__.pop(_RUN_FOLDER, None)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _with_preset(original: Method) -> Method:
-    signature = inspect.signature(original)
-
-    @wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if _is_ours(self) and not signature.bind(self, *args, **kwargs).arguments.get("config"):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = inspect.signature(ExperimentManager.__init__).bind(self, *args, **kwargs).arguments
+        if not given.get("config"):
             self.config = preset_path(self.algo)
 
-    return __init__
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """As rl_zoo3's; a folder that no model will be in is removed."""
+        try:
+            experiment: tuple[BaseAlgorithm, dict[str, Any]] | None = super().setup_experiment()
+        except Exception:
+            self._remove_new_folder()
+            raise
+        if experiment is None:
+            self._remove_new_folder()
+        return experiment
 
-
-def _with_dataset_check(original: Method) -> Method:
-    @wraps(original)
-    def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        if _is_ours(self):
-            _check_study_arguments(self)
-        hyperparams, saved_hyperparams = original(self)
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As rl_zoo3's; data and study are checked before anything is made."""
+        self._check_study_arguments()
+        hyperparams, saved_hyperparams = super().read_hyperparameters()
         dataset = hyperparams.get("dataset")
-        if _is_ours(self) and dataset is not None:
-            from sb3_offline_ft.datasets import check_spec, without_trust
-
+        if dataset is not None:
             # The consent to unpickle comes from the command line, not from a file of hyperparameters
             saved_hyperparams["dataset"] = without_trust(dataset)
             if "dataset" not in (self.custom_hyperparams or {}):
                 hyperparams["dataset"] = dataset = saved_hyperparams["dataset"]
             check_spec(dataset)
-        if _is_ours(self) and self.optimize_hyperparameters and self.storage is not None:
-            from sb3_offline_ft.tuning.storage import open_storage
-
+        if self.optimize_hyperparameters and self.storage is not None:
             open_storage(self.storage, create=True)
         return hyperparams, saved_hyperparams
 
-    return read_hyperparameters
+    def _check_study_arguments(self) -> None:
+        if self.optimize_hyperparameters and self.continue_training:
+            raise ValueError("`-optimize` pretrains by itself, and cannot start from an agent: leave out `-i`.")
+        if self.storage is not None:
+            self.storage = with_absolute_path(self.storage)
+        if self.trial_id is None:
+            return
+        if not (self.storage and self.study_name):
+            raise ValueError("`--trial-id` needs the study that the trial is of: give `--storage` and `--study-name`.")
+        self.trial_id = _TrialNumber(self.trial_id)
+        print(describe_trial(self.storage, self.study_name, self.trial_id))
 
-
-def _check_study_arguments(manager: Any) -> None:
-    if manager.optimize_hyperparameters and manager.continue_training:
-        raise ValueError("`-optimize` pretrains by itself, and cannot start from an agent: leave out `-i`.")
-    if manager.storage is not None:
-        from sb3_offline_ft.tuning.storage import with_absolute_path
-
-        manager.storage = with_absolute_path(manager.storage)
-    if manager.trial_id is None:
-        return
-    if not (manager.storage and manager.study_name):
-        raise ValueError("`--trial-id` needs the study that the trial is of: give `--storage` and `--study-name`.")
-    from sb3_offline_ft.tuning.storage import describe_trial
-
-    manager.trial_id = _TrialNumber(manager.trial_id)
-    print(describe_trial(manager.storage, manager.study_name, manager.trial_id))
-
-
-def _with_finetuning_arguments(original: Method) -> Method:
-    @wraps(original)
-    def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
-        if not _is_ours(self):
-            return original(self, hyperparams)
-        hyperparams, dip_penalty = split_tuning(hyperparams)
-        setattr(self, _DIP_PENALTY, dip_penalty)
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+        hyperparams, self.dip_penalty = split_tuning(hyperparams)
         hyperparams, finetuning = split_finetuning(hyperparams)
-        setattr(self, _FINETUNING, self._preprocess_schedules(finetuning))
+        self._finetuning = self._preprocess_schedules(finetuning)
         if self.optimize_hyperparameters and self.n_evaluations is None:
             self.n_evaluations = DEFAULT_EVALUATIONS
             print(f"Doing {self.n_evaluations} evaluations in each trial: change it with `--n-evaluations`.")
-        return original(self, hyperparams)
+        return super()._preprocess_hyperparams(hyperparams)
 
-    return _preprocess_hyperparams
-
-
-def _with_pretraining(original: Method) -> Method:
-    @wraps(original)
-    def _preprocess_action_noise(self: Any, hyperparams: Any, saved_hyperparams: Any, env: VecEnv) -> Any:
-        if not _is_ours(self):
-            return original(self, hyperparams, saved_hyperparams, env)
+    def _preprocess_action_noise(
+        self, hyperparams: dict[str, Any], saved_hyperparams: dict[str, Any], env: VecEnv
+    ) -> dict[str, Any]:
         try:
             if not isinstance(env.action_space, spaces.Box):
                 raise ValueError(
                     f"{self.algo} needs a Box action space with finite bounds, {self.env_name} has {env.action_space}: "
                     "use an environment with continuous actions, or an algorithm for discrete ones such as dqn."
                 )
-            from sb3_offline_ft.zoo.pretraining import Pretraining
-
-            processed = original(self, hyperparams, saved_hyperparams, env)
-            pretraining = Pretraining(self, processed, getattr(self, _FINETUNING))
+            processed: dict[str, Any] = super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+            self.pretraining = Pretraining(self, processed, self._finetuning)
         except Exception:
             env.close()
             raise
-        setattr(self, _PRETRAINING, pretraining)
-        return processed | pretraining.finetuning
+        return processed | self._finetuning
 
-    return _preprocess_action_noise
-
-
-def _create_run_folder(manager: Any) -> None:
-    # Exclusive creation: another run may have taken the number since it was chosen.
-    while True:
+    def create_log_folder(self) -> None:
+        """As rl_zoo3's, with a folder that no other run has, and a clear error."""
         try:
-            os.makedirs(manager.save_path)
-        except FileExistsError:
-            stem, _, number = manager.save_path.rpartition("_")
-            if not (os.path.isdir(manager.save_path) and number.isdigit()):
-                raise
-            manager.save_path = f"{stem}_{int(number) + 1}"
-            manager.params_path = f"{manager.save_path}/{manager.env_name}"
-        else:
-            setattr(manager, _RUN_FOLDER, manager.save_path)
-            return
-
-
-def _with_clear_folder_error(original: Method) -> Method:
-    @wraps(original)
-    def create_log_folder(self: Any) -> None:
-        if not _is_ours(self):
-            original(self)
-            return
-        try:
-            _create_run_folder(self)
-            original(self)
+            self._create_new_folder()
+            super().create_log_folder()  # type: ignore[no-untyped-call]
         except OSError as error:
             raise OSError(
                 f"The run folder {self.save_path!r} cannot be created: {error.strerror or error} ({error.filename!r}). "
                 "Choose a folder that can be written to with `-f <log folder>`."
             ) from None
 
-    return create_log_folder
+    def _create_new_folder(self) -> None:
+        # Exclusive creation: another run may have taken the number since it was chosen.
+        while True:
+            try:
+                os.makedirs(self.save_path)
+            except FileExistsError:
+                stem, _, number = self.save_path.rpartition("_")
+                if not (os.path.isdir(self.save_path) and number.isdigit()):
+                    raise
+                self.save_path = f"{stem}_{int(number) + 1}"
+                self.params_path = f"{self.save_path}/{self.env_name}"
+            else:
+                self._new_folder = self.save_path
+                return
 
+    def _remove_new_folder(self) -> None:
+        if self._new_folder is not None:
+            shutil.rmtree(self._new_folder, ignore_errors=True)
+            self._new_folder = None
 
-def _with_cleanup_of_setup(original: Method) -> Method:
-    @wraps(original)
-    def setup_experiment(self: Any) -> Any:
-        try:
-            experiment = original(self)
-        except Exception:
-            if _is_ours(self):
-                _remove_created_folder(self)
-            raise
-        if _is_ours(self) and experiment is None:
-            # A study has no model, for which enjoy would look in the folder
-            _remove_created_folder(self)
-        return experiment
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """As rl_zoo3's; all trials begin with the same evaluation episodes."""
+        maker = self
+        if eval_env and self.evaluation_seed is not None:
+            maker = copy.copy(self)
+            maker.seed = self.evaluation_seed
+        env: VecEnv = ExperimentManager.create_envs(maker, n_envs, eval_env=eval_env, no_log=no_log)
+        return env
 
-    return setup_experiment
-
-
-def _pretrain(manager: Any, model: BaseAlgorithm) -> None:
-    try:
-        getattr(manager, _PRETRAINING).begin(model)
-    except BaseException:
-        # As rl_zoo3 does when its own part fails
-        if model.env is not None:
-            model.env.close()
-        raise
-
-
-def _with_cleanup_of_learn(original: Method) -> Method:
-    @wraps(original)
-    def learn(self: Any, model: BaseAlgorithm) -> None:
-        guards = [callback for callback in self.callbacks if hasattr(callback, "use_default_path")]
+    def learn(self, model: BaseAlgorithm) -> None:
+        """As rl_zoo3's, after a pretraining if the finetuning differs from it; an early error leaves no folder."""
+        guards = [callback for callback in self.callbacks if isinstance(callback, CollapseGuard)]
         for guard in guards:
             guard.use_default_path(self.save_path)
-        try:
-            _learn(self, model)
-        finally:
-            # rl-zoo3 ends only the first callback after an interrupt
-            for guard in guards:
-                guard.on_training_end()
-
-    def _learn(self: Any, model: BaseAlgorithm) -> None:
-        if not _is_ours(self):
-            original(self, model)
-            return
         watch = _RunWatch(self.callbacks[0] if self.callbacks else None)
         self.callbacks.insert(0, watch)
         updates = getattr(model, "_n_updates", 0)
         try:
-            _pretrain(self, model)
-            original(self, model)
+            self._pretrain(model)
+            super().learn(model)
         except (Exception, KeyboardInterrupt):
-            # Without a model inside, the folder would only be in the way: enjoy takes the latest one.
             if not watch.stepped and getattr(model, "_n_updates", 0) == updates:
-                _remove_created_folder(self)
+                self._remove_new_folder()
             raise
         finally:
             self.callbacks.remove(watch)
+            # rl-zoo3 ends only the first callback after an interrupt
+            for guard in guards:
+                guard.on_training_end()
 
-    return learn
+    def _pretrain(self, model: BaseAlgorithm) -> None:
+        try:
+            self.pretraining.begin(cast(OfflineTD3, model))
+        except BaseException:
+            # As rl_zoo3 does when its own part fails
+            if model.env is not None:
+                model.env.close()
+            raise
 
-
-def _with_own_start(original: Method) -> Method:
-    @wraps(original)
-    def objective(self: Any, trial: optuna.Trial) -> float:
-        if not _is_ours(self):
-            return float(original(self, trial))
-        from sb3_offline_ft.zoo.tuning import run_trial
-
-        seed, dip_penalty = getattr(self, _SEED)(trial.study), getattr(self, _DIP_PENALTY)
-        return run_trial(original, self, trial, getattr(self, _PRETRAINING), seed, dip_penalty)
-
-    return objective
-
-
-def _with_own_seeds(original: Method) -> Method:
-    @wraps(original)
-    def _create_sampler(self: Any, sampler_method: str) -> Any:
-        if not _is_ours(self):
-            return original(self, sampler_method)
-        from sb3_offline_ft.zoo.tuning import TrialSeededSampler
-
+    def _create_sampler(self, sampler_method: str) -> optuna.samplers.BaseSampler:
         def create(seed: int) -> Any:
             seeded = copy.copy(self)
             seeded.seed = seed
-            return original(seeded, sampler_method)
+            return ExperimentManager._create_sampler(seeded, sampler_method)
 
-        return TrialSeededSampler(create, getattr(self, _SEED))
+        return TrialSeededSampler(create, self.study_seed)
 
-    return _create_sampler
+    def objective(self, trial: optuna.Trial) -> float:
+        """As rl_zoo3's, on a learner that is pretrained; the dip, times its weight, is taken off the value."""
+        run, observed = prepare_trial(self, trial)
+        return observed.penalized(ExperimentManager.objective(run, cast(optuna.Trial, observed)))
 
-
-def _with_clear_study_errors(original: Method) -> Method:
-    @wraps(original)
-    def hyperparameters_optimization(self: Any) -> None:
-        if not _is_ours(self):
-            original(self)
-            return
-        from sb3_offline_ft.zoo.tuning import StudySeed
-
-        pretraining = getattr(self, _PRETRAINING)
-        setattr(self, _SEED, StudySeed(self.seed, None if self.storage is None else pretraining.cache))
+    def hyperparameters_optimization(self) -> None:
+        """As rl_zoo3's, with a clear error if no trial was completed."""
+        self.study_seed = StudySeed(self.seed, None if self.storage is None else self.pretraining.cache)
         try:
-            original(self)
+            super().hyperparameters_optimization()
         except ValueError as error:
             if "No trials are completed" not in str(error):
                 raise
@@ -313,29 +238,4 @@ def _with_clear_study_errors(original: Method) -> Method:
                 "No trial was completed, so there is nothing to report: see above why trials failed, or let more of them run."
             ) from None
         finally:
-            pretraining.close()
-
-    return hyperparameters_optimization
-
-
-_EXTENSIONS: dict[str, Callable[[Method], Method]] = {
-    "__init__": _with_preset,
-    "read_hyperparameters": _with_dataset_check,
-    "create_log_folder": _with_clear_folder_error,
-    "_preprocess_hyperparams": _with_finetuning_arguments,
-    "_preprocess_action_noise": _with_pretraining,
-    "setup_experiment": _with_cleanup_of_setup,
-    "learn": _with_cleanup_of_learn,
-    "_create_sampler": _with_own_seeds,
-    "objective": _with_own_start,
-    "hyperparameters_optimization": _with_clear_study_errors,
-}
-
-
-def extend_experiment_manager() -> None:
-    """Wrap the methods of rl_zoo3's ``ExperimentManager``, once; for other algorithms they do what they did."""
-    if _EXTENDED in vars(ExperimentManager):
-        return
-    for name, extension in _EXTENSIONS.items():
-        setattr(ExperimentManager, name, extension(getattr(ExperimentManager, name)))
-    setattr(ExperimentManager, _EXTENDED, True)
+            self.pretraining.close()

@@ -8,12 +8,12 @@ from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.common.checks import constructor_arguments, known_keywords
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache, default_folder
 from sb3_offline_ft.pretrained.recipe import SAME_THROUGHOUT, Recipe
-from sb3_offline_ft.pretrained.start import Pretrained, pretrain, start_from
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
+from sb3_offline_ft.pretrained.start import pretrain, start_from
 
 
 class Pretraining:
@@ -29,34 +29,21 @@ class Pretraining:
 
     def __init__(self, manager: Any, hyperparams: Mapping[str, Any], finetuning: Mapping[str, Any]) -> None:
         self.manager = manager
+        self.algorithm = cast(type[OfflineTD3], ALGOS[manager.algo])
         self.hyperparams = dict(hyperparams)
         self.finetuning = dict(finetuning)
         show = manager.show_progress or (manager.optimize_hyperparameters and manager.verbose > 0)
-        folder = default_folder(manager.log_path)
-        self.cache = PretrainedCache(folder, progress_bar=show, verbose=manager.verbose > 0)
+        self.cache = PretrainedCache(default_folder(manager.log_path), progress_bar=show, verbose=manager.verbose > 0)
         self._datasets: dict[str, OfflineDataset] = {}
         self._lock = Lock()
         self._env: VecEnv | None = None
-        self._check_finetuning()
-
-    @property
-    def algorithm(self) -> type[OfflineTD3]:
-        """The algorithm's class."""
-        return cast(type[OfflineTD3], ALGOS[self.manager.algo])
-
-    def _check_finetuning(self) -> None:
         for name in self.finetuning:
             if name in SAME_THROUGHOUT:
                 raise ValueError(f"`{FINETUNING_PREFIX}{name}`: {name} cannot be another one than in the pretraining.")
         known_keywords(self.algorithm, self.finetuning, f"{self.algorithm.__name__} (`{FINETUNING_PREFIX}...`)")
 
     def dataset(self, hyperparams: Mapping[str, Any]) -> OfflineDataset | None:
-        """
-        The data, which is loaded at the first call.
-
-        :param hyperparams: Arguments of the constructor
-        :return: The dataset, None if they name none
-        """
+        """The data that arguments of the constructor name, if any, which is loaded at the first call."""
         spec = hyperparams.get("dataset")
         if spec is None or isinstance(spec, OfflineDataset):
             return spec
@@ -80,33 +67,15 @@ class Pretraining:
             self._env = None
 
     def argument(self, name: str, hyperparams: Mapping[str, Any]) -> Any:
-        """
-        :param name: An argument of the algorithm's constructor
-        :param hyperparams: Arguments that are given
-        :return: Its value, given or by default
-        """
+        """An argument of the algorithm's constructor, given or by default."""
         return hyperparams.get(name, constructor_arguments(self.algorithm)[name])
 
     def recipe(self, hyperparams: Mapping[str, Any], seed: int, env: VecEnv) -> Recipe | None:
-        """
-        :param hyperparams: Arguments of the constructor for the whole run
-        :param seed: Seed of the learner that is pretrained
-        :param env: An environment
-        :return: The recipe, None without a pretraining
-        """
+        """The recipe with arguments of the constructor for the whole run, None without a pretraining."""
         dataset = self.dataset(hyperparams)
         if dataset is None or self.argument("offline_steps", hyperparams) == 0:
             return None
         return Recipe(self.algorithm, hyperparams, dataset, env, seed, self.manager.device)
-
-    def pretrained(self, recipe: Recipe, env: VecEnv, keep: bool) -> Pretrained:
-        """
-        :param recipe: The recipe
-        :param env: An environment
-        :param keep: Whether the learner is kept for others, and looked for first
-        :return: The pretrained learner
-        """
-        return self.cache.get(recipe, env) if keep else pretrain(recipe, env, self.cache.progress_bar)
 
     def begin(self, model: OfflineTD3) -> None:
         """
@@ -121,7 +90,9 @@ class Pretraining:
         elif (of_study or self.finetuning) and env is not None:
             recipe = self.recipe(self.hyperparams, self.manager.seed, env)
             if recipe is not None:
-                start_from(model, self.pretrained(recipe, env, keep=of_study), generators=True)
+                # A study's is kept for others, and looked for first
+                pretrained = self.cache.get(recipe, env) if of_study else pretrain(recipe, env, self.cache.progress_bar)
+                start_from(model, pretrained, generators=True)
 
     def _check_loaded(self, model: OfflineTD3) -> None:
         if self.finetuning and model.remaining_offline_steps > 0:

@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from sb3_offline_ft.common.observations import Array, map_observations, n_rows, named_arrays, take_rows
 from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, as_float, split_ends
-from sb3_offline_ft.datasets.files.reading import Source
+from sb3_offline_ft.datasets.files.reading import Source, by_column
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 
 ALIASES = {
@@ -23,22 +23,13 @@ _OBSERVATIONS = ("observations", "next_observations")
 
 
 def is_column(name: str) -> bool:
-    """
-    :param name: The name of an array in a file; ``observations/<key>`` is one key of Dict observations.
-    :return: Whether it is read.
-    """
+    """Whether an array of this name is read; ``observations/<key>`` is one key of Dict observations."""
     first, slash, key = name.partition("/")
-    name = ALIASES.get(name, name)
-    return bool(first in _OBSERVATIONS and key) if slash else name in (*_REQUIRED, *_OPTIONAL)
+    return bool(first in _OBSERVATIONS and key) if slash else ALIASES.get(name, name) in (*_REQUIRED, *_OPTIONAL)
 
 
 def check_names(found: Collection[str], where: str) -> None:
-    """Check that the arrays in a file make up a dataset.
-
-    :param found: Names of all arrays.
-    :param where: Names the dataset at the start of messages.
-    :raises ValueError: if one is missing, or two mean the same.
-    """
+    """Check that the arrays in a file make up a dataset: none is missing, and no two mean the same."""
     names = {ALIASES.get(name, name.partition("/")[0] if is_column(name) else name) for name in found}
     follows = {"terminations"} if names >= {"dones", "truncations"} else set()
     missing = [name for name in _REQUIRED if name not in names | follows]
@@ -59,23 +50,11 @@ def check_names(found: Collection[str], where: str) -> None:
         raise ValueError(f"{where} has only one of action_low and action_high: give both or none.")
 
 
-def dataset_from_arrays(arrays: dict[str, Array], source: Source, where: str) -> OfflineDataset:
-    """Make a dataset of the arrays in a file.
-
-    :param arrays: Arrays by the names in the file; given away.
-    :param source: What the file is.
-    :param where: Names the dataset at the start of messages.
-    :return: The dataset.
-    :raises ValueError: if the data is not one that a dataset can be made of.
-    """
-    columns: dict[str, Any] = {}
+def dataset_from_arrays(arrays: dict[str, Array], source: Source) -> OfflineDataset:
+    """Make a dataset of the arrays in a file, by the names that they have there; they are given away."""
+    where = source.where
     names = {ALIASES.get(name, name): name for name in arrays}
-    for name, array in arrays.items():
-        first, _, key = name.partition("/")
-        if key:
-            columns.setdefault(first, {})[key] = array
-        else:
-            columns[ALIASES.get(name, name)] = array
+    columns = by_column({meaning: arrays[name] for meaning, name in names.items()})
     if "dones" in columns:
         flags = {name: as_flags(columns.pop(name), names[name], where) for name in (*FLAG_COLUMNS, "dones") if name in columns}
         columns |= split_ends(flags, names, where)
@@ -87,8 +66,7 @@ def dataset_from_arrays(arrays: dict[str, Array], source: Source, where: str) ->
             action_space = spaces.Box(low, high, dtype=np.float32)
         except Exception as error:
             raise ValueError(f"{where}: action_low {low} and action_high {high} make no Box ({error}).") from error
-    assert source.path is not None
-    provenance: dict[str, Any] = {"source": source.kind, "file": source.path.name, "env_id": None}
+    provenance: dict[str, Any] = {"source": source.kind, "file": source.file.name, "env_id": None}
     if "next_observations" not in columns:
         _derive_next_observations(columns, provenance, where)
     return OfflineDataset.from_columns(
@@ -124,8 +102,7 @@ def _derive_next_observations(columns: dict[str, Any], provenance: dict[str, Any
         for name in ("observations", *(name for name, _ in others)):
             columns[name] = take_rows(columns[name], keep)
     n_dropped = int(length - keep.sum())
-    provenance["next_observations"] = "derived from the following row"
-    provenance["rows_dropped"] = n_dropped
+    provenance |= {"next_observations": "derived from the following row", "rows_dropped": n_dropped}
     no_time_limits = (
         "" if "truncations" in columns else " There are no truncations either: episodes cut by a time limit would be joined."
     )

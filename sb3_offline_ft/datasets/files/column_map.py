@@ -1,17 +1,19 @@
 """Which columns of a table mean what: said by the user, or guessed from the names."""
 
-import difflib
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sb3_offline_ft.common.suggestions import nearest, suggestion
+
 Names = tuple[str, ...]
 VectorNames = Names | dict[str, Names]
-
 
 _VECTORS: dict[str, tuple[str, ...]] = {
     "observations": ("observations", "observation", "obs", "states", "state"),
@@ -68,20 +70,15 @@ class ColumnMap:
         known = [field.name for field in fields(cls)]
         for key in content:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
-                raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+                raise ValueError(f"{where}: unknown key {key!r}. {suggestion(str(key), known)}")
         values: dict[str, Any] = {}
         for key, value in content.items():
             if value is None:
                 continue
-            if key in _VECTORS:
-                is_dict = isinstance(value, Mapping) and key != "actions"
-                values[key] = (
-                    {str(name): _names(one, f"{key}[{name!r}]", where) for name, one in value.items()}
-                    if is_dict
-                    else _names(value, key, where)
-                )
+            if isinstance(value, Mapping) and key in _VECTORS and key != "actions":
+                values[key] = {str(name): _names(one, f"{key}[{name!r}]", where) for name, one in value.items()}
+            elif key in _VECTORS:
+                values[key] = _names(value, key, where)
             elif isinstance(value, str) and value.strip():
                 values[key] = value.strip()
             else:
@@ -98,50 +95,28 @@ class ColumnMap:
         :raises ValueError: if it is no such file, or holds something else.
         """
         where = f"Column map {str(path)!r}"
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            try:
-                content: Any = tomllib.loads(text)
-            except tomllib.TOMLDecodeError as error:
-                raise ValueError(f"{where} is no TOML file: {error}.") from None
-        elif path.suffix in (".yml", ".yaml"):
-            import yaml
-
-            try:
-                content = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{where} is no YAML file: {' '.join(str(error).split())}.") from None
-        else:
+        if path.suffix not in (".yml", ".yaml", ".toml"):
             raise ValueError(f"{where}: expected a .yml, .yaml or .toml file.")
+        kind, text = "TOML" if path.suffix == ".toml" else "YAML", path.read_text(encoding="utf-8")
+        try:
+            content: Any = tomllib.loads(text) if kind == "TOML" else yaml.safe_load(text)
+        except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{where} is no {kind} file: {' '.join(str(error).split())}.") from None
         if not isinstance(content, Mapping):
             raise ValueError(f"{where}: expected keys such as observations and actions, found {type(content).__name__}.")
         return cls.from_mapping(content, where)
 
     @classmethod
     def from_options(cls, file: Path | None, options: Mapping[str, Any]) -> "ColumnMap | None":
-        """Make a map of a file and of options, which come first.
-
-        :param file: As for :meth:`from_file`, if there is one.
-        :param options: As for :meth:`from_mapping`; ``None`` is not given.
-        :return: The map, ``None`` if nothing is given.
-        :raises OSError: if the file cannot be read.
-        :raises ValueError: if something in it, or an option, is wrong.
-        """
-        given = {key: value for key, value in options.items() if value is not None}
+        """Make a map of a file, if there is one, and of options, which come first; ``None`` if nothing is given."""
+        chosen = cls.from_mapping(options, "The options")
         if file is None:
-            return cls.from_mapping(given, "The options") if given else None
-        chosen = cls.from_mapping(given, "The options")
+            return None if chosen == cls() else chosen
+        given = [key for key, value in options.items() if value is not None]
         return replace(cls.from_file(file), **{key: getattr(chosen, key) for key in given})
 
     def resolve(self, columns: Sequence[str], where: str, needs_reward: bool = True) -> "ColumnMap":
-        """Find the columns in a table.
-
-        :param columns: The table's columns.
-        :param where: Names the table at the start of messages.
-        :param needs_reward: Whether a column of rewards must be there.
-        :return: The map with everything found, and no wildcards.
-        :raises ValueError: if a named column is not there, or observations, actions or rewards are not to be found.
-        """
+        """Find the columns in a table that has these ones: the map with everything found, and no wildcards."""
         found: dict[str, Any] = {}
         for key in _VECTORS:
             given = getattr(self, key)
@@ -164,43 +139,26 @@ class ColumnMap:
         if needs_reward and found["reward"] is None:
             message = _missing("reward", _SCALARS["reward"], columns, where)
             raise ValueError(f"{message} Rewards that were not logged can be computed with --reward-function.")
-        if (
-            isinstance(found["observations"], dict)
-            and found["next_observations"] is not None
-            and (
-                not isinstance(found["next_observations"], dict)
-                or set(found["next_observations"]) != set(found["observations"])
-            )
-        ):
-            raise ValueError(
-                f"{where}: next_observations must have the same keys as observations ({', '.join(found['observations'])})."
-            )
+        now, following = found["observations"], found["next_observations"]
+        if isinstance(now, dict) and following is not None and (not isinstance(following, dict) or set(following) != set(now)):
+            raise ValueError(f"{where}: next_observations must have the same keys as observations ({', '.join(now)}).")
         return ColumnMap(**found)
 
     def lines(self) -> list[tuple[str, str]]:
-        """
-        :return: Meanings and columns in words.
-        """
-        rows = []
+        """Meanings and columns in words."""
+        return [(meaning, ", ".join(names)) for meaning, names in self._groups()]
+
+    def columns(self) -> list[str]:
+        """All columns, each once."""
+        return list(dict.fromkeys(name for _, names in self._groups() for name in names))
+
+    def _groups(self) -> Iterator[tuple[str, Names]]:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, dict):
-                rows += [(f"{field.name}[{key!r}]", ", ".join(names)) for key, names in value.items()]
+                yield from ((f"{field.name}[{key!r}]", names) for key, names in value.items())
             elif value is not None:
-                rows.append((field.name, value if isinstance(value, str) else ", ".join(value)))
-        return rows
-
-    def columns(self) -> list[str]:
-        """
-        :return: All columns, each once.
-        """
-        names: dict[str, None] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            groups = value.values() if isinstance(value, dict) else [(value,) if isinstance(value, str) else value or ()]
-            for group in groups:
-                names |= dict.fromkeys(group)
-        return list(names)
+                yield field.name, (value,) if isinstance(value, str) else value
 
 
 def _names(value: Any, key: str, where: str) -> Names:
@@ -285,10 +243,8 @@ def _missing(key: str, stems: Names, columns: Sequence[str], where: str) -> str:
 
 
 def _near(name: str, columns: Sequence[str]) -> str:
-    by_lower = {column.lower(): column for column in columns}
-    near = difflib.get_close_matches(name.lower().strip("*?"), by_lower, n=3)
-    if near:
-        return f". Did you mean {' or '.join(by_lower[low] for low in near)}?"
+    if near := nearest(name.strip("*?"), columns, 3):
+        return f". Did you mean {' or '.join(near)}?"
     return f"; there are {_some(columns)}."
 
 

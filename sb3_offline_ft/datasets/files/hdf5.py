@@ -1,8 +1,7 @@
 """``.hdf5`` files of flat arrays, as D4RL's, as datasets."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,43 +13,43 @@ from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 
 
 @contextmanager
-def open_hdf5(path: Path) -> Iterator[dict[str, Any]]:
-    """Open a file.
-
-    :param path: The file.
-    :return: A context manager that gives the arrays in the file by name, not yet read.
-    """
+def hdf5_reader(source: Source) -> Iterator[Callable[[], OfflineDataset]]:
     import h5py
 
-    where = f"Dataset {str(path)!r}"
-    with reading(where, path):
-        file = h5py.File(path, "r")
+    with reading(source.where, source.file):
+        file = h5py.File(source.file, "r")
     with file:
-        with reading(where, path):
-            if "episode_0" in file or path.name == "main_data.hdf5":
-                raise ContentError(f"{where} is part of a Minari dataset: name the folder that holds it.")
-            stored: dict[str, Any] = {}
-            for name in file:
-                members = file[name]
-                if isinstance(members, h5py.Group):
-                    for key, value in members.items() if name in ("observations", "next_observations") else ():
-                        if isinstance(value, h5py.Group):
-                            raise ContentError(
-                                f"{where}: {name}/{key} is a group within a group; nested observations are not supported, "
-                                "expected an array for each key."
-                            )
-                        stored[f"{name}/{key}"] = value
-                else:
-                    stored[name] = members
-        check_names(stored, where)
-        yield stored
+        with reading(source.where, source.file):
+            stored = _arrays_in(file, source)
+        check_names(stored, source.where)
+
+        def read() -> OfflineDataset:
+            with reading(source.where, source.file):
+                arrays = {name: _read_array(array) for name, array in stored.items() if is_column(name)}
+            return dataset_from_arrays(arrays, source)
+
+        yield read
 
 
-def load_hdf5(source: Source, path: Path) -> OfflineDataset:
-    where = f"Dataset {source.spec!r}"
-    with open_hdf5(path) as stored, reading(where, path):
-        arrays = {name: _read_array(array) for name, array in stored.items() if is_column(name)}
-    return dataset_from_arrays(arrays, source, where)
+def _arrays_in(file: Any, source: Source) -> dict[str, Any]:
+    """The arrays by name, not yet read; ``observations/<key>`` for those of a group."""
+    import h5py
+
+    if "episode_0" in file or source.file.name == "main_data.hdf5":
+        raise ContentError(f"{source.where} is part of a Minari dataset: name the folder that holds it.")
+    stored: dict[str, Any] = {}
+    for name, members in file.items():
+        if not isinstance(members, h5py.Group):
+            stored[name] = members
+        elif name in ("observations", "next_observations"):
+            for key, value in members.items():
+                if isinstance(value, h5py.Group):
+                    raise ContentError(
+                        f"{source.where}: {name}/{key} is a group within a group; nested observations are not supported, "
+                        "expected an array for each key."
+                    )
+                stored[f"{name}/{key}"] = value
+    return stored
 
 
 def _read_array(stored: Any) -> Array:

@@ -7,6 +7,7 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
@@ -55,20 +56,15 @@ def _connection_problem(remote: str) -> str | None:
 
 def _within(seconds: float, function: Callable[[], _T]) -> _T:
     """Run a function that has no reliable timeout of its own; raises TimeoutError, and leaves its thread behind."""
-    result: list[_T] = []
-    failure: list[BaseException] = []
+    answer: Future[_T] = Future()
 
     def work() -> None:
         try:
-            result.append(function())
+            answer.set_result(function())
         except BaseException as error:
-            failure.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not result:
+    threading.Thread(target=work, daemon=True).start()
+    if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    return result[0]
+    return answer.result()

@@ -3,7 +3,8 @@
 import importlib.metadata
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,17 @@ from gymnasium import spaces
 from minari.dataset.minari_storage import is_image_space
 
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
-from sb3_offline_ft.common.observations import Array
-from sb3_offline_ft.datasets.columns import as_flags, check_numbers
-from sb3_offline_ft.datasets.files.reading import ContentError, Source, reading
+from sb3_offline_ft.common.observations import Array, by_key
+from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, check_numbers
+from sb3_offline_ft.datasets.files.reading import ContentError, Source, by_column, reading
 from sb3_offline_ft.datasets.keys import choose_keys, dict_of, leaf_spaces, no_keys, space_in_order
-from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+from sb3_offline_ft.datasets.offline_dataset import KeyOrder, OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import choose_reference_scores
 from sb3_offline_ft.datasets.spaces import check_spaces_supported, column_dtype, row_shape
 
 # Minari writes without pyarrow's preserve_order, so parts of this many rows end up in any order.
 _ARROW_ORDERED_ROWS = 131_072
-_HDF5_CACHE_BYTES = 1 << 20
+_HDF5, _HDF5_CACHE_BYTES = "main_data.hdf5", 1 << 20
 
 _Episode = dict[str, Array]
 
@@ -40,36 +41,38 @@ class _Field:
 
 
 @dataclass(frozen=True)
-class OpenMinari:
-    """A dataset of Minari's whose content has not been read.
-
-    :param dataset: The dataset.
-    :param observation_space: That of the observations to read, with the keys in the order of the environment.
-    :param has_order: Whether that order is known.
-    :param keys: The keys that were asked for.
-    """
+class _Opened:
+    """A dataset whose content has not been read; its space has the wanted keys in the order of the environment, if known."""
 
     dataset: minari.MinariDataset
+    metadata: dict[str, Any]
     observation_space: spaces.Space[Any]
-    has_order: bool
-    keys: tuple[str, ...] | None
+    key_order: KeyOrder
+
+    def layout(self) -> dict[str, _Field]:
+        """What to read of an episode; the names are paths in it."""
+        has_jpeg = bool(self.dataset.storage.jpeg_encoding)
+        layout = {
+            f"observations/{key}" if key else "observations": _Field(
+                row_shape(space), column_dtype(space), has_jpeg and is_image_space(space)
+            )
+            for key, space in by_key(self.observation_space).items()
+        }
+        layout["actions"] = _Field(row_shape(self.dataset.action_space), np.float32)
+        return layout | {"rewards": _Field((), np.float32)} | dict.fromkeys(FLAG_COLUMNS, _Field((), np.bool_))
 
 
-def open_minari(
-    source: Source, data: Path, keys: tuple[str, ...] | None = None, given: minari.MinariDataset | None = None
-) -> OpenMinari:
-    """Open a dataset and check that it can be read.
+@contextmanager
+def minari_reader(source: Source) -> Iterator[Callable[[], OfflineDataset]]:
+    opened = _open(source)
+    yield lambda: _read(source, opened)
 
-    :param source: What it is.
-    :param data: Its ``data`` folder.
-    :param keys: The observations to take, all if omitted.
-    :param given: The dataset, if it is open already.
-    :return: The dataset.
-    :raises ValueError: if it is damaged, empty or not supported, or has no such keys.
-    """
-    where = f"Dataset {source.spec!r}"
+
+def _open(source: Source) -> _Opened:
+    """Open a dataset and check that it can be read."""
+    where, data = source.where, source.file
     try:
-        dataset = minari.MinariDataset(data) if given is None else given
+        dataset = minari.MinariDataset(data) if source.given is None else source.given
         metadata = dataset.storage.read_raw_metadata(data)
         space = dataset.observation_space
         if "observation_space" in metadata:
@@ -86,17 +89,15 @@ def open_minari(
         raise ValueError(
             f"{where} has the episodes 0 to {n_stored - 1}, found {dataset.episode_indices} in the MinariDataset."
         )
-    leaves: dict[str, spaces.Space[Any]] = {}
-    if isinstance(space, spaces.Dict):
-        leaves = leaf_spaces(space)
-        # Minari sorts the keys when it combines datasets
-        has_order = list(leaves) != sorted(leaves) or not metadata.get("combined_datasets")
-    else:
-        has_order = True
-    if keys is not None:
+    leaves = leaf_spaces(space) if isinstance(space, spaces.Dict) else {}
+    # Minari sorts the keys when it combines datasets
+    is_sorted = bool(metadata.get("combined_datasets")) and list(leaves) == sorted(leaves)
+    key_order: KeyOrder = "unknown" if leaves and is_sorted else "recorded"
+    if source.keys is not None:
         if not leaves:
             raise no_keys(where, space.shape)
-        space = dict_of({key: leaves[key] for key in choose_keys(keys, list(leaves), where)})
+        key_order = "named"
+        space = dict_of({key: leaves[key] for key in choose_keys(source.keys, list(leaves), where)})
     advice = f"Or take some of the keys, such as ?keys={next(iter(leaves))}." if leaves else ""
     check_spaces_supported(space, dataset.action_space, where, advice)
     if dataset.total_episodes == 0 or dataset.total_steps == 0:
@@ -105,54 +106,18 @@ def open_minari(
             f"and {dataset.total_steps} steps in {str(data / 'metadata.json')!r}."
         )
     if dataset.storage.FORMAT == "hdf5":
-        with reading(where, data / "main_data.hdf5"):
+        with reading(where, data / _HDF5):
             import h5py
 
-            h5py.File(data / "main_data.hdf5", "r").close()
-    return OpenMinari(dataset, space, has_order, keys)
+            h5py.File(data / _HDF5, "r").close()
+    return _Opened(dataset, metadata, space, key_order)
 
 
-def load_minari(source: Source, data: Path, opened: OpenMinari, progress_bar: bool = False) -> OfflineDataset:
-    """Read the episodes of a dataset.
-
-    :param source: What it is.
-    :param data: Its ``data`` folder.
-    :param opened: What :func:`open_minari` returned.
-    :param progress_bar: Whether to show the episodes that have been read.
-    :return: The dataset.
-    :raises ValueError: if its content is damaged or not what its metadata says.
-    """
-    where = f"Dataset {source.spec!r}"
-    dataset = opened.dataset
-    metadata: dict[str, Any] = dict(dataset.storage.metadata)
-    layout = _layout(opened)
-    chosen = [int(index) for index in dataset.episode_indices]
-    data_format = dataset.storage.FORMAT
-    file = data / "main_data.hdf5" if data_format == "hdf5" else data
-    n_rows, n_episodes = int(dataset.total_steps), int(dataset.total_episodes)
-    columns = {name: np.empty((n_rows, *field.shape), field.dtype) for name, field in layout.items()}
-    columns |= {"next_" + name: np.empty_like(columns[name]) for name in layout if name.startswith("observations")}
-    starts = np.empty(n_episodes, np.int64)
-    with reading(where, file), np.errstate(over="ignore"):
-        if data_format == "hdf5":
-            episodes = _hdf5_episodes(file, chosen, layout)
-        elif data_format in ("arrow", "parquet"):
-            episodes = _arrow_episodes(data, chosen, data_format, layout)
-        else:
-            raise ContentError(f"{where}: expected Minari's format hdf5, arrow or parquet, found {data_format!r}.")
-        if progress_bar:
-            episodes = _with_bar(episodes, n_episodes, source.name)
-        lengths = _fill(columns, starts, zip(chosen, episodes, strict=True), where, file)
-        if sum(lengths) != n_rows or len(lengths) != n_episodes:
-            raise ContentError(
-                f"{where}: metadata.json promises {n_rows} steps in {n_episodes} episodes, found {sum(lengths)} steps "
-                f"in {len(lengths)} episodes{_first_wrong_length(dataset, lengths)} in {str(file)!r}. "
-                "The dataset is damaged or incomplete; copy or download it again."
-            )
+def _read(source: Source, opened: _Opened) -> OfflineDataset:
+    dataset, metadata, layout = opened.dataset, opened.metadata, opened.layout()
+    columns, starts = _read_columns(source, dataset, layout)
     env_id = dataset.env_spec.id if dataset.env_spec is not None else None
-    ref_min, ref_max = (
-        None if metadata.get(key) is None else float(metadata[key]) for key in ("ref_min_score", "ref_max_score")
-    )
+    scores = {key: None if metadata.get(key) is None else float(metadata[key]) for key in ("ref_min_score", "ref_max_score")}
     provenance = {
         "source": source.kind,
         "dataset_id": metadata.get("dataset_id"),
@@ -167,63 +132,64 @@ def load_minari(source: Source, data: Path, opened: OpenMinari, progress_bar: bo
         "data_format": metadata.get("data_format"),
         "minari_version": metadata.get("minari_version"),
         "read_with_minari": importlib.metadata.version("minari"),
-        "ref_min_score": ref_min,
-        "ref_max_score": ref_max,
+        **scores,
     }
     name = source.name if source.kind != "minari-folder" else str(metadata.get("dataset_id") or source.name)
-    n_stored = int(metadata["total_episodes"])
-    if chosen != list(range(n_stored)):
+    n_episodes, n_stored = len(starts), int(metadata["total_episodes"])
+    if not np.array_equal(dataset.episode_indices, np.arange(n_stored)):
         provenance |= {"episodes_chosen": n_episodes, "episodes_stored": n_stored}
         name += f" ({n_episodes} of {n_stored} episodes)"
     if any(field.is_jpeg for field in layout.values()):
         provenance["lossy_images"] = True
         warnings.warn(
-            f"{where}: the images were stored as JPEG, so they differ a little from those that the environment shows. "
+            f"{source.where}: the images were stored as JPEG, so they differ a little from those that the environment shows. "
             "Record with DataCollector(env, jpeg_encoding=False) to keep them exactly.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    observations: dict[str, Any] = {
-        prefix: columns[prefix]
-        if prefix in columns
-        else {key.partition("/")[2]: column for key, column in columns.items() if key.startswith(prefix + "/")}
-        for prefix in ("observations", "next_observations")
-    }
-    if opened.keys is not None:
-        provenance["keys"] = list(observations["observations"])
+    if opened.key_order == "named":
+        provenance["keys"] = list(columns["observations"])
     return OfflineDataset.from_columns(
-        **observations,
-        **{name: columns[name] for name in ("actions", "rewards", "terminations", "truncations")},
+        **columns,
         episode_starts=starts,
         observation_space=opened.observation_space,
         action_space=dataset.action_space,
-        key_order="named" if opened.keys is not None else "recorded" if opened.has_order else "unknown",
+        key_order=opened.key_order,
         spec=source.spec,
         name=name,
         provenance=provenance,
-        reference_scores=choose_reference_scores(env_id, ref_min, ref_max),
+        reference_scores=choose_reference_scores(env_id, *scores.values()),
         copy=False,
     )
 
 
-def _layout(opened: OpenMinari) -> dict[str, _Field]:
-    """What to read of an episode; the names are paths in it."""
-    space = opened.observation_space
-    observation_spaces = (
-        {f"observations/{key}": one for key, one in space.spaces.items()}
-        if isinstance(space, spaces.Dict)
-        else {"observations": space}
-    )
-    has_jpeg = bool(opened.dataset.storage.jpeg_encoding)
-    layout = {
-        name: _Field(row_shape(one), column_dtype(one), has_jpeg and is_image_space(one))
-        for name, one in observation_spaces.items()
-    }
-    return layout | {
-        "actions": _Field(row_shape(opened.dataset.action_space), np.float32),
-        "rewards": _Field((), np.float32),
-        "terminations": _Field((), np.bool_),
-        "truncations": _Field((), np.bool_),
-    }
+def _read_columns(
+    source: Source, dataset: minari.MinariDataset, layout: dict[str, _Field]
+) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+    """The columns and the first row of every episode."""
+    chosen = [int(index) for index in dataset.episode_indices]
+    data_format = dataset.storage.FORMAT
+    file = source.file / _HDF5 if data_format == "hdf5" else source.file
+    n_rows, n_episodes = int(dataset.total_steps), int(dataset.total_episodes)
+    columns = {name: np.empty((n_rows, *field.shape), field.dtype) for name, field in layout.items()}
+    columns |= {"next_" + name: np.empty_like(columns[name]) for name in layout if name.startswith("observations")}
+    starts = np.empty(n_episodes, np.int64)
+    with reading(source.where, file), np.errstate(over="ignore"):
+        if data_format == "hdf5":
+            episodes = _hdf5_episodes(file, chosen, layout)
+        elif data_format in ("arrow", "parquet"):
+            episodes = _arrow_episodes(source.file, chosen, data_format, layout)
+        else:
+            raise ContentError(f"{source.where}: expected Minari's format hdf5, arrow or parquet, found {data_format!r}.")
+        if source.progress_bar:
+            episodes = _with_bar(episodes, n_episodes, source.name)
+        lengths = _fill(columns, starts, zip(chosen, episodes, strict=True), source.where, file)
+        if sum(lengths) != n_rows or len(lengths) != n_episodes:
+            raise ContentError(
+                f"{source.where}: metadata.json promises {n_rows} steps in {n_episodes} episodes, found {sum(lengths)} steps "
+                f"in {len(lengths)} episodes{_first_wrong_length(dataset, lengths)} in {str(file)!r}. "
+                "The dataset is damaged or incomplete; copy or download it again."
+            )
+    return by_column(columns), starts
 
 
 def _with_bar(episodes: Iterator[_Episode], n_episodes: int, name: str) -> Iterator[_Episode]:
@@ -275,13 +241,9 @@ def _fill(
 
 
 def _check_values(array: Array, name: str, dtype: npt.DTypeLike, where: str) -> None:
-    if array.dtype == dtype:
-        return
     try:
-        if dtype == np.bool_:
-            as_flags(array, name, where)
-        else:
-            check_numbers(array, name, where, dtype)
+        if array.dtype != dtype:
+            as_flags(array, name, where) if dtype == np.bool_ else check_numbers(array, name, where, dtype)
     except ValueError as error:
         raise ContentError(str(error)) from None
 

@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from io import FileIO
+from io import FileIO, RawIOBase
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,13 +33,7 @@ _FIX = "Make room, set MINARI_DATASETS_PATH to another folder, or name one to go
 
 
 def check_new_id(dataset_id: str, overwrite: bool = False) -> None:
-    """Check that a dataset can be written under an id.
-
-    :param dataset_id: The id.
-    :param overwrite: Whether one that is there may be replaced.
-    :raises ValueError: if it is no Minari id.
-    :raises FileExistsError: if there is such a dataset already.
-    """
+    """Refuse what is no Minari id, and one that is there already and may not be replaced."""
     match = DATASET_ID_RE.fullmatch(dataset_id)
     if match is None or match.group("version") is None:
         raise ValueError(
@@ -71,8 +65,6 @@ def write_minari(
 
     :param dataset_id: Its id.
     :param episodes: The episodes; they are written one by one.
-    :param observation_space: Space of the observations.
-    :param action_space: Space of the actions.
     :param env: The environment, for its spec.
     :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements,
         ref_min_score, ref_max_score``.
@@ -80,7 +72,6 @@ def write_minari(
     :param check: Called with the folder of the complete dataset before it is moved; may raise to have it thrown away.
     :param keep_in: Folder to go on in if the local one cannot be written to. It gets the dataset, and ``OSError`` says so.
     :return: The dataset's folder.
-    :raises ValueError: if it is no Minari id, or there are no episodes.
     :raises FileExistsError: if there is such a dataset already. If it was made in the meantime the new one is kept, in
         ``keep_in`` or under the next free version, and the message says where.
     :raises OSError: if it could not be written; the message says what became of the episodes.
@@ -145,7 +136,7 @@ class _TakenError(FileExistsError):
     """There is a dataset already where one was to be put."""
 
 
-class FailsafeFile:
+class FailsafeFile(RawIOBase):
     """A file for HDF5, which crashes the process when a write fails.
 
     When one does, the file goes on in a spare place. If there is none, what is still written is kept in memory, so that HDF5
@@ -165,11 +156,9 @@ class FailsafeFile:
         self._position = self._size = 0
         self._beyond: list[tuple[int, bytes]] = []
 
-    def __enter__(self) -> "FailsafeFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()
+        super().close()
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -185,14 +174,11 @@ class FailsafeFile:
         self._size = max(self._size, self._position)
         return len(view)
 
-    def truncate(self, size: int) -> int:
+    def truncate(self, size: int | None = None) -> int:
+        assert size is not None
         self._try(lambda: self._file.truncate(size))
         self._size = size
         return size
-
-    def read(self, size: int = -1) -> bytes:
-        content = bytearray(max(self._size - self._position, 0) if size < 0 else size)
-        return bytes(content[: self.readinto(content)])
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -212,12 +198,6 @@ class FailsafeFile:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def flush(self) -> None:
-        """Nothing is held back."""
 
     def _try(self, action: Callable[[], Any]) -> None:
         while self.path is not None:
@@ -257,11 +237,8 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 def write_episodes(file: FailsafeFile, episodes: Iterable[EpisodeBuffer]) -> dict[str, int]:
     """Write episodes as Minari reads them from hdf5, but with fixed and compressed arrays.
 
-    Minari's growable arrays take about 16 kB for an episode, however short. Stops when no place for the file is left.
-
-    :param file: The file.
-    :param episodes: The episodes.
-    :return: ``total_episodes`` and ``total_steps``.
+    Minari's growable arrays take about 16 kB for an episode, however short. Stops when no place for the file is left. Returns
+    ``total_episodes`` and ``total_steps``.
     """
     import h5py
 
@@ -349,21 +326,14 @@ def _what_failed(dataset_id: str, root: Path, error: OSError) -> str:
 
 
 def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} GB"
+    power = next((power for power in range(3) if number < 1000 ** (power + 1)), 3)
+    return f"{number / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
 
 
 def put_in_place(new: Path, folder: Path, overwrite: bool) -> Path:
     """Move the folder of a complete dataset to its place, in one step that does not take it from another dataset.
 
-    :param new: The folder, on the same file system.
-    :param folder: Its place.
-    :param overwrite: Replace what is there. That is at ``new`` afterwards, or gone.
-    :return: ``folder``.
-    :raises FileExistsError: if there is something already.
+    What is replaced is at ``new`` afterwards, or gone.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     restore_replaced(folder)
@@ -388,10 +358,7 @@ def put_in_place(new: Path, folder: Path, overwrite: bool) -> Path:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Put back a dataset that was being replaced when the process was killed.
-
-    :param folder: The dataset's place.
-    """
+    """Put back a dataset that was being replaced when the process was killed."""
     if not folder.exists() and (replaced := _replaced(folder)).is_dir():
         with suppress(OSError):
             os.replace(replaced, folder)

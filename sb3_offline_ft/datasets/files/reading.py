@@ -1,20 +1,55 @@
 """What the readers of all kinds of files share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
+
+import minari
+
+from sb3_offline_ft.common.observations import Array
+from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+
+Kind: TypeAlias = Literal["minari", "minari-folder", "bundled", "npz", "hdf5", "replay-buffer", "own-replay-buffer"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a spec leads; ``path`` is a Minari ``data`` folder or a file, None for an id still to be downloaded."""
+    """Where a spec leads, and how it shall be read.
 
-    kind: Literal["minari", "minari-folder", "bundled", "npz", "hdf5", "replay-buffer", "own-replay-buffer"]
+    :param kind: The kind of file, which has its reader.
+    :param spec: The spec without options, as the dataset keeps it.
+    :param name: For titles and logs.
+    :param path: A Minari ``data`` folder or a file; ``None`` for an id still to be downloaded.
+    :param keys: The keys of ``Dict`` observations that are wanted, if not all.
+    :param trust_pickle: Whether it may be unpickled.
+    :param given: The Minari dataset, if it is open already.
+    :param progress_bar: Whether to show what has been read.
+    """
+
+    kind: Kind
     spec: str
     name: str
     path: Path | None
+    keys: tuple[str, ...] | None = None
+    trust_pickle: bool = False
+    given: minari.MinariDataset | None = None
+    progress_bar: bool = False
+
+    @property
+    def where(self) -> str:
+        """Names the dataset at the start of messages."""
+        return f"Dataset {self.spec!r}"
+
+    @property
+    def file(self) -> Path:
+        assert self.path is not None, "not downloaded yet"
+        return self.path
+
+
+Reader: TypeAlias = Callable[[Source], AbstractContextManager[Callable[[], OfflineDataset]]]
+"""Opens a source, checks all of it that can be checked without its data, and gives a function that reads the data."""
 
 
 @contextmanager
@@ -35,3 +70,15 @@ def reading(where: str, path: Path) -> Iterator[None]:
 
 class ContentError(ValueError):
     """An error that already says what is wrong."""
+
+
+def by_column(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """Put arrays that are named ``column/key`` into one dictionary a column."""
+    columns: dict[str, Any] = {}
+    for name, array in arrays.items():
+        column, _, key = name.partition("/")
+        if key:
+            columns.setdefault(column, {})[key] = array
+        else:
+            columns[name] = array
+    return columns

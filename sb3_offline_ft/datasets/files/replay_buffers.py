@@ -3,7 +3,7 @@
 import json
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from stable_baselines3.common.save_util import load_from_pkl
 from sb3_offline_ft.common.observations import Array, Observations, map_observations
 from sb3_offline_ft.datasets.columns import as_flags, as_float
 from sb3_offline_ft.datasets.files.npz import open_archive, read_array
-from sb3_offline_ft.datasets.files.reading import ContentError, Source, reading
+from sb3_offline_ft.datasets.files.reading import ContentError, Source, by_column, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.spaces import check_spaces_supported
 
@@ -25,27 +25,8 @@ _RING_COLUMNS = ("observations", "next_observations", "actions", "rewards", "don
 _ZIP_MAGIC = b"PK"
 
 
-def check_trust(path: Path, trust_pickle: bool) -> None:
-    """
-    :param path: The file.
-    :param trust_pickle: Whether the user trusts it.
-    :raises ValueError: if not.
-    """
-    if not trust_pickle:
-        raise ValueError(
-            f"{str(path)!r} is a pickle file, and reading one runs whatever code it holds. If you trust where it comes from, "
-            "allow it yourself: with `--trust-pickle` of the commands of sb3-offline-ft, with load_dataset(..., "
-            "trust_pickle=True), or with ?trust_pickle=1 after its name in your own code or command line. What a saved model, "
-            "a study.yml or another file says does not count."
-        )
-
-
 def has_own_format(path: Path) -> bool:
-    """Tell the files of our replay buffers, which rl-zoo3 names ``.pkl`` too, from others.
-
-    :param path: An ``.npz`` or ``.pkl`` file.
-    :return: Whether it is one, damaged or not: arrays and JSON without pickle.
-    """
+    """Tell the files of our replay buffers, arrays and JSON which rl-zoo3 names ``.pkl`` too, from others, damaged or not."""
     if path.suffix == ".pkl":
         with open(path, "rb") as file:
             return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
@@ -57,76 +38,62 @@ def has_own_format(path: Path) -> bool:
     return _is_own(names) and not {"terminations", "terminals"} & set(names)
 
 
-@contextmanager
-def open_own_replay_buffer(path: Path) -> Iterator[Any]:
-    """Open a file of one of our replay buffers.
-
-    :param path: The file.
-    :return: A context manager that gives the arrays by name, not yet read.
-    :raises ValueError: if it is damaged or no such file.
-    """
-    with open_archive(path) as archive:
-        if not _is_own(archive.files):
-            raise ValueError(
-                f"Dataset {str(path)!r}: expected a replay buffer saved by save_replay_buffer, found "
-                f"{', '.join(archive.files) or 'an empty archive'}."
-            )
-        yield archive
-
-
 def _is_own(names: Iterable[str]) -> bool:
     return {"facts", *_RING_COLUMNS} <= {name.partition("/")[0] for name in names}
 
 
-def load_own_replay_buffer(source: Source, path: Path) -> OfflineDataset:
-    """Read the online part of a buffer of this package, written by ``save_replay_buffer`` without pickle.
+@contextmanager
+def own_replay_buffer_reader(source: Source) -> Iterator[Callable[[], OfflineDataset]]:
+    """The online part of a buffer of this package, written without pickle; the bounds of its observations are not known."""
+    with open_archive(source) as archive:
+        if not _is_own(archive.files):
+            raise ValueError(
+                f"Dataset {str(source.path)!r}: expected a replay buffer saved by save_replay_buffer, found "
+                f"{', '.join(archive.files) or 'an empty archive'}."
+            )
+        yield lambda: _read_own(archive, source)
 
-    :param source: What the file is.
-    :param path: The file.
-    :return: The dataset, as :func:`load_replay_buffer` makes it; the bounds of observations are not known.
-    :raises ValueError: if it is damaged or no such buffer.
-    """
-    where = f"Dataset {source.spec!r}"
-    with open_own_replay_buffer(path) as archive:
-        names = [name for name in archive.files if name.partition("/")[0] in _RING_COLUMNS]
-        arrays = {name: read_array(archive, name, where, path) for name in names}
-        with reading(where, path):
-            facts = json.loads(str(archive["facts"]))
-            low, high = (np.array(bound, np.float32).reshape(tuple(facts["action shape"])) for bound in facts["action bounds"])
-            n_slots, n_envs, first = int(facts["pos"]), int(facts["n_envs"]), 0
-            if facts["full"]:
-                n_slots, first = int(facts["buffer_size"]), n_slots
-            action_space = spaces.Box(low, high, dtype=np.float32)
-    columns: dict[str, Any] = {}
+
+def _read_own(archive: Any, source: Source) -> OfflineDataset:
+    names = [name for name in archive.files if name.partition("/")[0] in _RING_COLUMNS]
+    arrays = {name: read_array(archive, name, source) for name in names}
+    with reading(source.where, source.file):
+        facts = json.loads(str(archive["facts"]))
+        low, high = (np.array(bound, np.float32).reshape(tuple(facts["action shape"])) for bound in facts["action bounds"])
+        n_slots, n_envs, first = int(facts["pos"]), int(facts["n_envs"]), 0
+        if facts["full"]:
+            n_slots, first = int(facts["buffer_size"]), n_slots
+        action_space = spaces.Box(low, high, dtype=np.float32)
     for name, array in arrays.items():
         if array.shape[:2] != (n_slots, n_envs):
             raise ValueError(
-                f"{where}: {name} must hold {n_slots} steps of {n_envs} environments, found shape {array.shape}: the file is "
-                "damaged."
+                f"{source.where}: {name} must hold {n_slots} steps of {n_envs} environments, found shape {array.shape}: the "
+                "file is damaged."
             )
-        column, _, key = name.partition("/")
-        if key:
-            columns.setdefault(column, {})[key] = array
-        else:
-            columns[column] = array
     # Files of earlier versions do not say
     handles_timeouts = facts.get("handle_timeout_termination", True)
-    ring = _Ring(**columns, n_slots=n_slots, first=first, n_envs=n_envs, is_full=bool(facts["full"]))
-    return _dataset_of(ring, handles_timeouts, None, action_space, source, path, {})
+    ring = _Ring(**by_column(arrays), n_slots=n_slots, first=first, n_envs=n_envs, is_full=bool(facts["full"]))
+    return _dataset_of(ring, handles_timeouts, None, action_space, source)
 
 
-def load_replay_buffer(source: Source, path: Path) -> OfflineDataset:
-    """Read a buffer written by SB3's ``save_replay_buffer``; each of its environments' transitions in the order of collection.
+@contextmanager
+def replay_buffer_reader(source: Source) -> Iterator[Callable[[], OfflineDataset]]:
+    """A buffer written by SB3's ``save_replay_buffer``; each environment's transitions in the order of collection."""
+    if not source.trust_pickle:
+        raise ValueError(
+            f"{str(source.path)!r} is a pickle file, and reading one runs whatever code it holds. If you trust where it comes "
+            "from, allow it yourself: with `--trust-pickle` of the commands of sb3-offline-ft, with load_dataset(..., "
+            "trust_pickle=True), or with ?trust_pickle=1 after its name in your own code or command line. What a saved model, "
+            "a study.yml or another file says does not count."
+        )
+    yield lambda: _read_pickled(source)
 
-    :param source: What the file is.
-    :param path: The file, trusted by the user.
-    :return: The dataset, with actions in the units of the environment.
-    :raises ValueError: if it is damaged or no such buffer, or cannot tell time limits from terminations.
-    """
-    where = f"Dataset {source.spec!r}"
-    with reading(where, path):
+
+def _read_pickled(source: Source) -> OfflineDataset:
+    where = source.where
+    with reading(where, source.file):
         try:
-            with open(path, "rb") as file:
+            with open(source.file, "rb") as file:
                 buffer = load_from_pkl(file)
         except ImportError as error:
             raise ContentError(
@@ -149,15 +116,8 @@ def load_replay_buffer(source: Source, path: Path) -> OfflineDataset:
         n_envs=buffer.n_envs,
         is_full=buffer.full,
     )
-    return _dataset_of(
-        ring,
-        buffer.handle_timeout_termination,
-        buffer.observation_space,
-        buffer.action_space,
-        source,
-        path,
-        {"buffer_class": type(buffer).__name__},
-    )
+    known = (buffer.handle_timeout_termination, buffer.observation_space, buffer.action_space)
+    return _dataset_of(ring, *known, source, buffer_class=type(buffer).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +147,9 @@ def _dataset_of(
     observation_space: spaces.Space[Any] | None,
     action_space: spaces.Space[Any],
     source: Source,
-    path: Path,
-    more: dict[str, Any],
+    **more: str,
 ) -> OfflineDataset:
-    where = f"Dataset {source.spec!r}"
+    where = source.where
     if not handles_timeouts:
         warnings.warn(
             f"{where} was filled with handle_timeout_termination=False: its time limits count as terminations.", stacklevel=4
@@ -204,14 +163,8 @@ def _dataset_of(
     # The last step of each environment, unless it ended an episode
     last = slice(ring.n_slots - 1, None, ring.n_slots)
     truncations[last] |= ~dones[last]
-    provenance: dict[str, Any] = {
-        "source": source.kind,
-        "file": path.name,
-        "env_id": None,
-        **more,
-        "n_envs": ring.n_envs,
-        "oldest_transitions_overwritten": bool(ring.is_full),
-    }
+    provenance: dict[str, Any] = {"source": source.kind, "file": source.file.name, "env_id": None, **more}
+    provenance |= {"n_envs": ring.n_envs, "oldest_transitions_overwritten": bool(ring.is_full)}
     return OfflineDataset.from_columns(
         map_observations(ring.in_order, ring.observations),
         _unscale(as_float(ring.in_order(ring.actions), "actions", where, copy=False), action_space, where),

@@ -23,35 +23,19 @@ class _Unread:
 class _ZooLoader(yaml.SafeLoader):
     """Makes tuples and, of ordered dictionaries, dictionaries, as rl-zoo3 writes them, and of all other objects none."""
 
-    def ordered(self, node: yaml.SequenceNode) -> dict[Any, Any]:
-        """
-        :param node: An ordered dictionary: a list of its pairs within a list
-        :return: The dictionary
-        """
-        return dict(*self.construct_sequence(node, deep=True))
 
-    def pair(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
-        """
-        :param node: A tuple
-        :return: The tuple
-        """
-        return tuple(self.construct_sequence(node, deep=True))
+def _tuple(loader: _ZooLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node, deep=True))
 
 
-_ZooLoader.add_constructor(f"{_PYTHON}object/apply:collections.OrderedDict", _ZooLoader.ordered)
-_ZooLoader.add_constructor(f"{_PYTHON}tuple", _ZooLoader.pair)
+_ZooLoader.add_constructor(f"{_PYTHON}tuple", _tuple)
+# A list of its pairs within a list
+_ZooLoader.add_constructor(f"{_PYTHON}object/apply:collections.OrderedDict", lambda *at: dict(*_tuple(*at)))
 _ZooLoader.add_multi_constructor(_PYTHON, lambda loader, kind, node: _Unread(kind))
 
 
 def read_zoo_yaml(path: Path, needed: Collection[str] = OF_ENVIRONMENT) -> dict[str, Any]:
-    """
-    Read the settings of a run of rl-zoo3. Those that hold Python objects, such as classes, are left out.
-
-    :param path: A ``config.yml`` or ``args.yml``
-    :param needed: Settings that must not be left out
-    :return: Settings by name
-    :raises ValueError: It is damaged, or a needed setting holds a Python object
-    """
+    """Read a ``config.yml`` or ``args.yml``; settings that hold Python objects are left out, or refused if they are needed."""
     try:
         with path.open(encoding="utf-8") as stream:
             content = yaml.load(stream, _ZooLoader)
@@ -85,19 +69,16 @@ def saved_hyperparams(folder: Path) -> tuple[dict[str, Any], str | None]:
 
     :param folder: The folder of the run's files, beside its agent
     :return: Hyperparameters, and the folder if it is there; rewards are not normalized
-    :raises ValueError: A file is damaged, or holds Python objects where they are needed
     """
     if not folder.is_dir():
         return {}, None
     config = folder / CONFIG
     hyperparams: dict[str, Any]
     hyperparams = read_zoo_yaml(config) if config.is_file() else {"normalize": (folder / "obs_rms.pkl").is_file()}
-    normalize = hyperparams.setdefault("normalize", False)
-    if normalize:
+    if normalize := hyperparams.setdefault("normalize", False):
         kwargs = _literal(normalize, config) if isinstance(normalize, str) else normalize
-        hyperparams["normalize_kwargs"] = (
-            {**kwargs, "norm_reward": False} if isinstance(kwargs, dict) else {"norm_obs": kwargs, "norm_reward": False}
-        )
+        kwargs = kwargs if isinstance(kwargs, dict) else {"norm_obs": kwargs}
+        hyperparams["normalize_kwargs"] = {**kwargs, "norm_reward": False}
     return hyperparams, str(folder)
 
 

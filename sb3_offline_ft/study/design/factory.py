@@ -13,6 +13,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.common.strict_yaml import Reader
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
@@ -32,7 +33,6 @@ from sb3_offline_ft.study.design.methods import (
     preset,
     set_path,
 )
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 WITHOUT_EFFECT_FROM_SCRATCH = frozenset(
     {

@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 
-import sb3_offline_ft.zoo
+from sb3_offline_ft import algorithms
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.recipe import Recipe
@@ -30,8 +30,7 @@ def algorithm_class(name: str) -> type[BaseAlgorithm]:
     """The class of an algorithm by its name in rl_zoo3, ours included."""
     if name == PLAIN_TD3:
         return OfflineTD3
-    sb3_offline_ft.zoo.register()
-    algorithm: type[BaseAlgorithm] = ALGOS[name]
+    algorithm: type[BaseAlgorithm] = ALGOS[name] if name in ALGOS else algorithms.algorithm_class(name)
     return algorithm
 
 

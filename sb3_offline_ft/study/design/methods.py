@@ -11,14 +11,13 @@ import yaml
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-import sb3_offline_ft.zoo
-from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.recipe import online_only_arguments
 from sb3_offline_ft.study.design.learners import algorithm_class
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 ENSEMBLE_SIZE = "ensemble_size"
 NOISE = frozenset({"noise_type", "noise_std"})
@@ -91,8 +90,7 @@ def default_of(algorithm: str, name: str) -> Any:
 
 def known_algorithms() -> list[str]:
     """Names of all algorithms that a study can have."""
-    sb3_offline_ft.zoo.register()
-    return sorted(ALGOS)
+    return sorted({*ALGOS, *ALGORITHMS})
 
 
 def is_ours(algorithm: str) -> bool:

@@ -10,17 +10,16 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import ENV_ID_RE
 
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.common.strict_yaml import Reader
 from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.methods import factor_path
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 NO_DATA = "no-data"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MOST_OF_LABEL = 80
-_ACCEPTED = "See `sb3_offline_ft.load_dataset` for what a spec can be."
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MOST_SEED = 2**32 - 1
 
@@ -129,7 +128,7 @@ def place_paths(spec: Any, folder: Path, place: Callable[[str], str]) -> str:
 
     if isinstance(spec, str) and is_here(spec):
         return place(spec.strip())
-    parts = parse_spec(spec, {}, False, _ACCEPTED)
+    parts = parse_spec(spec)
     bases = [str(part.base) for part in parts]
     if isinstance(spec, str) and not any(map(is_here, bases)):
         return spec.strip()

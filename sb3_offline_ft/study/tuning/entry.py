@@ -1,6 +1,5 @@
 """What was tuned, as a configuration of rl_zoo3."""
 
-import inspect
 import os
 import shlex
 from collections.abc import Mapping
@@ -10,14 +9,15 @@ from typing import Any
 import yaml
 
 from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.learners import algorithm_class
 from sb3_offline_ft.study.design.methods import Method, known_hyperparams, online_only
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.tuning.plan import TuningPlan
-from sb3_offline_ft.tuning.search_spaces import FINETUNING_PREFIX
 
 SAME_PRETRAINING = ({"td3bc", "td3c"},)
 """Algorithms with the same objective offline."""
@@ -26,12 +26,8 @@ GUARD = "sb3_offline_ft.CollapseGuard"
 
 def spec_seen_from(study: Protocol, label: str, folder: Path) -> str:
     """
-    Write the spec of a study's dataset for a file in another folder, with no path of this machine that the study has not.
-
-    :param study: A study
-    :param label: Label of the dataset
-    :param folder: The other folder
-    :return: The spec as it is in the study's file, but that relative paths lead from that folder to the same data
+    The spec of a study's dataset for a file in another folder, from which relative paths lead to the same data; it has no path
+    of this machine that the study has not.
     """
     written = study.specs[label]
 
@@ -51,7 +47,7 @@ def spec_seen_from(study: Protocol, label: str, folder: Path) -> str:
             return str(start / path)
         return f"{way.as_posix()}/{path.as_posix()}"
 
-    parts = parse_spec(study.datasets[label], {}, False, "")
+    parts = parse_spec(study.datasets[label])
     texts = [part.text(seen(str(part.base)), part.trust_pickle) for part in parts]
     return join_specs(texts, [part.weight for part in parts]) or texts[0]
 
@@ -60,14 +56,9 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     """
     Write a method as rl_zoo3 has it: what acts in the pretraining keeps the value that it was tuned with, and is given once
     more with the prefix ``finetuning_`` where the finetuning differs.
-
-    :param plan: The tuning
-    :param method: The method
-    :param folder: Where rl_zoo3 shall be run
-    :return: The hyperparameters
     """
     known, left_out = known_hyperparams(method.algorithm), online_only(method.algorithm)
-    parameters = inspect.signature(algorithm_class(plan.study.pretraining.algorithm).__init__).parameters
+    defaults = constructor_arguments(algorithm_class(plan.study.pretraining.algorithm))
     offline = {name: value for name, value in method.pretraining_hyperparams.items() if name in known - left_out}
     entry: dict[str, Any] = {
         "policy": "MlpPolicy",
@@ -78,14 +69,8 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
     for name, value in method.hyperparams.items():
         if name in SHARED_WITH_PRETRAINING:
             continue
-        if name in left_out:
-            entry[name] = value
-            continue
-        default = parameters[name].default if name in parameters else value
-        if value != offline.get(name, default):
-            entry[FINETUNING_PREFIX + name] = value
-        else:
-            entry[name] = value
+        differs = name not in left_out and value != offline.get(name, defaults.get(name, value))
+        entry[FINETUNING_PREFIX + name if differs else name] = value
     callback = _callback(plan, method)
     return entry | ({} if callback is None else {"callback": callback})
 
@@ -102,20 +87,12 @@ def _env_id(plan: TuningPlan) -> str:
 
 
 def pretrains_alike(one: str, other: str) -> bool:
-    """
-    :param one: Name of an algorithm
-    :param other: Name of another one
-    :return: Whether both do the same offline
-    """
+    """Whether two algorithms do the same offline."""
     return one == other or any({one, other} <= group for group in SAME_PRETRAINING)
 
 
 def zoo_command(plan: TuningPlan, file: Path) -> str:
-    """
-    :param plan: The tuning
-    :param file: The configuration
-    :return: How to train with it, in its folder
-    """
+    """How to train with a configuration, in its folder."""
     module, _, env = plan.study.env.rpartition(":")
     evaluation = plan.study.learner_evaluation
     words = ["python", "-m", "rl_zoo3.train", "--algo", plan.method.algorithm, "--env", env, "-conf", file.name]
@@ -124,15 +101,7 @@ def zoo_command(plan: TuningPlan, file: Path) -> str:
 
 
 def write_entry(plan: TuningPlan, method: Method, file: Path, facts: Mapping[str, str]) -> str:
-    """
-    Write a configuration file of rl_zoo3.
-
-    :param plan: The tuning
-    :param method: The method
-    :param file: The file, ending in ``.yml`` or ``.yaml``
-    :param facts: What else to say in it, as comments
-    :return: What is in the file
-    """
+    """Write a configuration file of rl_zoo3, with facts as comments, and give what is in it."""
     pretraining = plan.study.pretraining.algorithm
     lines = [f"Tuned with `sb3-offline-ft study tune` for {plan.study.env} on {plan.study.specs[plan.dataset]}"]
     lines += [f"{name}: {text}" for name, text in facts.items()]

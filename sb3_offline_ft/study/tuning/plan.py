@@ -13,22 +13,15 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
+from sb3_offline_ft.algorithms import ALGORITHMS, search_space
+from sb3_offline_ft.common.search_space import FIXED, N_TIMESTEPS, Hyperparams, SearchSpace, split_finetuning
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.study.design.methods import Method, default_of
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine.worker import WorkerSettings
-from sb3_offline_ft.study.tuning.objective import Objective, number_of_last
-from sb3_offline_ft.study.tuning.pruner import PRUNERS, DipPruner, make_pruner
-from sb3_offline_ft.tuning.search_spaces import (
-    DECAY,
-    FIXED,
-    N_TIMESTEPS,
-    SEARCH_SPACES,
-    Hyperparams,
-    SearchSpace,
-    split_finetuning,
-)
-from sb3_offline_ft.zoo.tuning import StudySeed, TrialSeededSampler
+from sb3_offline_ft.tuning.objective import Objective, number_of_last
+from sb3_offline_ft.tuning.pruner import PRUNERS, DipPruner, make_pruner
+from sb3_offline_ft.tuning.samplers import StudySeed, TrialSeededSampler
 
 SAMPLERS = ("tpe", "random")
 FEWEST_SEEDS = 2
@@ -73,18 +66,11 @@ class TuningSettings(WorkerSettings):
     @property
     def search_facts(self) -> dict[str, Any]:
         """How trials are drawn and given up, in the form of JSON; no depth of a dip if all are allowed."""
-        deepest = None if math.isinf(self.prune_dip) else self.prune_dip
-        return {
-            "sampler": self.sampler,
-            "pruner": self.pruner,
-            "startup_trials": self.startup_trials,
-            "prune_dip": deepest,
-        }
+        facts = {name: getattr(self, name) for name in ("sampler", "pruner", "startup_trials", "prune_dip")}
+        return facts | ({"prune_dip": None} if math.isinf(self.prune_dip) else {})
 
     def check(self) -> None:
-        """
-        :raises ValueError: A number is out of range, or a name unknown
-        """
+        """Refuse numbers that are out of range, and unknown names."""
         if self.n_seeds < FEWEST_SEEDS:
             raise ValueError(
                 f"`--seeds` must be at least {FEWEST_SEEDS}, found {self.n_seeds}: the best of many trials with one seed each "
@@ -98,7 +84,7 @@ class TuningSettings(WorkerSettings):
         if not self.prune_dip > 0:
             raise ValueError(f"`--prune-dip` must be above 0, or inf for never, found {self.prune_dip}.")
         for name, word, known in (
-            ("--algo", self.algo, SEARCH_SPACES),
+            ("--algo", self.algo, ALGORITHMS),
             ("--sampler", self.sampler, SAMPLERS),
             ("--pruner", self.pruner, PRUNERS),
         ):
@@ -121,7 +107,7 @@ class TuningPlan:
         self.study = protocol
         self.method = self._method()
         self.dataset = self._dataset()
-        self.space: SearchSpace = SEARCH_SPACES[self.method.algorithm]
+        self.space: SearchSpace = search_space(self.method.algorithm)
         self._check_fixed()
         self.seeds = self._seeds()
         self.protocol = protocol.changed(
@@ -131,7 +117,7 @@ class TuningPlan:
 
     def _method(self) -> Method:
         candidates = [
-            each for each in self.study.methods if each.algorithm in SEARCH_SPACES and each.pretrained and not each.frozen
+            each for each in self.study.methods if each.algorithm in ALGORITHMS and each.pretrained and not each.frozen
         ]
         file, settings = self.study.file, self.settings
         if settings.method is not None:
@@ -139,7 +125,7 @@ class TuningPlan:
             if settings.method not in names:
                 raise ValueError(
                     f"{file}: `--method {settings.method}` is no method that can be tuned: it must start from the pretrained "
-                    f"policy, and its algorithm be {', '.join(SEARCH_SPACES)}. "
+                    f"policy, and its algorithm be {', '.join(ALGORITHMS)}. "
                     + (suggestion(settings.method, names) if names else "There is none.")
                 )
             return candidates[names.index(settings.method)]
@@ -161,11 +147,10 @@ class TuningPlan:
         return label
 
     def _check_fixed(self) -> None:
-        known = sorted({tuned.hyperparam for tuned in self.space.tuned.values()})
-        for name in self.settings.fixed:
-            if name not in known:
-                raise ValueError(f"`--fix {name}` is no hyperparameter that is tuned. {suggestion(name, known)}")
-        if len(set(self.settings.fixed)) == len(known):
+        known, fixed = self.space.hyperparams, set(self.settings.fixed)
+        for name in sorted(fixed - set(known)):
+            raise ValueError(f"`--fix {name}` is no hyperparameter that is tuned. {suggestion(name, known)}")
+        if len(fixed) == len(known):
             raise ValueError("All hyperparameters are fixed with `--fix`: leave one to tune.")
 
     def _seeds(self) -> tuple[int, ...]:
@@ -174,10 +159,7 @@ class TuningPlan:
         return (*known, *_fresh(n, self.study.seeds))[:n]
 
     def fresh_seeds(self, n: int) -> list[int]:
-        """
-        :param n: Their number
-        :return: Seeds that neither the study nor this tuning has
-        """
+        """Seeds that neither the study nor this tuning has."""
         return _fresh(n, (*self.study.seeds, *self.seeds))
 
     @cached_property
@@ -198,11 +180,7 @@ class TuningPlan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def cell(self, method: Method, seed: int) -> Cell:
-        """
-        :param method: A method
-        :param seed: A seed
-        :return: What a trial runs
-        """
+        """What a trial runs."""
         return Cell(self.dataset, method, seed)
 
     @cached_property
@@ -214,10 +192,7 @@ class TuningPlan:
         return Objective(self.settings.dip_penalty, self.study.random_return, shortest, last)
 
     def frozen_until(self, hyperparams: Mapping[str, Any]) -> int:
-        """
-        :param hyperparams: Hyperparameters of the finetuning
-        :return: Interactions with the pretrained policy
-        """
+        """Interactions with the pretrained policy, by hyperparameters of the finetuning."""
         return int(hyperparams.get("warmup_steps", default_of(self.method.algorithm, "warmup_steps")))
 
     @property
@@ -226,18 +201,12 @@ class TuningPlan:
         return {N_TIMESTEPS: self.study.interactions, FIXED: sorted(set(self.settings.fixed))}
 
     def changed(self, parameters: Mapping[str, Any]) -> Hyperparams:
-        """
-        :param parameters: Parameters of a trial
-        :return: The hyperparameters of the finetuning that they set
-        """
+        """The hyperparameters of the finetuning that parameters of a trial set."""
         whole_run, finetuning = split_finetuning(self.space.convert(parameters))
         return whole_run | finetuning
 
     def tuned(self, parameters: Mapping[str, Any] | None) -> Method:
-        """
-        :param parameters: Parameters of a trial, None for the preset's
-        :return: The method that has them
-        """
+        """The method with the parameters of a trial, None for the preset's."""
         if parameters is None:
             return self.method
         return replace(
@@ -245,86 +214,30 @@ class TuningPlan:
         )
 
     def preset_parameters(self) -> Hyperparams:
-        """
-        :return: The parameters of the search space that the method has as it is, as far as the space has its values
-        """
-        hyperparams = sorted({tuned.hyperparam for tuned in self.space.tuned.values()})
-        return {name: value for each in hyperparams for name, value in self._parameters_of(each).items()}
+        """The parameters of the search space that the method has as it is, as far as the space has its values."""
 
-    def _parameters_of(self, hyperparam: str) -> Hyperparams:
-        value = self.method.hyperparams.get(hyperparam, default_of(self.method.algorithm, hyperparam))
-        names = [name for name, tuned in self.space.tuned.items() if tuned.hyperparam == hyperparam]
-        trial = optuna.trial.FixedTrial({name: _parameter(name, self.space, value) for name in names})
-        for attribute, fact in self.facts.items():
-            trial.set_user_attr(attribute, fact)
-        with warnings.catch_warnings():
-            # That a value is out of range is a warning
-            warnings.simplefilter("error")
-            try:
-                return self.space.draw(trial, names)
-            except (ValueError, TypeError, UserWarning):
-                return {}
+        def value_of(hyperparam: str) -> Any:
+            return self.method.hyperparams.get(hyperparam, default_of(self.method.algorithm, hyperparam))
+
+        return self.space.find(value_of, self.facts)
 
     def sampler(self) -> BaseSampler:
-        """
-        :return: The sampler, whose draws depend on the study's seeds and the earlier trials only
-        """
-        return TrialSeededSampler(self._create_sampler, StudySeed(self.seeds[0], None))
+        """The sampler, whose draws depend on the study's seeds and the earlier trials only."""
 
-    def _create_sampler(self, seed: int) -> BaseSampler:
-        if self.settings.sampler == "random":
-            return RandomSampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return TPESampler(n_startup_trials=self.settings.startup_trials, seed=seed, constant_liar=True)
+        def create(seed: int) -> BaseSampler:
+            if self.settings.sampler == "random":
+                return RandomSampler(seed=seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return TPESampler(n_startup_trials=self.settings.startup_trials, seed=seed, constant_liar=True)
+
+        return TrialSeededSampler(create, StudySeed(self.seeds[0], None))
 
     def pruner(self) -> DipPruner:
-        """
-        :return: The pruner
-        """
+        """Which trials are given up."""
         settings = self.settings
         return make_pruner(settings.pruner, settings.prune_dip, settings.startup_trials, self.n_evaluations, len(self.seeds))
 
 
 def _fresh(n: int, taken: Sequence[int]) -> list[int]:
     return list(islice((seed for seed in count(FIRST_FRESH_SEED) if seed not in taken), n))
-
-
-def _parameter(name: str, space: SearchSpace, value: Any) -> Any:
-    """The value that a parameter needs to have for a hyperparameter to have a value; None if there is none."""
-    if name == "noise_std":
-        return value if value is not None else 0.0
-    start, schedule, factor = _schedule_parts(value)
-    if name == "epsilon_end_factor":
-        return factor
-    if name == "epsilon":
-        return start if schedule in ("constant", "geometric") else None
-    if name.endswith("_schedule"):
-        return schedule
-    if f"{name}_schedule" in space.tuned:
-        return start if _is_allowed(schedule, factor) else None
-    return value
-
-
-def _is_allowed(schedule: str | None, factor: float | None) -> bool:
-    if schedule == "geometric":
-        return factor is not None and math.isclose(factor, 1 / DECAY)
-    return schedule is not None
-
-
-def _schedule_parts(value: Any) -> tuple[Any, str | None, float | None]:
-    """Begin of a schedule, which of the search space's kinds it is, and what its end is as a multiple of its begin."""
-    words = {"keep": 1.0, "drop": 0.0}
-    value = words.get(value, value) if isinstance(value, str) else value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value), "constant", 1.0
-    kind, *numbers = value.split("_") if isinstance(value, str) else ("",)
-    try:
-        start, end = (*map(float, numbers), 0.0)[:2]
-    except ValueError:
-        return None, None, None
-    if kind == "lin" and end == 0:
-        return start, "linear", 0.0
-    if kind == "geo" and start > 0 and end > 0:
-        return start, "geometric", end / start
-    return None, None, None

@@ -4,13 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sb3_offline_ft.study.design.protocol import Cell
 from sb3_offline_ft.study.engine.queue import CELL, ERROR, KEY, CellState, Claim, StudyQueue
 from sb3_offline_ft.study.tuning.plan import TuningPlan
-from sb3_offline_ft.study.tuning.pruner import PRESET
+from sb3_offline_ft.tuning.pruner import PRESET
 
 JOURNAL = "tune.log"
 SCORES = "scores"
@@ -24,17 +23,12 @@ MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 @dataclass(frozen=True)
 class TrialSlot(Cell):
-    """
-    A trial that a tuning shall have.
-
-    :param number: Which of them; 0 is the preset
-    """
+    """A trial that a tuning shall have; number 0 is the preset."""
 
     number: int = 0
 
     @property
     def name(self) -> str:
-        """Its name."""
         return "preset" if self.number == 0 else f"trial {self.number}"
 
 
@@ -60,18 +54,11 @@ class TuningQueue(StudyQueue):
         self.study.sampler, self.study.pruner = plan.sampler(), plan.pruner()
 
     def trial(self, claim: Claim) -> Trial:
-        """
-        :param claim: A trial that this process has taken
-        :return: It, as Optuna gives it to objectives
-        """
+        """A trial that this process has taken, as Optuna gives it to objectives."""
         return Trial(self.study, self.trial_id(claim.number))
 
     def finish(self, claim: Claim, value: float) -> bool:
-        """
-        :param claim: A trial
-        :param value: Its value
-        :return: False if it was taken from this process because it seemed dead
-        """
+        """Record a trial's value; False if it was taken from this process because it seemed dead."""
 
         def end() -> None:
             self.storage.set_trial_state_values(self.trial_id(claim.number), TrialState.COMPLETE, [value])
@@ -79,12 +66,7 @@ class TuningQueue(StudyQueue):
         return claim._end(end)
 
     def give_up(self, claim: Claim) -> bool:
-        """
-        Record that a trial is not worth going on with.
-
-        :param claim: The trial
-        :return: As :meth:`finish`
-        """
+        """Record that a trial is not worth going on with; False as for :meth:`finish`."""
 
         def end() -> None:
             trial_id = self.trial_id(claim.number)
@@ -95,9 +77,7 @@ class TuningQueue(StudyQueue):
         return claim._end(end)
 
     def trials(self) -> list[FrozenTrial]:
-        """
-        :return: All trials that have ended with a value, were given up, or failed with an error
-        """
+        """All trials that have ended with a value, were given up, or failed with an error."""
         return [
             trial
             for trial in self.study.get_trials(deepcopy=False)
@@ -127,35 +107,9 @@ class TuningQueue(StudyQueue):
 
 
 def trial_note(trial: FrozenTrial) -> str:
-    """
-    :param trial: A trial that has ended
-    :return: What became of it, in a few words
-    """
+    """What became of a trial that has ended, in a few words."""
     if trial.state == TrialState.COMPLETE:
         return "complete"
     if trial.state == TrialState.PRUNED:
-        where = trial.user_attrs.get(GIVEN_UP)
-        return f"given up {where}" if where else "given up"
+        return f"given up {trial.user_attrs.get(GIVEN_UP, '')}".rstrip()
     return "failed: " + str(trial.user_attrs[ERROR]).rstrip().rpartition("\n")[2]
-
-
-def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """
-    :param trials: Trials
-    :return: The one with the highest value, of equal ones the first; None if none has ended with a value
-    """
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return max(complete, key=lambda trial: trial.value or 0.0, default=None)
-
-
-def preset_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """
-    :param trials: Trials
-    :return: That of the preset, None if it has no value
-    """
-    return next((trial for trial in trials if PRESET in trial.user_attrs and trial.state == TrialState.COMPLETE), None)
-
-
-def quiet_optuna() -> None:
-    """Let Optuna say nothing below warnings."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

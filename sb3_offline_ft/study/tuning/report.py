@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +21,16 @@ from rich.text import Text
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.pages.html import Picture, render_page
-from sb3_offline_ft.pages.pictures import inline_svg, picture_files
+from sb3_offline_ft.pages.pictures import Drawing, inline_svg
 from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.engine.queue import CELL
 from sb3_offline_ft.study.report.shortcomings import shortcomings
+from sb3_offline_ft.study.report.tables import TextTable
 from sb3_offline_ft.study.report.words import some
 from sb3_offline_ft.study.tuning.entry import write_entry, zoo_command
-from sb3_offline_ft.study.tuning.objective import Score
 from sb3_offline_ft.study.tuning.plan import FEWEST_TO_SHOW, TuningPlan
-from sb3_offline_ft.study.tuning.pruner import DEEPEST_DIP, PRESET
-from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, SEARCH, TuningQueue, best_trial, preset_trial, trial_note
+from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, SEARCH, TuningQueue, trial_note
+from sb3_offline_ft.tuning.pruner import DEEPEST_DIP, PRESET
 
 FEWEST_FOR_IMPORTANCE = 10
 BEST_SHOWN = 5
@@ -40,12 +41,7 @@ _WIDTH = 5.6
 
 @dataclass(frozen=True)
 class Importance:
-    """
-    How much parameters matter.
-
-    :param shares: Share of each parameter by its name, the highest first; empty if it cannot be computed
-    :param reason: Why it cannot be computed, empty if it can
-    """
+    """The share of each parameter, the highest first, or the reason why it cannot be computed."""
 
     shares: dict[str, float] = field(default_factory=dict)
     reason: str = ""
@@ -55,42 +51,29 @@ def parameter_importance(study: optuna.Study) -> Importance:
     """
     Importance of parameters by PED-ANOVA (Watanabe et al. 2023, https://arxiv.org/abs/2304.10255): how much the distribution
     of each one among good trials differs from that among all.
-
-    :param study: A study
-    :return: The importance
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    shares: dict[str, float] = {}
     if len(complete) < FEWEST_FOR_IMPORTANCE:
-        return Importance(
-            reason=f"The importance of hyperparameters cannot be computed from {len(complete)} completed trials: it needs "
-            f"{FEWEST_FOR_IMPORTANCE}."
-        )
-    if len({trial.value for trial in complete}) == 1:
-        return Importance(reason="The importance of hyperparameters cannot be computed: all trials have the same value.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-        except (ValueError, RuntimeError) as error:
-            return Importance(reason=f"The importance of hyperparameters cannot be computed: {error}")
-    if not all(math.isfinite(share) for share in shares.values()) or sum(shares.values()) == 0:
-        return Importance(
-            reason="The importance of hyperparameters cannot be computed: good trials do not differ from others."
-        )
-    return Importance(dict(sorted(shares.items(), key=lambda item: -item[1])))
+        why = f" from {len(complete)} completed trials: it needs {FEWEST_FOR_IMPORTANCE}."
+    elif len({trial.value for trial in complete}) == 1:
+        why = ": all trials have the same value."
+    else:
+        why = ": good trials do not differ from others."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+            except (ValueError, RuntimeError) as error:
+                why = f": {error}"
+    if math.isfinite(total := sum(shares.values())) and total > 0:
+        return Importance(dict(sorted(shares.items(), key=lambda item: -item[1])))
+    return Importance(reason=f"The importance of hyperparameters cannot be computed{why}")
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """
-    What came out of a tuning.
-
-    :param plan: The tuning
-    :param trials: Trials that have ended with a value, were given up or failed
-    :param best: The best one
-    :param preset: That of the preset, None if it has no value
-    :param importance: How much parameters matter
-    """
+    """What came out of a tuning; ``preset`` is None if the preset's trial has no value."""
 
     plan: TuningPlan
     trials: Sequence[FrozenTrial]
@@ -115,9 +98,14 @@ class TuningResult:
         return {name: (self.plan.method.hyperparams.get(name), value) for name, value in sorted(tuned.items())}
 
     @property
+    def complete(self) -> list[FrozenTrial]:
+        """Trials that have ended with a value."""
+        return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
+
+    @property
     def counts(self) -> str:
         """Numbers of trials in words."""
-        by_state = {state: sum(trial.state == state for trial in self.trials) for state in TrialState}
+        by_state = Counter(trial.state for trial in self.trials)
         names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "given up", TrialState.FAIL: "failed"}
         return ", ".join(f"{by_state[state]} {name}" for state, name in names.items() if by_state[state])
 
@@ -133,10 +121,10 @@ class TuningResult:
     @property
     def caution(self) -> str:
         """What the result must not be taken for."""
-        n = sum(trial.state == TrialState.COMPLETE for trial in self.trials)
         return (
-            f"The best of {n} trials with {len(self.plan.seeds)} seeds each is partly the luckiest: expect less of it with "
-            f"other seeds. `--confirm {FEWEST_TO_SHOW}` runs it and the preset with {FEWEST_TO_SHOW} fresh seeds."
+            f"The best of {len(self.complete)} trials with {len(self.plan.seeds)} seeds each is partly the luckiest: expect "
+            f"less of it with other seeds. `--confirm {FEWEST_TO_SHOW}` runs it and the preset with {FEWEST_TO_SHOW} fresh "
+            "seeds."
         )
 
     @property
@@ -150,38 +138,35 @@ class TuningResult:
     @property
     def shortcomings(self) -> list[str]:
         """What runs of trials lacked, in sentences."""
-        runs = {
-            f"{_name(trial)}, seed {facts['seed']}": facts
-            for trial in self.trials
-            for facts in trial.user_attrs.get(SCORES, [])
-        }
+        runs = {f"{_name(trial)}, seed {facts['seed']}": facts for trial in self.trials for facts in _scores(trial)}
         return shortcomings(runs, self.plan.study.interactions)
 
-    def shown(self) -> list[FrozenTrial]:
-        """
-        :return: The best trials, and the preset's
-        """
-        complete = sorted(
-            (trial for trial in self.trials if trial.state == TrialState.COMPLETE), key=lambda trial: -(trial.value or 0.0)
-        )
-        best = complete[:BEST_SHOWN]
-        return best if self.preset is None or any(PRESET in trial.user_attrs for trial in best) else [*best, self.preset]
-
-    def rows(self) -> tuple[list[str], list[list[str]]]:
-        """
-        :return: Names of columns, and the rows, of a table of the best trials
-        """
-        columns = ["", "value", *(f"seed {seed}: J0, J_end, dip" for seed in self.plan.seeds)]
+    def table(self) -> TextTable:
+        """The best trials, and the preset's."""
+        shown = sorted(self.complete, key=lambda trial: -(trial.value or 0.0))[:BEST_SHOWN]
+        if self.preset is not None and not any(PRESET in trial.user_attrs for trial in shown):
+            shown.append(self.preset)
         rows = []
-        for trial in self.shown():
-            scores = [Score.from_dict(facts) for facts in trial.user_attrs[SCORES]]
-            cells = [f"{each.initial_return:,.1f}, {each.last_return:,.1f}, {each.dip_depth:.2f}" for each in scores]
-            rows.append([_name(trial), f"{trial.value:+.3f}", *cells])
-        return columns, rows
+        for trial in shown:
+            scores = [
+                f"{one['initial_return']:,.1f}, {one['last_return']:,.1f}, {one['dip_depth']:.2f}" for one in _scores(trial)
+            ]
+            rows.append([_name(trial), f"{trial.value:+.3f}", *scores])
+        columns = ["", "value", *(f"seed {seed}: J0, J_end, dip" for seed in self.plan.seeds)]
+        return TextTable("The best trials", columns, rows)
+
+    def changes_table(self) -> TextTable:
+        """What the best trial sets."""
+        rows = [[name, "default" if old is None else str(old), str(new)] for name, (old, new) in self.changes.items()]
+        return TextTable("What the best one sets", ["hyperparameter", "preset", "best"], rows)
 
 
 def _name(trial: FrozenTrial) -> str:
     return str(trial.user_attrs[CELL])
+
+
+def _scores(trial: FrozenTrial) -> list[dict[str, Any]]:
+    return list(trial.user_attrs.get(SCORES, []))
 
 
 def _search_words(facts: Mapping[str, Any] | None) -> str:
@@ -195,59 +180,42 @@ def _search_words(facts: Mapping[str, Any] | None) -> str:
 
 
 def read_result(queue: TuningQueue) -> TuningResult:
-    """
-    :param queue: The trials of a tuning
-    :return: What came out of it so far
-    :raises ValueError: No trial was completed
-    """
+    """What came out of a tuning so far; of equal trials the first is the best."""
     trials = queue.trials()
-    best = best_trial(trials)
-    if best is None:
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if not complete:
         notes = "; ".join(f"{_name(trial)} {trial_note(trial)}" for trial in trials[:3]) or "none has ended"
         raise ValueError(f"No trial was completed, so there is nothing to report: {notes}.")
-    return TuningResult(queue.plan, trials, best, preset_trial(trials), parameter_importance(queue.study))
+    best = max(complete, key=lambda trial: trial.value or 0.0)
+    preset = next((trial for trial in complete if PRESET in trial.user_attrs), None)
+    return TuningResult(queue.plan, trials, best, preset, parameter_importance(queue.study))
 
 
 def show_result(result: TuningResult, console: Console) -> None:
-    """
-    Print what came out.
-
-    :param result: The result
-    :param console: Where to print
-    """
+    """Print what came out."""
     plan = result.plan
-    columns, rows = result.rows()
     console.print(Text(f"{plan.method.label} on {plan.dataset}: {result.counts}", style="bold"))
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row, style="bold" if row[0] == _name(result.best) else "")
-    console.print(table)
+    _print_table(result.table(), console, _name(result.best))
     console.print(Text(f"Values are in units of {plan.objective.unit_text}."))
     if result.changes:
-        changes = Table("hyperparameter", "preset", "best")
-        for name, (old, new) in result.changes.items():
-            changes.add_row(name, "default" if old is None else str(old), str(new))
-        console.print(changes)
+        _print_table(result.changes_table(), console)
     console.print(Text(result.importance.reason or f"Most important: {', '.join(list(result.importance.shares)[:3])}."))
     console.print(Text(result.verdict, style="bold"))
     if not result.preset_is_best:
         console.print(Text(result.caution, style="yellow"))
 
 
+def _print_table(content: TextTable, console: Console, bold: str | None = None) -> None:
+    table = Table(*content.columns)
+    for row in content.rows:
+        table.add_row(*row, style="bold" if row[0] == bold else "")
+    console.print(table)
+
+
 def write_result(
     result: TuningResult, queue: TuningQueue, folder: Path, configuration: Path, confirmation: str = ""
 ) -> list[Path]:
-    """
-    Write what came out: the configuration, a page, pictures, and all trials.
-
-    :param result: The result
-    :param queue: The trials
-    :param folder: Where to write
-    :param configuration: Where to write the configuration
-    :param confirmation: What fresh seeds said, empty if they were not asked
-    :return: The files
-    :raises OSError: One cannot be written
-    """
+    """Write what came out, and what fresh seeds said: the configuration, a page, pictures, and all trials."""
     plan = result.plan
     facts = {
         "Objective": f"J_end - J0 - {plan.settings.dip_penalty:g} x dip, mean over seeds {', '.join(map(str, plan.seeds))}",
@@ -263,16 +231,13 @@ def write_result(
             file.write(content)
         written.append(folder / name)
 
-    drawings = {"history": _history(result)}
-    if result.importance.shares:
-        drawings["importance"] = _importance(result)
+    drawings = [_history(result), *([_importance(result)] if result.importance.shares else [])]
     pictures = []
-    for name, drawing in drawings.items():
-        for kind, content in picture_files(name, drawing.paint, drawing.size, drawing.title).items():
-            write(f"{name}.{kind}", content)
-        svg = inline_svg(name, drawing.paint, drawing.size, words=drawing.words, colours={ACCENT: "var(--accent)"})
-        pictures.append(Picture(svg, drawing.title, drawing.caption, drawing.words))
-    columns, rows = result.rows()
+    for one in drawings:
+        for kind, content in one.files().items():
+            write(f"{one.name}.{kind}", content)
+        svg = inline_svg(one.name, one.paint, one.size, words=one.words, colours={ACCENT: "var(--accent)"})
+        pictures.append(Picture(svg, one.title, one.caption, one.words))
     page = render_page(
         __package__,
         "report.html.jinja",
@@ -281,8 +246,6 @@ def write_result(
         confirmation=confirmation,
         plan=plan,
         settings=plan.settings,
-        columns=columns,
-        rows=rows,
         pictures=pictures,
         others=[(_name(trial), trial_note(trial)) for trial in result.trials if trial.state != TrialState.COMPLETE],
         entry=entry,
@@ -310,19 +273,9 @@ def _csv(result: TuningResult, queue: TuningQueue) -> str:
     return str(frame.to_csv(index=False))
 
 
-@dataclass(frozen=True)
-class _Drawing:
-    paint: Any
-    size: tuple[float, float]
-    title: str
-    caption: str
-    words: str
-
-
-def _history(result: TuningResult) -> _Drawing:
-    complete = [trial for trial in result.trials if trial.state == TrialState.COMPLETE]
-    numbers = [trial.number for trial in complete]
-    values = [float(trial.value or 0.0) for trial in complete]
+def _history(result: TuningResult) -> Drawing:
+    numbers = [trial.number for trial in result.complete]
+    values = [float(trial.value or 0.0) for trial in result.complete]
     given_up = {
         trial.number: trial.value for trial in result.trials if trial.state == TrialState.PRUNED and trial.value is not None
     }
@@ -344,10 +297,10 @@ def _history(result: TuningResult) -> _Drawing:
 
     words = f"{result.counts}. {result.verdict}"
     caption = "Value of each trial; 0 is as good as the pretrained policy all the time."
-    return _Drawing(paint, (_WIDTH, 3.4), "How the search went", caption, words)
+    return Drawing("history", "How the search went", caption, words, paint, (_WIDTH, 3.4))
 
 
-def _importance(result: TuningResult) -> _Drawing:
+def _importance(result: TuningResult) -> Drawing:
     shares = result.importance.shares
 
     def paint(figure: Figure) -> None:
@@ -360,9 +313,8 @@ def _importance(result: TuningResult) -> _Drawing:
         axes.margins(x=0.15)
 
     words = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
-    n = sum(trial.state == TrialState.COMPLETE for trial in result.trials)
     caption = (
-        f"PED-ANOVA: how much the values in the best tenth of the {n} completed trials differ from those in all. "
-        "The sum is 1. With few trials it is rough."
+        f"PED-ANOVA: how much the values in the best tenth of the {len(result.complete)} completed trials differ from those "
+        "in all. The sum is 1. With few trials it is rough."
     )
-    return _Drawing(paint, (_WIDTH, 0.8 + 0.3 * len(shares)), "Which hyperparameters matter", caption, words)
+    return Drawing("importance", "Which hyperparameters matter", caption, words, paint, (_WIDTH, 0.8 + 0.3 * len(shares)))

@@ -1,11 +1,11 @@
 """Tunes the finetuning in the conditions of a study: trials by workers, results as files, a check with fresh seeds."""
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import yaml
 from rich.console import Console
 from rich.text import Text
@@ -23,11 +23,10 @@ from sb3_offline_ft.study.engine.run import StudyRun, run_study
 from sb3_offline_ft.study.engine.worker import DISK_FULL
 from sb3_offline_ft.study.report.comparisons import SIGNIFICANT
 from sb3_offline_ft.study.tuning.entry import spec_seen_from
-from sb3_offline_ft.study.tuning.objective import final_score
 from sb3_offline_ft.study.tuning.plan import FEWEST_SEEDS, FEWEST_TO_SHOW, TuningPlan, TuningSettings
-from sb3_offline_ft.study.tuning.queue import TuningQueue, quiet_optuna
+from sb3_offline_ft.study.tuning.queue import TuningQueue
 from sb3_offline_ft.study.tuning.report import TuningResult, read_result, show_result, write_result
-from sb3_offline_ft.study.tuning.worker import tune_work
+from sb3_offline_ft.study.tuning.worker import final_score, tune_work
 
 TUNING = "tuning"
 CONFIRMATION = "confirmation"
@@ -37,14 +36,7 @@ TOO_FEW = f"no difference can be shown with fewer than {FEWEST_TO_SHOW} seeds"
 
 
 class TuningRun(StudyRun):
-    """
-    The workers of one ``study tune``.
-
-    :param settings: What workers are told
-    :param workers: Most workers at once
-    :param console: Where to show what they do
-    :param timeout: Seconds after which no other trial is begun, None for no limit
-    """
+    """The workers of one ``study tune``, which begin no other trial after ``timeout`` seconds."""
 
     _work = staticmethod(tune_work)
     _unit = "trial"
@@ -120,7 +112,7 @@ def tune(
         raise ValueError(f"`--confirm` must be at least {FEWEST_SEEDS} seeds, or 0 for none: found {confirm}.")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"`--timeout` must be above 0 seconds, found {timeout:g}.")
-    quiet_optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = console or Console(stderr=True)
     if 0 < confirm < FEWEST_TO_SHOW:
         console.print(Text(f"`--confirm {confirm}`: {TOO_FEW}.", style="yellow"))
@@ -129,7 +121,9 @@ def tune(
         with run.queue as queue:
             counts = run.run(retry_failed)
             result = read_result(queue)
-            _say_unfinished(counts, console)
+            if unfinished := counts[CellState.WAITING] + counts[CellState.RUNNING]:
+                text = f"Trials that have not ended: {unfinished}. The same command goes on with them."
+                console.print(Text(text, style="yellow"))
             show_result(result, console)
             folder = _folder(result.plan)
             configuration = output or folder / CONFIGURATION
@@ -151,12 +145,6 @@ def tune(
     return Tuned(result, files, comparison)
 
 
-def _say_unfinished(counts: Counter[CellState], console: Console) -> None:
-    unfinished = counts[CellState.WAITING] + counts[CellState.RUNNING]
-    if unfinished:
-        console.print(Text(f"Trials that have not ended: {unfinished}. The same command goes on with them.", style="yellow"))
-
-
 def _folder(plan: TuningPlan) -> Path:
     return plan.study.folder / TUNING / f"{plan.dataset}-{plan.method.name}-{plan.digest}"
 
@@ -168,13 +156,7 @@ def confirm_best(
     Run the best trial's hyperparameters and the preset with seeds that the tuning has not seen: as a study of its own, which
     can be interrupted and reported on as any other.
 
-    :param result: The result of the tuning
-    :param settings: Settings of the tuning
-    :param n_seeds: Number of seeds
-    :param workers: Processes that run them
-    :param console: Where to show what happens
     :return: The best less the preset, in the objective's values, paired by seed
-    :raises OSError: The storage, the data or the disk cannot be used, or a run failed
     """
     plan = result.plan
     folder = _folder(plan) / f"{CONFIRMATION}-{result.best.number}"
@@ -201,12 +183,7 @@ def confirm_best(
 
 
 def confirmation_text(comparison: PairedComparison) -> str:
-    """
-    Say what fresh seeds showed. The test alone judges: bootstrap intervals of few pairs are too narrow for that.
-
-    :param comparison: The best less the preset
-    :return: It in words
-    """
+    """What fresh seeds showed. The test alone judges: bootstrap intervals of few pairs are too narrow for that."""
     difference, p_value = comparison.difference, comparison.p_value
     judged = "not shown to be different"
     if comparison.smallest_p_value >= SIGNIFICANT:
@@ -220,12 +197,7 @@ def confirmation_text(comparison: PairedComparison) -> str:
 
 
 def confirmation_study(result: TuningResult, seeds: list[int], folder: Path) -> str:
-    """
-    :param result: The result of a tuning
-    :param seeds: Fresh seeds
-    :param folder: Where the study shall be
-    :return: The file of a study of the best and the preset
-    """
+    """The file of a study of the best and the preset with fresh seeds, which shall be in the folder."""
     plan = result.plan
     given: dict[str, Any] = load_yaml(plan.study.text, plan.study.file)
     entry = dict(given["methods"][plan.method.base]) | {"label": "preset"}

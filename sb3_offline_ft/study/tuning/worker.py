@@ -3,22 +3,25 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import optuna
 from optuna import TrialPruned
 from optuna.trial import Trial
 
 from sb3_offline_ft.pretrained.cache import default_folder
 from sb3_offline_ft.study.engine.cell import run_cell
+from sb3_offline_ft.study.engine.folder import CellResult
 from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.engine.queue import Claim, trying_again
 from sb3_offline_ft.study.engine.worker import TAKEN_OVER, Evaluated, Finished, Interrupts, Worker, last_line, work
-from sb3_offline_ft.study.tuning.objective import Score, final_score
 from sb3_offline_ft.study.tuning.plan import TuningPlan, TuningSettings
-from sb3_offline_ft.study.tuning.pruner import DEEPEST_DIP, PRESET
-from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, SEARCH, TuningQueue, quiet_optuna
+from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, SEARCH, TuningQueue
+from sb3_offline_ft.tuning.objective import Objective, Score
+from sb3_offline_ft.tuning.pruner import DEEPEST_DIP, PRESET
 
 KEPT = (
     "frozen_until",
@@ -35,20 +38,29 @@ KEPT = (
 """What a trial keeps of the manifest of each of its runs."""
 
 
-class TuningWorker(Worker):
-    """
-    Runs trials of a tuning in this process.
+def final_score(objective: Objective, result: CellResult) -> Score:
+    """The value of a run that has ended; an error if it is not finite, or nothing was evaluated after the warm-up."""
+    score = objective.score(result.timesteps.tolist(), result.returns.mean(axis=1).tolist(), result.frozen_until)
+    if score is None:
+        raise ValueError(
+            f"The last evaluation is at {result.timesteps[-1]:,} interactions, and the warm-up ends at "
+            f"{result.frozen_until:,}: nothing was measured after it. Set a smaller `evaluation.every` in study.yml."
+        )
+    if not math.isfinite(score.value):
+        raise ValueError(
+            f"The returns are not finite: the run ended with {score.last_return}, the lowest is {score.lowest_return}."
+        )
+    return score
 
-    :param settings: What to do
-    :param connection: To the parent, which is sent messages
-    :param interrupts: How it is interrupted
-    """
+
+class TuningWorker(Worker):
+    """Runs trials of a tuning in this process."""
 
     _unit = "trial"
     queue: TuningQueue
 
     def __init__(self, settings: TuningSettings, connection: Connection, interrupts: Interrupts) -> None:
-        quiet_optuna()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.settings = settings
         self.connection = connection
         self.interrupts = interrupts
@@ -85,11 +97,7 @@ class _TrialRun:
         self.means: list[float] = []
 
     def value(self) -> float:
-        """
-        :return: The mean of the seeds' values
-        :raises TrialPruned: It was given up
-        :raises UpdateFinishedTrialError: It was taken from this process
-        """
+        """The mean of the seeds' values; raises ``TrialPruned`` if it was given up."""
         plan, worker = self.plan, self.worker
         is_preset = PRESET in self.trial.user_attrs
         trying_again(lambda: self.trial.set_user_attr(SEARCH, plan.settings.search_facts))
@@ -109,7 +117,7 @@ class _TrialRun:
             )
             self.scores.append(final_score(plan.objective, result))
             facts = {name: result.manifest[name] for name in KEPT}
-            self.told.append({"seed": seed, **self.scores[-1].to_dict(), **facts})
+            self.told.append({"seed": seed, **asdict(self.scores[-1]), **facts})
             with worker.interrupts.deferred():
                 trying_again(lambda: self.trial.set_user_attr(SCORES, self.told))
         return float(np.mean([score.value for score in self.scores]))
@@ -144,10 +152,5 @@ class _TrialRun:
 
 
 def tune_work(settings: TuningSettings, connection: Connection) -> None:
-    """
-    Run trials until none waits, or the parent sends something.
-
-    :param settings: What to do
-    :param connection: To the parent, which is sent messages
-    """
+    """Run trials until none waits, or the parent sends something."""
     work(settings, connection, TuningWorker)

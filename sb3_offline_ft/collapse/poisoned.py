@@ -1,38 +1,33 @@
-"""Taking back what was put into a replay buffer since some moment."""
+"""What is done with the transitions that were gathered on the way to a collapse, and with broken ones."""
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.her import HerReplayBuffer
+
+from sb3_offline_ft.collapse.reporting import Reporter
+
+if TYPE_CHECKING:
+    from sb3_offline_ft.collapse.good_states import GoodState
 
 ROW_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
 @dataclass(frozen=True)
 class ReplayMark:
-    """
-    A place in a replay buffer's ring.
-
-    :param pos: The row that is written next after the mark
-    :param full: Whether every row has been written by then
-    """
+    """A place in a replay buffer's ring: the row that is written next, and whether every row has been written by then."""
 
     pos: int
     full: bool
 
     @classmethod
     def here(cls, buffer: ReplayBuffer, ahead: int = 0) -> "ReplayMark":
-        """
-        Mark the end of what is in the buffer now.
-
-        :param buffer: The replay buffer
-        :param ahead: Rows (steps of all environments) that are not stored yet and belong before the mark: 1 in a callback's
-            ``on_step``, which SB3 calls before it stores the step
-        :return: The mark
-        :raises ValueError: ``ahead`` is negative
-        """
+        """The end of what is in the buffer now, and of as many rows more as are ``ahead`` and still to be stored."""
         if ahead < 0:
             raise ValueError(f"`ahead` must be at least 0, found {ahead}.")
         end = buffer.pos + ahead
@@ -40,13 +35,8 @@ class ReplayMark:
 
 
 def check_can_thin_out(buffer: ReplayBuffer) -> None:
-    """
-    Check that single rows can be taken out of a replay buffer.
-
-    :param buffer: The replay buffer
-    :raises ValueError: Its rows depend on one another
-    """
-    name, problem = type(buffer).__name__, None
+    """``ValueError`` if single rows cannot be taken out of a replay buffer, since its rows depend on one another."""
+    problem = None
     if isinstance(buffer, NStepReplayBuffer) or getattr(buffer, "needs_following_rows", False):
         problem = "its n-step returns, next actions or Monte-Carlo returns need the rows that follow"
     elif isinstance(buffer, HerReplayBuffer):
@@ -54,17 +44,14 @@ def check_can_thin_out(buffer: ReplayBuffer) -> None:
     elif buffer.optimize_memory_usage:
         problem = "with `optimize_memory_usage=True` a row's next observation is in the next row"
     elif type(buffer).add not in (ReplayBuffer.add, DictReplayBuffer.add):
-        extra = [
-            key
-            for key, value in vars(buffer).items()
-            if isinstance(value, np.ndarray) and value.shape[:2] == (buffer.buffer_size, buffer.n_envs)
-        ]
-        unknown = ", ".join(sorted(set(extra) - set(ROW_ARRAYS)))
+        arrays = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray)}
+        extra = {name for name, value in arrays.items() if value.shape[:2] == (buffer.buffer_size, buffer.n_envs)}
+        unknown = ", ".join(sorted(extra - set(ROW_ARRAYS)))
         problem = f"it has an `add` of its own and keeps more than SB3's arrays ({unknown})" if unknown else None
     if problem is not None:
         raise ValueError(
-            f"Rows cannot be taken out of a {name}, since {problem}: use weight 1, which keeps all (`poisoned_data='keep'` of "
-            "a CollapseGuard)."
+            f"Rows cannot be taken out of a {type(buffer).__name__}, since {problem}: use weight 1, which keeps all "
+            "(`poisoned_data='keep'` of a CollapseGuard)."
         )
 
 
@@ -78,11 +65,7 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
     Marks set since then lose their meaning. Rows that the next one does not follow any more are marked as cut, as by
     ``cut_episodes`` of our buffers: ``timeouts`` is 1 where ``dones`` is 0, which changes no batch of single steps.
 
-    :param buffer: The replay buffer
-    :param mark: Where the rows begin
-    :param added: Number of rows stored behind the mark, that is without those of ``ahead``
-    :param weight: From 0 (none is kept) to 1 (nothing is changed)
-    :param generator: Decides which rows are kept, and which are copied
+    :param added: Number of rows stored behind the mark, that is without those that were ``ahead``
     :return: Number of transitions (rows times environments) removed
     :raises ValueError: ``weight`` is out of range, the buffer's rows depend on one another, or the buffer is not where it
         would be after ``added`` rows; nothing is changed then
@@ -137,19 +120,12 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
 
 def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     """
-    Take the last stored row out of the way if it holds a non-finite number, which would spoil every batch it is drawn into.
-
-    It becomes a copy of the last finite row before; if there is none, and where rows depend on one another, its non-finite
-    numbers become 0.
-
-    :param buffer: The replay buffer
-    :return: Whether it did
+    If the last stored row holds a non-finite number, which would spoil every batch it is drawn into, make it a copy of the
+    last finite row before; if there is none, and where rows depend on one another, its non-finite numbers become 0. Tells
+    whether it held one.
     """
     last = (buffer.pos - 1) % buffer.buffer_size
-    arrays: list[np.ndarray] = []
-    for name in ROW_ARRAYS:
-        values = getattr(buffer, name, None)
-        arrays += values.values() if isinstance(values, dict) else [] if values is None else [values]
+    arrays = _row_arrays(buffer)
     places = [(array, last) for array in arrays]
     if buffer.optimize_memory_usage:
         # Where the next observation is
@@ -170,6 +146,11 @@ def replace_last_if_not_finite(buffer: ReplayBuffer) -> bool:
     return True
 
 
+def _row_arrays(buffer: ReplayBuffer) -> list[np.ndarray]:
+    found = (getattr(buffer, name) for name in ROW_ARRAYS if hasattr(buffer, name))
+    return [array for values in found for array in (values.values() if isinstance(values, dict) else (values,))]
+
+
 def _is_finite(arrays: list[np.ndarray], row: int) -> bool:
     return all(bool(np.isfinite(array[row]).all()) for array in arrays)
 
@@ -183,7 +164,87 @@ def _cut_after(buffer: ReplayBuffer, rows: np.ndarray) -> None:
 
 
 def _copy_rows(buffer: ReplayBuffer, sources: np.ndarray, targets: np.ndarray) -> None:
-    for name in ROW_ARRAYS:
-        values = getattr(buffer, name)
-        for array in values.values() if isinstance(values, dict) else (values,):
-            array[targets] = array[sources]
+    for array in _row_arrays(buffer):
+        array[targets] = array[sources]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment of the run: where the replay buffer's ring was, and how many rows had been stored in all."""
+
+    ring: ReplayMark
+    rows: int
+
+
+class PoisonedData:
+    """
+    Counts the rows of a replay buffer, gives those since a restored state the weight that they shall have, and replaces broken
+    ones. SB3 stores a step after its callbacks, so that this waits for the next one.
+    """
+
+    def __init__(self, model: OffPolicyAlgorithm, weight: float, report: Reporter) -> None:
+        assert model.replay_buffer is not None
+        self._model, self._weight, self._report = model, weight, report
+        self._generator = np.random.default_rng(0)
+        self._rows = self._unstored = 0
+        self._removal: tuple[GoodState, int] | None = None
+        self._is_broken = False
+
+    def go_on(self) -> None:
+        """Begin another call of ``learn``: SB3 does not store the step at which a callback has ended the run."""
+        self._rows -= self._unstored
+        self._unstored = 0
+        self._is_broken = False
+
+    def begin_step(self, states: Iterable["GoodState"]) -> None:
+        self.end_step(states)
+        self._rows += 1
+        self._unstored = 1
+
+    def end_step(self, states: Iterable["GoodState"]) -> None:
+        """The last step has been stored; do what waited for it. Marks of states are set anew where rows have moved."""
+        self._unstored = 0
+        buffer = self._model.replay_buffer
+        assert buffer is not None
+        if self._is_broken:
+            self._is_broken = False
+            replace_last_if_not_finite(buffer)
+        if self._removal is None:
+            return
+        (good, number), self._removal = self._removal, None
+        if self._weight == 1:
+            return
+        added = self._rows - good.mark.rows
+        try:
+            removed = thin_out_since(buffer, good.mark.ring, added, self._weight, self._generator)
+        except ValueError as error:
+            self._report.event("warning", message=f"The data since step {good.timestep} is kept: {error}")
+            return
+        if not buffer.full:
+            self._rows -= removed // buffer.n_envs
+        since = good.mark.rows
+        for state in states:
+            if state is good or state.mark.rows > since:
+                state.mark = self.stored_so_far()
+        self._report.event("removal", number=number, removed=removed)
+
+    def stored_so_far(self) -> Mark:
+        """Mark what is stored now."""
+        return self._mark(ahead=0)
+
+    def gathered_so_far(self) -> Mark:
+        """Mark what is stored now and the present step, if that is still to be stored."""
+        return self._mark(ahead=self._unstored)
+
+    def _mark(self, ahead: int) -> Mark:
+        buffer = self._model.replay_buffer
+        assert buffer is not None
+        return Mark(ReplayMark.here(buffer, ahead), self._rows - self._unstored + ahead)
+
+    def remove_since(self, good: "GoodState", number: int) -> None:
+        """Give what was gathered since a good state less weight, as part of the rollback of this number."""
+        self._removal = good, number
+
+    def repair_present_step(self) -> None:
+        """The present step holds a non-finite number: replace it."""
+        self._is_broken = True

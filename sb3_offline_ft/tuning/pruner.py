@@ -28,11 +28,7 @@ class DipPruner(BasePruner):
         self.other = other
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """
-        :param study: The study
-        :param trial: A trial, which has the user attribute :data:`DEEPEST_DIP` once it has dipped
-        :return: Whether to give it up
-        """
+        """Whether to give a trial up, which has the user attribute :data:`DEEPEST_DIP` once it has dipped."""
         if PRESET in trial.user_attrs:
             return False
         if trial.user_attrs.get(DEEPEST_DIP, -math.inf) > self.deepest:
@@ -56,11 +52,7 @@ class LatestMedianPruner(MedianPruner):
         self.looks = range(n_evaluations, n_seeds * n_evaluations, n_evaluations)
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """
-        :param study: The study
-        :param trial: A trial
-        :return: Whether a run has just ended and its latest value is below the median of what the finished trials had then
-        """
+        """Whether a run has just ended and its latest value is below the median of what the finished trials had then."""
         step = trial.last_step
         if step is None or step not in self.looks:
             return False

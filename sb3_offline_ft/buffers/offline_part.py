@@ -1,0 +1,89 @@
+"""The offline part of a replay buffer: a dataset, its own random stream, and how often each source has been drawn from."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from sb3_offline_ft.buffers.balanced_replay import BalancedReplay
+from sb3_offline_ft.buffers.sampling import SourceShares
+from sb3_offline_ft.buffers.transitions import OfflineTransitions
+from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.datasets import OfflineDataset, check_compatible, clip_actions, fit_to_space, scale_actions
+
+Array = npt.NDArray[Any]
+
+
+class SamplerPosition(NamedTuple):
+    """
+    How far the draws of offline rows are.
+
+    :param state: The random streams
+    :param rows_by_source: Number of rows drawn from each source, shape ``(n_sources,)``
+    :param drawn: With balanced replay, the rows whose priorities are to be estimated
+    """
+
+    state: str
+    rows_by_source: Array
+    drawn: tuple[Array, ...]
+
+
+class OfflinePart:
+    """
+    Immutable rows with an index space of their own, and the draws of them.
+
+    :param balanced: Priorities of the rows; None draws them by the shares of their sources
+    """
+
+    def __init__(self, balanced: BalancedReplay | None) -> None:
+        self.balanced = balanced
+        self.dataset: OfflineDataset | None = None
+        self.transitions: OfflineTransitions | None = None
+        self.shares = SourceShares([])
+        self.rows_by_source = np.zeros(0, np.int64)
+
+    def seed(self, seed: int | None) -> None:
+        """Start the random streams anew; None takes fresh entropy."""
+        self.generator = np.random.default_rng(derive_seed(seed, stream=0))
+        if self.balanced is not None:
+            self.balanced.seed(derive_seed(seed, stream=3))
+
+    def set(
+        self,
+        dataset: OfflineDataset,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        handle_timeout_termination: bool,
+        gamma: float,
+    ) -> None:
+        """
+        :param dataset: The logged data
+        :param observation_space: The environment's
+        :param action_space: The environment's; actions are scaled from its bounds to [-1, 1]
+        :param handle_timeout_termination: Whether to bootstrap the value at truncations
+        :param gamma: Discount factor of Monte-Carlo returns
+        :raises ValueError: The spaces differ, actions are out of bounds, or restored priorities are of other data
+        """
+        check_compatible(dataset, observation_space, action_space)
+        dataset = clip_actions(dataset, action_space)
+        actions = scale_actions(dataset.actions, action_space).reshape(len(dataset), -1)
+        dataset = fit_to_space(dataset, observation_space)
+        transitions = OfflineTransitions(dataset, actions, handle_timeout_termination, gamma)
+        shares = SourceShares(dataset.sources)
+        if self.balanced is not None:
+            self.balanced.set_offline_data(transitions, shares)
+        self.dataset, self.transitions, self.shares = dataset, transitions, shares
+        self.rows_by_source = np.zeros(len(shares.names), np.int64)
+
+    def draw(self, shape: tuple[int, int], by_priority: bool) -> Array:
+        """
+        :param shape: Shape of the rows that are wanted
+        :param by_priority: Whether priorities count, if there are any
+        :return: Rows
+        """
+        size = shape[0] * shape[1]
+        source = self.shares if self.balanced is None or not by_priority else self.balanced
+        rows = source.draw(self.generator, size)
+        self.rows_by_source += self.shares.count(rows)
+        return rows.reshape(shape)

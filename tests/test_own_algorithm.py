@@ -1,0 +1,104 @@
+"""An algorithm of another package: its folder is all that it takes for the zoo, tuning, studies and the contract."""
+
+import importlib
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from sb3_offline_ft.testing import check_algorithm
+from tests.conftest import RunPython
+from tests.study_runs import STUDY
+from tests.test_zoo_optimize import load_study
+
+ALGORITHM = '''
+from torch.nn import functional as F
+
+from sb3_offline_ft import OfflineTD3
+
+
+class Huber(OfflineTD3):
+    """TD3 with a Huber loss of behavior cloning, online with another weight."""
+
+    def __init__(self, *args, online_weight=1.0, **kwargs):
+        self.online_weight = online_weight
+        super().__init__(*args, **kwargs)
+
+    def _actor_loss(self, batch, actions, q_values):
+        if not (self._pretraining or self._finetuning):
+            return super()._actor_loss(batch, actions, q_values)
+        weight = self.online_weight if self._finetuning else 1.0
+        return -q_values.mean() / q_values.detach().abs().mean() + weight * F.smooth_l1_loss(actions, batch.actions)
+'''
+SEARCH_SPACE = """
+from sb3_offline_ft.common.search_space import real
+
+SEARCH_SPACE = {"online_weight": real(0.01, 1.0, log=True)}
+"""
+PRESET = {
+    "default": {
+        "policy": "MlpPolicy",
+        "n_timesteps": 120,
+        "dataset": "bundled:pendulum-medium",
+        "offline_steps": 20,
+        "warmup_steps": 20,
+        "batch_size": 16,
+        "buffer_size": 1000,
+        "policy_kwargs": {"net_arch": [8]},
+        "online_weight": 0.5,
+    }
+}
+TRAIN = ["-m", "rl_zoo3.train", "--algo", "huber", "--env", "Pendulum-v1", "--eval-episodes", "1", "--seed", "1"]
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """The folder of an installed package ``huber_for_this_test``."""
+    root = tmp_path / "site"
+    folder, facts = root / "huber_for_this_test", root / "huber_for_this_test-1.0.dist-info"
+    for path, text in {
+        folder / "__init__.py": ALGORITHM,
+        folder / "search_space.py": SEARCH_SPACE,
+        folder / "huber.yml": yaml.safe_dump(PRESET),
+        facts / "METADATA": "Metadata-Version: 2.1\nName: huber-for-this-test\nVersion: 1.0\n",
+        facts / "entry_points.txt": "[sb3_offline_ft.algorithms]\nhuber = huber_for_this_test:Huber\n",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_the_stock_command_trains_and_tunes_it(run_python: RunPython, package: Path, tmp_path: Path) -> None:
+    path = {"PYTHONPATH": str(package)}
+    trained = run_python(*TRAIN, "--eval-freq", "60", **path)
+    assert trained.returncode == 0, trained.stderr
+    assert "huber_for_this_test/huber.yml" in trained.stdout
+    assert (tmp_path / "work" / "logs" / "huber" / "Pendulum-v1_1" / "Pendulum-v1.zip").is_file()
+
+    study = ["--study-name", "study", "--storage", "study.log", "--n-trials", "1", "--n-evaluations", "2", "--no-optim-plots"]
+    tuned = run_python(*TRAIN, "-optimize", *study, **path)
+    assert tuned.returncode == 0, tuned.stderr
+    (trial,) = load_study(str(tmp_path / "work" / "study.log")).trials
+    assert trial.state == optuna.trial.TrialState.COMPLETE
+    assert {"online_weight", "finetuning_learning_rate", "warmup_steps"} <= trial.params.keys()
+    assert trial.user_attrs["pretrained"]
+
+
+def test_a_study_compares_it_with_others(run_python: RunPython, package: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    methods = {"huber": {"algorithm": "huber", "hyperparams": {"online_weight": 0.1}}, "td3": {"algorithm": "td3"}}
+    pretraining = {"algorithm": "huber", "hyperparams": {"offline_steps": 10}}
+    study = STUDY | {"methods": methods, "pretraining": pretraining, "seeds": 1}
+    (folder / "study.yml").write_text(yaml.safe_dump(study, sort_keys=False))
+    process = run_python("-m", "sb3_offline_ft", "study", "run", str(folder), PYTHONPATH=str(package))
+    assert process.returncode == 0, process.stdout + process.stderr
+    manifests = [yaml.safe_load(path.read_text()) for path in folder.rglob("manifest.json")]
+    assert len(manifests) == 2
+    assert len(list((folder / "pretrained").glob("*.pt"))) == 1
+
+
+def test_it_keeps_the_contract(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(package)
+    check_algorithm(importlib.import_module("huber_for_this_test").Huber, online_weight=0.5)
