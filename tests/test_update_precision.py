@@ -181,7 +181,7 @@ start = th.cat([p.detach().double().flatten() for p in models[0].policy.paramete
 for model in models:
     model.pretrain(40)
 fast, autograd = (th.cat([p.detach().double().flatten() for p in model.policy.parameters()]) for model in models)
-print(models[0]._kernel.products.name)
+print(models[0].updater.kernel.products.name)
 print(float((fast - autograd).norm() / (autograd - start).norm()))
 print(th.backends.mkldnn.matmul.fp32_precision)
 """
