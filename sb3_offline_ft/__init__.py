@@ -1,7 +1,4 @@
-"""Offline pretraining and safe online finetuning for Stable-Baselines3.
-
-The public names are imported on first use (PEP 562), so that importing the package costs nothing.
-"""
+"""Offline pretraining and safe online finetuning for Stable-Baselines3. The names are imported on first use (PEP 562)."""
 
 from typing import TYPE_CHECKING
 

@@ -14,6 +14,7 @@ from sb3_offline_ft.update import ActorObjective, Batch
 
 
 def n_updates(model: BaseAlgorithm) -> int:
+    """Number of gradient steps."""
     return int(model._n_updates)  # type: ignore[attr-defined]
 
 

@@ -101,10 +101,5 @@ def is_fast(model: OfflineTD3) -> bool:
     return kernel_of(model).name == "fast"
 
 
-def n_updates(model: TD3) -> int:
-    """Number of gradient steps, for which SB3 has no public name."""
-    return model._n_updates
-
-
 def count_steps(optimizer: th.optim.Optimizer) -> set[float]:
     return {float(entry["step"]) for entry in optimizer.state.values()}

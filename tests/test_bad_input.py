@@ -9,6 +9,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from torch.nn.utils import parameters_to_vector
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, OfflineDataset, OfflineTD3
+from tests.hooks import last_observations
 
 ENV = "Pendulum-v1"
 DATASET = "bundled:pendulum-medium"
@@ -144,8 +145,7 @@ def test_dataset_that_does_not_fit_changes_nothing(dataset, message, start):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         getattr(model, start)(5)
     assert th.equal(weights(model), before) and model.num_timesteps == model.offline_steps_done == 0
-    # SB3 keeps there what it began an episode with
-    assert model.offline_dataset is None and model.dataset_fingerprint is None and model._last_obs is None
+    assert model.offline_dataset is None and model.dataset_fingerprint is None and last_observations(model) is None
     assert all((normalizer.observation_std == 1).all() for normalizer in model.policy.normalizers())
 
 

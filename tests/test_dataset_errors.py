@@ -120,6 +120,7 @@ def test_unknown_id_says_what_was_tried_and_what_is_near(minari_root: Path) -> N
 
 @pytest.mark.usefixtures("silent_hub")
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No user sets it, and a test should not wait for ten seconds
     monkeypatch.setattr(hub_module, "_LIST_SECONDS", 1.0)
     begin = time.monotonic()
     with pytest.raises(FileNotFoundError, match=r"could not be listed \(TimeoutError: no answer within 1 s\)"):

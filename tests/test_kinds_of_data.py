@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
 from sb3_offline_ft.common.observations import map_observations
 from sb3_offline_ft.update import FastKernel
+from tests.hooks import n_updates
 from tests.test_dict_and_image_data import DrawnPendulum
 
 TINY: dict[str, Any] = {"policy_kwargs": {"net_arch": [16]}, "seed": 0, "device": "cpu"}
@@ -95,7 +96,7 @@ def test_goals(algorithm: type[OfflineTD3], n_envs: int, data: None, tmp_path: P
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`constraint_reference='best'`")
         model.learn(200)
-    assert model.offline_steps_done == 30 and model._n_updates > 30
+    assert model.offline_steps_done == 30 and n_updates(model) > 30
     assert model.policy.has_fitted_normalizer
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
@@ -229,10 +230,11 @@ def test_rows_of_an_interrupted_pretraining_are_counted_once(interrupted_at: int
         return TD3BC("MlpPolicy", "Pendulum-v1", dataset=specs, offline_steps=120, batch_size=32, **TINY)
 
     whole, model = make().pretrain(), make()
+    # One gradient step, which has no public name
     update = TD3BC._update
 
     def stopped(self: TD3BC, batch: Any) -> None:
-        if self._n_updates == interrupted_at:
+        if n_updates(self) == interrupted_at:
             raise KeyboardInterrupt
         update(self, batch)
 

@@ -13,6 +13,7 @@ from sb3_offline_ft import TD3BC, load_dataset, register
 from sb3_offline_ft.common.live import as_json, live_arguments, replay_facts
 from sb3_offline_ft.pretrained.recipe import Recipe
 from sb3_offline_ft.pretrained.start import finetuning_learner, pretrain, start_from
+from tests.hooks import n_updates
 
 register()
 DISCRETE = ("dqn", "qrdqn")
@@ -96,7 +97,7 @@ def test_only_what_was_learned_is_taken_over(generators: bool) -> None:
     before = live_arguments(model)
     start_from(model, pretrained, generators=generators)
     assert live_arguments(model) == before
-    assert model.remaining_offline_steps == 0 and model._n_updates == 4
+    assert model.remaining_offline_steps == 0 and n_updates(model) == 4
     other = finetuning_learner(TD3BC, settings | own, pretrained, env, 0)
     assert {name: live_arguments(other)[name] for name in before} == before | {"seed": 0}
     for name, value in pretrained.snapshot.policy_state.items():

@@ -81,6 +81,7 @@ def full_at(minari_root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int
     """Lets the files in Minari's folder grow to a size only."""
 
     def fill(most: int) -> None:
+        # Where the bytes of a file go to the disk, which has no public name
         write_all = minari_writing._write_all
 
         def write(file: io.FileIO, data: memoryview) -> None:

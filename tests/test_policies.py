@@ -27,6 +27,7 @@ from sb3_offline_ft.policies.policies import (
     OfflinePolicy,
 )
 from sb3_offline_ft.update.kernel import batches_of
+from tests.hooks import n_updates
 
 ACTIONS = spaces.Box(-1.0, 1.0, (2,), np.float32)
 VECTOR = spaces.Box(-np.inf, np.inf, (5,), np.float32)
@@ -241,7 +242,7 @@ def test_updates_on_images_and_dicts_are_sb3s_to_the_bit(name: str, space: space
     ours = OfflineTD3(name, Machine(space), policy_kwargs=SMALL[name] | {"layer_norm": False}, **common)
     with pytest.warns(UserWarning, match="trains online like TD3"):
         ours.learn(22)
-    assert ours.updater.kernel.name == "autograd" and ours._n_updates == theirs._n_updates > 0
+    assert ours.updater.kernel.name == "autograd" and n_updates(ours) == n_updates(theirs) > 0
     for key, parameter in theirs.policy.named_parameters():
         assert th.equal(parameter, ours.policy.get_parameter(key)), key
 

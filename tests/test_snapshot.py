@@ -28,6 +28,7 @@ from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
 from sb3_offline_ft.collapse.signals import greedy_actions
 from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
 from sb3_offline_ft.offline_td3 import Phase
+from tests.hooks import noise_generator, set_progress_remaining
 
 OURS = (OfflineTD3, TD3BC, TD3C)
 DISCRETE = (DQN, QRDQN)
@@ -84,7 +85,7 @@ def global_generators():
 def own_generators(model):
     state = {"action_space": model.action_space.np_random.bit_generator.state}
     if isinstance(model, OURS):
-        state |= {"noise": model._noise_generator.get_state(), "sampler": model.replay_buffer.get_sampler_state()}
+        state |= {"noise": noise_generator(model).get_state(), "sampler": model.replay_buffer.get_sampler_state()}
     return dict(flat(state))
 
 
@@ -527,7 +528,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
             LearnerSnapshot.take(filled(TD3)).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
-    model._current_progress_remaining = object()
+    set_progress_remaining(model, object())
     with pytest.raises(ValueError, match="found object in the snapshot, counters, _current_progress_remaining"):
         LearnerSnapshot.take(model).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

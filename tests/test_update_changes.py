@@ -21,6 +21,7 @@ from sb3_offline_ft import TD3BC, TD3C, OfflineTD3
 from sb3_offline_ft.collapse.remedies import PolicyBrake
 from sb3_offline_ft.collapse.signals import greedy_actions, policy_distance
 from sb3_offline_ft.policies.policies import MlpPolicy
+from tests.hooks import n_updates
 from tests.kernels import (
     BY_AUTOGRAD,
     SMALL,
@@ -31,7 +32,6 @@ from tests.kernels import (
     difference,
     is_fast,
     make,
-    n_updates,
     norm,
     relative_distance,
     state_of,

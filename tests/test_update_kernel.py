@@ -20,6 +20,7 @@ from torch import nn
 from sb3_offline_ft import TD3BC, TD3C, OfflineDataset, OfflineTD3, ReBRAC
 from sb3_offline_ft.update import ActorObjective, AutogradKernel, FastKernel, UpdateKernel
 from sb3_offline_ft.update.products import choose_products
+from tests.hooks import n_updates
 from tests.kernels import (
     DEVICES,
     SMALL,
@@ -30,7 +31,6 @@ from tests.kernels import (
     difference,
     is_fast,
     make,
-    n_updates,
     norm,
     relative_distance,
     state_of,

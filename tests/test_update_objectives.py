@@ -7,7 +7,8 @@ import torch as th
 
 from sb3_offline_ft import TD3BC, OfflineToOnlineReplayBuffer
 from sb3_offline_ft.update import ActorObjective, Attraction
-from tests.kernels import SMALL, assert_agree, assert_identical, make, n_updates, relative_distance, state_of
+from tests.hooks import n_updates
+from tests.kernels import SMALL, assert_agree, assert_identical, make, relative_distance, state_of
 
 # The objective is stated once
 

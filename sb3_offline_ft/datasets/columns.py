@@ -34,15 +34,16 @@ def as_columns(
     where: str,
     copy: bool,
 ) -> dict[str, Any]:
-    """Bring what a user gave for each column but the starts of episodes into its form; all must go together.
+    """
+    Bring what a user gave for each column but the starts of episodes into its form; all must go together.
 
-    :param given: Arrays, and dictionaries of arrays for observations; ``truncations`` may be ``None``.
-    :param observation_space: A supported space, if known; a ``Dict`` gives the order of the keys.
-    :param action_space: A supported space, if known.
-    :param where: Names the dataset at the start of messages.
-    :param copy: Copy arrays even if they have the right type.
-    :return: The columns.
-    :raises ValueError: if one has another type or shape, there are no rows, or the spaces do not fit.
+    :param given: Arrays, and dictionaries of arrays for observations; ``truncations`` may be ``None``
+    :param observation_space: A supported space, if known; a ``Dict`` gives the order of the keys
+    :param action_space: A supported space, if known
+    :param where: Names the dataset at the start of messages
+    :param copy: Copy arrays even if they have the right type
+    :return: The columns
+    :raises ValueError: One has another type or shape, there are no rows, or the spaces do not fit
     """
     columns: dict[str, Any] = {
         "observations": as_observations(given["observations"], "observations", observation_space, where, copy),
@@ -69,14 +70,15 @@ def as_columns(
 
 
 def split_episodes(columns: dict[str, Any], episode_starts: npt.ArrayLike | None, where: str) -> tuple[IntArray, int]:
-    """Find the episodes, and mark the last row of each that has no flag as a truncation.
+    """
+    Find the episodes, and mark the last row of each that has no flag as a truncation.
 
-    :param columns: The columns; ``truncations`` is replaced.
+    :param columns: The columns; ``truncations`` is replaced
     :param episode_starts: ``(E,)`` row indices, if known; without them, an episode also ends where the next row's observation
-        is not this row's next observation.
-    :param where: Names the dataset at the start of messages.
-    :return: The first row of every episode, and the number of episodes that only the observations told apart.
-    :raises ValueError: if ``episode_starts`` do not increase from 0 to at most the last row.
+        is not this row's next observation
+    :param where: Names the dataset at the start of messages
+    :return: The first row of every episode, and the number of episodes that only the observations told apart
+    :raises ValueError: ``episode_starts`` do not increase from 0 to at most the last row
     """
     length = len(columns["rewards"])
     starts_here = np.roll(columns["terminations"] | columns["truncations"], 1)
@@ -178,14 +180,15 @@ def as_flags(column: npt.ArrayLike, name: str, where: str) -> BoolArray:
 def split_ends(
     flags: Mapping[str, BoolArray], names: Mapping[str, str], where: str, row: Callable[[int], str] = "row {}".format
 ) -> dict[str, BoolArray]:
-    """Tell terminations from truncations where ``dones`` say that an episode ended, one way or the other.
+    """
+    Tell terminations from truncations where ``dones`` say that an episode ended, one way or the other.
 
-    :param flags: Any of ``terminations``, ``truncations`` and ``dones``, each ``(N,)``.
-    :param names: What the flags are called in messages.
-    :param where: Names the dataset at the start of messages.
-    :param row: Names a row in messages.
-    :return: Without ``dones``, and with whatever follows from it.
-    :raises ValueError: if the flags contradict each other; the message names rows.
+    :param flags: Any of ``terminations``, ``truncations`` and ``dones``, each ``(N,)``
+    :param names: What the flags are called in messages
+    :param where: Names the dataset at the start of messages
+    :param row: Names a row in messages
+    :return: Without ``dones``, and with whatever follows from it
+    :raises ValueError: The flags contradict each other; the message names rows
     """
     known = {name: array for name, array in flags.items() if name != "dones"}
     if "dones" not in flags:

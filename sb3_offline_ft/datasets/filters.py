@@ -15,16 +15,17 @@ _WHOLE = ("min_length", "max_length", "episodes", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeFilters:
-    """Conditions on episodes, applied in the order in which they are listed here; bounds are inclusive.
+    """
+    Conditions on episodes, applied in the order in which they are listed here; bounds are inclusive.
 
-    :param min_return: Least undiscounted return.
-    :param max_return: Largest undiscounted return.
-    :param min_length: Least number of transitions.
-    :param max_length: Largest number of transitions.
+    :param min_return: Least undiscounted return
+    :param max_return: Largest undiscounted return
+    :param min_length: Least number of transitions
+    :param max_length: Largest number of transitions
     :param top_fraction: Share of the episodes that are left, those of the highest returns, in (0, 1]; rounded up. Of equal
-        ones the earlier are taken.
-    :param episodes: At most so many: the first ones, or a random choice if there is a seed.
-    :param seed: Seed of that choice. With the same seed, fewer episodes are some of those that more would be.
+        ones the earlier are taken
+    :param episodes: At most so many: the first ones, or a random choice if there is a seed
+    :param seed: Seed of that choice. With the same seed, fewer episodes are some of those that more would be
     """
 
     min_return: float | None = None

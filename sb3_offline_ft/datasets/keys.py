@@ -100,7 +100,8 @@ def fitting_orders(leaves: dict[str, spaces.Space[Any]], flat: spaces.Box) -> It
 
 
 def flattened_space(env: VecEnv | gym.Env[Any, Any]) -> spaces.Space[Any] | None:
-    """The space that a ``FlattenObservation`` flattens, be it in other processes.
+    """
+    The space that a ``FlattenObservation`` flattens, be it in other processes.
 
     ``None`` if there is no such wrapper, or the observations are changed once more behind it.
     """

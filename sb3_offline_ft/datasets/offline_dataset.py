@@ -43,28 +43,29 @@ KeyOrder: TypeAlias = Literal["recorded", "named", "unknown"]
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class OfflineDataset:
-    """Logged transitions, episode after episode, as read-only columns of ``N`` rows.
+    """
+    Logged transitions, episode after episode, as read-only columns of ``N`` rows.
 
     Use :meth:`from_columns` or :func:`load_dataset` to make one: they check the data, this constructor does not.
     A row is one transition. Every episode's last row carries exactly one of the two flags, no other row carries any.
 
     :param observations: ``(N, *obs_shape)`` float32, or uint8 for images (uint8 of two dimensions or more); for ``Dict``
-        spaces a dictionary of such arrays. ``Discrete`` keys are float32 of shape ``(N, 1)``.
-    :param actions: ``(N, *act_shape)`` float32, as recorded: in the units of the environment, not scaled to [-1, 1].
-    :param rewards: ``(N,)`` float32.
-    :param next_observations: Like ``observations``; within an episode, the next row's observation.
-    :param terminations: ``(N,)`` bool: the environment reached a terminal state, so no bootstrap.
-    :param truncations: ``(N,)`` bool: the episode was cut (time limit or end of the recording) without terminating.
-    :param episode_starts: ``(E,)`` int64, index of the first row of each episode.
-    :param observation_space: The space the data was recorded in, if known.
-    :param action_space: The space the data was recorded in, if known.
-    :param spec: The string that :func:`load_dataset` loads this dataset from, if there is one.
-    :param name: For titles and logs.
-    :param provenance: What is known about where the data comes from; JSON-able.
-    :param reference_scores: Scores of a random policy and an expert, if known.
-    :param sources: What the rows come from, in order; by default one part, the dataset itself.
+        spaces a dictionary of such arrays. ``Discrete`` keys are float32 of shape ``(N, 1)``
+    :param actions: ``(N, *act_shape)`` float32, as recorded: in the units of the environment, not scaled to [-1, 1]
+    :param rewards: ``(N,)`` float32
+    :param next_observations: Like ``observations``; within an episode, the next row's observation
+    :param terminations: ``(N,)`` bool: the environment reached a terminal state, so no bootstrap
+    :param truncations: ``(N,)`` bool: the episode was cut (time limit or end of the recording) without terminating
+    :param episode_starts: ``(E,)`` int64, index of the first row of each episode
+    :param observation_space: The space the data was recorded in, if known
+    :param action_space: The space the data was recorded in, if known
+    :param spec: The string that :func:`load_dataset` loads this dataset from, if there is one
+    :param name: For titles and logs
+    :param provenance: What is known about where the data comes from; JSON-able
+    :param reference_scores: Scores of a random policy and an expert, if known
+    :param sources: What the rows come from, in order; by default one part, the dataset itself
     :param key_order: What the order of the keys of ``Dict`` observations is: ``"recorded"`` that of the environment they were
-        recorded in, ``"named"`` the one that the user asked for, ``"unknown"`` any. It counts where they are flattened.
+        recorded in, ``"named"`` the one that the user asked for, ``"unknown"`` any. It counts where they are flattened
     """
 
     observations: Observations
@@ -107,32 +108,33 @@ class OfflineDataset:
         key_order: KeyOrder = "recorded",
         copy: bool = True,
     ) -> Self:
-        """Check columns and make a dataset of them.
+        """
+        Check columns and make a dataset of them.
 
         An episode ends at every row with a flag, before every row in ``episode_starts`` and at the last row. Without
         ``episode_starts`` it also ends where the next row's observation is not this row's next observation. A row
         that ends an episode without a flag becomes a truncation; a row with both flags is a termination.
 
         :param observations: ``(N, *obs_shape)`` real numbers, or a dictionary of them. Arrays of uint8 with two dimensions
-            or more a row are images and stay uint8.
-        :param actions: ``(N, *act_shape)`` real numbers, in the units of the environment.
-        :param rewards: ``(N,)``.
-        :param next_observations: Like ``observations``.
-        :param terminations: ``(N,)`` booleans (or 0 and 1): true terminations only, never time limits.
-        :param truncations: ``(N,)`` booleans (or 0 and 1): time limits and other cuts. None if omitted.
-        :param episode_starts: ``(E,)`` increasing row indices beginning with 0.
-        :param observation_space: A ``Box`` of ``obs_shape``, or a ``Dict`` of ``Box`` and ``Discrete`` spaces, if known.
-        :param action_space: A ``Box`` of ``act_shape``, if known.
-        :param spec: A string that :func:`load_dataset` gets the same data from.
-        :param name: For titles and logs.
-        :param provenance: Anything JSON-able about the origin of the data.
-        :param reference_scores: Scores of a random policy and an expert.
-        :param key_order: What the order of the keys of ``observation_space`` is.
+            or more a row are images and stay uint8
+        :param actions: ``(N, *act_shape)`` real numbers, in the units of the environment
+        :param rewards: ``(N,)``
+        :param next_observations: Like ``observations``
+        :param terminations: ``(N,)`` booleans (or 0 and 1): true terminations only, never time limits
+        :param truncations: ``(N,)`` booleans (or 0 and 1): time limits and other cuts. None if omitted
+        :param episode_starts: ``(E,)`` increasing row indices beginning with 0
+        :param observation_space: A ``Box`` of ``obs_shape``, or a ``Dict`` of ``Box`` and ``Discrete`` spaces, if known
+        :param action_space: A ``Box`` of ``act_shape``, if known
+        :param spec: A string that :func:`load_dataset` gets the same data from
+        :param name: For titles and logs
+        :param provenance: Anything JSON-able about the origin of the data
+        :param reference_scores: Scores of a random policy and an expert
+        :param key_order: What the order of the keys of ``observation_space`` is
         :param copy: Copy the columns. ``False`` keeps arrays that already have the right type and makes
-            them read-only: only for a caller that gives them away.
-        :return: The dataset.
-        :raises ValueError: if the data is empty, a column has a wrong shape or type or holds NaN or infinity,
-            the spaces do not fit or are not supported, or ``episode_starts`` is not increasing from 0.
+            them read-only: only for a caller that gives them away
+        :return: The dataset
+        :raises ValueError: The data is empty, a column has a wrong shape or type or holds NaN or infinity,
+            the spaces do not fit or are not supported, or ``episode_starts`` is not increasing from 0
         """
         where = f"Dataset {spec or name!r}"
         check_spaces_supported(observation_space, action_space, where)
@@ -162,11 +164,12 @@ class OfflineDataset:
         )
 
     def with_facts(self, **facts: Any) -> Self:
-        """Copy the dataset with other facts about it; the columns are shared.
+        """
+        Copy the dataset with other facts about it; the columns are shared.
 
-        :param facts: New values of ``spec``, ``name``, ``provenance`` or ``reference_scores``.
-        :return: The new dataset.
-        :raises ValueError: if a column or a space is named.
+        :param facts: New values of ``spec``, ``name``, ``provenance`` or ``reference_scores``
+        :return: The new dataset
+        :raises ValueError: A column or a space is named
         """
         allowed = {"spec", "name", "provenance", "reference_scores"}
         if wrong := sorted(set(facts) - allowed):
@@ -177,15 +180,16 @@ class OfflineDataset:
         return replace(self, **facts, sources=sources)
 
     def select_episodes(self, indices: npt.ArrayLike) -> Self:
-        """Copy some episodes into a dataset of their own.
+        """
+        Copy some episodes into a dataset of their own.
 
         Its ``spec`` is ``None``, as no string names it. Shares of parts that lose all episodes go to the others in
         proportion.
 
         :param indices: Numbers of episodes, in any order and each at most once, or a mask ``(E,)``; the episodes keep the
-            order that they have here.
-        :return: The dataset.
-        :raises ValueError: if no episode is named, or one that does not exist, or one twice.
+            order that they have here
+        :return: The dataset
+        :raises ValueError: No episode is named, or one that does not exist, or one twice
         """
         mask = np.asarray(indices)
         if mask.dtype == np.bool_ and mask.shape == (self.n_episodes,):
@@ -221,13 +225,14 @@ class OfflineDataset:
         )
 
     def select_keys(self, keys: Sequence[str] | str) -> Self:
-        """Take some of the keys of ``Dict`` observations, in the order in which a flattened environment puts them together.
+        """
+        Take some of the keys of ``Dict`` observations, in the order in which a flattened environment puts them together.
 
         The columns are shared. Its ``spec`` is ``None``.
 
-        :param keys: Names; those of nested Dicts are joined by ``/``, and the name of one stands for all in it.
-        :return: The dataset.
-        :raises ValueError: if the observations have no keys, or no such key, or one is named twice.
+        :param keys: Names; those of nested Dicts are joined by ``/``, and the name of one stands for all in it
+        :return: The dataset
+        :raises ValueError: The observations have no keys, or no such key, or one is named twice
         """
         where = f"Dataset {self.name!r}"
         if not isinstance(self.observations, dict):
@@ -253,14 +258,15 @@ class OfflineDataset:
 
     @classmethod
     def concatenate(cls, datasets: Sequence[Self], weights: Sequence[float] | None = None) -> Self:
-        """Put datasets together, one after the other.
+        """
+        Put datasets together, one after the other.
 
-        :param datasets: Datasets of the same spaces.
+        :param datasets: Datasets of the same spaces
         :param weights: Shares of the offline rows that a replay buffer samples from each, of any sum; without them every row
-            is as likely as any other.
-        :return: A dataset with the ``sources`` of all of them; their shares sum to 1. It has no ``spec``.
-        :raises ValueError: if there is none, the observations or actions differ, they were recorded in different
-            environments, or a weight is not a positive number.
+            is as likely as any other
+        :return: A dataset with the ``sources`` of all of them; their shares sum to 1. It has no ``spec``
+        :raises ValueError: There is none, the observations or actions differ, they were recorded in different
+            environments, or a weight is not a positive number
         """
         datasets = list(datasets)
         if not datasets:
@@ -331,7 +337,7 @@ class OfflineDataset:
 
     def episode_of_rows(self) -> IntArray:
         """
-        :return: ``(N,)`` int64, number of the episode that each row belongs to.
+        :return: ``(N,)`` int64, number of the episode that each row belongs to
         """
         return np.repeat(np.arange(self.n_episodes), self.episode_lengths)
 
@@ -351,13 +357,14 @@ class OfflineDataset:
         return frozen(column)
 
     def monte_carlo_returns(self, gamma: float) -> FloatArray:
-        """Discounted sums of the rewards from each row to the end of its episode.
+        """
+        Discounted sums of the rewards from each row to the end of its episode.
 
         Nothing is added for what would have come after a truncation, so there they are too small in magnitude.
 
-        :param gamma: Discount factor in [0, 1].
-        :return: ``(N,)`` float32, read-only; kept for the next call with the same factor.
-        :raises ValueError: if the factor is out of range.
+        :param gamma: Discount factor in [0, 1]
+        :return: ``(N,)`` float32, read-only; kept for the next call with the same factor
+        :raises ValueError: The factor is out of range
         """
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"`gamma` must be in [0, 1], found {gamma!r}.")

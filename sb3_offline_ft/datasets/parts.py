@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class DatasetPart:
-    """One of the sources that a dataset was put together from.
+    """
+    One of the sources that a dataset was put together from.
 
-    :param name: For titles and logs; no two parts of a dataset have the same.
-    :param spec: The string that :func:`load_dataset` loads it from, if there is one.
-    :param begin: Its first row.
-    :param end: The row after its last one.
+    :param name: For titles and logs; no two parts of a dataset have the same
+    :param spec: The string that :func:`load_dataset` loads it from, if there is one
+    :param begin: Its first row
+    :param end: The row after its last one
     :param weight: Its share of the offline rows that a replay buffer samples; ``None`` in all parts stands for shares
-        in proportion to the numbers of rows.
-    :param clip_actions: Whether its actions are clipped to the bounds of the environment's instead of being refused.
+        in proportion to the numbers of rows
+    :param clip_actions: Whether its actions are clipped to the bounds of the environment's instead of being refused
     """
 
     name: str

@@ -17,12 +17,13 @@ _D4RL_SOURCE = "D4RL's constants (d4rl/infos.py), measured on the v2 environment
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """The two mean episode returns that a normalised score is measured between.
+    """
+    The two mean episode returns that a normalised score is measured between.
 
-    :param random: Mean undiscounted return of a uniformly random policy: normalised score 0.
-    :param expert: Mean undiscounted return of an expert: normalised score 100.
-    :param source: Where the two numbers come from; reports print it beside every normalised score.
-    :raises ValueError: if a score is not finite, the two are equal, or the source is empty.
+    :param random: Mean undiscounted return of a uniformly random policy: normalised score 0
+    :param expert: Mean undiscounted return of an expert: normalised score 100
+    :param source: Where the two numbers come from; reports print it beside every normalised score
+    :raises ValueError: A score is not finite, the two are equal, or the source is empty
     """
 
     random: float
@@ -38,10 +39,11 @@ class ReferenceScores:
             raise ValueError("Reference scores need a source: say in a few words where the two numbers come from")
 
     def normalized(self, score: float) -> float:
-        """Place a return on the scale from random (0) to expert (100).
+        """
+        Place a return on the scale from random (0) to expert (100).
 
-        :param score: A mean undiscounted episode return.
-        :return: ``100 * (score - random) / (expert - random)``; below 0 and above 100 are possible.
+        :param score: A mean undiscounted episode return
+        :return: ``100 * (score - random) / (expert - random)``; below 0 and above 100 are possible
         """
         return 100.0 * (score - self.random) / (self.expert - self.random)
 
@@ -65,14 +67,15 @@ SCALES: tuple[str, ...] = ("v5-measured", "d4rl")
 
 
 def reference_scores_for(env_id: str, scale: str = "v5-measured") -> ReferenceScores | None:
-    """Look up the reference scores of an environment.
+    """
+    Look up the reference scores of an environment.
 
-    :param env_id: A Gymnasium id such as ``Hopper-v5``.
+    :param env_id: A Gymnasium id such as ``Hopper-v5``
     :param scale: ``"v5-measured"``: measured on exactly this version of the environment;
         ``"d4rl"``: D4RL's constants for this body, to compare with papers that use them.
-        D4RL's are never a fallback for the measured ones.
-    :return: The scores, or ``None`` if the scale has none for this environment.
-    :raises ValueError: if the scale is unknown.
+        D4RL's are never a fallback for the measured ones
+    :return: The scores, or ``None`` if the scale has none for this environment
+    :raises ValueError: The scale is unknown
     """
     if scale == "v5-measured":
         return _MEASURED.get(env_id)
@@ -84,7 +87,8 @@ def reference_scores_for(env_id: str, scale: str = "v5-measured") -> ReferenceSc
 def choose_reference_scores(
     env_id: str | None, given_random: float | None = None, given_expert: float | None = None
 ) -> ReferenceScores | None:
-    """Decide which reference scores a dataset gets that gives some itself, such as Minari's ``ref_min_score``.
+    """
+    Decide which reference scores a dataset gets that gives some itself, such as Minari's ``ref_min_score``.
 
     The dataset's own scores come first, then the measured ones of its environment, then none. One exception:
     D4RL's constants in the metadata of a dataset whose environment has measured scores give way to those,

@@ -48,7 +48,8 @@ _KINDS_BY_SUFFIX: dict[str, Kind] = {".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf
 def load_dataset(
     spec: DatasetSpec, *, download: bool = True, trust_pickle: bool = False, progress_bar: bool = False, **filters: Any
 ) -> OfflineDataset:
-    """Load the data that a spec names.
+    """
+    Load the data that a spec names.
 
     =============================  ==================================================================================
     spec                           meaning
@@ -80,17 +81,17 @@ def load_dataset(
 
     Columns are float32, images uint8. Time limits are truncations, and the last row of an episode without a flag becomes one.
 
-    :param spec: The spec; an :class:`OfflineDataset` is returned as it is, or filtered.
-    :param download: Whether a Minari id that is not there locally may be downloaded.
+    :param spec: The spec; an :class:`OfflineDataset` is returned as it is, or filtered
+    :param download: Whether a Minari id that is not there locally may be downloaded
     :param trust_pickle: Whether pickle files may be read: that runs code which the file holds. The same as
-        ``?trust_pickle=1`` in the spec; take it out of specs that come from a file, with :func:`without_trust`.
-    :param progress_bar: Whether to show the episodes that have been read of Minari data (needs tqdm and rich).
-    :param filters: Filters, ``keys`` and ``clip_actions`` for all parts, in addition to those in the spec.
-    :return: The dataset; its ``spec`` loads it again, with trust given again if it is a pickle file.
-    :raises FileNotFoundError: if there is no such file, folder, id or bundled name.
-    :raises ValueError: if the spec is malformed, no episode passes the filters, the parts do not go together, or the data is
-        damaged, empty, not finite or not supported.
-    :raises TypeError: if the spec is of another type.
+        ``?trust_pickle=1`` in the spec; take it out of specs that come from a file, with :func:`without_trust`
+    :param progress_bar: Whether to show the episodes that have been read of Minari data (needs tqdm and rich)
+    :param filters: Filters, ``keys`` and ``clip_actions`` for all parts, in addition to those in the spec
+    :return: The dataset; its ``spec`` loads it again, with trust given again if it is a pickle file
+    :raises FileNotFoundError: There is no such file, folder, id or bundled name
+    :raises ValueError: The spec is malformed, no episode passes the filters, the parts do not go together, or the data is
+        damaged, empty, not finite or not supported
+    :raises TypeError: The spec is of another type
     """
     parts = parse_spec(spec, filters, trust_pickle)
     datasets = [_load_part(part, download, progress_bar) for part in parts]
@@ -102,15 +103,16 @@ def load_dataset(
 
 
 def check_spec(spec: DatasetSpec, *, download: bool = True, trust_pickle: bool = False, **filters: Any) -> None:
-    """Check what can be checked of a spec without reading data.
+    """
+    Check what can be checked of a spec without reading data.
 
-    :param spec: As for :func:`load_dataset`.
-    :param download: As for :func:`load_dataset`; the hub is asked for an unknown id, nothing is downloaded.
-    :param trust_pickle: As for :func:`load_dataset`; nothing is unpickled.
-    :param filters: As for :func:`load_dataset`.
-    :raises FileNotFoundError: as :func:`load_dataset`.
-    :raises ValueError: as :func:`load_dataset`, if the spec is malformed or its data cannot be opened.
-    :raises TypeError: as :func:`load_dataset`.
+    :param spec: As for :func:`load_dataset`
+    :param download: As for :func:`load_dataset`; the hub is asked for an unknown id, nothing is downloaded
+    :param trust_pickle: As for :func:`load_dataset`; nothing is unpickled
+    :param filters: As for :func:`load_dataset`
+    :raises FileNotFoundError: As :func:`load_dataset`
+    :raises ValueError: As :func:`load_dataset`, if the spec is malformed or its data cannot be opened
+    :raises TypeError: As :func:`load_dataset`
     """
     for part in parse_spec(spec, filters, trust_pickle):
         if isinstance(part.base, OfflineDataset):
@@ -122,12 +124,13 @@ def check_spec(spec: DatasetSpec, *, download: bool = True, trust_pickle: bool =
 
 
 def spec_text(spec: DatasetSpec) -> str | None:
-    """Write a spec as one string; reads nothing.
+    """
+    Write a spec as one string; reads nothing.
 
-    :param spec: As for :func:`load_dataset`, such as a list.
-    :return: The string that means the same; ``None`` if it holds an :class:`OfflineDataset`, which no string names.
-    :raises ValueError: as :func:`load_dataset`, if the spec is malformed.
-    :raises TypeError: as :func:`load_dataset`.
+    :param spec: As for :func:`load_dataset`, such as a list
+    :return: The string that means the same; ``None`` if it holds an :class:`OfflineDataset`, which no string names
+    :raises ValueError: As :func:`load_dataset`, if the spec is malformed
+    :raises TypeError: As :func:`load_dataset`
     """
     parts = parse_spec(spec)
     bases = [_base_text(part.base) for part in parts]
@@ -136,11 +139,12 @@ def spec_text(spec: DatasetSpec) -> str | None:
 
 
 def without_trust(spec: Any) -> Any:
-    """Take the consent to unpickle out of a spec that was read from a file, or will be written to one: a file cannot give it.
+    """
+    Take the consent to unpickle out of a spec that was read from a file, or will be written to one: a file cannot give it.
 
-    :param spec: As for :func:`load_dataset`.
-    :return: The same spec without ``trust_pickle``.
-    :raises ValueError: as :func:`load_dataset`, if a string in it has such an option and is malformed, or has one twice.
+    :param spec: As for :func:`load_dataset`
+    :return: The same spec without ``trust_pickle``
+    :raises ValueError: As :func:`load_dataset`, if a string in it has such an option and is malformed, or has one twice
     """
     if isinstance(spec, Mapping):
         return {name: without_trust(value) for name, value in spec.items() if name != TRUST}

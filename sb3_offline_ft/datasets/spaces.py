@@ -12,14 +12,15 @@ from sb3_offline_ft.common.observations import kind_of
 def check_spaces_supported(
     observation_space: spaces.Space[Any] | None, action_space: spaces.Space[Any] | None, where: str, advice: str = ""
 ) -> None:
-    """Refuse spaces that the columns cannot hold.
+    """
+    Refuse spaces that the columns cannot hold.
 
-    :param observation_space: ``None`` is not checked.
-    :param action_space: ``None`` is not checked.
-    :param where: Names the dataset or environment at the start of the message.
-    :param advice: What else to do if it is about a key of the observations.
-    :raises ValueError: if observations are neither a ``Box`` nor a ``Dict`` of ``Box`` and ``Discrete`` spaces, or actions
-        are not a ``Box`` of floats.
+    :param observation_space: ``None`` is not checked
+    :param action_space: ``None`` is not checked
+    :param where: Names the dataset or environment at the start of the message
+    :param advice: What else to do if it is about a key of the observations
+    :raises ValueError: Observations are neither a ``Box`` nor a ``Dict`` of ``Box`` and ``Discrete`` spaces, or actions
+        are not a ``Box`` of floats
     """
     flatten = "Flatten them before recording (gymnasium.wrappers.FlattenObservation)."
     if isinstance(observation_space, spaces.Dict):

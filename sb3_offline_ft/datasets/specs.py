@@ -56,14 +56,15 @@ class PartSpec:
 
 
 def parse_spec(spec: Any, options: Mapping[str, Any] | None = None, trust_pickle: bool = False) -> list[PartSpec]:
-    """Take a spec apart.
+    """
+    Take a spec apart.
 
-    :param spec: What the user gave.
-    :param options: Filters and other options for all of its parts.
-    :param trust_pickle: Whether all of its parts may be unpickled.
-    :return: One part or more.
-    :raises ValueError: if it is malformed, an option is unknown or given twice, or some parts have a weight and others none.
-    :raises TypeError: if it is of another type.
+    :param spec: What the user gave
+    :param options: Filters and other options for all of its parts
+    :param trust_pickle: Whether all of its parts may be unpickled
+    :return: One part or more
+    :raises ValueError: It is malformed, an option is unknown or given twice, or some parts have a weight and others none
+    :raises TypeError: It is of another type
     """
     if isinstance(spec, str):
         entries = _parse_text(spec)

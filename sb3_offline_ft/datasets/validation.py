@@ -34,16 +34,17 @@ _CLIP = "clip them with ?clip_actions=1 after the dataset's name, or load_datase
 
 
 def check_compatible(dataset: OfflineDataset, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """Check that a dataset can train a policy for an environment with these spaces.
+    """
+    Check that a dataset can train a policy for an environment with these spaces.
 
     Shapes and bounds must agree with the spaces the dataset was recorded in, float32 against float64 does not matter.
     A dataset that does not know its spaces is compared by keys, shapes and image or not. What :func:`fit_to_space` converts
     counts as fitting. Actions must lie within the environment's bounds up to :data:`ACTION_TOLERANCE`.
 
-    :param dataset: The dataset.
-    :param observation_space: The environment's observation space.
-    :param action_space: The environment's action space.
-    :raises ValueError: if something does not fit; the message says what, what was expected and found, and what to do.
+    :param dataset: The dataset
+    :param observation_space: The environment's observation space
+    :param action_space: The environment's action space
+    :raises ValueError: Something does not fit; the message says what, what was expected and found, and what to do
     """
     where = f"Dataset {dataset.name!r}"
     check_spaces_supported(observation_space, action_space, "The environment")
@@ -62,7 +63,8 @@ def check_compatible(dataset: OfflineDataset, observation_space: spaces.Space[An
 
 
 def fit_to_space(dataset: OfflineDataset, observation_space: spaces.Space[Any]) -> OfflineDataset:
-    """Bring observations into the form in which a learner sees them.
+    """
+    Bring observations into the form in which a learner sees them.
 
     Two conversions are made, each only where the environment's space asks for exactly it:
 
@@ -74,10 +76,10 @@ def fit_to_space(dataset: OfflineDataset, observation_space: spaces.Space[Any]) 
 
     A single key of a ``Dict`` becomes the observation itself where the environment shows one array.
 
-    :param dataset: The dataset.
-    :param observation_space: The space of the environment that the learner sees.
-    :return: The dataset itself if nothing is to be done, else a copy that shares the other columns.
-    :raises ValueError: if it cannot be known in which order the keys are flattened.
+    :param dataset: The dataset
+    :param observation_space: The space of the environment that the learner sees
+    :return: The dataset itself if nothing is to be done, else a copy that shares the other columns
+    :raises ValueError: It cannot be known in which order the keys are flattened
     """
     dataset = _without_key(dataset, observation_space)
     order = _flattened_order(dataset, observation_space)
@@ -89,15 +91,16 @@ def fit_to_space(dataset: OfflineDataset, observation_space: spaces.Space[Any]) 
 
 
 def as_flattened_by(dataset: OfflineDataset, env: VecEnv | gym.Env[Any, Any]) -> OfflineDataset:
-    """Bring the keys of ``Dict`` observations into the order in which an environment flattens them.
+    """
+    Bring the keys of ``Dict`` observations into the order in which an environment flattens them.
 
     It is that of the space that the environment's ``FlattenObservation`` wraps. If there is no such wrapper, the order of the
     dataset counts as unknown, unless it was named (``keys=``).
 
-    :param dataset: The dataset.
-    :param env: The environment; if its observations are not flat, nothing is done.
-    :return: The dataset itself, or a copy that shares the columns.
-    :raises ValueError: if the environment flattens something else than the observations of the dataset.
+    :param dataset: The dataset
+    :param env: The environment; if its observations are not flat, nothing is done
+    :return: The dataset itself, or a copy that shares the columns
+    :raises ValueError: The environment flattens something else than the observations of the dataset
     """
     wanted, observations = env.observation_space, dataset.observations
     if not isinstance(wanted, spaces.Box) or len(wanted.shape) != 1:
@@ -120,7 +123,8 @@ def as_flattened_by(dataset: OfflineDataset, env: VecEnv | gym.Env[Any, Any]) ->
 
 
 def with_clipping(dataset: OfflineDataset) -> OfflineDataset:
-    """Have the actions of a dataset clipped: now if it knows their bounds, else when it meets an environment.
+    """
+    Have the actions of a dataset clipped: now if it knows their bounds, else when it meets an environment.
 
     Infinite bounds, as behind gymnasium's ``ClipAction``, count as unknown.
     """
@@ -131,12 +135,13 @@ def with_clipping(dataset: OfflineDataset) -> OfflineDataset:
 
 
 def clip_actions(dataset: OfflineDataset, action_space: spaces.Box) -> OfflineDataset:
-    """Clip the actions of those parts of a dataset that ask for it.
+    """
+    Clip the actions of those parts of a dataset that ask for it.
 
-    :param dataset: The dataset.
-    :param action_space: Has the bounds.
+    :param dataset: The dataset
+    :param action_space: Has the bounds
     :return: The dataset itself if there is nothing to clip, else a copy that shares the other columns; ``actions_clipped`` of
-        its provenance counts rows and numbers, and says how far beyond the bounds they were, as a share of the range.
+        its provenance counts rows and numbers, and says how far beyond the bounds they were, as a share of the range
     """
     clipped = [slice(part.begin, part.end) for part in dataset.sources if part.clip_actions]
     if not clipped or dataset.actions.shape[1:] != action_space.shape:
@@ -161,12 +166,13 @@ def _excess(actions: npt.NDArray[Any], space: spaces.Box) -> npt.NDArray[Any]:
 
 
 def scale_actions(actions: npt.NDArray[Any], action_space: spaces.Box) -> npt.NDArray[np.float32]:
-    """Scale actions from the environment's bounds to [-1, 1], as SB3's ``policy.scale_action`` does, and clip.
+    """
+    Scale actions from the environment's bounds to [-1, 1], as SB3's ``policy.scale_action`` does, and clip.
 
-    :param actions: ``(..., *act_shape)``, in the units of the environment.
-    :param action_space: The environment's action space.
-    :return: The same shape, float32, within [-1, 1].
-    :raises ValueError: if the space is not a ``Box`` with finite bounds, or the shape does not fit.
+    :param actions: ``(..., *act_shape)``, in the units of the environment
+    :param action_space: The environment's action space
+    :return: The same shape, float32, within [-1, 1]
+    :raises ValueError: The space is not a ``Box`` with finite bounds, or the shape does not fit
     """
     box = _bounded_box(action_space, "The action space")
     if actions.shape[max(0, actions.ndim - len(box.shape)) :] != box.shape:

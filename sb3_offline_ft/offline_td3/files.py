@@ -287,8 +287,8 @@ class SavedLearner(OfflineLearner):
 
         :param path: path to the file (or a file-like) where to load the agent from
         :param env: the new environment to run the loaded model on (can be None if you only need prediction)
-        :param device: Device on which the code should run.
-        :param custom_objects: Dictionary of objects to replace upon loading.
+        :param device: Device on which the code should run
+        :param custom_objects: Dictionary of objects to replace upon loading
         :param print_system_info: Whether to print system info from the saved model and the current system info
         :param force_reset: Force call to ``reset()`` before training
         :param kwargs: constructor arguments that shall replace the saved ones
@@ -316,7 +316,7 @@ class SavedLearner(OfflineLearner):
 
         :param load_path_or_dict: Location of the saved data, or a nested dictionary (see ``get_parameters``)
         :param exact_match: Whether the parameters of each module must be given
-        :param device: Device on which the code should run.
+        :param device: Device on which the code should run
         """
         if isinstance(load_path_or_dict, dict):
             # Optimizers keep the tensors that they are given, which may be those of another learner

@@ -63,13 +63,13 @@ class OfflineTD3(SavedLearner):
     :param n_steps: Number of steps of the n-step return
     :param policy_delay: Policy and target networks will only be updated once every policy_delay steps
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
-    :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
+    :param target_noise_clip: Limit for absolute value of target policy smoothing noise
     :param stats_window_size: Window size for the rollout logging
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation
     :param verbose: Verbosity level: 0 for no output, 1 for info messages, 2 for debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
+    :param device: Device (cpu, cuda, ...) on which the code should be run
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param dataset: The logged data: a spec such as ``"mujoco/hopper/medium-v0"``, a list of specs (see
         :func:`sb3_offline_ft.load_dataset`), an :class:`OfflineDataset` or a ``minari.MinariDataset``. Loaded at the
@@ -215,7 +215,7 @@ class OfflineTD3(SavedLearner):
 
         :param gradient_steps: Number of gradient steps, by default what is left of ``offline_steps``
         :param callback: Callback(s) called after every gradient step
-        :param progress_bar: Display a progress bar using tqdm and rich.
+        :param progress_bar: Display a progress bar using tqdm and rich
         :param log_interval: Gradient steps between two dumps of the logger
         :return: The model itself
         :raises ValueError: There is no dataset, it does not fit the environment, a number is out of range, or a callback asks
@@ -275,7 +275,7 @@ class OfflineTD3(SavedLearner):
         :param log_interval: Episodes between two dumps of the logger, None for no automatic dump
         :param tb_log_name: the name of the run for TensorBoard logging, the algorithm's name by default
         :param reset_num_timesteps: whether to begin a finetuning run (True) or to go on with the last one (False)
-        :param progress_bar: Display a progress bar using tqdm and rich.
+        :param progress_bar: Display a progress bar using tqdm and rich
         :return: The trained model
         :raises ValueError: The dataset does not fit the environment, or a number is out of range
         """

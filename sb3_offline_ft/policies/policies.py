@@ -63,11 +63,11 @@ class OfflinePolicy(TD3Policy):
     :param net_arch: The specification of the policy and value networks, two layers of 256 by default
     :param activation_fn: Activation function
     :param features_extractor_class: Features extractor to use, by default the policy's own
-    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
-    :param n_critics: Number of critic networks to create.
+    :param n_critics: Number of critic networks to create
     :param share_features_extractor: Whether to share or not the features extractor between the actor and the critic
     :param layer_norm: Whether the critics have a ``LayerNorm`` after each hidden linear layer
     :param target_critics: Number of target critics, drawn anew at each gradient step, whose minimum is the critics' target

@@ -1,3 +1,5 @@
+"""ReBRAC (Tarasov et al. 2023)."""
+
 from sb3_offline_ft.rebrac.rebrac import ReBRAC
 
 __all__ = ["ReBRAC"]

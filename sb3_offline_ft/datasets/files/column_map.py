@@ -31,20 +31,21 @@ _SCALARS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """Which columns of a table mean what.
+    """
+    Which columns of a table mean what.
 
     What is ``None`` is guessed from the names. Names of vectors may hold wildcards: ``theta_*`` stands for all columns that it
     fits, by their numbers if that is all they differ in, else in the order of the table.
 
-    :param observations: Columns of the observations; a dictionary of them makes Dict observations.
-    :param next_observations: Columns of the next observations; without any they are taken from the following row.
-    :param actions: Columns of the actions.
-    :param reward: Column of the reward.
-    :param terminated: Column that says whether the task ended: never true at a time limit.
-    :param truncated: Column that says whether a time limit, or something else from outside, ended the episode.
-    :param done: Column that says whether the episode ended, one way or the other.
-    :param episode: Column that numbers or names the episode: another value begins another episode.
-    :param time: Column that the rows of an episode are sorted by.
+    :param observations: Columns of the observations; a dictionary of them makes Dict observations
+    :param next_observations: Columns of the next observations; without any they are taken from the following row
+    :param actions: Columns of the actions
+    :param reward: Column of the reward
+    :param terminated: Column that says whether the task ended: never true at a time limit
+    :param truncated: Column that says whether a time limit, or something else from outside, ended the episode
+    :param done: Column that says whether the episode ended, one way or the other
+    :param episode: Column that numbers or names the episode: another value begins another episode
+    :param time: Column that the rows of an episode are sorted by
     """
 
     observations: VectorNames | None = None
@@ -59,13 +60,14 @@ class ColumnMap:
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any], where: str) -> "ColumnMap":
-        """Make a map of what a file or the command line says.
+        """
+        Make a map of what a file or the command line says.
 
         :param content: Values by the names of the parameters: for vectors a list, a string with commas between the names, or
-            (observations only) a dictionary of those; for the others a string. ``None`` is left to be guessed.
-        :param where: Names the source at the start of messages.
-        :return: The map.
-        :raises ValueError: if a key is unknown or a value of the wrong kind.
+            (observations only) a dictionary of those; for the others a string. ``None`` is left to be guessed
+        :param where: Names the source at the start of messages
+        :return: The map
+        :raises ValueError: A key is unknown or a value of the wrong kind
         """
         known = [field.name for field in fields(cls)]
         for key in content:
@@ -87,12 +89,13 @@ class ColumnMap:
 
     @classmethod
     def from_file(cls, path: Path) -> "ColumnMap":
-        """Read a map from a YAML or TOML file.
+        """
+        Read a map from a YAML or TOML file.
 
-        :param path: The file, ``.yml``, ``.yaml`` or ``.toml``.
-        :return: The map.
-        :raises OSError: if it cannot be read.
-        :raises ValueError: if it is no such file, or holds something else.
+        :param path: The file, ``.yml``, ``.yaml`` or ``.toml``
+        :return: The map
+        :raises OSError: It cannot be read
+        :raises ValueError: It is no such file, or holds something else
         """
         where = f"Column map {str(path)!r}"
         if path.suffix not in (".yml", ".yaml", ".toml"):

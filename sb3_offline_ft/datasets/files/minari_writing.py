@@ -61,20 +61,21 @@ def write_minari(
     check: Callable[[Path], None] | None = None,
     keep_in: str | Path | None = None,
 ) -> Path:
-    """Write a Minari dataset (hdf5) into the local folder, whole or not at all.
+    """
+    Write a Minari dataset (hdf5) into the local folder, whole or not at all.
 
-    :param dataset_id: Its id.
-    :param episodes: The episodes; they are written one by one.
-    :param env: The environment, for its spec.
+    :param dataset_id: Its id
+    :param episodes: The episodes; they are written one by one
+    :param env: The environment, for its spec
     :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements,
-        ref_min_score, ref_max_score``.
-    :param overwrite: Replace a dataset with this id. It is kept until the new one is complete.
-    :param check: Called with the folder of the complete dataset before it is moved; may raise to have it thrown away.
-    :param keep_in: Folder to go on in if the local one cannot be written to. It gets the dataset, and ``OSError`` says so.
-    :return: The dataset's folder.
-    :raises FileExistsError: if there is such a dataset already. If it was made in the meantime the new one is kept, in
-        ``keep_in`` or under the next free version, and the message says where.
-    :raises OSError: if it could not be written; the message says what became of the episodes.
+        ref_min_score, ref_max_score``
+    :param overwrite: Replace a dataset with this id. It is kept until the new one is complete
+    :param check: Called with the folder of the complete dataset before it is moved; may raise to have it thrown away
+    :param keep_in: Folder to go on in if the local one cannot be written to. It gets the dataset, and ``OSError`` says so
+    :return: The dataset's folder
+    :raises FileExistsError: There is such a dataset already. If it was made in the meantime the new one is kept, in
+        ``keep_in`` or under the next free version, and the message says where
+    :raises OSError: It could not be written; the message says what became of the episodes
     """
     check_new_id(dataset_id, overwrite)
     root, other_root = Path(get_dataset_path()), None if keep_in is None else Path(keep_in).expanduser()
@@ -137,13 +138,14 @@ class _TakenError(FileExistsError):
 
 
 class FailsafeFile(RawIOBase):
-    """A file for HDF5, which crashes the process when a write fails.
+    """
+    A file for HDF5, which crashes the process when a write fails.
 
     When one does, the file goes on in a spare place. If there is none, what is still written is kept in memory, so that HDF5
     can close the file; it is of no other use then.
 
-    :param path: The file, which is made.
-    :raises OSError: if it cannot be opened.
+    :param path: The file, which is made
+    :raises OSError: It cannot be opened
     """
 
     def __init__(self, path: Path) -> None:
@@ -235,7 +237,8 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 
 
 def write_episodes(file: FailsafeFile, episodes: Iterable[EpisodeBuffer]) -> dict[str, int]:
-    """Write episodes as Minari reads them from hdf5, but with fixed and compressed arrays.
+    """
+    Write episodes as Minari reads them from hdf5, but with fixed and compressed arrays.
 
     Minari's growable arrays take about 16 kB for an episode, however short. Stops when no place for the file is left. Returns
     ``total_episodes`` and ``total_steps``.
@@ -331,7 +334,8 @@ def _bytes(number: float) -> str:
 
 
 def put_in_place(new: Path, folder: Path, overwrite: bool) -> Path:
-    """Move the folder of a complete dataset to its place, in one step that does not take it from another dataset.
+    """
+    Move the folder of a complete dataset to its place, in one step that does not take it from another dataset.
 
     What is replaced is at ``new`` afterwards, or gone.
     """

@@ -16,16 +16,17 @@ Kind: TypeAlias = Literal["minari", "minari-folder", "bundled", "npz", "hdf5", "
 
 @dataclass(frozen=True)
 class Source:
-    """Where a spec leads, and how it shall be read.
+    """
+    Where a spec leads, and how it shall be read.
 
-    :param kind: The kind of file, which has its reader.
-    :param spec: The spec without options, as the dataset keeps it.
-    :param name: For titles and logs.
-    :param path: A Minari ``data`` folder or a file; ``None`` for an id still to be downloaded.
-    :param keys: The keys of ``Dict`` observations that are wanted, if not all.
-    :param trust_pickle: Whether it may be unpickled.
-    :param given: The Minari dataset, if it is open already.
-    :param progress_bar: Whether to show what has been read.
+    :param kind: The kind of file, which has its reader
+    :param spec: The spec without options, as the dataset keeps it
+    :param name: For titles and logs
+    :param path: A Minari ``data`` folder or a file; ``None`` for an id still to be downloaded
+    :param keys: The keys of ``Dict`` observations that are wanted, if not all
+    :param trust_pickle: Whether it may be unpickled
+    :param given: The Minari dataset, if it is open already
+    :param progress_bar: Whether to show what has been read
     """
 
     kind: Kind

@@ -51,22 +51,23 @@ def read_tables(
     progress: Callable[[Path], None] | None = None,
     announce: Callable[[ColumnMap], None] | None = None,
 ) -> OfflineDataset:
-    """Read tables whose rows are steps.
+    """
+    Read tables whose rows are steps.
 
     Where there is no column of next observations, they are taken from the following row of the same episode; the last row of
     an episode that did not terminate is dropped then, with a warning.
 
-    :param paths: The files, in order.
-    :param columns: Which columns mean what.
-    :param join: Let an episode go on in the next file; otherwise every file begins a new one.
-    :param reward_function: Computes the rewards, instead of a column.
-    :param action_space: Actions must lie within it.
-    :param name: The dataset's name.
-    :param progress: Called with every file before it is read.
-    :param announce: Called with the columns that were found in the first file.
-    :return: The dataset; it has no spec.
-    :raises OSError: if a file cannot be opened.
-    :raises ValueError: if something in a file is wrong: the message names the file, the column and the row.
+    :param paths: The files, in order
+    :param columns: Which columns mean what
+    :param join: Let an episode go on in the next file; otherwise every file begins a new one
+    :param reward_function: Computes the rewards, instead of a column
+    :param action_space: Actions must lie within it
+    :param name: The dataset's name
+    :param progress: Called with every file before it is read
+    :param announce: Called with the columns that were found in the first file
+    :return: The dataset; it has no spec
+    :raises OSError: A file cannot be opened
+    :raises ValueError: Something in a file is wrong: the message names the file, the column and the row
     """
     tables: list[_Table] = []
     pieces: list[dict[str, Array]] = []
@@ -105,10 +106,10 @@ def read_tables(
 
 def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDataset:
     """
-    :param dataset: The dataset.
-    :param function: Computes the rewards.
-    :return: A dataset with them, which shares the other columns and has no spec.
-    :raises ValueError: if the function returns something else than ``N`` finite numbers.
+    :param dataset: The dataset
+    :param function: Computes the rewards
+    :return: A dataset with them, which shares the other columns and has no spec
+    :raises ValueError: The function returns something else than ``N`` finite numbers
     """
     where = f"Dataset {dataset.name!r}"
     rewards = np.asarray(function(dataset.observations, dataset.actions, dataset.next_observations))
@@ -127,11 +128,12 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
 
 
 class _Table:
-    """One table with the columns that were found in it.
+    """
+    One table with the columns that were found in it.
 
-    :param path: The file.
-    :param columns: Which columns mean what.
-    :param needs_reward: Whether there must be a column of rewards.
+    :param path: The file
+    :param columns: Which columns mean what
+    :param needs_reward: Whether there must be a column of rewards
     """
 
     def __init__(self, path: Path, columns: ColumnMap, needs_reward: bool) -> None:
@@ -147,9 +149,9 @@ class _Table:
 
     def read(self, action_space: spaces.Box | None) -> dict[str, Array]:
         """
-        :param action_space: Actions must lie within it, if given.
-        :return: Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode.
-        :raises ValueError: if something in the file is wrong.
+        :param action_space: Actions must lie within it, if given
+        :return: Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode
+        :raises ValueError: Something in the file is wrong
         """
         names = self.columns
         self.frame = self._read_frame()

@@ -106,7 +106,7 @@ def init_study(
     :param methods: Names out of :data:`DEFAULT_METHODS`, or of algorithms, by default all of :data:`DEFAULT_METHODS`
     :param name: Name of the study, by default that of the folder
     :param trust_pickle: Whether datasets may be read from pickle files, as with ``?trust_pickle=1`` in their specs: that runs
-        code which these hold. The study's file does not keep it.
+        code which these hold. The study's file does not keep it
     :return: The file
     :raises FileExistsError: There is a study already
     :raises NotADirectoryError: The folder is a file
