@@ -84,3 +84,52 @@ def test_what_a_pretraining_depends_on_stays_what_it_is(algorithm: type[OfflineT
     facts = Recipe(algorithm, hyperparams, data, env, 1, "cpu").facts
     told = json.dumps([facts["algorithm"], facts["hyperparams"]], sort_keys=True)
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == expected
+
+
+class EnvironmentFirst(OfflineTD3):
+    """With arguments in an order of its own, and no others by position."""
+
+    def __init__(self, env: Any, policy: str = "MlpPolicy", zeal: float = 2.0, **kwargs: Any) -> None:
+        self.zeal = zeal
+        super().__init__(policy, env, **kwargs)
+
+
+class OwnPolicy(TD3BC):
+    """With a default for an argument that has none."""
+
+    def __init__(self, *args: Any, policy: str = "MlpPolicy", **kwargs: Any) -> None:
+        super().__init__(policy, *args, **kwargs)
+
+
+class OwnEnvironment(TD3C):
+    """With the policy chosen by the class."""
+
+    def __init__(self, env: str = "Pendulum-v1", *args: Any, **kwargs: Any) -> None:
+        super().__init__("MlpPolicy", env, *args, **kwargs)
+
+
+class ByPositionOnly(TD3BC):
+    """With arguments that have no names for the caller."""
+
+    def __init__(self, policy: str, env: Any, /, **kwargs: Any) -> None:
+        super().__init__(policy, env, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "args", "by_position"),
+    [
+        (EnvironmentFirst, ("Pendulum-v1",), ["env", "policy", "zeal"]),
+        (OwnPolicy, ("Pendulum-v1", 1e-4), [name for name in OF_TD3 if name != "policy"]),
+        (OwnEnvironment, ("Pendulum-v1", 1e-4), OF_TD3[1:]),
+        (ByPositionOnly, ("MlpPolicy", "Pendulum-v1"), ["policy", "env"]),
+    ],
+)
+def test_a_constructor_may_change_the_order_of_arguments(
+    algorithm: type[OfflineTD3], args: tuple[Any, ...], by_position: list[str]
+) -> None:
+    model = algorithm(*args, policy_kwargs={"net_arch": [8]}, device="cpu", warmup_steps=3)
+    assert model.warmup_steps == 3 and model.learning_rate == (1e-4 if 1e-4 in args else 3e-4)
+    shown = inspect.signature(algorithm).parameters
+    assert [name for name, one in shown.items() if one.kind is not inspect.Parameter.KEYWORD_ONLY] == by_position
+    assert shown.keys() == inspect.signature(OfflineTD3).parameters.keys() | constructor_arguments(algorithm).keys()
+    assert list(inspect.signature(algorithm.__init__).parameters) == ["self", *shown]

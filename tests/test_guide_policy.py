@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_offline_ft import TD3BC, TD3C, LearnerSnapshot, OfflineTD3
+from sb3_offline_ft.testing import PointEnv
 from tests.hooks import last_observations
 from tests.learning import RANDOM_RETURN
 
@@ -167,6 +168,30 @@ def test_the_pretrained_guide_is_the_policy_at_the_start(tmp_path: Path) -> None
     latest = {name: value.clone() for name, value in loaded.actor.state_dict().items()}
     loaded.learn(30)
     assert all(th.equal(value, latest[name]) for name, value in loaded.acting.guide.state_dict().items())
+
+
+def test_a_policy_that_replaced_another_is_the_guide_and_the_reference() -> None:
+    settings = {"algorithm": TD3C, "constraint_reference": "pretrained", "guide_policy": "pretrained", "guide_steps": 5}
+    model, other = make(seed=0, **settings).pretrain(), make(seed=1, **settings).pretrain()
+    model.policy = other.policy
+    model.learn(0)
+    assert same_weights(model.acting.guide, other.actor) and same_weights(model.reference_actor, other.actor)
+
+
+class Third(BasePolicy):
+    """An action that float32 has no number for."""
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
+        return th.full((len(observation), 2), 1 / 3, dtype=th.float64)
+
+
+def test_a_guide_acts_as_precisely_as_the_action_space() -> None:
+    env = PointEnv(action_space=spaces.Box(-0.7, 0.9, (2,), np.float64))
+    record, guide = Record(), Third(env.observation_space, env.action_space)
+    model = make(env, dataset=None, offline_steps=0, guide_policy=guide, guide_steps=99, gradient_steps=0, learning_starts=0)
+    with pytest.warns(UserWarning, match="trains online like TD3"):
+        model.learn(5, callback=record)
+    np.testing.assert_allclose(record.actions, 1 / 3, rtol=1e-12)
 
 
 def test_every_algorithm_takes_the_guide_up(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
-from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, load_dataset
+from sb3_offline_ft import TD3BC, TD3C, OfflineTD3, ReBRAC, load_dataset
 from sb3_offline_ft.offline_td3 import Phase
 from tests import hooks
 
@@ -731,3 +732,17 @@ class ReadsACopy(BaseCallback):
 def test_a_callback_that_copies_what_it_reads_is_told_too():
     with pytest.raises(ValueError, match="there are no episodes in `pretrain`"):
         make(offline_steps=5).pretrain(callback=ReadsACopy())
+
+
+@pytest.mark.parametrize("algorithm", [OfflineTD3, TD3BC, TD3C, ReBRAC])
+def test_warnings_name_the_users_line(algorithm, tmp_path):
+    make(TD3BC).pretrain(1).save(tmp_path / "model")
+    unnormalized = SMALL | {"features_extractor_class": FlattenExtractor}
+    with pytest.warns(UserWarning) as told:
+        make(algorithm, dataset=None).learn(1)
+        make(algorithm, policy_kwargs=unnormalized, warmup_steps=5, learning_starts=9, offline_steps=1).learn(5)
+        make(algorithm, policy_kwargs=unnormalized).pretrain(1)
+        algorithm.load(tmp_path / "model", env=gym.make(ENV), dataset=[DATASET, DATASET]).pretrain(1)
+    assert {warning.filename for warning in told} == {__file__}
+    # TD3C says besides that the file has no multiplier
+    assert len(told) == (7 if algorithm is TD3C else 6)

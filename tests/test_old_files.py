@@ -37,6 +37,14 @@ def test_old_model_acts_as_it_did_and_goes_on_as_it_would_have(name: str, expect
     np.testing.assert_allclose(write.weights(model), expected[f"{name}_weights"], atol=1e-3)
 
 
+def test_old_model_goes_on_with_the_replay_buffer_in_its_file(expected: dict[str, np.ndarray]) -> None:
+    # Of a dataset that was an object only the buffer knows
+    with pytest.warns(UserWarning, match="given as an object"):
+        model = write.go_on_with_buffer(FOLDER)
+    assert model.replay_buffer is not None and model.replay_buffer.size() == 60 + write.STEPS_AFTER_LOADING
+    np.testing.assert_allclose(write.weights(model), expected["with_buffer_weights"], atol=1e-3)
+
+
 def test_old_guard_goes_on_with_its_reference_and_counts() -> None:
     model = TD3C.load(FOLDER / "guarded.zip", env=write.make_env(), device="cpu")
     saved = json.loads(model.__dict__["collapse_guard_state"])

@@ -1,13 +1,18 @@
 """An algorithm of another package: its folder is all that it takes for the zoo, tuning, studies and the contract."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+import torch as th
 import yaml
 
-from sb3_offline_ft.testing import check_algorithm
+from sb3_offline_ft import LearnerSnapshot, OfflineTD3
+from sb3_offline_ft.testing import CLAUSES, check_algorithm
 from tests.conftest import RunPython
 from tests.study_runs import STUDY
 from tests.test_zoo_optimize import load_study
@@ -102,3 +107,42 @@ def test_a_study_compares_it_with_others(run_python: RunPython, package: Path, t
 def test_it_keeps_the_contract(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(package)
     check_algorithm(importlib.import_module("huber_for_this_test").Huber, online_weight=0.5)
+
+
+class Scaled(OfflineTD3):
+    """TD3 with values divided by a running mean, which it keeps as arrays of its own rather than in a part."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.scale = 1.0
+
+    def _actor_loss(self, batch: Any, actions: th.Tensor, q_values: th.Tensor) -> Any:
+        if not (self._pretraining or self._finetuning):
+            return super()._actor_loss(batch, actions, q_values)
+        self.scale += 0.01 * (float(q_values.detach().abs().mean()) - self.scale)
+        return -q_values.mean() / self.scale
+
+    def _get_extra_state(self) -> dict[str, np.ndarray]:
+        return super()._get_extra_state() | {"scale": np.array(self.scale)}
+
+    def _set_extra_state(self, state: Mapping[str, np.ndarray]) -> None:
+        super()._set_extra_state(state)
+        self.scale = float(state.get("scale", 1.0))
+
+
+def test_arrays_of_its_own_are_saved_and_restored(tmp_path: Path) -> None:
+    model = Scaled("MlpPolicy", "Pendulum-v1", dataset="bundled:pendulum-medium", batch_size=8, device="cpu",
+                   policy_kwargs={"net_arch": [8]})  # fmt: skip
+    model.pretrain(10).save(tmp_path / "model")
+    assert Scaled.load(tmp_path / "model").scale == (scale := model.scale) != 1.0
+    for generators in (True, False):
+        snapshot = LearnerSnapshot.take(model)
+        model.pretrain(10)
+        assert model.scale != scale
+        snapshot.restore(model, generators=generators)
+        assert model.scale == scale
+
+
+@pytest.mark.parametrize("clause", ["resumed_pretraining", "resumed_finetuning", "snapshot", "exchange"])
+def test_an_algorithm_with_arrays_of_its_own_keeps_the_contract(clause: str) -> None:
+    CLAUSES[clause](Scaled)

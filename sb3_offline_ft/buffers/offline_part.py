@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from sb3_offline_ft.buffers.augmentation import Augmenter
 from sb3_offline_ft.buffers.balanced_replay import BalancedReplay
 from sb3_offline_ft.buffers.sampling import SourceShares
 from sb3_offline_ft.buffers.transitions import OfflineTransitions
@@ -87,3 +88,22 @@ class OfflinePart:
         rows = source.draw(self.generator, size)
         self.rows_by_source += self.shares.count(rows)
         return rows.reshape(shape)
+
+
+def parts_of_pickled(state: dict[str, Any]) -> dict[str, Any]:
+    """What a replay buffer's attributes would be now that was pickled when its parts were no objects of their own."""
+    state = dict(state)
+    part = OfflinePart(state.pop("_balanced"))
+    part.dataset, part.transitions = state.pop("offline_data"), state.pop("_offline")
+    part.shares, part.rows_by_source = state.pop("_shares"), state.pop("_rows_by_source")
+    part.generator = state.pop("_offline_generator")
+    augmentation, augmenter = state.pop("_augmentation"), None
+    if augmentation is not None:
+        augmenter = Augmenter(augmentation, state["observation_space"])
+        augmenter.generator = state.pop("_augmentation_generator")
+        if part.dataset is not None:
+            augmenter.set_offline_data(part.dataset.observations)
+    return {name: value for name, value in state.items() if name not in ("_augmented", "_std")} | {
+        "_offline": part,
+        "_augmenter": augmenter,
+    }

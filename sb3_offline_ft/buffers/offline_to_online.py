@@ -24,7 +24,7 @@ from sb3_offline_ft.buffers.files import (
     ring_columns,
     write_arrays,
 )
-from sb3_offline_ft.buffers.offline_part import OfflinePart, SamplerPosition
+from sb3_offline_ft.buffers.offline_part import OfflinePart, SamplerPosition, parts_of_pickled
 from sb3_offline_ft.buffers.sampling import draw_ring_rows
 from sb3_offline_ft.buffers.transitions import OnlineTransitions, RingReturns
 from sb3_offline_ft.common.checks import known_keywords, whole_number
@@ -182,6 +182,10 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         """Size of the observations of one row of a batch in bytes."""
         arrays = [*by_key(self.observations).values(), *by_key(self.next_observations).values()]
         return sum(array[0, 0].nbytes for array in arrays)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A model's file may hold a buffer of former versions, by `save(..., include=["replay_buffer"])`
+        self.__dict__.update(parts_of_pickled(state) if "_balanced" in state else state)
 
     # Offline data
 

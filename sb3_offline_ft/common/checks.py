@@ -46,23 +46,40 @@ def number_pair(value: Any, name: str) -> tuple[float, float]:
 def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
     """
     :param cls: A class
-    :return: All parameters of its constructor by name, those that it passes on to its bases' included: in the order of the
-        bases, then its own
+    :return: All parameters of its constructor by name, those that it passes on to its bases' included: those that are given by
+        position, in this order, and then the others, its own last
     """
-    parameters: dict[str, inspect.Parameter] = {}
+    constructors: list[list[inspect.Parameter]] = []
     for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        _, *found = inspect.signature(vars(base)["__init__"]).parameters.values()
+        if "__init__" in vars(base):
+            constructors.append(list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:])
+            # A constructor that takes any keyword passes them on to the next one
+            if not any(one.kind is VAR_KEYWORD for one in constructors[-1]):
+                break
+    parameters: dict[str, inspect.Parameter] = {}
+    for found in reversed(constructors):
         named = {one.name: one for one in found if one.kind not in (VAR_POSITIONAL, VAR_KEYWORD)}
+        first = {name: one for name, one in named.items() if one.kind is not KEYWORD_ONLY}
         # A default that a subclass changes is at the place that the parameter has
-        changed = {name: named[name].replace(default=parameters[name].default) for name in named.keys() & parameters.keys()}
-        own = {name: one.replace(kind=KEYWORD_ONLY) for name, one in parameters.items() if name not in named}
-        parameters = named | changed | own
-        # A constructor that takes any keyword passes them on to the next one
-        if not any(one.kind is VAR_KEYWORD for one in found):
-            break
+        passed = {
+            name: one.replace(default=named[name].default) if name in named else one
+            for name, one in parameters.items()
+            if name not in first and (name not in named or one.default is not one.empty)
+        }
+        if not any(one.kind is VAR_POSITIONAL for one in found):
+            passed = {name: one.replace(kind=KEYWORD_ONLY) for name, one in passed.items()}
+        own = {name: one for name, one in named.items() if name not in passed}
+        parameters = _in_order((first | passed | own).values())
     return parameters
+
+
+def _in_order(parameters: Iterable[inspect.Parameter]) -> dict[str, inspect.Parameter]:
+    """Parameters as Python demands them: none by position that needs a value after one that does not, the others last."""
+    ordered, has_default = list[inspect.Parameter](), False
+    for one in parameters:
+        has_default |= one.default is not one.empty
+        ordered.append(one.replace(kind=KEYWORD_ONLY) if has_default and one.default is one.empty else one)
+    return {one.name: one for one in sorted(ordered, key=lambda one: one.kind)}
 
 
 def constructor_arguments(cls: type) -> dict[str, Any]:
@@ -83,7 +100,7 @@ def show_constructor(cls: type) -> None:
     parameters = list(constructor_parameters(cls).values())
     setattr(cls, "__signature__", inspect.Signature(parameters))  # noqa: B010  # mypy knows of no such attribute
     if "__init__" in vars(cls):
-        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        this = inspect.Parameter("self", min([inspect.Parameter.POSITIONAL_OR_KEYWORD, *(one.kind for one in parameters)]))
         vars(cls)["__init__"].__signature__ = inspect.Signature([this, *parameters])
 
 

@@ -25,13 +25,13 @@ class Acting:
     """
     Who acts in training episodes.
 
-    :param policy: The learner's policy
+    :param learner: The learner
     :param guide_policy: What :func:`sb3_offline_ft.policies.guide.check_guide` returned, and
     :param guide_steps: the schedule of the steps at the start of each episode that the guide acts
     """
 
-    def __init__(self, policy: TD3Policy, guide_policy: GuideLike, guide_steps: Schedule) -> None:
-        self._policy, self._guide_policy, self._guide_steps = policy, guide_policy, guide_steps
+    def __init__(self, learner: "OfflineLearner", guide_policy: GuideLike, guide_steps: Schedule) -> None:
+        self._learner, self._guide_policy, self._guide_steps = learner, guide_policy, guide_steps
         self.guide: BaseAlgorithm | BasePolicy | None = None
         self.substitute: BaseAlgorithm | BasePolicy | None = None
         """Acts in place of the learner; not saved."""
@@ -40,8 +40,14 @@ class Acting:
         self.episode_steps = np.zeros(0, dtype=int)
         """How far the current episodes are, shape ``(n_envs,)``."""
 
-    def prepare(self, learner: "OfflineLearner") -> None:
+    @property
+    def _policy(self) -> TD3Policy:
+        # Looked up, since it may be replaced
+        return self._learner.policy
+
+    def prepare(self) -> None:
         """Find the guide, before anything else is done, so that one that cannot be used costs no time."""
+        learner = self._learner
         if self._guide_policy is None:
             self.guide = None
         elif self._guide_policy != PRETRAINED:
@@ -63,15 +69,14 @@ class Acting:
         """Tell which episodes ended in the last step, shape ``(n_envs,)``."""
         self.episode_steps = np.where(dones, 0, self.episode_steps + 1)
 
-    def others(self, learner: "OfflineLearner", progress_remaining: float) -> tuple[np.ndarray, np.ndarray] | None:
+    def others(self, progress_remaining: float) -> tuple[np.ndarray, np.ndarray] | None:
         """
-        :param learner: The learner
         :param progress_remaining: Progress of the run, from 1 to 0
         :return: Where others than the learner act now, shape ``(n_envs,)``, and their actions, scaled to [-1, 1], shape
             ``(n_envs, *action_shape)``; None if nowhere
         """
-        acting = np.zeros(len(self.episode_steps), dtype=bool)
-        actions = np.zeros((len(acting), *(learner.action_space.shape or ())), dtype=np.float32)
+        learner, acting = self._learner, np.zeros(len(self.episode_steps), dtype=bool)
+        actions = np.zeros((len(acting), *(learner.action_space.shape or ())), dtype=learner.action_space.dtype)
         guided = acting
         if self._guide_policy is not None:
             guided = self.episode_steps < self._guide_steps(progress_remaining)

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.checks import KEYWORD_ONLY
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import OfflineDataset, as_flattened_by, check_spaces_supported, load_dataset, spec_text
 from sb3_offline_ft.datasets.keys import flattened_space, leaf_spaces
 from sb3_offline_ft.policies.layers import is_vector_space
@@ -117,10 +117,9 @@ def load_into_buffer(learner: "OfflineLearner") -> None:
     fitted = buffer.offline_data
     assert fitted is not None
     if learner.dataset_fingerprint not in (None, dataset.fingerprint) and learner.offline_steps_done > 0:
-        warnings.warn(
+        warn(
             f"The dataset {dataset.name} is not the one this model was pretrained on: its fingerprint is "
-            f"{dataset.fingerprint[:12]}, expected {str(learner.dataset_fingerprint)[:12]}.",
-            stacklevel=3,
+            f"{dataset.fingerprint[:12]}, expected {str(learner.dataset_fingerprint)[:12]}."
         )
     learner.dataset_fingerprint = dataset.fingerprint
     if isinstance(learner.dataset, str) and dataset.spec is not None:
@@ -173,11 +172,10 @@ def _fit_normalizer(learner: "OfflineLearner", dataset: OfflineDataset) -> None:
         return
     space = learner.observation_space
     if any(is_vector_space(each) for each in (space.values() if isinstance(space, spaces.Dict) else (space,))):
-        warnings.warn(
+        warn(
             f"`normalize_observations` is not applied: {type(learner.policy).__name__} with "
             f"{learner.policy.features_extractor_class.__name__} has no observation normalizer. Use MlpPolicy or "
-            "MultiInputPolicy with its default features extractor, or `normalize_observations=False`.",
-            stacklevel=4,
+            "MultiInputPolicy with its default features extractor, or `normalize_observations=False`."
         )
 
 
@@ -194,17 +192,15 @@ def check_vec_normalize(learner: "OfflineLearner") -> None:
     if learner.dataset is None:
         return
     if vec_normalize.norm_obs and vec_normalize.training:
-        warnings.warn(
+        warn(
             "VecNormalize updates its statistics online, so the same offline observations mean something else to the "
             "policy after each step. Use `normalize_observations=True` without VecNormalize, or fit VecNormalize "
-            "beforehand and set its `training=False`.",
-            stacklevel=3,
+            "beforehand and set its `training=False`."
         )
     if vec_normalize.norm_reward:
-        warnings.warn(
+        warn(
             "VecNormalize divides rewards by the spread of the online returns, offline rewards too, by another number "
-            "at each step. Use `norm_reward=False` with a dataset.",
-            stacklevel=3,
+            "at each step. Use `norm_reward=False` with a dataset."
         )
 
 
@@ -221,10 +217,9 @@ def check_dataset_is_there(learner: "OfflineLearner") -> None:
             f"{left} of {learner.offline_steps} offline steps are left to do, but "
             "the dataset was given as an object, which a saved model does not hold: pass `dataset=...` to `load`."
         )
-    warnings.warn(
+    warn(
         "This model was pretrained on a dataset that was given as an object, and goes on without it: online batches hold "
-        "no offline transitions. To have them, pass `dataset=...` to `load`.",
-        stacklevel=4,
+        "no offline transitions. To have them, pass `dataset=...` to `load`."
     )
 
 
@@ -267,7 +262,7 @@ class Room:
         n_online = _online_part(learner, learner.batch_size)
         if capacity < n_online or capacity < min(SMALL_BUFFER, SMALL_SHARE * total_timesteps):
             self._has_warned = True
-            warnings.warn(f"{message} To learn from all of them, use `buffer_size={total_timesteps}` or more.", stacklevel=5)
+            warn(f"{message} To learn from all of them, use `buffer_size={total_timesteps}` or more.")
         elif learner.verbose >= 1 and not goes_on:
             print(message)
 
@@ -277,10 +272,9 @@ class Room:
         assert buffer is not None
         if learner.life_cycle.is_finetuning and n_online > capacity and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"The replay buffer (`buffer_size={learner.buffer_size}`) holds {capacity:,} transitions, fewer than the "
-                f"{n_online} online ones of a batch, which are the same again and again: use a larger `buffer_size`.",
-                stacklevel=3,
+                f"{n_online} online ones of a batch, which are the same again and again: use a larger `buffer_size`."
             )
         if learner.learning_starts > 0 or not learner.life_cycle.is_finetuning:
             # SB3's own rule has been applied by `learn`

@@ -237,16 +237,24 @@ class SavedLearner(OfflineLearner):
 
     def extra_state(self) -> dict[str, np.ndarray]:
         """The state of what a learner keeps besides networks, optimizers and counters; its memory may be the learner's."""
-        return {name: array for part in self._stateful_parts().values() for name, array in part.state_dict().items()}
+        return self._get_extra_state()
 
     def load_extra_state(self, state: Mapping[str, np.ndarray], generators: bool = True) -> None:
         """
         :param state: What :meth:`extra_state` of this or a related algorithm returned; empty for a file saved by SB3's TD3
         :param generators: Whether to restore the streams of random numbers too
         """
-        for name, part in self._stateful_parts().items():
-            if generators or name != "randomness":
-                part.load_state_dict(state)
+        skipped = () if generators else self._randomness.state_dict()
+        self._set_extra_state({name: array for name, array in state.items() if name not in skipped})
+
+    def _get_extra_state(self) -> dict[str, np.ndarray]:
+        """The arrays of all parts, to which a subclass may add its own."""
+        return {name: array for part in self._stateful_parts().values() for name, array in part.state_dict().items()}
+
+    def _set_extra_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up what :meth:`_get_extra_state` of this or a related algorithm returned, perhaps without random streams."""
+        for part in self._stateful_parts().values():
+            part.load_state_dict(state)
 
     def position(self) -> dict[str, Any]:
         """What says how updates are done, but for what counts progress."""

@@ -1,7 +1,6 @@
 """What becomes of Stable-Baselines3's TD3 when it is pretrained on logged data, warmed up and finetuned."""
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -24,6 +23,7 @@ from sb3_offline_ft.common.checks import known_keywords, show_constructor, whole
 from sb3_offline_ft.common.logger import OfflineLogger
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import ScheduleLike
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import DatasetSpec, OfflineDataset
 from sb3_offline_ft.offline_td3 import data
 from sb3_offline_ft.offline_td3.acting import Acting
@@ -101,7 +101,7 @@ class OfflineLearner(TD3):
             self.replay_buffer.offline_fraction = self.offline_fraction
             self.replay_buffer.set_n_steps(self.n_steps, self.gamma)
         self._randomness.seed(self.seed)
-        self.acting = Acting(self.policy, self.guide_policy, self._guide_steps_schedule)
+        self.acting = Acting(self, self.guide_policy, self._guide_steps_schedule)
         self.updater.check(self)
 
     def _check_settings(self) -> None:
@@ -265,7 +265,7 @@ class OfflineLearner(TD3):
     ) -> tuple[int, BaseCallback]:
         self._check_run(goes_on=self.life_cycle.went_online and not reset_num_timesteps)
         data.check_dataset_is_there(self)
-        self.acting.prepare(self)
+        self.acting.prepare()
         self.load_offline_data()
         data.check_augmentation(self)
         data.check_vec_normalize(self)
@@ -311,9 +311,7 @@ class OfflineLearner(TD3):
             self.num_timesteps, self._n_updates, self.dataset is not None, self.warmup_steps, self.critic_warmup_steps
         )
         if not self.life_cycle.is_finetuning:
-            warnings.warn(
-                f"{type(self).__name__} has neither a dataset nor pretrained weights: it trains online like TD3.", stacklevel=5
-            )
+            warn(f"{type(self).__name__} has neither a dataset nor pretrained weights: it trains online like TD3.")
         if pretrained:
             self._begin_with_trained_weights(total_timesteps)
         self.room.begin_run()
@@ -325,20 +323,18 @@ class OfflineLearner(TD3):
     def _begin_with_trained_weights(self, total_timesteps: int) -> None:
         if self.learning_starts > 0:
             if self.learning_starts != SB3_LEARNING_STARTS:
-                warnings.warn(
+                warn(
                     f"`learning_starts={self.learning_starts}` would replace the pretrained policy by random actions: "
-                    "0 is used. To let the pretrained policy act before the first update, use `warmup_steps`.",
-                    stacklevel=6,
+                    "0 is used. To let the pretrained policy act before the first update, use `warmup_steps`."
                 )
             self.learning_starts = 0
         if self.reset_optimizers:
             self.actor.optimizer.state.clear()
             self.critic.optimizer.state.clear()
         if 0 < total_timesteps <= self.warmup_steps:
-            warnings.warn(
+            warn(
                 f"The warm-up ({self.warmup_steps} steps) is as long as the run ({total_timesteps} steps): nothing will be "
-                "learned online. Use more steps or a smaller `warmup_steps`.",
-                stacklevel=6,
+                "learned online. Use more steps or a smaller `warmup_steps`."
             )
 
     def _on_finetuning_start(self, pretrained: bool) -> None:
@@ -379,7 +375,7 @@ class OfflineLearner(TD3):
         in_warmup = self.num_timesteps < self.life_cycle.frozen_until
         if (in_warmup and not self.warmup_action_noise) or self.acting.substitute is not None:
             action_noise = None
-        others = self.acting.others(self, self._current_progress_remaining)
+        others = self.acting.others(self._current_progress_remaining)
         if others is None:
             return super()._sample_action(learning_starts, action_noise, n_envs)
         _, scaled_actions = super()._sample_action(learning_starts, None, n_envs)

@@ -343,6 +343,16 @@ class OfflineTD3(SavedLearner):
         self.updater.log(name, value)
 
     @property
+    def _pretraining(self) -> bool:
+        """Whether the update is an offline one."""
+        return self.life_cycle.is_pretraining
+
+    @property
+    def _finetuning(self) -> bool:
+        """Whether the present run has data or began with trained weights."""
+        return self.life_cycle.is_finetuning
+
+    @property
     def _generator(self) -> th.Generator | None:
         """
         Of random numbers in the hooks: online SB3's stream, the global one, for which None stands; offline a saved one, so

@@ -1,6 +1,5 @@
 """How gradient steps are done: drawing batches, choosing the update kernel, rewinding, means for the log."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from stable_baselines3.common.logger import Logger
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.update import AutogradKernel, Batch, FastKernel, NotSupportedError, UpdateKernel
 from sb3_offline_ft.update.products import UPDATE_PRECISIONS
 
@@ -134,7 +134,7 @@ class Updater:
         if isinstance(self.kernel, AutogradKernel) and self.kernel.policy is learner.policy:
             return self.kernel
         if error.surprising:
-            warnings.warn(f"Updates are done by autograd, which is slower, since {error}.", stacklevel=5)
+            warn(f"Updates are done by autograd, which is slower, since {error}.")
         elif learner.verbose >= 1:
             print(f"Update kernel: autograd, since {error}")
         return AutogradKernel(learner.policy)

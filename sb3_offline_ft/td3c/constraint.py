@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3 import TD3
 from stable_baselines3.td3.policies import Actor, TD3Policy
 from torch.nn import functional as F
 
@@ -20,13 +21,18 @@ class Constraint:
     """
     A reference policy of its own, if there is one, and the distance of the learner's policy, all on the learner's device.
 
-    :param policy: The learner's policy
+    :param learner: The learner
     :param has_reference: Whether there can be one
     """
 
-    def __init__(self, policy: TD3Policy, has_reference: bool) -> None:
-        self._policy, self._has_reference = policy, has_reference
+    def __init__(self, learner: TD3, has_reference: bool) -> None:
+        self._learner, self._has_reference = learner, has_reference
         self.begin_run()
+
+    @property
+    def _policy(self) -> TD3Policy:
+        # Looked up, since it may be replaced
+        return self._learner.policy
 
     def begin_run(self) -> None:
         """Forget all."""

@@ -1,11 +1,12 @@
 """The Lagrange multiplier of a constraint."""
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
 import torch as th
+
+from sb3_offline_ft.common.warning import warn
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -70,10 +71,9 @@ class Multiplier:
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up a state, which may be that of a learner without a multiplier."""
         if "log_multiplier" not in state:
-            warnings.warn(
+            warn(
                 f"The file was not saved by TD3C: the Lagrange multiplier starts at its initial value {float(self):g}, "
-                "and the loaded policy will be the reference of the constraint.",
-                stacklevel=5,
+                "and the loaded policy will be the reference of the constraint."
             )
             return
         with th.no_grad():

@@ -1,7 +1,6 @@
 """TD3 with a constrained policy update (after Luo et al. 2023)."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from sb3_offline_ft.common.schedules import make_schedule, scale_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.offline_td3 import OfflineTD3, SharedArguments
 from sb3_offline_ft.offline_td3.objective import behavior_cloning, check_alpha
 from sb3_offline_ft.td3c.constraint import Constraint
@@ -112,7 +112,7 @@ class TD3C(OfflineTD3):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.constraint = Constraint(self.policy, has_reference=self.constraint_reference != "target")
+        self.constraint = Constraint(self, has_reference=self.constraint_reference != "target")
         rates = self.initial_multiplier, self.multiplier_learning_rate
         self._multiplier = Multiplier(*rates, self.min_multiplier, self.max_multiplier, self.device)
 
@@ -157,16 +157,14 @@ class TD3C(OfflineTD3):
         if pretrained:
             self.set_reference_policy()
         elif self.life_cycle.is_finetuning:
-            warnings.warn(
+            warn(
                 "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
-                "Pretrain with `offline_steps` or `pretrain()`.",
-                stacklevel=6,
+                "Pretrain with `offline_steps` or `pretrain()`."
             )
         if pretrained and self.constraint_reference == "best" and not self.evaluations.callbacks:
-            warnings.warn(
+            warn(
                 "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference "
-                "stays the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained'.",
-                stacklevel=6,
+                "stays the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained'."
             )
 
     def _on_new_best(self) -> None:

@@ -20,6 +20,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft import TD3BC, TD3C, CollapseGuard, LearnerSnapshot, OfflineTD3, ReBRAC
+from sb3_offline_ft.testing import PointEnv, record
 
 STEPS_AFTER_LOADING = 40
 GUARD = {"baseline": [-3.0, -4.0, -5.0, -6.0, -7.0, -8.0], "signal_freq": 10, "verbose": 0}
@@ -105,6 +106,19 @@ MODELS: dict[str, tuple[type[OfflineTD3], Model]] = {
 }
 
 
+def with_buffer() -> OfflineTD3:
+    """A model whose file holds its replay buffer."""
+    small = {"net_arch": [8]}
+    sampling = {"offline_sampling": "balanced", "balanced_kwargs": small, "augmentation": "gaussian_noise"}
+    settings = SMALL | {"dataset": record(PointEnv(), 40), "replay_buffer_kwargs": sampling, "buffer_size": 100}
+    return TD3BC("MlpPolicy", PointEnv(), **settings).learn(60)
+
+
+def go_on_with_buffer(folder: Path) -> OfflineTD3:
+    model = TD3BC.load(folder / "with_buffer.zip", env=PointEnv(), device="cpu")
+    return model.learn(STEPS_AFTER_LOADING, reset_num_timesteps=False)
+
+
 def observations() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(10, 11)).astype(np.float32)
 
@@ -141,6 +155,8 @@ def write(folder: Path, scratch: Path) -> None:
     for name in MODELS:
         model, expected[f"{name}_actions"] = go_on(name, folder)
         expected[f"{name}_weights"] = weights(model)
+    with_buffer().save(folder / "with_buffer.zip", include=["replay_buffer"])
+    expected["with_buffer_weights"] = weights(go_on_with_buffer(folder))
     np.savez_compressed(folder / "expected.npz", **expected)
 
 
