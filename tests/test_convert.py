@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -655,6 +656,11 @@ class TestDatasetsWritten:
         table_of(pendulum).to_csv(tmp_path / "logs.csv", index=False)
         with pytest.raises(ValueError, match=r"bounds of the actions are not known.*--env.*--action-low"):
             convert_logs([tmp_path / "logs.csv"], "my/a-v0")
+        table_of(pendulum).assign(action_0=lambda table: table["action_0"] * 1000).to_csv(tmp_path / "large.csv", index=False)
+        with pytest.raises(ValueError, match=r"The actions go from [-\d.]+ to [\d.]+\.$") as caught:
+            convert_logs([tmp_path / "large.csv"], "my/a-v0")
+        low, high = (float(number) for number in re.findall(r"from (\S+) to (\S+)\.$", str(caught.value))[0])
+        assert (low, high) == pytest.approx((1000 * pendulum.actions.min(), 1000 * pendulum.actions.max()), rel=1e-5)
         with pytest.raises(ValueError, match="beyond its bounds"):
             convert_logs([tmp_path / "logs.csv"], "my/a-v0", action_low=-1, action_high=1)
         with pytest.raises(ValueError, match="Expected one bound or 1 of the actions, found 2"):

@@ -222,7 +222,9 @@ def test_a_damaged_cell_is_made_again_by_the_next_run(with_storage: bool, tmp_pa
         if not with_storage:
             (folder / "study.log").unlink()
         output = command("study", "run", folder)
-        assert f"Note: {cell} is damaged" in output and "1 done" in output
+        notes = output.count(f"Note: {cell} is damaged")
+        # What the storage has is not run again
+        assert (notes == 1 if with_storage else notes >= 1) and "1 done" in output
         result = read_result(cell)
         assert result is not None and expected is not None
         study_runs.assert_same(result, expected)

@@ -95,6 +95,10 @@ class TestShow:
         if repeated:
             assert f"{repeated:,} transitions equal an earlier one" in output
 
+    def test_all_parts_are_shown(self) -> None:
+        output = succeed("show", " + ".join(["bundled:pendulum-medium?episodes=1"] * 17))
+        assert "(17)" in output and "not shown" not in output
+
     def test_many_dimensions_are_shown_on_request(self, tmp_path: Path) -> None:
         generator = np.random.default_rng(0)
         observations, following = generator.normal(size=(2, 50, 40))

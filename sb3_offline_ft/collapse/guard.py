@@ -78,8 +78,8 @@ class CollapseGuard(BaseCallback):
     :param signal_freq: Environment steps (of one environment) between two measurements of these signals; 0 for none
     :param update_reference: Whether a promotion with better returns moves the reference policy of a constrained algorithm
         such as TD3C. This is the one option by which the guard takes part in a run without collapse
-    :param path: Folder for ``collapse_events.jsonl`` and ``collapse.png``; by default that of the run's ``EvalCallback`` or of
-        the logger, if any
+    :param path: Folder for ``collapse_events.jsonl`` and ``collapse.png``; by default that of the run's ``EvalCallback``, the
+        logger or a ``Monitor`` that keeps files, if any
     :param save_snapshots: Whether promoted states are also written to ``path``, so that a loaded run can be rolled back to
         them
     :param verbose: 0 for no output, 1 for baselines, alarms and rollbacks, 2 for promotions too

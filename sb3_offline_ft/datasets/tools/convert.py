@@ -31,7 +31,7 @@ from sb3_offline_ft.datasets.keys import dict_of
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
 from sb3_offline_ft.datasets.sources import load_dataset
-from sb3_offline_ft.datasets.tools.show import number_text, progress_bar
+from sb3_offline_ft.datasets.tools.show import progress_bar
 from sb3_offline_ft.datasets.validation import as_flattened_by, check_compatible, fit_to_space, with_clipping
 from sb3_offline_ft.datasets.validation import clip_actions as clipped_to
 
@@ -295,7 +295,7 @@ def _spaces(
         action_space = next((one.action_space for one in datasets if one.action_space is not None), None)
     if action_space is None:
         flat = first.actions.reshape(len(first), -1)
-        smallest, largest = (", ".join(map(number_text, extreme(flat, axis=0))) for extreme in (np.min, np.max))
+        smallest, largest = (", ".join(f"{value:g}" for value in extreme(flat, axis=0)) for extreme in (np.min, np.max))
         raise ValueError(
             "The bounds of the actions are not known, and algorithms scale actions by them: name the environment with --env, "
             f"or give --action-low and --action-high. The actions go from {smallest} to {largest}."

@@ -230,7 +230,8 @@ def show_dataset(
         summary.add_row(name, Text(value))
     console.print(summary)
     for table in detail_tables(facts):
-        console.print(_printed(table, len(table.rows) if every_dimension else MOST_DIMENSIONS))
+        is_cut = table.columns[0] == "dimension" and not every_dimension
+        console.print(_printed(table, MOST_DIMENSIONS if is_cut else len(table.rows)))
 
 
 def _printed(facts: FactTable, most: int) -> Table:

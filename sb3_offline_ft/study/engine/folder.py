@@ -123,8 +123,14 @@ def find_result(protocol: "Protocol", cell: "Cell", stored: str | None = None) -
 def local_result(protocol: "Protocol", cell: "Cell") -> CellResult | None:
     """A cell's result from its run folder, or from one that has the name that the method or the dataset had before."""
     key = protocol.cell_key(cell)
-    results = (read_result(folder) for folder in folders_of(protocol, cell))
-    return next((result for result in results if result is not None and result.manifest["key"] == key), None)
+    results = (_result_of(key, folder) for folder in folders_of(protocol, cell))
+    return next((result for result in results if result is not None), None)
+
+
+def _result_of(key: str, folder: Path) -> CellResult | None:
+    # The only place to read from, so that Python shows the warning of a damaged folder once
+    result = read_result(folder)
+    return result if result is not None and result.manifest["key"] == key else None
 
 
 def keep_result(protocol: "Protocol", cell: "Cell", result: CellResult) -> CellResult:
@@ -134,9 +140,9 @@ def keep_result(protocol: "Protocol", cell: "Cell", result: CellResult) -> CellR
     :return: The result as it is there, with the cell's name
     :raises OSError: It cannot be written
     """
-    folder, key = next(folders_of(protocol, cell)), protocol.cell_key(cell)
-    there = read_result(folder)
-    if there is not None and there.manifest["key"] == key:
+    folder = next(folders_of(protocol, cell))
+    there = _result_of(protocol.cell_key(cell), folder)
+    if there is not None:
         return there
     result = replace(result, manifest=result.manifest | {"name": cell.name, "label": cell.method.label})
     write_result(folder, result)
