@@ -1,5 +1,7 @@
 """The algorithms by their names in rl_zoo3: the one list that the zoo, tuning, studies and the doctor are made from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -21,10 +23,30 @@ _OURS = {
     "rebrac": "sb3_offline_ft.rebrac:ReBRAC",
 }
 
-ALGORITHMS = _OURS | {entry.name: entry.value for entry in entry_points(group=GROUP) if entry.name not in _OURS}
+_OTHERS = {entry.name: entry.value for entry in entry_points(group=GROUP) if entry.name not in _OURS}
+
+ALGORITHMS = _OURS | _OTHERS
 """Where each one's class is, as ``package:Class``. Its search space is ``SEARCH_SPACE`` in ``package.search_space``."""
 
 _PACKAGE = Path(__file__).parent
+
+
+class BrokenAlgorithmError(ImportError):
+    """The algorithm of another package cannot be used."""
+
+
+@contextmanager
+def _naming(algo: str) -> Iterator[None]:
+    """Tell of which algorithm an error is, if it is another package's."""
+    try:
+        yield
+    except Exception as error:
+        if algo not in _OTHERS:
+            raise
+        raise BrokenAlgorithmError(
+            f"The algorithm {algo!r} of another package, {_OTHERS[algo]}, cannot be used ({type(error).__name__}: {error}): "
+            "repair or uninstall that package."
+        ) from error
 
 
 def algorithm_class(algo: str) -> type["OfflineTD3"]:
@@ -32,7 +54,8 @@ def algorithm_class(algo: str) -> type["OfflineTD3"]:
     :param algo: An algorithm's name in rl_zoo3, one of ``ALGORITHMS``
     :return: Its class
     """
-    return cast("type[OfflineTD3]", resolve_name(ALGORITHMS[algo]))
+    with _naming(algo):
+        return cast("type[OfflineTD3]", resolve_name(ALGORITHMS[algo]))
 
 
 def search_space(algo: str) -> "SearchSpace":
@@ -43,12 +66,13 @@ def search_space(algo: str) -> "SearchSpace":
     from sb3_offline_ft.common.search_space import COMMON, SearchSpace
 
     module = f"{ALGORITHMS[algo].partition(':')[0]}.search_space"
-    try:
-        own = import_module(module).SEARCH_SPACE
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        own = {}
+    with _naming(algo):
+        try:
+            own = import_module(module).SEARCH_SPACE
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            own = {}
     return SearchSpace(algo, {**own, **COMMON})
 
 
@@ -62,8 +86,12 @@ def preset_path(algo: str) -> str:
     if algo not in ALGORITHMS:
         raise ValueError(f"No preset for the algorithm {algo!r}: sb3_offline_ft has presets for {', '.join(ALGORITHMS)}.")
     if algo not in _OURS:
-        spec = find_spec(ALGORITHMS[algo].partition(":")[0])
-        return str(Path(str(spec and spec.origin)).parent / f"{algo}.yml")
+        package = ALGORITHMS[algo].partition(":")[0]
+        with _naming(algo):
+            spec = find_spec(package)
+            if spec is None or spec.origin is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+            return str(Path(spec.origin).parent / f"{algo}.yml")
     # In a checkout they are beside the package, in a wheel in it
     folders = [folder / "hyperparams" for folder in (_PACKAGE, _PACKAGE.parent)]
     return str(next((folder for folder in folders if folder.is_dir()), folders[0]) / f"{algo}.yml")

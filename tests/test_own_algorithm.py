@@ -1,6 +1,7 @@
 """An algorithm of another package: its folder is all that it takes for the zoo, tuning, studies and the contract."""
 
 import importlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ ALGORITHM = '''
 from torch.nn import functional as F
 
 from sb3_offline_ft import OfflineTD3
+from sb3_offline_ft.offline_td3 import Phase
 
 
 class Huber(OfflineTD3):
@@ -31,9 +33,9 @@ class Huber(OfflineTD3):
         super().__init__(*args, **kwargs)
 
     def _actor_loss(self, batch, actions, q_values):
-        if not (self._pretraining or self._finetuning):
+        if self.life_cycle.is_plain_td3:
             return super()._actor_loss(batch, actions, q_values)
-        weight = self.online_weight if self._finetuning else 1.0
+        weight = 1.0 if self.phase is Phase.PRETRAINING else self.online_weight
         return -q_values.mean() / q_values.detach().abs().mean() + weight * F.smooth_l1_loss(actions, batch.actions)
 '''
 SEARCH_SPACE = """
@@ -88,6 +90,50 @@ def test_the_stock_command_trains_and_tunes_it(run_python: RunPython, package: P
     assert trial.state == optuna.trial.TrialState.COMPLETE
     assert {"online_weight", "finetuning_learning_rate", "warmup_steps"} <= trial.params.keys()
     assert trial.user_attrs["pretrained"]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, "ModuleNotFoundError: No module named 'huber_for_this_test'"),
+        ({"__init__.py": "1 / 0"}, "ZeroDivisionError: division by zero"),
+        ({"__init__.py": ""}, "AttributeError: module 'huber_for_this_test' has no attribute 'Huber'"),
+        (
+            {"__init__.py": ALGORITHM, "search_space.py": ""},
+            "AttributeError: module 'huber_for_this_test.search_space' has no attribute 'SEARCH_SPACE'",
+        ),
+    ],
+)
+def test_a_broken_one_is_named_and_takes_no_others_with_it(
+    run_python: RunPython, package: Path, files: dict[str, str], found: str
+) -> None:
+    shutil.rmtree(package / "huber_for_this_test")
+    for name, text in files.items():
+        (package / "huber_for_this_test").mkdir(exist_ok=True)
+        (package / "huber_for_this_test" / name).write_text(text)
+    code = """
+import argparse, rl_zoo3
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
+print(*[type(ExperimentManager(argparse.Namespace(), algo, "Pendulum-v1", "logs")).__name__ for algo in ("td3c", "sac")])
+print({"td3bc", "td3c", "rebrac"} <= rl_zoo3.ALGOS.keys() & HYPERPARAMS_SAMPLER.keys())
+"""
+    process = run_python("-c", code, PYTHONPATH=str(package))
+    assert process.stdout.split() == ["OfflineExperimentManager", "ExperimentManager", "True"], process.stderr
+    told = "The algorithm 'huber' of another package, huber_for_this_test:Huber, cannot be used"
+    assert process.stderr.count(f"{told} ({found})") == 1
+
+
+def test_one_with_the_name_of_an_algorithm_of_the_zoo_leaves_that_alone(run_python: RunPython, package: Path) -> None:
+    (package / "huber_for_this_test-1.0.dist-info" / "entry_points.txt").write_text(
+        "[sb3_offline_ft.algorithms]\nsac = huber_for_this_test:Huber\n"
+    )
+    code = """
+import argparse
+from rl_zoo3.exp_manager import ALGOS, ExperimentManager
+print(ALGOS["sac"].__name__, type(ExperimentManager(argparse.Namespace(), "sac", "Pendulum-v1", "logs")).__name__)
+"""
+    assert run_python("-c", code, PYTHONPATH=str(package)).stdout.split() == ["SAC", "ExperimentManager"]
 
 
 def test_a_study_compares_it_with_others(run_python: RunPython, package: Path, tmp_path: Path) -> None:

@@ -289,6 +289,34 @@ print(isinstance(ours, ExperimentManager), inspect.signature(ExperimentManager) 
     assert process.stdout.split() == [*names, "Mine", "True", "True", "True", "False"], process.stderr
 
 
+def test_a_subclass_of_the_users_has_what_is_ours_below_its_own(run_python: RunPython) -> None:
+    code = """
+import argparse, copy, pickle
+from rl_zoo3.exp_manager import ExperimentManager
+class Mine(ExperimentManager):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.n_created = 0
+    def create_envs(self, *args, **kwargs):
+        self.n_created += 1
+        return super().create_envs(*args, **kwargs)
+small = dict(policy_kwargs=dict(net_arch=[8]), offline_steps=5, warmup_steps=5, batch_size=8, callback=None)
+def make(algo):
+    return Mine(argparse.Namespace(), algo, "Pendulum-v1", "logs", n_timesteps=20, eval_freq=-1, hyperparams=dict(small))
+mine = make("td3c")
+again = [copy.copy(mine), copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))]
+print("kept", {type(each) for each in again} == {type(mine)}, isinstance(mine, Mine), again[-1].config == mine.config)
+print("shared", type(make("rebrac")) is type(mine), type(make("sac")) is Mine)
+model, _ = mine.setup_experiment()
+mine.learn(model)
+print("run", mine.n_created, model.num_timesteps, model.offline_steps_done)
+"""
+    process = run_python("-c", code, SB3_OFFLINE_FT_NO_HOOK="")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert {"kept True True True", "shared True True", "run 1 20 5"} <= set(lines), process.stdout
+
+
 def test_an_algorithm_that_the_user_registered_under_our_name_is_kept(run_python: RunPython) -> None:
     code = """
 import rl_zoo3

@@ -2,12 +2,16 @@
 
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
 
 import _sb3_offline_ft_startup
-from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, preset_path, search_space
+from sb3_offline_ft.algorithms import ALGORITHMS, BrokenAlgorithmError, algorithm_class, preset_path, search_space
 
 __all__ = ["ALGORITHMS", "preset_path", "register"]
+
+Part = TypeVar("Part")
 
 
 def register() -> None:
@@ -28,8 +32,8 @@ def register() -> None:
 
     # In place: every rl_zoo3 module holds a reference to this one dictionary.
     for algo in ALGORITHMS:
-        if algo not in ALGOS:
-            ALGOS[algo] = algorithm_class(algo)
+        if algo not in ALGOS and (cls := _part(algo, algorithm_class)) is not None:
+            ALGOS[algo] = cls
 
     if not _sb3_offline_ft_startup.after_import("rl_zoo3.exp_manager", _extend_experiments):
         warnings.warn(
@@ -40,27 +44,42 @@ def register() -> None:
         )
 
 
+@cache
+def _part(algo: str, load: Callable[[str], Part]) -> Part | None:
+    """A part of an algorithm; None, with one warning, if it is another package's and broken."""
+    try:
+        return load(algo)
+    except BrokenAlgorithmError as error:
+        warnings.warn(str(error), stacklevel=1)
+        return None
+
+
 def _extend_experiments() -> None:
     from rl_zoo3.exp_manager import ExperimentManager
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+    from rl_zoo3.utils import ALGOS
 
-    for algo in ALGORITHMS.keys() - HYPERPARAMS_SAMPLER.keys():
-        space = search_space(algo)
-        HYPERPARAMS_SAMPLER[algo], HYPERPARAMS_CONVERTER[algo] = space.sample, space.convert
+    for algo in (ALGORITHMS.keys() & ALGOS.keys()) - HYPERPARAMS_SAMPLER.keys():
+        if (space := _part(algo, search_space)) is not None:
+            HYPERPARAMS_SAMPLER[algo], HYPERPARAMS_CONVERTER[algo] = space.sample, space.convert
     # Whoever has imported the class, before or after us, gets ours for our algorithms; it is the same class for all others
     if vars(ExperimentManager).get("__new__") is not _new_experiment:
         _new_experiment.__signature__ = inspect.signature(ExperimentManager.__init__)  # type: ignore[attr-defined]
         ExperimentManager.__new__ = _new_experiment  # type: ignore[method-assign]
 
 
-def _new_experiment(cls: type, args: Any = None, algo: str = "", *_: Any, **__: Any) -> Any:
+def _new_experiment(cls: Any, args: Any = None, algo: str = "", *_: Any, **__: Any) -> Any:
     from rl_zoo3.exp_manager import ExperimentManager
+    from rl_zoo3.utils import ALGOS
 
-    if cls is ExperimentManager and algo in ALGORITHMS:
-        from sb3_offline_ft.zoo.experiment import OfflineExperimentManager
+    from sb3_offline_ft.offline_td3 import OfflineTD3
 
-        cls = OfflineExperimentManager
-    return object.__new__(cls)
+    # A name of another package's algorithm may be one that rl_zoo3 already had
+    if algo in ALGORITHMS and issubclass(ALGOS.get(algo, object), OfflineTD3):
+        from sb3_offline_ft.zoo.experiment import offline_manager
+
+        cls = offline_manager(cls)
+    return super(ExperimentManager, cls).__new__(cls)
 
 
 register()

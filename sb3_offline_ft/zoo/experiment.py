@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 import shutil
+from functools import cache
 from typing import Any, cast
 
 import optuna
@@ -239,3 +240,21 @@ class OfflineExperimentManager(ExperimentManager):
             ) from None
         finally:
             self.pretraining.close()
+
+
+@cache
+def offline_manager(cls: type[ExperimentManager]) -> type[OfflineExperimentManager]:
+    """
+    :param cls: rl_zoo3's class, or a user's that derives from it
+    :return: The class for our algorithms; what the user's overrides comes before ours
+    """
+    if cls is ExperimentManager:
+        return OfflineExperimentManager
+    if issubclass(cls, OfflineExperimentManager):
+        return cls
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        # The module has no such class, so it is made again
+        return cls.__new__, (cls, None, self.algo), self.__getstate__()
+
+    return type(cls.__name__, (cls, OfflineExperimentManager), {"__module__": cls.__module__, "__reduce__": __reduce__})
