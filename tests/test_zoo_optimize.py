@@ -28,7 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv
 import sb3_offline_ft
 from sb3_offline_ft import TD3C, LearnerSnapshot, OfflineDataset, OfflineTD3, load_dataset, register
 from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, search_space
-from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, finetuning_arguments
+from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, SearchSpace, choice, finetuning_arguments, real
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.recipe import Recipe, code_digest, online_only_arguments
 from sb3_offline_ft.pretrained.start import pretrain
@@ -384,6 +384,23 @@ def test_the_folder_of_pretrained_learners_may_be_chosen(tmp_path: Path, monkeyp
 
 
 # Search spaces
+
+
+def test_schedules_of_the_finetuning_only_start_at_their_own_parameter() -> None:
+    space = SearchSpace(
+        "own",
+        {
+            "finetuning_gain": real(0.1, 1.0),
+            "finetuning_gain_schedule": choice("constant", "linear"),
+            "finetuning_width": real(0.1, 1.0),
+            "finetuning_width_end_factor": real(0.1, 1.0),
+        },
+    )
+    drawn = {
+        "finetuning_gain": 0.5, "finetuning_gain_schedule": "linear",
+        "finetuning_width": 0.5, "finetuning_width_end_factor": 0.5,
+    }  # fmt: skip
+    assert space.convert(drawn) == {"finetuning_gain": "lin_0.5", "finetuning_width": "geo_0.5_0.25"}
 
 
 @pytest.mark.parametrize("algo", TUNED)

@@ -121,11 +121,12 @@ class SearchSpace:
         if "noise_std" in hyperparams:
             hyperparams["noise_type"] = "normal"
         for name in sampled_params:
-            start = hyperparams.get(tuned_hyperparam(name))
+            scheduled = name.removesuffix(SCHEDULE).removesuffix(END_FACTOR)
+            start = hyperparams.get(scheduled)
             if name.endswith(SCHEDULE):
-                hyperparams[tuned_hyperparam(name)] = _scheduled(hyperparams.pop(name), start)
+                hyperparams[scheduled] = _scheduled(hyperparams.pop(name), start)
             elif name.endswith(END_FACTOR):
-                hyperparams[tuned_hyperparam(name)] = f"geo_{start!r}_{start * hyperparams.pop(name)!r}"
+                hyperparams[scheduled] = f"geo_{start!r}_{start * hyperparams.pop(name)!r}"
         return hyperparams
 
     def find(self, value_of: Callable[[str], Any], facts: Mapping[str, Any]) -> Hyperparams:
