@@ -5,11 +5,12 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch as th
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sb3_offline_ft import OfflineTD3
 from sb3_offline_ft.update import Batch
@@ -34,6 +35,16 @@ def build(kind: str, project: Path, folder: Path) -> Path:
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return next(folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left() -> Iterator[None]:
+    """A hook on all optimizers that a test leaves behind sends the kernels of later tests another way."""
+    yield
+    hooks = [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
+    _global_optimizer_pre_hooks.clear()
+    _global_optimizer_post_hooks.clear()
+    assert not hooks, f"the test leaves hooks on all optimizers: {hooks}"
 
 
 @pytest.fixture(scope="session")

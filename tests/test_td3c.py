@@ -175,7 +175,11 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.n = 0
         self.optimizers = {model.actor.optimizer, model.critic.optimizer}
-        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self.optimizers.add(optimizer))
+        self.hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self.optimizers.add(optimizer))
+
+    def __exit__(self, *args):
+        self.hook.remove()
+        super().__exit__(*args)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is th.ops.aten._local_scalar_dense.default:

@@ -180,6 +180,7 @@ def test_the_critics_loss_is_that_of_the_batch() -> None:
 def test_moments_of_dead_units_do_not_become_subnormal() -> None:
     """Subnormal numbers make Adam several times slower; clearing them before changes no parameter, to the bit."""
     cleared, parameters = flat_adam([(40, 30)])
+    cleared.attach()
     flat_parameter = parameters.parameters[0]
     own = nn.Parameter(flat_parameter.detach().clone())
     torch_adam = th.optim.Adam([own], lr=1e-3, fused=True)
