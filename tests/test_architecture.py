@@ -15,8 +15,8 @@ ROOT = REPOSITORY / PACKAGE
 
 FLOORS = [
     {"common"},
-    {"algorithms", "policies", "pages", "collapse", "deployment"},
-    {"update"},
+    {"algorithms", "policies", "pages", "collapse"},
+    {"update", "deployment"},
     {"datasets"},
     {"buffers"},
     {"offline_td3"},
@@ -35,7 +35,7 @@ FEWER = {
     "common": set(),
     # They serve the algorithms of SB3 and sb3-contrib as well as ours
     "collapse": {"common"},
-    "deployment": {"common"},
+    "deployment": {"common", "collapse"},
 }
 """What rooms may use that stand on less than all floors below them."""
 

@@ -88,9 +88,9 @@ class Reporter:
         self.event("end", **counts, signals=signals.n_measured)
 
 
-def start_log(folder: Path | None, resume: bool) -> EventLog:
+def start_log(folder: Path | None, resume: bool, name: str = EVENTS_FILE) -> EventLog:
     """The log of a run that begins or goes on; a damaged file is kept aside."""
-    path = None if folder is None else folder / EVENTS_FILE
+    path = None if folder is None else folder / name
     log = EventLog(path)
     try:
         log.start(resume)

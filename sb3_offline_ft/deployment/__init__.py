@@ -1,0 +1,33 @@
+"""Learning fast while serving safely. The names are imported on first use (PEP 562)."""
+
+from typing import TYPE_CHECKING
+
+from sb3_offline_ft.common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sb3_offline_ft.deployment.budget import Level, RiskBudget
+    from sb3_offline_ft.deployment.champion_challenger import ChampionChallenger
+    from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
+    from sb3_offline_ft.deployment.promotion import PromotionTest
+
+__all__ = [
+    "ChampionChallenger",
+    "Contender",
+    "Contest",
+    "Kind",
+    "Level",
+    "PromotionTest",
+    "RiskBudget",
+    "Rules",
+    "Verdict",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "budget": ("Level", "RiskBudget"),
+        "champion_challenger": ("ChampionChallenger",),
+        "contest": ("Contender", "Contest", "Kind", "Rules", "Verdict"),
+        "promotion": ("PromotionTest",),
+    },
+)

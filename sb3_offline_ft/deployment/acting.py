@@ -1,0 +1,201 @@
+"""Who acts in which environment: frozen policies in place of the learner."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_offline_ft.collapse import LearnerSnapshot
+from sb3_offline_ft.common.io import arrays_to_text
+from sb3_offline_ft.deployment.contest import Kind
+
+STATISTICS = "obs_rms"
+
+
+@dataclass
+class PolicyCopy:
+    """
+    What a learner's policy was at a time.
+
+    :param state: Its parameters and statistics by name
+    :param statistics: Those of ``VecNormalize`` for observations, by key ("" where observations are no dictionary); None if
+        observations are not normalized
+    :param snapshot: The whole learner then; a copy read from a file has none
+    """
+
+    state: Mapping[str, th.Tensor]
+    statistics: dict[str, RunningMeanStd] | None = None
+    snapshot: LearnerSnapshot | None = None
+
+    @classmethod
+    def of(cls, model: OffPolicyAlgorithm) -> "PolicyCopy":
+        """Copy the learner's policy as it is now."""
+        snapshot, normalize = LearnerSnapshot.take(model), _normalizer(model)
+        return cls(snapshot.policy_state, None if normalize is None else _by_key(copy.deepcopy(normalize.obs_rms)), snapshot)
+
+    @cached_property
+    def text(self) -> str:
+        """As a text, without the learner."""
+        return arrays_to_text(self.to_arrays())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers are."""
+        return all(bool(value.isfinite().all()) for value in self.state.values() if value.is_floating_point())
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """As arrays by name, without the learner."""
+        arrays = {f"policy.{name}": value.cpu().numpy() for name, value in self.state.items()}
+        for key, statistics in (self.statistics or {}).items():
+            values = {"mean": statistics.mean, "var": statistics.var, "count": np.array(statistics.count)}
+            arrays |= {f"{STATISTICS}.{name}.{key}": value for name, value in values.items()}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PolicyCopy":
+        """The copy that :meth:`to_arrays` was taken of."""
+        state = {name.removeprefix("policy."): th.from_numpy(v.copy()) for name, v in arrays.items() if name[:7] == "policy."}
+        prefix, statistics = f"{STATISTICS}.mean.", {}
+        for key in (name.removeprefix(prefix) for name in arrays if name.startswith(prefix)):
+            statistics[key] = RunningMeanStd()
+            for name in ("mean", "var", "count"):
+                setattr(statistics[key], name, arrays[f"{STATISTICS}.{name}.{key}"])
+        return cls(state, statistics or None)
+
+
+def _normalizer(model: OffPolicyAlgorithm) -> VecNormalize | None:
+    normalize = model.get_vec_normalize_env()
+    return normalize if normalize is not None and normalize.norm_obs else None
+
+
+def _by_key(statistics: Any) -> dict[str, RunningMeanStd]:
+    return statistics if isinstance(statistics, dict) else {"": statistics}
+
+
+class FrozenPolicy:
+    """
+    A policy that acts as a learner did at a time, whatever becomes of the learner.
+
+    :param model: The learner, whose present policy is the first one
+    """
+
+    def __init__(self, model: OffPolicyAlgorithm, content: PolicyCopy) -> None:
+        self._model = model
+        with th.random.fork_rng():
+            # Its first weights are drawn, and replaced
+            made = type(model.policy)(**model.policy._get_constructor_parameters())
+        self.policy: BasePolicy = made.to(model.device).requires_grad_(False)
+        self.policy.set_training_mode(False)
+        self.take(content)
+
+    def take(self, content: PolicyCopy) -> None:
+        """Be this policy from now on."""
+        self.policy.load_state_dict(dict(content.state))
+        self._statistics = content.statistics
+
+    def predict(self, observations: Any, state: Any, episode_start: Any, deterministic: bool) -> tuple[np.ndarray, Any]:
+        """As SB3's ``predict``, for observations normalized by ``VecNormalize`` as it is now, if it is there."""
+        normalize = _normalizer(self._model)
+        if normalize is not None and self._statistics is not None:
+            observations = self._normalized(normalize, normalize.unnormalize_obs(observations))
+        return self.policy.predict(observations, state, episode_start, deterministic)
+
+    def act(self, deterministic: bool) -> np.ndarray:
+        """Actions for the last observations of the learner's environments, shape ``(n_envs, action_dim)``."""
+        observations, normalize = self._model._last_obs, _normalizer(self._model)
+        assert observations is not None
+        if normalize is not None and self._statistics is not None:
+            observations = self._normalized(normalize, self._model._last_original_obs)
+        return self.policy.predict(observations, deterministic=deterministic)[0]
+
+    def _normalized(self, normalize: VecNormalize, observations: Any) -> Any:
+        live, own = normalize.obs_rms, self._statistics
+        assert own is not None
+        normalize.obs_rms = own if isinstance(live, dict) else own[""]
+        try:
+            return normalize.normalize_obs(observations)
+        finally:
+            normalize.obs_rms = live
+
+
+class Cast:
+    """
+    Decides the actions in training episodes in place of a learner: which of two frozen policies acts in which environment.
+
+    :param model: The learner
+    :param champion: The champion's policy
+    """
+
+    def __init__(self, model: OffPolicyAlgorithm, champion: PolicyCopy) -> None:
+        self._model = model
+        assert isinstance(model.action_space, spaces.Box)
+        self.action_space: spaces.Box = model.action_space
+        self.champion, self.challenger = FrozenPolicy(model, champion), FrozenPolicy(model, champion)
+        self.actors = [Kind.SERVE] * model.n_envs
+        """Who acts in each environment."""
+        self.broken: set[int] = set()
+        """Environments in which the challenger has chosen an action that is not finite; the champion has acted since."""
+
+    @property
+    def explores(self) -> bool:
+        """Whether exploring differs from serving: there is action noise, or the policy is a stochastic one."""
+        return self._model.action_noise is not None or hasattr(getattr(self._model, "actor", None), "log_std")
+
+    def predict(self, observations: Any = None, *args: Any, **kwargs: Any) -> tuple[np.ndarray, None]:
+        """The actions in all environments for the learner's last observations, as SB3's policies give them."""
+        actions = np.array(self.champion.act(deterministic=True), copy=True)
+        for kind in {*self.actors} - {Kind.SERVE}:
+            where = [place for place, actor in enumerate(self.actors) if actor is kind and place not in self.broken]
+            others = self.challenger.act(deterministic=True) if kind is Kind.TRIAL else self._explore()
+            for place in where:
+                if np.isfinite(others[place]).all():
+                    actions[place] = others[place]
+                else:
+                    self.broken.add(place)
+        return np.clip(actions, self.action_space.low, self.action_space.high), None
+
+    def _explore(self) -> np.ndarray:
+        actions, noise = self.champion.act(deterministic=False), self._model.action_noise
+        if noise is None:
+            return actions
+        # As SB3 does it: on actions scaled to [-1, 1]
+        policy = self.champion.policy
+        return policy.unscale_action(np.clip(policy.scale_action(actions) + noise(), -1, 1))
+
+    def take_over(self) -> None:
+        """Act from now on."""
+        if hasattr(self._model, "let_act"):
+            self._model.let_act(self)
+        else:
+            self._model.__class__ = _acted_for(_own_class(self._model), self)
+
+    def leave(self) -> None:
+        """Let the learner act itself again."""
+        if hasattr(self._model, "let_act"):
+            self._model.let_act(None)
+        else:
+            self._model.__class__ = _own_class(self._model)
+
+
+def _own_class(model: OffPolicyAlgorithm) -> type[OffPolicyAlgorithm]:
+    own: type[OffPolicyAlgorithm] = getattr(type(model), "_own_class", type(model))
+    return own
+
+
+def _acted_for(own: type[OffPolicyAlgorithm], cast: Cast) -> type[OffPolicyAlgorithm]:
+    """The class of a learner for which others act; an attribute of the learner itself would be saved with it."""
+
+    def _sample_action(self: Any, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        actions, _ = cast.predict()
+        return actions, self.policy.scale_action(actions)
+
+    return type(own.__name__, (own,), {"_sample_action": _sample_action, "_own_class": own, "__module__": own.__module__})

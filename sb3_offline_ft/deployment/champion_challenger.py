@@ -1,0 +1,362 @@
+"""A callback by which a learner learns fast while a proved policy serves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_offline_ft.collapse.events import Event
+from sb3_offline_ft.collapse.learner import is_pretraining, move_reference
+from sb3_offline_ft.collapse.reporting import run_folder
+from sb3_offline_ft.common.callbacks import find_callbacks
+from sb3_offline_ft.common.checks import known_keywords, whole_number
+from sb3_offline_ft.common.warning import warn
+from sb3_offline_ft.deployment.acting import Cast, PolicyCopy
+from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
+from sb3_offline_ft.deployment.reporting import Reporter
+from sb3_offline_ft.deployment.state import SavedContest
+
+BEST_MODEL = "best_model.zip"
+
+
+class ChampionChallenger(BaseCallback):
+    """
+    Learn fast, serve safely. A *champion* acts, at first the pretrained policy, while the learner learns from what it does.
+    From time to time a frozen copy of the learner's policy, the *challenger*, gets single episodes, paid from a risk budget,
+    until it is proved better and becomes the champion, or is given up. What is deployed at the end is the champion.
+
+    For every off-policy algorithm of SB3 and sb3-contrib with continuous actions. No evaluations are needed. In the unit of a
+    *total loss*, from what the champion is expected to return down to ``random_return``:
+
+    **Promise 1, for every run, whatever the learner does.** At any time, the episodes in which something new was tried (trials
+    and explorations) have lost at most ``risk_budget`` for each episode of the run so far, in sum, against the mean return of
+    the baseline; and the same against the champion of the time. An episode at risk only begins if its worst case is covered.
+    This is given that no episode returns less than ``worst_return``; if one does, the event ``below_worst`` says so, and
+    nothing new is tried until the debt is repaid.
+
+    **Promise 2, statistical.** The probability that any challenger becomes champion in a run although its returns are not
+    better than the champion's (in stochastic order) is at most ``false_promotion_rate``, also while returns drift with time
+    (see :class:`PromotionTest`). The i-th test, counted from 0, has the level ``false_promotion_rate / ((i + 1) (i + 2))``.
+
+    :param risk_budget: Share of a total loss that an episode of the run may cost on average, in [0, 1); with 0 the baseline
+        serves for ever, while the learner learns
+    :param random_return: Mean return of a random policy
+    :param worst_return: What an episode returns at the least, by default ``random_return``
+    :param false_promotion_rate: Probability of any false promotion in the run, in (0, 1)
+    :param baseline_episodes: Episodes of the first champion before anything new is tried; their mean is the baseline, ``J0``
+    :param min_updates: Gradient steps between two challengers
+    :param trial_share: Probability with which a coin gives an episode to the challenger while it is tested
+    :param futility: Chance of being better, by a normal model, below which a challenger is given up
+    :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
+    :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never
+    :param segment_steps: If given, what is compared are segments of so many steps in place of whole episodes, with hand-back
+        within the episode; all returns, also those of the parameters, are those of segments then
+    :param canary_envs: Number of environments, the first ones, in which anything but serving may happen; by default all
+    :param seed: Seed of the coin
+    :param path: Folder for ``deployment_events.jsonl``, ``deployment.png`` and the champion as ``best_model.zip``; by default
+        that of the run's ``EvalCallback``, the logger or a ``Monitor`` that keeps files, if any
+    :param verbose: 0 for no output, 1 for the baseline and decisions, 2 for challengers too
+    :raises ValueError: A parameter is out of range
+    """
+
+    model: OffPolicyAlgorithm
+    moves_reference = True
+    """For algorithms with a reference policy: promotions move it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Before __init__, since Python's own message names neither near matches nor what is known
+        known_keywords(cls, kwargs, cls.__name__)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        *,
+        risk_budget: float = 0.1,
+        random_return: float = 0.0,
+        worst_return: float | None = None,
+        false_promotion_rate: float = 0.1,
+        baseline_episodes: int = 10,
+        min_updates: int = 1000,
+        trial_share: float = 0.5,
+        futility: float = 0.1,
+        max_trial_episodes: int = 20,
+        restore_after: int = 0,
+        segment_steps: int | None = None,
+        canary_envs: int | None = None,
+        seed: int = 0,
+        path: str | Path | None = None,
+        verbose: int = 1,
+    ) -> None:
+        super().__init__(verbose)
+        self.rules = Rules(
+            risk_budget=float(risk_budget),
+            random_return=float(random_return),
+            worst_return=float(random_return if worst_return is None else worst_return),
+            false_promotion_rate=false_promotion_rate,
+            baseline_episodes=whole_number(baseline_episodes, "baseline_episodes", least=2),
+            trial_share=trial_share,
+            futility=futility,
+            max_trial_episodes=whole_number(max_trial_episodes, "max_trial_episodes", least=2),
+            canary_envs=None if canary_envs is None else whole_number(canary_envs, "canary_envs", least=1),
+        )
+        self.min_updates = whole_number(min_updates, "min_updates", least=1)
+        self.restore_after = whole_number(restore_after, "restore_after")
+        self.segment_steps = None if segment_steps is None else whole_number(segment_steps, "segment_steps", least=1)
+        self.seed = whole_number(seed, "seed")
+        self.path = None if path is None else Path(path)
+        self._default_path: Path | None = None
+        self._seen_model: OffPolicyAlgorithm | None = None
+        self._is_running = False
+
+    # What can be read
+
+    @property
+    def events(self) -> list[Event]:
+        """All events of the run, as in ``deployment_events.jsonl``."""
+        return self._report.log.events
+
+    @property
+    def champion(self) -> Contender:
+        """Who serves now."""
+        return self._contest.champion
+
+    @property
+    def contest(self) -> Contest:
+        """Who acts, what it has cost, and what was proved."""
+        return self._contest
+
+    def predict(self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = True) -> Any:
+        """
+        The champion's actions, as SB3's ``predict`` gives those of a policy.
+
+        :param observation: Observations, normalized by the learner's ``VecNormalize`` if it has one
+        :param state: Not used, as in SB3
+        :param episode_start: Not used
+        :param deterministic: Whether to act without exploration
+        :return: Actions and state
+        """
+        return self._cast.champion.predict(observation, state, episode_start, deterministic)
+
+    def use_default_path(self, path: str | Path) -> None:
+        """
+        Tell the run's folder, as rl-zoo3's runs do.
+
+        :param path: Folder for its files if it was not given another one
+        """
+        self._default_path = Path(path)
+
+    def save_champion(self, path: str | Path) -> None:
+        """
+        Save the learner with the champion's policy, as ``model.save`` does; SB3 loads it without this package if it could load
+        the learner.
+
+        :param path: The zip file
+        """
+        with self._as_champion():
+            self.model.save(path)
+
+    @contextmanager
+    def _as_champion(self) -> Iterator[None]:
+        policy, champion = self.model.policy, self.champion.policy
+        own = {name: value.clone() for name, value in policy.state_dict().items()}
+        policy.load_state_dict(dict(champion.state))
+        try:
+            yield
+        finally:
+            policy.load_state_dict(own)
+
+    # Start
+
+    def _on_training_start(self) -> None:
+        siblings = self.locals.get("callback")
+        self._check_run(siblings)
+        model, goes_on = self.model, not self.locals.get("reset_num_timesteps", True)
+        if goes_on and self._seen_model is model:
+            if model._last_obs is not self._last_obs:
+                self._begin_all()
+        else:
+            self._start_run(goes_on, siblings)
+        self._cast.take_over()
+        self._is_running = True
+
+    def _check_run(self, siblings: BaseCallback | None) -> None:
+        model = self.model
+        if not isinstance(model, OffPolicyAlgorithm) or not isinstance(model.action_space, spaces.Box):
+            space = getattr(model, "action_space", None)
+            raise ValueError(
+                "ChampionChallenger needs an off-policy algorithm with continuous actions (TD3C, TD3BC, TD3, SAC, TQC, ...), "
+                f"found {type(model).__name__} with the action space {space}."
+            )
+        if is_pretraining(model):
+            raise ValueError("ChampionChallenger decides who acts, and nobody does in `pretrain`: pass it to `learn`.")
+        if sum(1 for _ in find_callbacks(siblings, ChampionChallenger)) > 1:
+            raise ValueError("There are several ChampionChallengers in the list of callbacks, expected one: only one can act.")
+
+    def _start_run(self, goes_on: bool, siblings: BaseCallback | None) -> None:
+        model = self.model
+        folder = self._folder = self.path or self._default_path or run_folder(siblings, self.logger, self.training_env)
+        saved = SavedContest.read(model) if goes_on else None
+        self._contest = Contest(self.rules, self._contender(), model.n_envs, self.seed)
+        self._last_updates, self._rejections_in_a_row = model._n_updates, 0
+        if saved is not None:
+            self._last_updates, self._rejections_in_a_row = saved.take_up(self._contest)
+        self._cast = Cast(model, self.champion.policy)
+        if self._contest.challenge is not None:
+            self._cast.challenger.take(self._contest.challenge.challenger.policy)
+        self._report = Reporter(model, folder, self.verbose, resume=saved is not None)
+        self._seen_model = model
+        self._tell_start(resumed=saved is not None)
+        # An episode that was running before is not a whole one
+        self._begin_all(whole=model.num_timesteps == 0 or not goes_on or saved is not None)
+        for evaluation in find_callbacks(siblings, EvalCallback):
+            # What is deployed is what is evaluated
+            evaluation.model = _Served(model, self)  # type: ignore[assignment]
+
+    def _tell_start(self, resumed: bool) -> None:
+        own = {name: getattr(self, name) for name in ("min_updates", "restore_after", "segment_steps", "seed")}
+        settings, explores = vars(self.rules) | own, self._cast.explores
+        self._report.event(
+            "start",
+            algorithm=type(self.model).__name__,
+            n_envs=self.model.n_envs,
+            resumed=resumed,
+            explores=explores,
+            settings=settings,
+        )
+
+    def _contender(self) -> Contender:
+        return Contender(self.model.num_timesteps, PolicyCopy.of(self.model))
+
+    def _begin_all(self, whole: bool = True) -> None:
+        n = self.model.n_envs
+        self._totals, self._lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
+        for place in range(n):
+            self._begin(place)
+            self._contest.running[place].counts = whole
+
+    # Each step
+
+    def _on_step(self) -> bool:
+        normalize, broken = self.model.get_vec_normalize_env(), self._cast.broken
+        rewards = self.locals["rewards"] if normalize is None else normalize.get_original_reward()
+        finite = np.isfinite(rewards)
+        self._totals += np.where(finite, rewards, 0.0)
+        self._lengths += 1
+        ended = self.locals["dones"] | (self._lengths == self.segment_steps)
+        hurt = [place for place, episode in enumerate(self._contest.running) if episode.actor is Kind.TRIAL]
+        for place in hurt:
+            if place in broken or not finite[place]:
+                self._decide(self._contest.stop_trial("non-finite action" if place in broken else "non-finite reward"))
+        for place in np.flatnonzero(ended).tolist():
+            self._end(place)
+        for place in np.flatnonzero(ended).tolist():
+            self._begin(place)
+        if ended.any():
+            self._keep_state()
+        return True
+
+    def _begin(self, place: int) -> None:
+        self._totals[place] = self._lengths[place] = 0
+        self._contest.begin(place, self._offer if self._has_learned else None, self._cast.explores)
+        self._sync()
+
+    def _end(self, place: int) -> None:
+        episode, total, length = self._contest.running[place], float(self._totals[place]), int(self._lengths[place])
+        verdict = self._contest.end(place, total)
+        self._report.episode(place, episode, total, length, self._contest)
+        self._decide(verdict)
+
+    @property
+    def _has_learned(self) -> bool:
+        """Whether the learner is another one than at the last challenge."""
+        return self.model._n_updates - self._last_updates >= self.min_updates
+
+    def _offer(self) -> Contender | None:
+        self._last_updates = self.model._n_updates
+        challenger = self._contender()
+        if not challenger.policy.is_finite:
+            self._report.event("refused", reason="non-finite parameters")
+            self._restore_learner()
+            return None
+        self._cast.challenger.take(challenger.policy)
+        self._report.event("challenge", challenger=challenger.name)
+        return challenger
+
+    def _sync(self) -> None:
+        """Let act who is to act."""
+        self._cast.actors = [episode.actor for episode in self._contest.running]
+        self._cast.broken.clear()
+
+    # Decisions
+
+    def _decide(self, verdict: Verdict | None) -> None:
+        if verdict is None:
+            return
+        self._last_updates = self.model._n_updates
+        self._report.verdict(verdict, self._contest)
+        if verdict.kind == "rejection":
+            self._rejections_in_a_row += 1
+            if self.restore_after and self._rejections_in_a_row >= self.restore_after:
+                self._restore_learner()
+        else:
+            self._rejections_in_a_row = 0
+            self._cast.champion.take(self.champion.policy)
+            move_reference(self.model, self.champion.policy.state)
+            self._write_champion()
+        self._sync()
+
+    def _restore_learner(self) -> None:
+        champion = self.champion.policy
+        self._rejections_in_a_row = 0
+        if champion.snapshot is None:
+            self._report.warn("The learner is not put back: of a champion that was read from a file there is only the policy.")
+            return
+        # Not the random generators: the same batches would lead to the same policy
+        champion.snapshot.restore(self.model, generators=False)
+        move_reference(self.model, champion.state)
+        self._last_updates = self.model._n_updates
+        self._report.event("restored", champion=self.champion.name)
+
+    # End
+
+    def _keep_state(self) -> None:
+        SavedContest.of(self._contest, self._last_updates, self._rejections_in_a_row).write(self.model)
+
+    def _write_champion(self) -> None:
+        if self._folder is not None:
+            try:
+                self.save_champion(self._folder / BEST_MODEL)
+            except OSError as error:
+                warn(f"ChampionChallenger: the champion cannot be written ({error}).")
+
+    def _on_training_end(self) -> None:
+        # rl-zoo3 ends its first callback twice
+        if not self._is_running:
+            return
+        self._is_running = False
+        self._cast.leave()
+        self._last_obs = self.model._last_obs
+        self._report.end(self._contest)
+        self._keep_state()
+        self._write_champion()
+
+
+class _Served:
+    """A learner whose champion is evaluated and saved in its place."""
+
+    def __init__(self, model: OffPolicyAlgorithm, contest: ChampionChallenger) -> None:
+        self._model, self._contest = model, contest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._contest.predict(*args, **kwargs)
+
+    def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        self._contest.save_champion(path)

@@ -1,0 +1,356 @@
+"""Champion and challenger: who acts next, what it may cost, and who is proved to be better. Knows no environment."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+import numpy as np
+
+from sb3_offline_ft.collapse.detectors import BettingDetector
+from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
+from sb3_offline_ft.deployment.budget import Level, RiskBudget
+from sb3_offline_ft.deployment.promotion import PromotionTest, chance_of_being_better
+
+LEAST_WATCHED = 5
+"""Episodes of a predecessor without which nobody can tell whether its successor is worse."""
+WATCH_HORIZON = 1000
+
+
+class Kind(Enum):
+    """What an episode is for."""
+
+    SERVE = "serve"
+    """The champion acts as well as it can."""
+    EXPLORE = "explore"
+    """The champion acts with the learner's exploration, to gather data."""
+    TRIAL = "trial"
+    """The challenger acts as well as it can."""
+
+
+@dataclass
+class Contender:
+    """
+    A policy that acts, and what it returned.
+
+    :param name: What it is called in events: the time at which the learner had this policy
+    :param policy: The policy, whatever it is
+    :param returns: Of its whole episodes, in order
+    """
+
+    name: int
+    policy: Any = None
+    returns: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Mean return; not a number without episodes."""
+        return float(np.mean(self.returns)) if self.returns else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean; not a number with fewer than two episodes."""
+        n = len(self.returns)
+        return float(np.std(self.returns, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+
+@dataclass
+class Episode:
+    """An episode, or a segment of one, that is running."""
+
+    kind: Kind = Kind.SERVE
+    share: float | None = None
+    """Probability with which a coin could give it to the challenger; None without a coin."""
+    counts: bool = True
+    """Whether one policy acts in it from beginning to end."""
+    is_handed_back: bool = False
+    """Whether the champion acts in what is left of it."""
+
+    @property
+    def actor(self) -> Kind:
+        """Who acts now."""
+        return Kind.SERVE if self.is_handed_back else self.kind
+
+
+@dataclass
+class Challenge:
+    """
+    A challenger's trial: a first episode that can only end it, then a test of which each episode is given by a coin.
+
+    :param challenger: Who challenges
+    :param level: Level of the test, if it comes to it
+    :param test: None until the challenger has survived its first episode, which costs nothing of the level
+    """
+
+    challenger: Contender
+    level: float
+    test: PromotionTest | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    A decision.
+
+    :param kind: What happens: a challenger becomes champion, a challenger is given up, or the champion is put down
+    :param reason: Why, in words
+    :param contender: Who was promoted, rejected or demoted
+    :param champion: The champion before
+    """
+
+    kind: Literal["promotion", "rejection", "demotion"]
+    reason: str
+    contender: Contender
+    champion: Contender
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of a contest; they are described at :class:`ChampionChallenger`."""
+
+    risk_budget: float = 0.1
+    random_return: float = 0.0
+    worst_return: float = 0.0
+    false_promotion_rate: float = 0.1
+    baseline_episodes: int = 10
+    trial_share: float = 0.5
+    futility: float = 0.1
+    max_trial_episodes: int = 20
+    canary_envs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("risk_budget", "futility", "false_promotion_rate", "trial_share"):
+            value, may_be_zero = getattr(self, name), name in ("risk_budget", "futility")
+            if not (0 <= value < 1 and (value > 0 or may_be_zero)):
+                raise ValueError(f"`{name}` must be {'at least' if may_be_zero else 'above'} 0 and below 1, found {value!r}.")
+        for name in ("random_return", "worst_return"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` must be finite, found {getattr(self, name)!r}.")
+
+
+class Contest:
+    """
+    Says of each episode who acts in it, is told what it returned, and decides.
+
+    A state machine that knows neither environments nor learners: what runs episodes calls :meth:`begin` and :meth:`end`, in
+    each of several places (environments) that run at the same time.
+
+    :param rules: The rules
+    :param champion: Who acts at first, the *baseline*
+    :param n_places: Number of episodes that run at the same time
+    :param seed: Seed of the coin
+    """
+
+    def __init__(self, rules: Rules, champion: Contender, n_places: int = 1, seed: int = 0) -> None:
+        self.rules = rules
+        self.champion = champion
+        self.predecessor: Contender | None = None
+        self.challenge: Challenge | None = None
+        self.budget: RiskBudget | None = None
+        """None until the baseline is known; before, only the champion acts."""
+        self.running = [Episode(counts=False) for _ in range(n_places)]
+        self.n_tests = 0
+        """Challengers that have survived their first episode, each of which had a share of the false-promotion rate."""
+        self._coin = np.random.default_rng(seed)
+        self._watch: BettingDetector | None = None
+        self._n_baseline = 0
+        self._exploration_losses: list[float] = []
+
+    @property
+    def level(self) -> Level:
+        """What the champion is expected to return."""
+        return Level(self.champion.mean, self.rules.random_return)
+
+    @property
+    def unit(self) -> float:
+        """A total loss of the champion."""
+        return abs(self.champion.mean - self.rules.random_return)
+
+    # Who acts
+
+    def begin(self, place: int, offer: Callable[[], Contender | None] | None, explores: bool = False) -> Episode:
+        """
+        An episode begins.
+
+        :param place: Where
+        :param offer: Gives a new challenger if one is wanted; None if there is none yet
+        :param explores: Whether exploring differs from serving
+        :return: The episode
+        """
+        episode = self.running[place] = Episode()
+        if self.budget is None and offer is not None and len(self.champion.returns) >= self.rules.baseline_episodes:
+            self.budget = RiskBudget(self.rules.risk_budget, self.level, self.rules.worst_return, self._n_baseline)
+        if self.budget is None or not self.budget.covers(self.level):
+            return episode
+        if self.challenge is None and offer is not None:
+            challenger = offer()
+            if challenger is not None:
+                # They sum to the whole rate
+                rate = self.rules.false_promotion_rate / ((self.n_tests + 1) * (self.n_tests + 2))
+                self.challenge = Challenge(challenger, rate)
+        if self.challenge is not None:
+            self._draw(place, episode, self.challenge)
+        elif explores and self.budget.covers(self.level, self._expected_exploration_loss):
+            episode.kind = Kind.EXPLORE
+        if episode.kind is not Kind.SERVE:
+            self.budget.begin(place, self.level)
+        return episode
+
+    def _draw(self, place: int, episode: Episode, challenge: Challenge) -> None:
+        if self.rules.canary_envs is not None and place >= self.rules.canary_envs:
+            return
+        if challenge.test is None:
+            others = (other.kind is Kind.TRIAL for other in self.running if other is not episode)
+            episode.kind = Kind.SERVE if any(others) else Kind.TRIAL
+        else:
+            episode.share = self.rules.trial_share
+            episode.kind = Kind.TRIAL if self._coin.random() < episode.share else Kind.SERVE
+
+    @property
+    def _expected_exploration_loss(self) -> float:
+        """What an exploration may cost without keeping the next challenger waiting."""
+        return float(np.mean(self._exploration_losses)) if self._exploration_losses else 0.0
+
+    # What came of it
+
+    def stop_trial(self, reason: str) -> Verdict | None:
+        """
+        Give up the challenger within its episode, of which the champion acts in the rest.
+
+        :param reason: Why, such as an action that was not finite
+        :return: What is decided; None if there is no challenger any more
+        """
+        return None if self.challenge is None else self._reject(self.challenge, reason)
+
+    def end(self, place: int, total: float) -> Verdict | None:
+        """
+        An episode ends.
+
+        :param place: Where
+        :param total: Its return
+        :return: What is decided; None if nothing. The champion acts in what is left of other running trials then
+        """
+        episode, challenge = self.running[place], self.challenge
+        if self.budget is None:
+            self._n_baseline += 1
+        else:
+            loss = self.budget.end(place, total)
+            if episode.kind is Kind.EXPLORE:
+                self._exploration_losses.append(loss)
+        if not episode.counts or episode.kind is Kind.EXPLORE:
+            return None
+        if challenge is not None and challenge.test is not None and episode.share is not None:
+            is_challenger = episode.kind is Kind.TRIAL
+            champion, challenger = self.champion.returns, challenge.challenger.returns
+            challenge.test.bet(total, is_challenger, episode.share, champion, challenger, self.unit)
+        if episode.kind is Kind.TRIAL and challenge is not None:
+            challenge.challenger.returns.append(total)
+        elif episode.kind is Kind.SERVE:
+            self.champion.returns.append(total)
+            if self._watch is not None and self._watch.update(total) is not None:
+                return self._demote()
+        return None if challenge is None else self._judge(challenge)
+
+    def _judge(self, challenge: Challenge) -> Verdict | None:
+        challenger, champion = challenge.challenger, self.champion
+        if not challenger.returns:
+            return None
+        if challenge.test is not None and challenge.test.is_proved and challenger.mean > champion.mean:
+            return self._promote(challenge)
+        if chance_of_being_better(champion.returns, challenger.returns, self.unit) < self.rules.futility:
+            return self._reject(challenge, "hopeless")
+        if len(challenger.returns) >= self.rules.max_trial_episodes:
+            return self._reject(challenge, "undecided")
+        if challenge.test is None:
+            challenge.test = PromotionTest(challenge.level)
+            self.n_tests += 1
+        return None
+
+    # Decisions
+
+    def _end_challenge(self) -> None:
+        self.challenge = None
+        for episode in self.running:
+            if episode.kind is Kind.TRIAL:
+                episode.counts, episode.is_handed_back = False, True
+
+    def _enthrone(self, champion: Contender, predecessor: Contender | None) -> None:
+        self._end_challenge()
+        for episode in self.running:
+            episode.counts = False
+        self.champion, self.predecessor, self._watch = champion, predecessor, None
+        known = [] if predecessor is None else predecessor.returns
+        if len(known) >= LEAST_WATCHED and len({*known}) > 1:
+            self._watch = BettingDetector(self.rules.false_promotion_rate, WATCH_HORIZON)
+            self._watch.calibrate(known)
+
+    def _promote(self, challenge: Challenge) -> Verdict:
+        before, new = self.champion, challenge.challenger
+        self._enthrone(new, before)
+        return Verdict("promotion", f"mean return {new.mean:.1f} against {before.mean:.1f}", new, before)
+
+    def _reject(self, challenge: Challenge, reason: str) -> Verdict:
+        self._end_challenge()
+        return Verdict("rejection", reason, challenge.challenger, self.champion)
+
+    def _demote(self) -> Verdict:
+        fallen, predecessor = self.champion, self.predecessor
+        assert predecessor is not None
+        self._enthrone(predecessor, None)
+        return Verdict("demotion", "its episodes have become worse than its predecessor's", fallen, fallen)
+
+    # Files
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        The state in the form of JSON, without policies. Episodes at risk that are running will not be finished: they are
+        charged their worst case.
+        """
+        budget = self.budget
+        return {
+            "contenders": {
+                role: None if one is None else {"name": one.name, "returns": one.returns}
+                for role, one in (
+                    ("champion", self.champion),
+                    ("predecessor", self.predecessor),
+                    ("challenger", None if self.challenge is None else self.challenge.challenger),
+                )
+            },
+            "level": None if self.challenge is None else self.challenge.level,
+            "test": None if self.challenge is None or self.challenge.test is None else self.challenge.test.state_dict(),
+            "budget": None if budget is None else budget.state_dict(),
+            "n_tests": self.n_tests,
+            "n_baseline": self._n_baseline,
+            "exploration_losses": self._exploration_losses,
+            "coin": self._coin.bit_generator.state,
+            "watch": None if self._watch is None else arrays_to_json(self._watch.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], policies: dict[str, Any]) -> None:
+        """
+        Go on from a state.
+
+        :param state: What :meth:`state_dict` returned
+        :param policies: The policies of ``"champion"``, and of ``"predecessor"`` and ``"challenger"`` where there are any
+        """
+        contenders = {
+            role: None if facts is None else Contender(facts["name"], policies[role], list(facts["returns"]))
+            for role, facts in state["contenders"].items()
+        }
+        champion, challenger = contenders["champion"], contenders["challenger"]
+        assert champion is not None
+        self.champion, self.predecessor = champion, contenders["predecessor"]
+        self.challenge = None
+        if challenger is not None:
+            test = None if state["test"] is None else PromotionTest.from_state_dict(state["test"])
+            self.challenge = Challenge(challenger, state["level"], test)
+        self.budget = None if state["budget"] is None else RiskBudget.from_state_dict(state["budget"])
+        self.n_tests, self._n_baseline = state["n_tests"], state["n_baseline"]
+        self._exploration_losses = list(state["exploration_losses"])
+        self._coin.bit_generator.state = state["coin"]
+        self._watch = None
+        if state["watch"] is not None:
+            self._watch = BettingDetector(self.rules.false_promotion_rate, WATCH_HORIZON)
+            self._watch.load_state_dict(arrays_from_json(state["watch"]))
+        self.running = [Episode(counts=False) for _ in self.running]
