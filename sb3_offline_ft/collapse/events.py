@@ -116,7 +116,7 @@ class EventLog:
             return
         self._has_warned = True
         warnings.warn(
-            f"The collapse guard cannot write its events to {self.path} ({error}). The training goes on; the events stay in "
+            f"Events cannot be written to {self.path} ({error}). The training goes on; the events stay in "
             "memory and are written when the file can be written again.",
             RuntimeWarning,
             stacklevel=4,

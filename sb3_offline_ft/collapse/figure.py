@@ -8,16 +8,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from sb3_offline_ft.collapse.events import EPISODES, Event, monitored_words
-from sb3_offline_ft.common.io import atomic_write
-
-# The colours of Okabe and Ito, which colour-blind readers can tell apart
-BLUE, SKY, GREEN, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7"
+from sb3_offline_ft.common.drawing import (
+    BLUE,
+    GREEN,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    common_legend,
+    new_figure,
+    panels_of_run,
+    save_png,
+    say_in,
+)
 
 HIGHEST_RATIO = 100.0
 MOST_NUMBERS = 25
@@ -30,29 +36,22 @@ def draw_events(events: list[Event], path: Path | None = None) -> Figure:
     Draw a guarded run: above, the returns of its episodes with the baseline, the alarms and the rollbacks; below, how close
     the detector was to an alarm. The figure, which pyplot does not know, is also written to ``path``, as PNG.
     """
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
+    figure = new_figure((10, 6))
     steps = [_step(event) for event in events]
-    first, last = min(steps, default=0.0), max(steps, default=0.0)
-    top.set_xlim(first, last + 0.015 * (last - first) if last > first else first + 1)
+    top, bottom = panels_of_run(figure, steps)
     _draw_baseline_phase(events, (top, bottom))
     _draw_returns(events, top)
-    _draw_baseline(events, top, last)
+    _draw_baseline(events, top, max(steps, default=0.0))
     _draw_ratio(events, bottom)
     _draw_alarms(events, (top, bottom))
     _draw_rollbacks(events, (top, bottom))
     _draw_escalations(events, (top, bottom))
     top.set_ylabel("return of the episode")
-    bottom.set(xlabel="environment steps (thousands)", ylabel="statistic / threshold")
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0)
+    bottom.set_ylabel("statistic / threshold")
     _draw_titles(events, top)
-    _draw_legend(figure, (top, bottom))
+    common_legend(figure, (top, bottom))
     if path is not None:
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=150)
+        save_png(figure, path)
     return figure
 
 
@@ -111,20 +110,6 @@ def _draw_titles(events: list[Event], axes: Axes) -> None:
     axes.set_title(", ".join(counts), loc="right", fontsize=9, color="0.35")
 
 
-def _draw_legend(figure: Figure, panels: tuple[Axes, Axes]) -> None:
-    handles: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    legend = figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=5, frameon=False, fontsize=9
-    )
-    for entry in legend.legend_handles:
-        # Thousands of small and faint dots are seen together, the one in the legend is alone
-        if isinstance(entry, Line2D):
-            entry.set(alpha=1, markersize=max(5.0, entry.get_markersize()))
-
-
 def _draw_baseline_phase(events: list[Event], panels: tuple[Axes, Axes]) -> None:
     spans: list[list[float]] = []
     is_open, before = False, None
@@ -147,7 +132,7 @@ def _draw_returns(events: list[Event], axes: Axes) -> None:
     episodes = [event for event in found if math.isfinite(_number(event, "return"))]
     if not episodes:
         text = "no episodes yet" if not found else "no episode has a finite return"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4", fontsize=13)
+        say_in(axes, text, fontsize=13)
         axes.set_yticks([])
         return
     size = float(np.clip(90 / math.sqrt(len(episodes)), 2.0, 5.0))
@@ -234,7 +219,7 @@ def _draw_ratio(events: list[Event], axes: Axes) -> None:
         text = "no statistic yet" if _of(events, "baseline") else "no statistic: the detector has no baseline yet"
         if any(_phase(event) == "unwatched" for event in _of(events, *EPISODES)):
             text = "no statistic: the returns were not watched"
-        axes.text(0.5, 0.4, text, transform=axes.transAxes, ha="center", va="center", color="0.4")
+        say_in(axes, text, y=0.4)
         axes.set(ylim=(0, 1.25), yticks=[0, 1])
     elif max(highest, -lowest) <= 3:
         axes.set_ylim(min(1.1 * lowest, -0.03 * highest), max(1.25, 1.1 * highest))

@@ -97,7 +97,7 @@ def start_log(folder: Path | None, resume: bool, name: str = EVENTS_FILE) -> Eve
     except ValueError as error:
         assert path is not None
         aside = path.replace(path.with_suffix(".damaged"))
-        warnings.warn(f"CollapseGuard: {error} It is kept as {aside}.", stacklevel=2)
+        warnings.warn(f"{error} It is kept as {aside}.", stacklevel=2)
         log.start(resume=False)
     return log
 

@@ -132,7 +132,8 @@ class RunSummary:
 
         :param path: The PNG file; written whole or not at all
         """
-        from sb3_offline_ft.pages.pictures import level, new_figure, save_png, shade
+        from sb3_offline_ft.common.drawing import new_figure, save_png
+        from sb3_offline_ft.pages.pictures import level, shade
 
         figure = new_figure((8, 4.2))
         axes, blue = figure.subplots(), "tab:blue"

@@ -5,16 +5,14 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.drawing import new_figure
 from sb3_offline_ft.pages.html import Picture
 
 INK, FAINT = "#1c2129", "#c9d1da"
@@ -119,19 +117,6 @@ def _draw_svg(name: str, paint: Paint, size: tuple[float, float], style: dict[An
         named = {} if title is None else {"Title": title}
         figure.savefig(stream, format="svg", dpi=200, metadata={"Date": None, "Creator": None, **named})
     return stream.getvalue().decode("utf-8")
-
-
-def new_figure(size: tuple[float, float]) -> Figure:
-    """A figure for a picture of dots, which pyplot does not know."""
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure into a file, whole or not at all."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
 
 
 def panels(figure: Figure, n: int, n_columns: int = 1, sharey: bool = False) -> list[Axes]:
