@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from gymnasium import spaces
@@ -21,7 +22,10 @@ from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, V
 from sb3_offline_ft.deployment.reporting import Reporter
 from sb3_offline_ft.deployment.state import SavedContest
 
-BEST_MODEL = "best_model.zip"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BEST_MODEL, FIGURE = "best_model.zip", "deployment.png"
 
 
 class ChampionChallenger(BaseCallback):
@@ -142,6 +146,17 @@ class ChampionChallenger(BaseCallback):
         """
         return self._cast.champion.predict(observation, state, episode_start, deterministic)
 
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """
+        Draw the run: returns by kind of episode, champions, decisions, budget.
+
+        :param path: Where to write it as PNG; None for no file
+        :return: The figure
+        """
+        from sb3_offline_ft.deployment.figure import draw_events
+
+        return draw_events(self.events, None if path is None else Path(path))
+
     def use_default_path(self, path: str | Path) -> None:
         """
         Tell the run's folder, as rl-zoo3's runs do.
@@ -219,15 +234,7 @@ class ChampionChallenger(BaseCallback):
 
     def _tell_start(self, resumed: bool) -> None:
         own = {name: getattr(self, name) for name in ("min_updates", "restore_after", "segment_steps", "seed")}
-        settings, explores = vars(self.rules) | own, self._cast.explores
-        self._report.event(
-            "start",
-            algorithm=type(self.model).__name__,
-            n_envs=self.model.n_envs,
-            resumed=resumed,
-            explores=explores,
-            settings=settings,
-        )
+        self._report.start(self._contest, vars(self.rules) | own, self._cast.explores, resumed)
 
     def _contender(self) -> Contender:
         return Contender(self.model.num_timesteps, PolicyCopy.of(self.model))
@@ -263,12 +270,16 @@ class ChampionChallenger(BaseCallback):
     def _begin(self, place: int) -> None:
         self._totals[place] = self._lengths[place] = 0
         self._contest.begin(place, self._offer if self._has_learned else None, self._cast.explores)
+        self._report.baseline(self._contest)
         self._sync()
 
     def _end(self, place: int) -> None:
-        episode, total, length = self._contest.running[place], float(self._totals[place]), int(self._lengths[place])
+        # A decision changes what is running
+        episode = replace(self._contest.running[place])
+        total, length = float(self._totals[place]), int(self._lengths[place])
+        then = self.champion, self._contest.challenge
         verdict = self._contest.end(place, total)
-        self._report.episode(place, episode, total, length, self._contest)
+        self._report.episode(place, episode, total, length, self._contest, then)
         self._decide(verdict)
 
     @property
@@ -284,7 +295,7 @@ class ChampionChallenger(BaseCallback):
             self._restore_learner()
             return None
         self._cast.challenger.take(challenger.policy)
-        self._report.event("challenge", challenger=challenger.name)
+        self._report.challenge(challenger, self._contest)
         return challenger
 
     def _sync(self) -> None:
@@ -344,6 +355,11 @@ class ChampionChallenger(BaseCallback):
         self._report.end(self._contest)
         self._keep_state()
         self._write_champion()
+        if self._folder is not None:
+            try:
+                self.plot(self._folder / FIGURE)
+            except OSError as error:
+                warn(f"ChampionChallenger: the figure cannot be written ({error}).")
 
 
 class _Served:
