@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         LearnerSnapshot,
     )
     from sb3_offline_ft.datasets import OfflineDataset, load_dataset
+    from sb3_offline_ft.deployment import ChampionChallenger
     from sb3_offline_ft.offline_td3 import OfflineTD3
     from sb3_offline_ft.rebrac import ReBRAC
     from sb3_offline_ft.td3bc import TD3BC
@@ -29,6 +30,7 @@ __all__ = [
     "TD3C",
     "Alarm",
     "BettingDetector",
+    "ChampionChallenger",
     "CollapseGuard",
     "CusumDetector",
     "Detector",
@@ -68,6 +70,7 @@ __getattr__, __dir__ = lazy_names(
             "LearnerSnapshot",
         ),
         "datasets": ("OfflineDataset", "load_dataset"),
+        "deployment": ("ChampionChallenger",),
         "offline_td3": ("OfflineTD3",),
         "rebrac": ("ReBRAC",),
         "td3bc": ("TD3BC",),

@@ -19,13 +19,14 @@ from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.acting import Cast, PolicyCopy
 from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
+from sb3_offline_ft.deployment.history import FIGURE, History
 from sb3_offline_ft.deployment.reporting import Reporter
 from sb3_offline_ft.deployment.state import SavedContest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEST_MODEL, FIGURE = "best_model.zip", "deployment.png"
+BEST_MODEL = "best_model.zip"
 
 
 class ChampionChallenger(BaseCallback):
@@ -153,9 +154,7 @@ class ChampionChallenger(BaseCallback):
         :param path: Where to write it as PNG; None for no file
         :return: The figure
         """
-        from sb3_offline_ft.deployment.figure import draw_events
-
-        return draw_events(self.events, None if path is None else Path(path))
+        return History(self.events).draw(None if path is None else Path(path))
 
     def use_default_path(self, path: str | Path) -> None:
         """

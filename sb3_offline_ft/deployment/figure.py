@@ -1,7 +1,6 @@
 """The picture of a contest."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,11 @@ MARKS: dict[str, dict[str, Any]] = {
 IN_WORDS = {"below_worst": "below the worst return"}
 
 
-def draw_events(events: Sequence[Event], path: Path | None = None) -> Figure:
+def draw_history(history: History, path: Path | None = None) -> Figure:
     """
     Draw a contest: above, the returns of its episodes by kind, its champions and what was decided; below, the budget. The
     figure, which pyplot does not know, is also written to ``path``, as PNG.
     """
-    history = History(events)
     figure = new_figure((10, 6))
     steps = [event["timestep"] / 1000 for event in history.events]
     top, bottom = panels_of_run(figure, steps)

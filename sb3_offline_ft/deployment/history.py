@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,10 @@ from sb3_offline_ft.collapse.events import Event, read_events
 from sb3_offline_ft.common.io import naming_damage
 from sb3_offline_ft.deployment.contest import Kind
 
-EVENTS_FILE = "deployment_events.jsonl"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EVENTS_FILE, FIGURE = "deployment_events.jsonl", "deployment.png"
 DECISIONS = ("promotion", "rejection", "demotion")
 COLLAPSED = 0.25
 """Share of the distance from a random policy to the baseline at which a return is a collapse."""
@@ -47,7 +50,7 @@ def counted(n: int, what: str) -> str:
 def cost_words(lost: float, allowance: float) -> str:
     """What episodes have cost, in total losses, and what they might."""
     cost = f"lost {lost:.2f}" if lost > 0 else f"gained {-lost:.2f}" if lost < 0 else "lost nothing"
-    return f"{cost} against the baseline, {allowance:.2f} total losses were allowed"
+    return f"{cost} against the baseline, of {allowance:.2f} that might be lost (1: all is lost in one episode)"
 
 
 def lived(events: Sequence[Event]) -> list[Event]:
@@ -99,7 +102,7 @@ class History:
                 name = event["champion"]
                 tried = event["returns"] if kind == "promotion" else []
                 champion = champions.setdefault(name, Champion(name, tried))
-                self.reigns.append((event["timestep"] if self.reigns else 0, champion))
+                self.reigns.append((event["timestep"] if self.reigns else self.events[0]["timestep"], champion))
             if kind == "episode" and event["kind"] == Kind.SERVE.value and event["counts"]:
                 champions.setdefault(event["champion"], Champion(event["champion"])).served.append(event["return"])
 
@@ -142,13 +145,19 @@ class History:
         """What is compared."""
         return "segments" if self.settings.get("segment_steps") else "episodes"
 
+    def draw(self, path: Path | None = None) -> "Figure":
+        """The picture, which is also written to ``path``, as PNG."""
+        from sb3_offline_ft.deployment.figure import draw_history
+
+        return draw_history(self, path)
+
     def in_words(self) -> dict[str, str]:
         """What was served, at what risk, and what came out: a sentence for each, by these names."""
         return {"served": self._served_words(), "at risk": self._risk_words(), "outcome": self._outcome_words()}
 
     def _served_words(self) -> str:
         served, everything = column(self.episodes(Kind.SERVE), "return"), self.episodes()
-        words = f"the champion acted in {len(served):,} of {counted(len(everything), self.unit)}"
+        words = f"{len(served):,} of {counted(len(everything), self.unit)}"
         if len(served):
             words += f": mean return {served.mean():.1f}, in the last third {served[-(-len(served) // 3) :].mean():.1f}"
         if self.baseline is None:

@@ -15,6 +15,9 @@ from rich.table import Table
 
 from sb3_offline_ft.common.io import naming_damage, read_npz
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
+from sb3_offline_ft.deployment.history import FIGURE as CONTEST_FIGURE
+from sb3_offline_ft.deployment.history import History
+from sb3_offline_ft.evaluation.contest_summary import contest_rows, show_contest
 
 EVALUATIONS = "evaluations.npz"
 FIGURE = "run.png"
@@ -36,6 +39,7 @@ class RunSummary:
     :param training_timesteps: Environment steps at the end of each training episode
     :param training_returns: Undiscounted return of each training episode
     :param dataset: The data, None if the run had none, or if it cannot be read any more or is another one now
+    :param contest: What a ``ChampionChallenger`` did, None if the run had none
     """
 
     folder: Path
@@ -49,6 +53,7 @@ class RunSummary:
     training_timesteps: npt.NDArray[np.int64]
     training_returns: npt.NDArray[np.float64]
     dataset: OfflineDataset | None
+    contest: History | None = None
 
     @property
     def mean_returns(self) -> npt.NDArray[np.float64]:
@@ -109,6 +114,8 @@ class RunSummary:
             episodes = f"{len(self.dataset):,} transitions in {self.dataset.n_episodes:,} episodes"
             table.add_row("data", f"{self.dataset.spec or self.dataset.name}: {episodes}")
             table.add_row("mean return of the data", f"{self.dataset.episode_returns.mean():.1f}")
+        for name, text in contest_rows(self.contest):
+            table.add_row(name, text)
         n_episodes = int(self.is_frozen.sum()) * self.returns.shape[1]
         level = f"{self.initial_return:.1f}  ({self.offline_steps:,} steps, {n_episodes} episodes)"
         if not self.was_pretrained:
@@ -187,16 +194,23 @@ def summarize_run(folder: Path, trust_pickle: bool = False) -> RunSummary:
         training_timesteps=training_timesteps,
         training_returns=training_returns,
         dataset=_dataset(facts.get("dataset"), facts.get("dataset_fingerprint"), trust_pickle),
+        contest=History.read(folder),
     )
 
 
 def show_run(folder: Path, figure: Path | None = None, console: Console | None = None, trust_pickle: bool = False) -> None:
-    """Print the summary of a run, and write its picture, by default into the run's folder."""
+    """Print the summary of a run, and write its pictures, by default into the run's folder."""
+    if not (folder / EVALUATIONS).exists() and (contest := History.read(folder)) is not None:
+        show_contest(folder, contest, figure, console)
+        return
     summary = summarize_run(folder, trust_pickle)
     figure = figure or folder / FIGURE
     summary.draw(figure)
     table = summary.table()
     table.add_row("picture", str(figure))
+    if summary.contest is not None:
+        summary.contest.draw(figure.with_name(CONTEST_FIGURE))
+        table.add_row("", str(figure.with_name(CONTEST_FIGURE)))
     (console or Console()).print(table)
 
 
