@@ -50,7 +50,7 @@ def counted(n: int, what: str) -> str:
 def cost_words(lost: float, allowance: float) -> str:
     """What episodes have cost, in total losses, and what they might."""
     cost = f"lost {lost:.2f}" if lost > 0 else f"gained {-lost:.2f}" if lost < 0 else "lost nothing"
-    return f"{cost} against the baseline, of {allowance:.2f} that might be lost (1: all is lost in one episode)"
+    return f"{cost} against the baseline; the budget allowed a loss of {allowance:.2f} (1: all is lost in one episode)"
 
 
 def lived(events: Sequence[Event]) -> list[Event]:
