@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
-from rl_zoo3.utils import ALGOS
+from rl_zoo3.utils import ALGOS, get_callback_list
 
 import sb3_offline_ft.zoo  # noqa: F401  # so that the tables are complete before an example changes them
+from sb3_offline_ft import ChampionChallenger
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.study import Protocol
 from tests.conftest import RunPython
@@ -81,7 +82,8 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".datasets", ".buffers", ".collapse", ".evaluation", ".study", ".update", ".testing", ".zoo"]
+    "module",
+    ["", ".datasets", ".buffers", ".collapse", ".deployment", ".evaluation", ".study", ".update", ".testing", ".zoo"],
 )
 def test_public_names_are_described_and_listed(module: str) -> None:
     pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts]
@@ -103,6 +105,14 @@ def test_study_files_that_are_shown_are_valid(tmp_path: Path) -> None:
         protocol = Protocol.parse(yaml.safe_dump(study | part, sort_keys=False), tmp_path / "study.yml")
         assert len(protocol.cells()) >= 25
         protocol.check(label for label, spec in protocol.datasets.items() if "logs/" not in spec)
+
+
+def test_the_callback_that_is_shown_in_yaml_can_be_made() -> None:
+    (block,) = re.findall(
+        r"^```yaml\n(.*?)^```$", (DOCS / "deployment.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    (callback,) = get_callback_list(yaml.safe_load(block)["Pendulum-v1"])
+    assert isinstance(callback, ChampionChallenger) and callback.rules.worst_return == -1900
 
 
 def test_commands_of_the_quickstart(run_python: RunPython, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_offline_ft.collapse.events import Event, EventLog
 from sb3_offline_ft.collapse.reporting import start_log
 from sb3_offline_ft.common.warning import warn
+from sb3_offline_ft.deployment.budget import RiskBudget
 from sb3_offline_ft.deployment.contest import Challenge, Contender, Contest, Episode, Kind, Verdict
 from sb3_offline_ft.deployment.history import DECISIONS, EVENTS_FILE, cost_words, counted, level_words, lived, mean_interval
 
@@ -81,7 +82,7 @@ class Reporter:
         self._knows_baseline = True
         low, high = mean_interval(first.returns)
         level = {"mean": budget.baseline.expected, "standard_error": first.standard_error, "low": low, "high": high}
-        worst = {"random_return": rules.random_return, "worst_return": rules.worst_return}
+        worst = {"random_return": rules.random_return, "worst_return": budget.worst_return}
         self.event("baseline", **level, n=len(first.returns), **worst)
         self.say(
             f"the baseline is known: mean return {level_words(first.returns)}. Trials and explorations may cost an episode of "
@@ -113,8 +114,8 @@ class Reporter:
         if budget is not None:
             facts |= {"allowance": budget.allowance, "balance": budget.balance, "lost": budget.lost}
         self.event("episode", **facts)
-        if budget is not None and episode.kind is not Kind.SERVE and total < contest.rules.worst_return:
-            self._tell_below_worst(total, contest)
+        if budget is not None and episode.kind is not Kind.SERVE and total < budget.worst_return:
+            self._tell_below_worst(total, budget)
         self._record(contest)
 
     def _record(self, contest: Contest) -> None:
@@ -130,13 +131,11 @@ class Reporter:
         for name in DECISIONS:
             logger.record(f"deployment/{name}s", self._counts[name])
 
-    def _tell_below_worst(self, total: float, contest: Contest) -> None:
-        budget = contest.budget
-        assert budget is not None
-        self.event("below_worst", **{"return": total}, worst_return=contest.rules.worst_return, balance=budget.balance)
+    def _tell_below_worst(self, total: float, budget: RiskBudget) -> None:
+        self.event("below_worst", **{"return": total}, worst_return=budget.worst_return, balance=budget.balance)
         debt = f"The budget is in debt by {-budget.balance:.2f} until it is repaid. " if budget.balance < 0 else ""
         self.warn(
-            f"An episode returned {total:.1f}, less than `worst_return={contest.rules.worst_return:g}`, on which the promise "
+            f"An episode returned {total:.1f}, less than `worst_return={budget.worst_return:g}`, on which the promise "
             f"rests. {debt}Give a lower one."
         )
 
