@@ -51,13 +51,16 @@ def as_json(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
         functions are written by their names, other objects with their attributes
     :return: The same in the form of JSON
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int):
         return value
+    if isinstance(value, str):
+        # Of a subclass, the text itself
+        return str.__str__(value)
     if isinstance(value, Mapping):
         return {str(key): as_json(entry, other) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [as_json(entry, other) for entry in value]
-    if isinstance(value, np.floating):
+    if isinstance(value, float | np.floating):
         return float(value)
     if isinstance(value, np.generic | np.ndarray | th.Tensor):
         return as_json(value.tolist(), other)
