@@ -9,13 +9,13 @@ and nested settings, and read back as floats everywhere but in the fields that h
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from sb3_offline_ft.common.io import atomic_write
-from sb3_offline_ft.common.live import as_json
+from sb3_offline_ft.common.json_form import json_form
+from sb3_offline_ft.common.warning import warn
 
 EVENTS_FILE = "collapse_events.jsonl"
 WORD_FIELDS = frozenset(
@@ -72,7 +72,7 @@ class EventLog:
         """Add an event, in which what JSON lacks becomes numbers, lists and texts; ``ValueError`` as for :meth:`start`."""
         if not self._is_started:
             self.start(resume=True)
-        self.events.append(_restored(as_json(event, other=str)))
+        self.events.append(_restored(json_form(event)))
         self._write()
 
     def _write(self) -> None:
@@ -114,11 +114,10 @@ class EventLog:
         if self._has_warned:
             return
         self._has_warned = True
-        warnings.warn(
+        warn(
             f"The collapse guard cannot write its events to {self.path} ({error}). The training goes on; the events stay in "
             "memory and are written when the file can be written again.",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from io import FileIO, RawIOBase
@@ -25,6 +24,8 @@ from minari.dataset.minari_dataset import DATASET_ID_RE, parse_dataset_id
 from minari.dataset.minari_storage import MinariStorage
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
+
+from sb3_offline_ft.common.warning import warn
 
 _HDF5 = "main_data.hdf5"
 _SMALLEST_COMPRESSED_BYTES = 1024
@@ -407,10 +408,9 @@ def _recoverable(env: gym.Env[Any, Any]) -> EnvSpec | None:
     try:
         spec.to_json()
     except (TypeError, ValueError) as error:
-        warnings.warn(
+        warn(
             f"The environment {spec.id} cannot be recovered from the dataset, as its spec cannot be written: {error} "
-            "Register it with entry_point='module:Class' and arguments of plain types.",
-            stacklevel=3,
+            "Register it with entry_point='module:Class' and arguments of plain types."
         )
         return None
     return spec
