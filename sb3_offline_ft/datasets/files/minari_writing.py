@@ -63,20 +63,11 @@ def write_minari(
     keep_in: str | Path | None = None,
 ) -> Path:
     """
-    Write a Minari dataset (hdf5) into the local folder, whole or not at all.
+    Write a Minari dataset (hdf5), whole or not at all, and give its folder; arguments and errors are those of
+    :func:`convert_logs`.
 
-    :param dataset_id: Its id
-    :param episodes: The episodes; they are written one by one
-    :param env: The environment, for its spec
-    :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements,
-        ref_min_score, ref_max_score``
-    :param overwrite: Replace a dataset with this id. It is kept until the new one is complete
-    :param check: Called with the folder of the complete dataset before it is moved; may raise to have it thrown away
-    :param keep_in: Folder to go on in if the local one cannot be written to. It gets the dataset, and ``OSError`` says so
-    :return: The dataset's folder
-    :raises FileExistsError: There is such a dataset already. If it was made in the meantime the new one is kept, in
-        ``keep_in`` or under the next free version, and the message says where
-    :raises OSError: It could not be written; the message says what became of the episodes
+    The spec is taken from the environment. The check is called with the folder of the complete dataset before it is moved,
+    and may raise to have it thrown away. ``facts`` may hold ``ref_min_score`` and ``ref_max_score`` too.
     """
     check_new_id(dataset_id, overwrite)
     root, other_root = Path(get_dataset_path()), None if keep_in is None else Path(keep_in).expanduser()
@@ -144,9 +135,6 @@ class FailsafeFile(RawIOBase):
 
     When one does, the file goes on in a spare place. If there is none, what is still written is kept in memory, so that HDF5
     can close the file; it is of no other use then.
-
-    :param path: The file, which is made
-    :raises OSError: It cannot be opened
     """
 
     def __init__(self, path: Path) -> None:
