@@ -9,7 +9,6 @@ import re
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from sb3_offline_ft.collapse.events import EVENTS_FILE, encode_events, read_events
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json, naming_damage, read_npz, replace_synced
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.evaluation.run_summary import EVALUATIONS
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def find_result(protocol: "Protocol", cell: "Cell", stored: str | None = None) -
             with naming_damage(f"The result of {cell.name} in the storage", "one that a run has written"):
                 result = CellResult.from_json(stored)
         except ValueError as error:
-            warnings.warn(f"{error} It is left out.", stacklevel=2)
+            warn(f"{error} It is left out.")
     return None if result is None else keep_result(protocol, cell, result)
 
 
@@ -231,7 +231,7 @@ def read_result(folder: Path) -> CellResult | None:
         problem = f"{folder} lacks {Path(str(error.filename)).name}."
     except ValueError as error:
         problem = str(error)
-    warnings.warn(f"{problem} The cell counts as not run.", stacklevel=2)
+    warn(f"{problem} The cell counts as not run.")
     return None
 
 

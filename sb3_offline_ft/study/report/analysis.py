@@ -36,23 +36,18 @@ class Scale:
 
 @dataclass(frozen=True)
 class DatasetNumbers:
-    """
-    The results on a dataset. Methods without data are shown with every dataset.
-
-    :param label: Label of the dataset, None if the study has none
-    :param groups: The methods that have runs, in the protocol's order
-    :param scale: What scores are normalised with, None if that is not known
-    :param data_return: Mean return of the data's episodes
-    :param slug: Its name for files and ids
-    :param why_no_scale: Why scores cannot be normalised, if they cannot though the return of a random policy is known
-    """
+    """The results on a dataset, if the study has one. Methods without data are shown with every dataset."""
 
     label: str | None
     groups: tuple[Group, ...]
+    """The methods that have runs, in the protocol's order."""
     scale: Scale | None
     data_return: float | None
+    """Mean return of the data's episodes."""
     slug: str
+    """Its name for files and ids."""
     why_no_scale: str = ""
+    """Why scores cannot be normalised, if they cannot though the return of a random policy is known."""
 
     @property
     def title(self) -> str:

@@ -96,18 +96,12 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Group:
-    """
-    The runs of a method on a dataset.
-
-    :param method: The method
-    :param runs: Its runs, by seed
-    :param is_averaged: Whether they are of several variants, and averaged seed by seed: those of a seed are not independent,
-        as they begin alike
-    """
+    """The runs of a method on a dataset, by seed."""
 
     method: Method
     runs: tuple[RunNumbers, ...]
     is_averaged: bool = False
+    """Whether they are of several variants, and averaged seed by seed: those of a seed begin alike and are not independent."""
 
     @property
     def label(self) -> str:
