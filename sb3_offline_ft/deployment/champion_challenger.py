@@ -52,7 +52,7 @@ class ChampionChallenger(BaseCallback):
     :param min_updates: Gradient steps between two challengers
     :param trial_share: Probability with which a coin gives an episode to the challenger while it is tested
     :param futility: Chance of leading by ``least_lead``, by a normal model, below which a challenger is given up
-    :param least_lead: A lead that is worth a trial, in total losses; a learner that is still learning has better challengers to
+    :param least_lead: A lead that is worth a trial, in total losses; a learner that still learns has better challengers to
         come, for which one that is about as good as the champion makes no room
     :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
     :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never
