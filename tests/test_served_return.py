@@ -1,5 +1,7 @@
 """Served return: what everything that acted earned, on runs whose numbers are known by hand, and what holds for any run."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -151,7 +153,7 @@ def episodes_of(pairs, n_warmup=0):
 def test_a_mean_does_not_depend_on_how_the_axis_is_cut(pairs, cuts):
     acted = episodes_of(pairs)
     edges = [0.0, *sorted(cut * acted.interactions for cut in cuts), float(acted.interactions)]
-    stretches = list(zip(edges[:-1], edges[1:], strict=True))
+    stretches = list(pairwise(edges))
     total = sum((end - start) * (acted.mean_return(start, end) or 0.0) for start, end in stretches)
     assert total / acted.interactions == pytest.approx(acted.mean_return(0, acted.interactions), abs=1e-6)
 

@@ -1,8 +1,8 @@
 """
 Served return: what everything that acted in the environment earned, against all interactions that this took.
 
-The system does not know why somebody acts on it: a policy that is served, one that explores, and one that is evaluated because a
-method wants to learn from it cost the same. So all their episodes count, one after the other, on one axis.
+The system does not know why somebody acts on it: a policy that is served, one that explores, and one that is evaluated because
+a method wants to learn from it cost the same. So all their episodes count, one after the other, on one axis.
 
 At each interaction, the served return is that of the episode which the interaction belongs to. A mean over a stretch of a run
 is over its interactions: where the stretch is cut does not matter, and ten short episodes count no more than one that is as
@@ -20,7 +20,7 @@ from sb3_offline_ft.evaluation.finetuning_metrics import collapse_threshold
 from sb3_offline_ft.evaluation.resampling import Array
 
 SERVE, EXPLORE, TRIAL, EVALUATION = KINDS = ("serve", "explore", "trial", "evaluation")
-"""Kinds of episodes: of the policy that is in service, with noise on purpose, of a policy on trial, of a method's evaluation."""
+"""Kinds of episodes: of the policy in service, with noise on purpose, of a policy on trial, of a method's own evaluations."""
 AT = (5_000, 10_000, 30_000, 100_000)
 WINDOW = 5_000
 """The return after so many interactions is the mean over those of this window before."""
@@ -105,7 +105,8 @@ def acted_episodes(
     own_returns, own_lengths = np.asarray(evaluation_returns, np.float64), np.asarray(evaluation_lengths, np.int64)
     if not times.size == trained.size == len(names):
         raise ValueError(
-            f"Each training episode needs a timestep, a return and a kind: found {times.size}, {trained.size} and {len(names)}."
+            "Each training episode needs a timestep, a return and a kind: found "
+            f"{times.size}, {trained.size} and {len(names)}."
         )
     if own_returns.shape != own_lengths.shape or own_returns.shape[:1] != own_times.shape:
         raise ValueError(
