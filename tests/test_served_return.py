@@ -76,7 +76,8 @@ def test_own_evaluations_act_and_take_interactions():
     assert acted.ends.tolist() == [50, 100, 200, 250, 300, 400, 500, 600, 650, 700]
     assert (acted.n_warmup, acted.warmup_end, acted.interactions) == (3, 200, 730)
     metrics = served_metrics(acted, J_RANDOM)
-    assert metrics.initial_return == 100
+    # Of three episodes, the last of which is twice as long
+    assert metrics.initial_return == 100 and metrics.warmup_return == 95
     assert metrics.mean_return == pytest.approx((50 * 30 + 100 * (100 + 130 + 140) + 50 * 600) / 500)
     assert metrics.losses.collapsed_episodes == 2
     assert metrics.losses_by_kind["evaluation"].collapsed_episodes == 2
@@ -170,7 +171,7 @@ def test_an_episode_counts_as_much_as_its_pieces_of_the_same_return(pairs, piece
 @given(value=NUMBERS, lengths=st.lists(st.integers(1, 500), min_size=2, max_size=40), random=NUMBERS)
 def test_a_constant_policy_loses_nothing(value, lengths, random):
     metrics = served_metrics(episodes_of([(value, length) for length in lengths], len(lengths) // 2), random)
-    for mean in (metrics.initial_return, metrics.mean_return, metrics.last_third_return):
+    for mean in (metrics.initial_return, metrics.warmup_return, metrics.mean_return, metrics.last_third_return):
         assert mean == pytest.approx(value)
     if abs(value - random) > 1e-3:
         assert metrics.losses.shortfall == pytest.approx(0, abs=1e-6)

@@ -67,7 +67,7 @@ def test_what_acted_is_what_the_files_say(run):
     free = [*evaluations["results"][3:].ravel(), *summary.training_returns[1:]]
     lines = shown(summary)
     served = next(line for line in lines if "served return" in line)
-    assert f"{np.mean(free):.1f} after the warm-up" in served and "3,400 interactions" in served
+    assert f"{np.mean(frozen):.1f} in the warm-up, {np.mean(free):.1f} after it, " in served and "3,400 interactions" in served
     random = summary.random_return
     shortfall = np.cumsum((np.mean(frozen) - acted.returns[7:]) / abs(np.mean(frozen) - random))
     line = next(line for line in lines if "served shortfall" in line)

@@ -6,7 +6,8 @@ a method wants to learn from it cost the same. So all their episodes count, one 
 
 At each interaction, the served return is that of the episode which the interaction belongs to. A mean over a stretch of a run
 is over its interactions: where the stretch is cut does not matter, and ten short episodes count no more than one that is as
-long as they are together.
+long as they are together. Where long episodes have higher returns, such a mean is above that over episodes: means over
+interactions are comparable with one another, and losses, which are sums over episodes, with ``J0``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -165,7 +166,8 @@ class ServedMetrics:
     :param initial_return: ``J0``: mean return of the episodes that ended in the warm-up, evaluations included
     :param initial_standard_error: Its standard error; None if there was only one episode. A shortfall is uncertain by it
         times the number of episodes
-    :param mean_return: Mean served return after the warm-up
+    :param warmup_return: Mean served return in the warm-up
+    :param mean_return: Mean served return after it
     :param last_third_return: Mean served return over the last third of the interactions
     :param return_at: After 5,000, 10,000, 30,000 and 100,000 interactions: mean over the 5,000 before; None if the run was
         shorter
@@ -175,6 +177,7 @@ class ServedMetrics:
 
     initial_return: float | None
     initial_standard_error: float | None
+    warmup_return: float | None
     mean_return: float | None
     last_third_return: float | None
     return_at: Mapping[int, float | None]
@@ -185,10 +188,10 @@ class ServedMetrics:
         """
         :return: All numbers of the run by names that begin with ``served_``, those of single kinds left out
         """
-        means = {name: getattr(self, name) for name in ("initial_return", "initial_standard_error", "mean_return")}
-        at = {f"return_at_{steps}": value for steps, value in self.return_at.items()}
-        found = {**means, "last_third_return": self.last_third_return, **at, **asdict(self.losses)}
-        return {f"served_{name}": value for name, value in found.items()}
+        found = asdict(self)
+        losses, _ = found.pop("losses"), found.pop("losses_by_kind")
+        at = {f"return_at_{steps}": value for steps, value in found.pop("return_at").items()}
+        return {f"served_{name}": value for name, value in (found | at | losses).items()}
 
 
 def served_metrics(
@@ -215,6 +218,7 @@ def served_metrics(
     return ServedMetrics(
         initial_return=initial,
         initial_standard_error=float(stats.sem(baseline)) if baseline.size > 1 else None,
+        warmup_return=episodes.mean_return(0, min(episodes.warmup_end, until)),
         mean_return=episodes.mean_return(free_from, until),
         last_third_return=episodes.mean_return(2 / 3 * until, until),
         return_at={

@@ -99,10 +99,11 @@ DIP_COLUMNS = (
     Column("recovery_time", "recovery (interactions)", 0),
 )
 SERVED_COLUMNS = (
-    Column("served_initial_return", "J₀ served"),
-    Column("served_mean_return", "after the warm-up"),
+    Column("served_warmup_return", "in the warm-up"),
+    Column("served_mean_return", "after it"),
     Column("served_last_third_return", "last third"),
     *(Column(f"served_return_at_{steps}", f"at {steps:,}") for steps in AT),
+    Column("served_initial_return", "J₀ served"),
     Column("served_shortfall", "shortfall (episodes)", 1),
     Column("served_largest_shortfall", "largest shortfall", 1),
     Column("served_collapsed_share", "lost episodes (%)", 1, 100.0),
@@ -168,10 +169,10 @@ def _served_table(numbers: DatasetNumbers) -> TextTable:
         "What everything that acted earned, own evaluations included, against all interactions that this took. Means over the "
         "seeds, with 95 % bootstrap intervals, within as many interactions as the study has; after the warm-up is from the "
         "first step if a method has none, and the warm-up of one with own evaluations is longer. Only at is of whole runs: "
-        f"the mean over the {WINDOW:,} interactions before. Shortfall is against J₀ served, at the end and at its largest, in "
-        "episodes in which all is lost; below 0 more was earned. Lost episodes have at most a quarter of what the pretrained "
-        "policy has over a random one. Dip of ten: the depth of the lowest mean of ten episodes in a row; below 0 there was "
-        "none.",
+        f"the mean over the {WINDOW:,} interactions before. J₀ served is the mean over episodes of the warm-up, the other "
+        "returns are means over interactions. Shortfall is against J₀ served, at the end and at its largest, in episodes in "
+        "which all is lost; below 0 more was earned. Lost episodes have at most a quarter of what J₀ served has over a "
+        "random policy. Dip of ten: the depth of the lowest mean of ten episodes in a row; below 0 there was none.",
     )  # fmt: skip
 
 
