@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sb3_offline_ft.common.search_space import SearchSpace
     from sb3_offline_ft.offline_td3 import OfflineTD3
 
+DISTRIBUTION = "sb3-offline-ft"
 GROUP = "sb3_offline_ft.algorithms"
 """The entry points by which other packages add theirs."""
 
@@ -23,9 +24,9 @@ _OURS = {
     "rebrac": "sb3_offline_ft.rebrac:ReBRAC",
 }
 
-_OTHERS = {entry.name: entry.value for entry in entry_points(group=GROUP) if entry.name not in _OURS}
+_OTHERS = {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in _OURS}
 
-ALGORITHMS = _OURS | _OTHERS
+ALGORITHMS = _OURS | {name: entry.value for name, entry in _OTHERS.items()}
 """Where each one's class is, as ``package:Class``. Its search space is ``SEARCH_SPACE`` in ``package.search_space``."""
 
 _PACKAGE = Path(__file__).parent
@@ -44,9 +45,18 @@ def _naming(algo: str) -> Iterator[None]:
         if algo not in _OTHERS:
             raise
         raise BrokenAlgorithmError(
-            f"The algorithm {algo!r} of another package, {_OTHERS[algo]}, cannot be used ({type(error).__name__}: {error}): "
-            "repair or uninstall that package."
+            f"The algorithm {algo!r} of another package, {ALGORITHMS[algo]}, cannot be used "
+            f"({type(error).__name__}: {error}): repair or uninstall {distribution_of(algo)}."
         ) from error
+
+
+def distribution_of(algo: str) -> str:
+    """
+    :param algo: An algorithm's name
+    :return: What pip installed it with; our own distribution if no other one has the name
+    """
+    other = _OTHERS.get(algo)
+    return DISTRIBUTION if other is None or other.dist is None else other.dist.name
 
 
 def algorithm_class(algo: str) -> type["OfflineTD3"]:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 import _sb3_offline_ft_startup
+from sb3_offline_ft.algorithms import ALGORITHMS, DISTRIBUTION, distribution_of, preset_path
 
-DISTRIBUTION = "sb3-offline-ft"
 STARTUP_FILES = ("sb3_offline_ft.pth", "sb3_offline_ft.start")
 HUB_TIMEOUT = 3.0
-REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+REINSTALL = "pip install --force-reinstall --no-deps"
+REINSTALL_US = f"{REINSTALL} {DISTRIBUTION}"
 
 Status = Literal["ok", "note", "problem"]
 
@@ -93,7 +94,7 @@ def check_startup_hook() -> Iterator[Check]:
     variable = _sb3_offline_ft_startup.DISABLE_VARIABLE
     if missing:
         found = f"{' and '.join(missing)} not in {', '.join(map(str, _site_folders()))}"
-        yield Check("Startup hook", "problem", found, f"{REINSTALL}, {fallback}.")
+        yield Check("Startup hook", "problem", found, f"{REINSTALL_US}, {fallback}.")
     elif _sb3_offline_ft_startup.installed:
         yield Check("Startup hook", "ok", "active")
     elif _sb3_offline_ft_startup.is_disabled():
@@ -104,8 +105,7 @@ def check_startup_hook() -> Iterator[Check]:
 
 def check_zoo() -> Iterator[Check]:
     """Which of our algorithms a fresh ``import rl_zoo3`` knows, and whether their presets are there."""
-    from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
-
+    unknown: list[str] = []
     process = subprocess.run(
         [sys.executable, "-c", "import rl_zoo3; print('ALGOS', *rl_zoo3.ALGOS)"], capture_output=True, text=True
     )
@@ -114,21 +114,30 @@ def check_zoo() -> Iterator[Check]:
         yield Check("rl_zoo3", "problem", f"cannot be imported: {error}", "pip install rl_zoo3")
     else:
         listing = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("ALGOS ")][-1]
-        missing = [name for name in ALGORITHMS if name not in listing]
-        if not missing:
+        unknown = [name for name in ALGORITHMS if name not in listing]
+        if not unknown:
             yield Check("rl_zoo3", "ok", f"knows {', '.join(ALGORITHMS)}")
         elif _sb3_offline_ft_startup.is_disabled():
-            yield Check("rl_zoo3", "note", f"does not know {' and '.join(missing)}: the startup hook is turned off")
+            yield Check("rl_zoo3", "note", f"does not know {' and '.join(unknown)}: the startup hook is turned off")
         else:
             reason = process.stderr.strip() or "the startup hook did not run"
-            yield Check("rl_zoo3", "problem", f"does not know {' and '.join(missing)}: {reason}", f"{REINSTALL}.")
+            yield Check("rl_zoo3", "problem", f"does not know {' and '.join(unknown)}: {reason}", _reinstall(unknown))
 
-    presets = [Path(preset_path(name)) for name in ALGORITHMS]
-    lost = [str(path) for path in presets if not path.is_file()]
+    # Where another package's cannot be used, its preset cannot be found either
+    presets = {
+        name: Path(preset_path(name)) for name in ALGORITHMS if name not in unknown or distribution_of(name) == DISTRIBUTION
+    }
+    lost = [name for name, path in presets.items() if not path.is_file()]
     if lost:
-        yield Check("Presets", "problem", f"{', '.join(lost)} missing", f"{REINSTALL}.")
+        yield Check("Presets", "problem", f"{', '.join(str(presets[name]) for name in lost)} missing", _reinstall(lost))
     else:
-        yield Check("Presets", "ok", str(presets[0].parent))
+        yield Check("Presets", "ok", ", ".join(map(str, dict.fromkeys(path.parent for path in presets.values()))))
+
+
+def _reinstall(algorithms: list[str]) -> str:
+    """How to repair algorithms: ours first, without which others are not known either."""
+    distributions = {distribution_of(name) for name in algorithms}
+    return f"{REINSTALL} {DISTRIBUTION if DISTRIBUTION in distributions else ' '.join(sorted(distributions))}."
 
 
 def check_minari() -> Iterator[Check]:
@@ -161,12 +170,12 @@ def check_bundled_data() -> Iterator[Check]:
             facts = files("sb3_offline_ft.datasets").joinpath("bundled", name, "data", "metadata.json").read_text()
             expected = json.loads(facts)["total_steps"]
         except Exception as error:
-            yield Check(spec, "problem", f"cannot be read: {error}", f"{REINSTALL}.")
+            yield Check(spec, "problem", f"cannot be read: {error}", f"{REINSTALL_US}.")
             continue
         if len(dataset) == expected:
             yield Check(spec, "ok", f"{expected:,} transitions")
         else:
-            yield Check(spec, "problem", f"{len(dataset):,} transitions instead of {expected:,}", f"{REINSTALL}.")
+            yield Check(spec, "problem", f"{len(dataset):,} transitions instead of {expected:,}", f"{REINSTALL_US}.")
 
 
 def check_mujoco() -> Iterator[Check]:

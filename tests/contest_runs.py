@@ -37,14 +37,14 @@ def learner(noise: bool = True, algorithm: type[OffPolicyAlgorithm] = TD3, **set
     """Episodes of it take 10 steps, gradient steps come each 100."""
     model = make(algorithm, **CALM, **settings)
     if noise:
-        model.action_noise = NormalActionNoise(np.zeros(1), 0.6 * np.ones(1))
+        model.action_noise = NormalActionNoise(np.zeros(1), 1.0 * np.ones(1))
     return model
 
 
 def contest(path: Path | None, **settings: Any) -> ChampionChallenger:
     return ChampionChallenger(
         **{
-            "risk_budget": 0.15,
+            "risk_budget": 0.08,
             "random_return": -5,
             "min_updates": 20,
             "max_trial_episodes": 8,

@@ -1,6 +1,7 @@
 """Numbers that were written into texts by hand are those of the committed results."""
 
 import ast
+import csv
 import inspect
 import json
 import re
@@ -79,6 +80,18 @@ def test_finetuning() -> None:
         assert f"lowest {', '.join(map(str, lowest[name]))}" in page
     assert f"and {min(lowest['td3'])} to {max(lowest['td3'])} on 3 of 3" in page
     assert f"after 13,000 updates {', '.join(str(round(float(returns[-1]))) for returns in found['td3'])}" in page
+
+
+def test_what_noise_costs_in_a_warmup() -> None:
+    with (BENCHMARKS / "studies/hopper/results.csv").open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["dataset"] == "medium-expert"]
+
+    def mean(method: str, metric: str) -> int:
+        return round(float(np.mean([float(row[metric]) for row in rows if row["method"] == method])))
+
+    measured, served = mean("offline", "initial_return"), mean("td3bc", "served_initial_return")
+    said = f"medium-expert data return {measured} when they are measured, and {served} in the warm-up of `TD3BC`"
+    assert said in text("docs/study.md")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_words_have_the_numbers_of_the_events(contest):
     assert f"baseline {baseline['mean']:.1f}" in words["served"] and f"{baseline['n']} episodes" in words["served"]
     assert f"{len(by_kind['trial'])} trials and {len(by_kind['explore'])} explorations" in words["at risk"]
     assert f"{abs(episodes[-1]['lost']):.2f} against the baseline" in words["at risk"]
-    assert f"allowed a loss of {0.15 * len(episodes):.2f}" in words["at risk"]
+    assert f"allowed a loss of {0.08 * len(episodes):.2f}" in words["at risk"]
     n = len(of(contest.events, "rejection"))
     assert (
         n > 0 and f"1 promotion, {n} rejection" in words["outcome"] and f"step {contest.champion.name:,}:" in words["outcome"]

@@ -121,7 +121,18 @@ print({"td3bc", "td3c", "rebrac"} <= rl_zoo3.ALGOS.keys() & HYPERPARAMS_SAMPLER.
     process = run_python("-c", code, PYTHONPATH=str(package))
     assert process.stdout.split() == ["OfflineExperimentManager", "ExperimentManager", "True"], process.stderr
     told = "The algorithm 'huber' of another package, huber_for_this_test:Huber, cannot be used"
-    assert process.stderr.count(f"{told} ({found})") == 1
+    assert process.stderr.count(f"{told} ({found}): repair or uninstall huber-for-this-test.") == 1
+
+
+def test_the_doctor_says_which_package_is_to_be_repaired(run_python: RunPython, package: Path) -> None:
+    code = "from sb3_offline_ft.doctor import check_zoo\nfor c in check_zoo(): print(c.name, c.status, c.remedy)"
+    reinstall = "pip install --force-reinstall --no-deps huber-for-this-test."
+    (package / "huber_for_this_test" / "huber.yml").unlink()
+    found = run_python("-c", code, PYTHONPATH=str(package)).stdout.splitlines()
+    assert found == ["rl_zoo3 ok ", f"Presets problem {reinstall}"]
+    shutil.rmtree(package / "huber_for_this_test")
+    found = run_python("-c", code, PYTHONPATH=str(package)).stdout.splitlines()
+    assert found == [f"rl_zoo3 problem {reinstall}", "Presets ok "]
 
 
 def test_one_with_the_name_of_an_algorithm_of_the_zoo_leaves_that_alone(run_python: RunPython, package: Path) -> None:

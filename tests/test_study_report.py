@@ -67,7 +67,7 @@ class TestPage:
 
     def test_every_figure_can_be_read_without_seeing_it(self, page: str) -> None:
         figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
-        assert len(figures) == len(SVG.findall(page)) == 7
+        assert len(figures) == len(SVG.findall(page)) == 8
         for figure in figures:
             root = ElementTree.fromstring(SVG.findall(figure)[0])
             label = root.get("aria-label")
@@ -92,8 +92,9 @@ class TestPage:
         for expected in (
             "Verdict",
             "On medium, plain TD3 collapsed in 5 of 5 seeds (95 % CI 48\N{EN DASH}100 %);",
-            "Learning curves", "Every seed", "Dips", "Collapses", "Scores", "Probability of improvement of TD3C",
-            "Performance profiles", "Paired comparison with TD3C", "How it was measured", "Versions, machines, weights",
+            "Served return", "Learning curves", "Every seed", "Dips", "Collapses", "Scores",
+            "Probability of improvement of TD3C", "Performance profiles", "Paired comparison with TD3C",
+            "How it was measured", "Versions, machines, weights",
             "20 episodes", "bundled:hopper-medium?episodes=20", "as the runs had it",
             "All 30 runs had the same versions of numpy, Python, sb3-offline-ft and torch, and the same code.",
             "code c0dec0dec0de",
@@ -179,16 +180,21 @@ class TestFiles:
     def test_tables_are_markdown(self, study: Protocol) -> None:
         text = (study.folder / "tables.md").read_text(encoding="utf-8")
         tables = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
-        assert len(tables) == 6
+        assert len(tables) == 7
         for table in tables:
             widths = {line.count("|") - line.count("\\|") for line in table.splitlines()}
             assert len(widths) == 1
             assert set(table.splitlines()[1]) == set("| -")
-        assert text.startswith("# made up\n\n## In short\n\n- On medium, plain TD3 collapsed in 5 of 5 seeds")
+        assert text.startswith("# made up\n\n## What was served\n\n- Mean return of everything that acted on medium in 30,000")
+        assert "\n\n## In short\n\n- On medium, plain TD3 collapsed in 5 of 5 seeds" in text
+        assert re.findall("^### .*", text, re.MULTILINE)[:2] == ["### Served return on medium", "### Returns on medium"]
 
     def test_figures_are_pictures(self, study: Protocol) -> None:
         names = {path.name for path in (study.folder / "figures").iterdir()}
-        kinds = ("curves-medium", "seeds-medium", "dips-medium", "collapses-medium", "scores", "improvement", "profiles")
+        kinds = (
+            "served-medium", "curves-medium", "seeds-medium", "dips-medium", "collapses-medium", "scores", "improvement",
+            "profiles",
+        )  # fmt: skip
         assert names == {f"{kind}.{suffix}" for kind in kinds for suffix in ("svg", "png")}
         for kind in kinds:
             pixels = imread(study.folder / "figures" / f"{kind}.png")
@@ -204,7 +210,7 @@ class TestFiles:
         for name in ("one", "two"):
             files = write_report(protocol.folder, tmp_path / name / "page.html")
             contents.append({file.relative_to(tmp_path / name): file.read_bytes() for file in files})
-        assert contents[0] == contents[1] and len(contents[0]) == 17
+        assert contents[0] == contents[1] and len(contents[0]) == 19
         assert {"page.html", "results.csv", "tables.md", "figures"} == {path.name for path in (tmp_path / "one").iterdir()}
 
     @pytest.mark.parametrize(
@@ -567,7 +573,7 @@ class TestARealStudy:
             write_run(protocol, cell, run_cell(protocol, cell, pretrained_folder=protocol.folder / "pretrained"))
         answer = CliRunner().invoke(app, ["study", "report", str(protocol.folder)])
         assert answer.exit_code == 0, answer.output
-        assert "Report:" in answer.output and "14 figures in" in answer.output
+        assert "Report:" in answer.output and "16 figures in" in answer.output
         text = report_page(protocol).text
         assert "they started from exactly the same weights" in text
         versions = [run.result.manifest["versions"] for run in study_results(protocol.folder).runs]
@@ -578,6 +584,7 @@ class TestARealStudy:
         own = {row["method"]: int(row["learner_evaluation_steps"]) for row in rows}
         # An evaluation of Pendulum-v1 has 200 steps
         assert own["td3c"] > 0 and own["td3c"] % 200 == 0 and own["td3"] == 0
+        assert all(row["served_mean_return"] for row in rows) and "What was served is not known" not in text
         for row, cell in zip(rows, protocol.cells(), strict=True):
             (folder,) = protocol.folder.glob(f"runs/*/{cell.method.name}/seed{cell.seed}-*")
             with np.load(folder / "evaluations.npz") as file:

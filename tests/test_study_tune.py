@@ -37,7 +37,7 @@ from sb3_offline_ft.study.engine.cell import run_cell
 from sb3_offline_ft.study.engine.queue import KEY, CellState
 from sb3_offline_ft.study.engine.status import read_statuses
 from sb3_offline_ft.study.report.page import write_report
-from sb3_offline_ft.study.tuning.entry import spec_seen_from, write_entry, zoo_entry
+from sb3_offline_ft.study.tuning.entry import pretrains_alike, spec_seen_from, write_entry, zoo_entry
 from sb3_offline_ft.study.tuning.plan import TuningPlan, TuningSettings
 from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, TuningQueue
 from sb3_offline_ft.study.tuning.report import parameter_importance
@@ -540,6 +540,14 @@ def test_the_configuration_pretrains_as_the_trials_were_and_finetunes_as_the_bes
     env.close()
     expected = [LearnerSnapshot.load(path).policy_state for path in (plan.study.folder / "pretrained").glob("*.pt")]
     assert any(all(th.equal(state[name], each[name]) for name in state) for each in expected)
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [("td3c td3bc", True), ("rebrac rebrac", True), ("td3c rebrac", False), ("td3bc td3", False), ("td3 td3", True)],
+)
+def test_algorithms_that_do_the_same_offline_are_known(pair: str, expected: bool) -> None:
+    assert pretrains_alike(*pair.split()) is pretrains_alike(*reversed(pair.split())) is expected
 
 
 def test_a_pretraining_that_rl_zoo3_cannot_repeat_is_said(tmp_path: Path) -> None:

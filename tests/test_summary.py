@@ -34,6 +34,13 @@ def run(tmp_path_factory):
     return folder
 
 
+def shown(summary):
+    """The lines that the terminal shows."""
+    with (console := Console(file=io.StringIO(), width=200)).capture() as text:
+        console.print(summary.table())
+    return text.get().splitlines()
+
+
 def test_numbers_are_those_of_the_run(run):
     summary = summarize_run(run)
     evaluations = np.load(run / "evaluations.npz")
@@ -46,6 +53,49 @@ def test_numbers_are_those_of_the_run(run):
     assert summary.training_timesteps.tolist() == [200, 400, 600] and len(summary.training_returns) == 3
     random = summary.dataset.reference_scores.random
     assert summary.dip_depth == pytest.approx((means[:3].mean() - means[3:].min()) / abs(means[:3].mean() - random))
+
+
+def test_what_acted_is_what_the_files_say(run):
+    summary = summarize_run(run)
+    evaluations, acted = np.load(run / "evaluations.npz"), summary.acted
+    # Three training episodes, and seven evaluations of two, of 200 steps each
+    assert acted.interactions == 600 + 7 * 2 * 200 and len(acted.returns) == 17
+    assert acted.kinds.count("serve") == 3 and acted.kinds.count("evaluation") == 14
+    # After 0, 100 and 200 interactions, and the training episode of the warm-up
+    assert acted.n_warmup == 7 and acted.warmup_end == 7 * 200
+    frozen = [*evaluations["results"][:3].ravel(), summary.training_returns[0]]
+    free = [*evaluations["results"][3:].ravel(), *summary.training_returns[1:]]
+    lines = shown(summary)
+    served = next(line for line in lines if "served return" in line)
+    assert f"{np.mean(frozen):.1f} in the warm-up, {np.mean(free):.1f} after it, " in served and "3,400 interactions" in served
+    random = summary.random_return
+    shortfall = np.cumsum((np.mean(frozen) - acted.returns[7:]) / abs(np.mean(frozen) - random))
+    line = next(line for line in lines if "served shortfall" in line)
+    assert f"{max(0, shortfall.max()):.1f} at most, {shortfall[-1]:.1f} at the end" in line
+    assert f"one of 10 episodes; against {np.mean(frozen):.1f}" in line
+    # What was served stands before what was only measured
+    places = [next(i for i, line in enumerate(lines) if name in line) for name in ("served return", "J after pretraining")]
+    assert places == sorted(places)
+
+
+def test_what_was_served_is_not_known_without_its_files(run, tmp_path):
+    summary = summarize_run(run)
+    for changes, reason in (
+        ({"lengths": None}, "evaluations.npz has no lengths"),
+        ({"training_timesteps": np.zeros(0, np.int64), "training_returns": np.zeros(0)}, "no training episode was recorded"),
+        ({"training_returns": np.full(3, np.nan)}, "not finite"),
+    ):
+        changed = dataclasses.replace(summary, **changes)
+        (line,) = [line for line in shown(changed) if "served" in line]
+        assert changed.acted is None and f"not known: {reason}" in line.replace("there are returns that are ", "")
+    copy = tmp_path / "td3c" / "Pendulum-v1_1"
+    shutil.copytree(run, copy)
+    evaluations = dict(np.load(copy / "evaluations.npz"))
+    np.savez(copy / "evaluations.npz", timesteps=evaluations["timesteps"], results=evaluations["results"])
+    assert summarize_run(copy).lengths is None
+    # Of other evaluations
+    np.savez(copy / "evaluations.npz", **evaluations | {"ep_lengths": np.ones((5, 2), np.int64)})
+    assert summarize_run(copy).lengths is None
 
 
 def test_command_prints_and_draws(run, monkeypatch):
@@ -96,9 +146,7 @@ def test_a_dip_that_is_not_known_says_why(run, tmp_path, monkeypatch):
     ):
         changed = dataclasses.replace(summary, **changes)
         assert changed.dip_depth is None
-        with (console := Console(file=io.StringIO(), width=200)).capture() as shown:
-            console.print(changed.table())
-        (line,) = [line for line in shown.get().splitlines() if "dip depth" in line]
+        (line,) = [line for line in shown(changed) if "dip depth" in line]
         assert "not known" in line and reason in line
 
 

@@ -9,14 +9,13 @@ and nested settings, and read back as floats everywhere but in the fields that h
 import json
 import math
 import os
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.json_form import json_form
+from sb3_offline_ft.common.warning import warn
 
 EVENTS_FILE = "collapse_events.jsonl"
 WORD_FIELDS = frozenset(
@@ -73,7 +72,7 @@ class EventLog:
         """Add an event, in which what JSON lacks becomes numbers, lists and texts; ``ValueError`` as for :meth:`start`."""
         if not self._is_started:
             self.start(resume=True)
-        self.events.append(_restored(_encodable(event)))
+        self.events.append(_restored(json_form(event)))
         self._write()
 
     def _write(self) -> None:
@@ -115,11 +114,10 @@ class EventLog:
         if self._has_warned:
             return
         self._has_warned = True
-        warnings.warn(
+        warn(
             f"Events cannot be written to {self.path} ({error}). The training goes on; the events stay in "
             "memory and are written when the file can be written again.",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 
@@ -175,27 +173,16 @@ def _event(line: bytes, path: Path, number: int) -> Event:
 
 
 def _line(event: Event) -> bytes:
-    return json.dumps(_encodable(event), allow_nan=False).encode("ascii") + b"\n"
+    return json.dumps(_written(event), allow_nan=False).encode("ascii") + b"\n"
 
 
-def _encodable(value: Any) -> Any:
-    """In the form of JSON: numbers that it lacks, and objects, as texts."""
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(name): _encodable(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encodable(item) for item in value]
-    if isinstance(value, (np.bool_, np.integer)):
-        return value.item()
-    # NumPy's arrays and torch's tensors
-    if not isinstance(value, (type, np.generic)) and hasattr(value, "tolist"):
-        return _encodable(value.tolist())
-    return str(value)
+def _written(value: Any) -> Any:
+    """The same with texts for the numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _written(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_written(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _restored(value: Any, name: str = "") -> Any:

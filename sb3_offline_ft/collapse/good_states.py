@@ -1,6 +1,5 @@
 """The states of the learner that a rollback can lead to."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from sb3_offline_ft.collapse.monitor import EpisodeMonitor
 from sb3_offline_ft.collapse.poisoned import Mark, PoisonedData
 from sb3_offline_ft.collapse.reporting import Reporter
 from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
+from sb3_offline_ft.common.warning import warn
 
 CANDIDATE_LIFE = 4
 """Windows of episodes after which an undecided candidate is replaced by a newer one."""
@@ -78,7 +78,7 @@ class SnapshotFiles:
             snapshot = LearnerSnapshot.load(file, device=model.device)
             snapshot.check(model)
         except ValueError as error:
-            warnings.warn(f"CollapseGuard: {error} The snapshot is left out.", stacklevel=2)
+            warn(f"CollapseGuard: {error} The snapshot is left out.")
             return None
         return snapshot
 

@@ -1,7 +1,5 @@
 """A callback that notices policy collapse while a policy is finetuned, and undoes it."""
 
-import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -18,19 +16,19 @@ from sb3_offline_ft.collapse.good_states import GoodStates, SnapshotFiles
 from sb3_offline_ft.collapse.interventions import ENDINGS, Interventions
 from sb3_offline_ft.collapse.learner import is_pretraining
 from sb3_offline_ft.collapse.monitor import EpisodeMonitor
-from sb3_offline_ft.collapse.poisoned import PoisonedData, check_can_thin_out
+from sb3_offline_ft.collapse.poisoned import PoisonedData, check_can_thin_out, weight_of_poisoned
 from sb3_offline_ft.collapse.remedies import DEFAULT_REMEDIES, RemediesOfRun, Remedy, applicable, make_remedies
-from sb3_offline_ft.collapse.reporting import Reporter, run_folder, start_log
-from sb3_offline_ft.collapse.signals import SignalMonitor
+from sb3_offline_ft.collapse.reporting import Reporter, evaluations_with_returns, run_folder, start_log
+from sb3_offline_ft.collapse.signals import SignalMonitor, check_limits
+from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
 from sb3_offline_ft.collapse.state import SavedRun
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, whole_number
-from sb3_offline_ft.common.suggestions import suggestion
+from sb3_offline_ft.common.warning import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-POISONED_DATA = {"keep": 1.0, "drop": 0.0}
 SETTINGS = (
     "tolerance random_return promotion_episodes keep_snapshots ratchet max_rollbacks after_max_rollbacks remedies "
     "poisoned_data secondary_alarms signal_freq update_reference save_snapshots"
@@ -164,22 +162,12 @@ class CollapseGuard(BaseCallback):
         if not isinstance(self.baseline, str):
             # Whatever is wrong with given returns shall be said before training begins
             self._prototype.fresh(self.false_alarm_rate).calibrate(self.baseline)
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"`tolerance` must be in [0, 1), found {self.tolerance!r}.")
-        if not math.isfinite(self.random_return):
-            raise ValueError(f"`random_return` must be finite, found {self.random_return!r}.")
         if self.after_max_rollbacks not in ENDINGS:
             raise ValueError(
                 f"`after_max_rollbacks` must be one of {', '.join(map(repr, ENDINGS))}, found {self.after_max_rollbacks!r}."
             )
-        self._poisoned_weight = POISONED_DATA.get(self.poisoned_data, self.poisoned_data)  # type: ignore[arg-type]
-        if not isinstance(self._poisoned_weight, int | float) or not 0 <= self._poisoned_weight <= 1:
-            raise ValueError(f"`poisoned_data` must be 'keep', 'drop' or a weight in [0, 1], found {self.poisoned_data!r}.")
-        for name, limit in self.secondary_alarms.items():
-            if name not in SignalMonitor.NAMES:
-                raise ValueError(f"Unknown signal {name!r} in `secondary_alarms`. {suggestion(name, SignalMonitor.NAMES)}")
-            if not isinstance(limit, int | float) or not math.isfinite(limit):
-                raise ValueError(f"The limit of {name!r} in `secondary_alarms` must be a finite number, found {limit!r}.")
+        self._poisoned_weight = weight_of_poisoned(self.poisoned_data)
+        check_limits(self.secondary_alarms)
         if self.secondary_alarms and self.signal_freq == 0:
             raise ValueError("`secondary_alarms` need measurements: set `signal_freq` to a number above 0.")
 
@@ -190,12 +178,35 @@ class CollapseGuard(BaseCallback):
         """All events of the run, as in ``collapse_events.jsonl``."""
         return self._report.log.events
 
-    alarms = property(lambda self: self._report.counts.alarms, doc="Number of alarms in the run.")
-    rollbacks = property(lambda self: self._report.counts.rollbacks, doc="Number of rollbacks in the run.")
-    promotions = property(lambda self: self._report.counts.promotions, doc="Number of promotions in the run.")
-    undone_updates = property(lambda self: self._report.counts.undone_updates, doc="Gradient steps that rollbacks undid.")
-    last_good = property(lambda self: self._good.newest.snapshot, doc="The newest good state, a :class:`LearnerSnapshot`.")
-    brake_facts = property(lambda self: self._brake.facts, doc="How the policy is slowed, confined and held now.")
+    @property
+    def alarms(self) -> int:
+        """Number of alarms in the run."""
+        return self._report.counts.alarms
+
+    @property
+    def rollbacks(self) -> int:
+        """Number of rollbacks in the run."""
+        return self._report.counts.rollbacks
+
+    @property
+    def promotions(self) -> int:
+        """Number of promotions in the run."""
+        return self._report.counts.promotions
+
+    @property
+    def undone_updates(self) -> int:
+        """Number of gradient steps that rollbacks undid."""
+        return self._report.counts.undone_updates
+
+    @property
+    def last_good(self) -> LearnerSnapshot:
+        """The newest good state."""
+        return self._good.newest.snapshot
+
+    @property
+    def brake_facts(self) -> dict[str, Any]:
+        """How the policy is slowed, confined and held now."""
+        return self._brake.facts
 
     @property
     def detector(self) -> Detector:
@@ -229,11 +240,7 @@ class CollapseGuard(BaseCallback):
             return
         if self._poisoned_weight != 1:
             check_can_thin_out(cast(Any, self.model.replay_buffer))
-        for name in sorted(self.secondary_alarms.keys() - set(SignalMonitor(self.model).names)):
-            raise ValueError(
-                f"`secondary_alarms` has a limit for `{name}`, which {type(self.model).__name__} does not have with the "
-                f"action space {self.model.action_space}: leave it out."
-            )
+        check_limits(self.secondary_alarms, self.model)
 
     def _on_training_start(self) -> None:
         siblings = self.locals.get("callback")
@@ -260,15 +267,7 @@ class CollapseGuard(BaseCallback):
             raise ValueError(
                 "There are several CollapseGuards in the list of callbacks, expected one: they would undo each other."
             )
-        if self.baseline != "evaluations":
-            return None
-        evaluations = [e for e in find_callbacks(siblings, EvalCallback) if e.log_path is not None]
-        if not evaluations:
-            raise ValueError(
-                "`baseline='evaluations'` needs an EvalCallback with `log_path=...` in the same list of callbacks (only then "
-                "it keeps its returns): pass one to `learn`, or use `baseline='warmup'`."
-            )
-        return evaluations
+        return evaluations_with_returns(siblings) if self.baseline == "evaluations" else None
 
     def _start_run(self, goes_on: bool, siblings: BaseCallback | None, evaluations: list[EvalCallback] | None) -> None:
         model = self.model
@@ -279,17 +278,16 @@ class CollapseGuard(BaseCallback):
         self._seen_model = model
         self._monitor = self._new_monitor()
         saved = SavedRun.read(model, self._monitor) if goes_on else None
-        if saved is None:
-            self._monitor = self._new_monitor()
         folder = self._folder = self.path or self._default_path or run_folder(siblings, self.logger, self.training_env)
         log = start_log(folder, resume=saved is not None)
         self._report = report = Reporter(log, self.verbose, model, list(find_callbacks(siblings, EvalCallback)))
         files = SnapshotFiles(folder, self.save_snapshots, report)
         if saved is None:
+            self._monitor = self._new_monitor()
             files.clear()
         self._tell_start([remedy.name for remedy in remedies], resumed=saved is not None)
         self._remedies = RemediesOfRun(remedies, model, brake, report)
-        self._poisoned = PoisonedData(model, float(self._poisoned_weight), report)
+        self._poisoned = PoisonedData(model, self._poisoned_weight, report)
         self._good = GoodStates(
             model, self._monitor, self._poisoned, files, report, self.keep_snapshots, self.promotion_episodes
         )
@@ -397,4 +395,4 @@ class CollapseGuard(BaseCallback):
             try:
                 self.plot(self._folder / "collapse.png")
             except OSError as error:
-                warnings.warn(f"CollapseGuard: the figure cannot be written ({error}).", stacklevel=2)
+                warn(f"CollapseGuard: the figure cannot be written ({error}).")

@@ -27,9 +27,14 @@ class EpisodeMonitor:
         ``false_alarm_rate / ((i + 1) (i + 2))``, which sum to it
     :param tolerance: Share of the distance between baseline and ``random_return`` that an episode is credited with
     :param random_return: Mean return of a random policy
+    :raises ValueError: ``tolerance`` or ``random_return`` is out of range
     """
 
     def __init__(self, prototype: Detector, false_alarm_rate: float, tolerance: float, random_return: float) -> None:
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"`tolerance` must be in [0, 1), found {tolerance!r}.")
+        if not math.isfinite(random_return):
+            raise ValueError(f"`random_return` must be finite, found {random_return!r}.")
         self._prototype = prototype
         self._false_alarm_rate = false_alarm_rate
         self._tolerance = tolerance

@@ -1,6 +1,5 @@
 """What is done with the transitions that were gathered on the way to a collapse, and with broken ones."""
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,11 +10,13 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.her import HerReplayBuffer
 
 from sb3_offline_ft.collapse.reporting import Reporter
+from sb3_offline_ft.common.warning import warn
 
 if TYPE_CHECKING:
     from sb3_offline_ft.collapse.good_states import GoodState
 
 ROW_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+WEIGHTS = {"keep": 1.0, "drop": 0.0}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,14 @@ class ReplayMark:
             raise ValueError(f"`ahead` must be at least 0, found {ahead}.")
         end = buffer.pos + ahead
         return cls(end % buffer.buffer_size, buffer.full or end >= buffer.buffer_size)
+
+
+def weight_of_poisoned(data: str | float) -> float:
+    """The weight, in [0, 1], that a word or number stands for; ``ValueError`` if it stands for none."""
+    weight = WEIGHTS.get(data) if isinstance(data, str) else data
+    if not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        raise ValueError(f"`poisoned_data` must be 'keep', 'drop' or a weight in [0, 1], found {data!r}.")
+    return float(weight)
 
 
 def check_can_thin_out(buffer: ReplayBuffer) -> None:
@@ -86,10 +95,9 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
             "and set a new mark when the buffer is emptied, loaded or thinned out."
         )
     if added >= capacity:
-        warnings.warn(
+        warn(
             f"All {capacity} rows of the replay buffer were gathered since the mark ({added} rows): no older ones are left to "
-            "learn from, and all are kept. Use a larger `buffer_size`, or react earlier.",
-            stacklevel=2,
+            "learn from, and all are kept. Use a larger `buffer_size`, or react earlier."
         )
         return 0
     rows = (mark.pos + np.arange(added)) % capacity
@@ -103,10 +111,9 @@ def thin_out_since(buffer: ReplayBuffer, mark: ReplayMark, added: int, weight: f
     else:
         start, n_kept = int(rows[0]), int(keep.sum())
         if start + n_kept == 0 and not getattr(buffer, "offline_size", 0):
-            warnings.warn(
+            warn(
                 f"The replay buffer holds nothing but the {added} rows gathered since the mark, and without them it would be "
-                "empty: they are kept.",
-                stacklevel=2,
+                "empty: they are kept."
             )
             return 0
         _copy_rows(buffer, rows[keep], rows[:n_kept])

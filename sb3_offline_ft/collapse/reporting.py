@@ -1,7 +1,6 @@
 """How a guarded run tells what happens."""
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_offline_ft.collapse.events import EPISODES, EVENTS_FILE, EventLog
 from sb3_offline_ft.collapse.signals import SignalMonitor
 from sb3_offline_ft.common.callbacks import find_callbacks, monitor_folder
+from sb3_offline_ft.common.warning import warn
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         self.event("warning", message=message)
-        warnings.warn(f"CollapseGuard: {message}", stacklevel=3)
+        warn(f"CollapseGuard: {message}")
 
     def say(self, message: str, level: int = 1) -> None:
         if self.verbose >= level:
@@ -97,7 +97,7 @@ def start_log(folder: Path | None, resume: bool, name: str = EVENTS_FILE) -> Eve
     except ValueError as error:
         assert path is not None
         aside = path.replace(path.with_suffix(".damaged"))
-        warnings.warn(f"{error} It is kept as {aside}.", stacklevel=2)
+        warn(f"{error} It is kept as {aside}.")
         log.start(resume=False)
     return log
 
@@ -112,3 +112,14 @@ def run_folder(callback: BaseCallback | None, logger: Logger, env: VecEnv) -> Pa
     keeps_files = any(not isinstance(form, HumanOutputFormat) or form.own_file for form in logger.output_formats)
     folder = logger.get_dir() if keeps_files else None
     return Path(folder) if folder else monitor_folder(env)
+
+
+def evaluations_with_returns(callback: BaseCallback | None) -> list[EvalCallback]:
+    """The evaluations of a run that keep their returns; ``ValueError`` if there are none."""
+    evaluations = [each for each in find_callbacks(callback, EvalCallback) if each.log_path is not None]
+    if not evaluations:
+        raise ValueError(
+            "`baseline='evaluations'` needs an EvalCallback with `log_path=...` in the same list of callbacks (only then it "
+            "keeps its returns): pass one to `learn`, or use `baseline='warmup'`."
+        )
+    return evaluations

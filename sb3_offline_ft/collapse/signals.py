@@ -1,7 +1,6 @@
 """Signs of a collapse beside the returns: signals measured on transitions of the replay buffer, and non-finite numbers."""
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -13,6 +12,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse.learner import PolicyState, policy_network
+from sb3_offline_ft.common.suggestions import suggestion
+from sb3_offline_ft.common.warning import warn
 
 SATURATED = 0.99
 """Scaled actions beyond this are counted as saturated."""
@@ -174,10 +175,9 @@ class SignalMonitor:
     def _warn_if_never_more(self, buffer: ReplayBuffer | None) -> None:
         if self.n_asked == 1 and (buffer is None or buffer.buffer_size < LEAST_ROWS):
             rows = 0 if buffer is None else buffer.buffer_size
-            warnings.warn(
+            warn(
                 f"Signals of collapse cannot be measured: they need {LEAST_ROWS} rows of the replay buffer, which can hold "
-                f"{rows}. Use a larger `buffer_size`.",
-                stacklevel=3,
+                f"{rows}. Use a larger `buffer_size`."
             )
 
     def _td_error(self, buffer: ReplayBuffer, rows: np.ndarray, columns: np.ndarray, observations: Observations) -> float:
@@ -188,6 +188,20 @@ class SignalMonitor:
         ended = buffer.dones[rows, columns] * (1 - buffer.timeouts[rows, columns])
         targets = buffer.to_torch(rewards) + model.gamma * (1 - buffer.to_torch(ended)) * next_values
         return float((targets - q_values(model, observations, buffer.to_torch(buffer.actions[rows, columns]))).abs().mean())
+
+
+def check_limits(limits: Mapping[str, float], model: OffPolicyAlgorithm | None = None) -> None:
+    """``ValueError`` if a limit is of no signal, of none that there is for a learner, or no finite number."""
+    for name, limit in sorted(limits.items()):
+        if name not in SignalMonitor.NAMES:
+            raise ValueError(f"Unknown signal {name!r} in `secondary_alarms`. {suggestion(name, SignalMonitor.NAMES)}")
+        if not isinstance(limit, int | float) or not math.isfinite(limit):
+            raise ValueError(f"The limit of {name!r} in `secondary_alarms` must be a finite number, found {limit!r}.")
+        if model is not None and name not in SignalMonitor(model).names:
+            raise ValueError(
+                f"`secondary_alarms` has a limit for `{name}`, which {type(model).__name__} does not have with the action "
+                f"space {model.action_space}: leave it out."
+            )
 
 
 class NonFiniteNumbers:

@@ -1,7 +1,6 @@
 """What a saved model holds of a guarded run."""
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,6 +14,7 @@ from sb3_offline_ft.collapse.monitor import EpisodeMonitor, Phase
 from sb3_offline_ft.collapse.remedies import RemediesOfRun
 from sb3_offline_ft.collapse.reporting import Counts
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
+from sb3_offline_ft.common.warning import warn
 
 ATTRIBUTE = "collapse_guard_state"
 VERSION = 1
@@ -85,10 +85,9 @@ class SavedRun:
             monitor.phase = saved.phase
             monitor.gathered = [np.array(episode) if monitor.needs_rewards else episode for episode in saved.reference]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(
+            warn(
                 f"CollapseGuard: its state in the model cannot be taken up ({error}), so that it begins anew. The detector, "
-                "its rate and its horizon must be those that the state was saved with.",
-                stacklevel=2,
+                "its rate and its horizon must be those that the state was saved with."
             )
             return None
         return saved

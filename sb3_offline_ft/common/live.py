@@ -1,6 +1,6 @@
 """What a learner is, read off the learner itself: a run claims nothing that it did not have."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.common.json_form import json_form
 
 ATTRIBUTES = {"stats_window_size": "_stats_window_size"}
 """Attributes that are not called as the argument is."""
@@ -44,24 +45,9 @@ def network_arguments(policy: BasePolicy) -> dict[str, Any]:
     return {name: value for name, value in policy._get_constructor_parameters().items() if name not in _NOT_NETWORKS}
 
 
-def as_json(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
-    """
-    :param value: Anything
-    :param other: Gives the form of an object that is neither a number, a text nor a collection of such; by default classes and
-        functions are written by their names, other objects with their attributes
-    :return: The same in the form of JSON
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): as_json(entry, other) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [as_json(entry, other) for entry in value]
-    if isinstance(value, np.floating):
-        return float(value)
-    if isinstance(value, np.generic | np.ndarray | th.Tensor):
-        return as_json(value.tolist(), other)
-    return _described(value) if other is None else other(value)
+def as_json(value: Any) -> Any:
+    """The form of JSON, in which classes and functions have their names, and other objects their attributes."""
+    return json_form(value, other=_described)
 
 
 def _described(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What somebody meant who wrote a name that is not known."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
@@ -21,3 +21,8 @@ def suggestion(name: str, known: Collection[str]) -> str:
     """As :func:`hint`, but a sentence of its own."""
     found = hint(name, known)
     return found[0].upper() + found[1:]
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first names with commas between them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -35,15 +35,8 @@ def as_columns(
     copy: bool,
 ) -> dict[str, Any]:
     """
-    Bring what a user gave for each column but the starts of episodes into its form; all must go together.
-
-    :param given: Arrays, and dictionaries of arrays for observations; ``truncations`` may be ``None``
-    :param observation_space: A supported space, if known; a ``Dict`` gives the order of the keys
-    :param action_space: A supported space, if known
-    :param where: Names the dataset at the start of messages
-    :param copy: Copy arrays even if they have the right type
-    :return: The columns
-    :raises ValueError: One has another type or shape, there are no rows, or the spaces do not fit
+    Bring what a user gave for each column but the starts of episodes into its form; all must go together, and fit the spaces.
+    ``truncations`` may be ``None``; a ``Dict`` space gives the order of the keys.
     """
     columns: dict[str, Any] = {
         "observations": as_observations(given["observations"], "observations", observation_space, where, copy),
@@ -71,14 +64,10 @@ def as_columns(
 
 def split_episodes(columns: dict[str, Any], episode_starts: npt.ArrayLike | None, where: str) -> tuple[IntArray, int]:
     """
-    Find the episodes, and mark the last row of each that has no flag as a truncation.
+    Find the first row of every episode, and mark the last one of each that has no flag as a truncation.
 
-    :param columns: The columns; ``truncations`` is replaced
-    :param episode_starts: ``(E,)`` row indices, if known; without them, an episode also ends where the next row's observation
-        is not this row's next observation
-    :param where: Names the dataset at the start of messages
-    :return: The first row of every episode, and the number of episodes that only the observations told apart
-    :raises ValueError: ``episode_starts`` do not increase from 0 to at most the last row
+    Without ``episode_starts`` an episode also ends where the next row's observation is not this row's next observation; the
+    second number returned is that of the episodes that only this told apart.
     """
     length = len(columns["rewards"])
     starts_here = np.roll(columns["terminations"] | columns["truncations"], 1)
@@ -181,14 +170,8 @@ def split_ends(
     flags: Mapping[str, BoolArray], names: Mapping[str, str], where: str, row: Callable[[int], str] = "row {}".format
 ) -> dict[str, BoolArray]:
     """
-    Tell terminations from truncations where ``dones`` say that an episode ended, one way or the other.
-
-    :param flags: Any of ``terminations``, ``truncations`` and ``dones``, each ``(N,)``
-    :param names: What the flags are called in messages
-    :param where: Names the dataset at the start of messages
-    :param row: Names a row in messages
-    :return: Without ``dones``, and with whatever follows from it
-    :raises ValueError: The flags contradict each other; the message names rows
+    Tell terminations from truncations where ``dones`` say that an episode ended, one way or the other; flags that contradict
+    each other are refused. ``names`` are what they are called in messages.
     """
     known = {name: array for name, array in flags.items() if name != "dones"}
     if "dones" not in flags:

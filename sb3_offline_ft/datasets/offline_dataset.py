@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from sb3_offline_ft.common.observations import (
     take_rows,
 )
 from sb3_offline_ft.common.returns import discounted_returns
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import (
     COLUMNS,
     BoolArray,
@@ -145,11 +145,10 @@ class OfflineDataset:
         provenance = dict(provenance or {})
         if n_joints:
             provenance["unflagged_episode_ends"] = n_joints
-            warnings.warn(
+            warn(
                 f"{where}: {n_joints} of {n_rows(columns['observations'])} rows carry no flag although the next row does not "
                 "continue from their next_observations. Each is taken as the end of an episode (a truncation). If that is not "
-                "meant, set `truncations` at the ends of episodes, or pass `episode_starts`.",
-                stacklevel=2,
+                "meant, set `truncations` at the ends of episodes, or pass `episode_starts`."
             )
         assert action_space is None or isinstance(action_space, spaces.Box)
         return cls(

@@ -56,16 +56,7 @@ class PartSpec:
 
 
 def parse_spec(spec: Any, options: Mapping[str, Any] | None = None, trust_pickle: bool = False) -> list[PartSpec]:
-    """
-    Take a spec apart.
-
-    :param spec: What the user gave
-    :param options: Filters and other options for all of its parts
-    :param trust_pickle: Whether all of its parts may be unpickled
-    :return: One part or more
-    :raises ValueError: It is malformed, an option is unknown or given twice, or some parts have a weight and others none
-    :raises TypeError: It is of another type
-    """
+    """Take a spec apart; the options are for all of its parts, as is the consent to unpickle."""
     if isinstance(spec, str):
         entries = _parse_text(spec)
     elif isinstance(spec, Sequence) and not isinstance(spec, bytes | bytearray):

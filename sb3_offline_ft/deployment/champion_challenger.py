@@ -56,7 +56,9 @@ class ChampionChallenger(BaseCallback):
     :param baseline_episodes: Episodes of the first champion before anything new is tried; their mean is the baseline, ``J0``
     :param min_updates: Gradient steps between two challengers
     :param trial_share: Probability with which a coin gives an episode to the challenger while it is tested
-    :param futility: Chance of being better, by a normal model, below which a challenger is given up
+    :param futility: Chance of leading by ``least_lead``, by a normal model, below which a challenger is given up
+    :param least_lead: A lead that is worth a trial, in total losses; a learner that still learns has better challengers to
+        come, for which one that is about as good as the champion makes no room
     :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
     :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never
     :param segment_steps: If given, what is compared are segments of so many steps in place of whole episodes, with hand-back
@@ -89,7 +91,8 @@ class ChampionChallenger(BaseCallback):
         min_updates: int = 1000,
         trial_share: float = 0.5,
         futility: float = 0.1,
-        max_trial_episodes: int = 20,
+        least_lead: float = 0.05,
+        max_trial_episodes: int = 10,
         restore_after: int = 0,
         segment_steps: int | None = None,
         canary_envs: int | None = None,
@@ -106,6 +109,7 @@ class ChampionChallenger(BaseCallback):
             baseline_episodes=whole_number(baseline_episodes, "baseline_episodes", least=2),
             trial_share=trial_share,
             futility=futility,
+            least_lead=least_lead,
             max_trial_episodes=whole_number(max_trial_episodes, "max_trial_episodes", least=2),
             canary_envs=None if canary_envs is None else whole_number(canary_envs, "canary_envs", least=1),
         )

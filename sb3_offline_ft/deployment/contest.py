@@ -11,7 +11,7 @@ import numpy as np
 from sb3_offline_ft.collapse.detectors import BettingDetector
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 from sb3_offline_ft.deployment.budget import Level, RiskBudget
-from sb3_offline_ft.deployment.promotion import PromotionTest, chance_of_being_better
+from sb3_offline_ft.deployment.promotion import PromotionTest, chance_of_lead
 
 LEAST_WATCHED = 5
 """Episodes of a predecessor without which nobody can tell whether its successor is worse."""
@@ -116,12 +116,13 @@ class Rules:
     baseline_episodes: int = 10
     trial_share: float = 0.5
     futility: float = 0.1
-    max_trial_episodes: int = 20
+    least_lead: float = 0.05
+    max_trial_episodes: int = 10
     canary_envs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("risk_budget", "futility", "false_promotion_rate", "trial_share"):
-            value, may_be_zero = getattr(self, name), name in ("risk_budget", "futility")
+        for name in ("risk_budget", "futility", "least_lead", "false_promotion_rate", "trial_share"):
+            value, may_be_zero = getattr(self, name), name in ("risk_budget", "futility", "least_lead")
             if not (0 <= value < 1 and (value > 0 or may_be_zero)):
                 raise ValueError(f"`{name}` must be {'at least' if may_be_zero else 'above'} 0 and below 1, found {value!r}.")
         for name in ("random_return", "worst_return"):
@@ -258,7 +259,7 @@ class Contest:
             return None
         if challenge.test is not None and challenge.test.is_proved and challenger.mean > champion.mean:
             return self._promote(challenge)
-        if chance_of_being_better(champion.returns, challenger.returns, self.unit) < self.rules.futility:
+        if chance_of_lead(champion.returns, challenger.returns, self.unit, self.rules.least_lead) < self.rules.futility:
             return self._reject(challenge, "hopeless")
         if len(challenger.returns) >= self.rules.max_trial_episodes:
             return self._reject(challenge, "undecided")

@@ -112,9 +112,9 @@ class PromotionTest:
         return test
 
 
-def chance_of_being_better(champion: Sequence[float], challenger: Sequence[float], unit: float) -> float:
+def chance_of_lead(champion: Sequence[float], challenger: Sequence[float], unit: float, least: float) -> float:
     """
-    How likely a challenger is better, to stop trials that are hopeless; no promise rests on it.
+    How likely a challenger leads by as much as is worth a trial, to stop trials that are hopeless; no promise rests on it.
 
     Normal model with the champion's spread for both; before there are episodes, the lead is distributed around 0 with a
     standard deviation of half a total loss.
@@ -122,12 +122,12 @@ def chance_of_being_better(champion: Sequence[float], challenger: Sequence[float
     :param champion: Returns of the champion, at least one
     :param challenger: Returns of the challenger
     :param unit: A total loss, ``|J - J_random|``
-    :return: Probability that its mean is higher
+    :param least: A lead that is worth a trial, in total losses
+    :return: Probability that its mean is higher by more than that
     """
-    if not challenger:
-        return 0.5
     spread, prior = spread_of(champion, unit), unit / 2
-    noise = spread**2 * (1 / len(challenger) + 1 / len(champion))
-    lead = float(np.mean(challenger) - np.mean(champion))
-    # Posterior of a normal mean: its mean over its standard deviation
-    return float(norm.cdf(lead * prior / math.sqrt(noise * (noise + prior**2))))
+    n = len(challenger)
+    noise = spread**2 * (1 / n + 1 / len(champion)) if n else math.inf
+    lead = float(np.mean(challenger) - np.mean(champion)) if n else 0.0
+    weight = prior**2 / (noise + prior**2)
+    return float(norm.sf((least * unit - weight * lead) / (prior * math.sqrt(1 - weight))))

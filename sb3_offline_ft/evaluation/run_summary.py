@@ -4,6 +4,7 @@ import csv
 import json
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
 from sb3_offline_ft.deployment.history import FIGURE as CONTEST_FIGURE
 from sb3_offline_ft.deployment.history import History
 from sb3_offline_ft.evaluation.contest_summary import contest_rows, show_contest
+from sb3_offline_ft.evaluation.served import ActedEpisodes, acted_episodes, served_metrics
 
 EVALUATIONS = "evaluations.npz"
 FIGURE = "run.png"
@@ -36,6 +38,8 @@ class RunSummary:
     :param warmup_steps: Environment steps with the frozen policy
     :param timesteps: Environment steps at each evaluation, shape ``(evaluations,)``
     :param returns: Undiscounted return of each evaluation episode, shape ``(evaluations, episodes)``
+    :param lengths: Length of each evaluation episode, shape ``(evaluations, episodes)``; None if they were not recorded
+    :param interactions: Environment steps of the training
     :param training_timesteps: Environment steps at the end of each training episode
     :param training_returns: Undiscounted return of each training episode
     :param dataset: The data, None if the run had none, or if it cannot be read any more or is another one now
@@ -50,6 +54,8 @@ class RunSummary:
     warmup_steps: int
     timesteps: npt.NDArray[np.int64]
     returns: npt.NDArray[np.float64]
+    lengths: npt.NDArray[np.int64] | None
+    interactions: int
     training_timesteps: npt.NDArray[np.int64]
     training_returns: npt.NDArray[np.float64]
     dataset: OfflineDataset | None
@@ -103,6 +109,31 @@ class RunSummary:
             return "the mean return of a random policy is not known"
         return "the pretrained policy is as good as a random one" if self.initial_return == self.random_return else None
 
+    @property
+    def acted(self) -> ActedEpisodes | None:
+        """Training episodes, and evaluations, by which a run chooses its best model; None if they are not all known."""
+        if self._not_served_since is not None:
+            return None
+        assert self.lengths is not None
+        return acted_episodes(
+            self.training_timesteps,
+            self.training_returns,
+            self.warmup_steps if self.offline_steps > 0 else -1,
+            interactions=self.interactions,
+            evaluation_timesteps=self.timesteps,
+            evaluation_returns=self.returns,
+            evaluation_lengths=self.lengths,
+        )
+
+    @property
+    def _not_served_since(self) -> str | None:
+        if self.lengths is None:
+            return f"{EVALUATIONS} has no lengths of these episodes"
+        if self.training_timesteps.size == 0:
+            return "no training episode was recorded by a Monitor"
+        is_finite = np.isfinite(self.returns).all() and np.isfinite(self.training_returns).all()
+        return None if is_finite else "there are returns that are not finite"
+
     def table(self) -> Table:
         """
         :return: The summary as a table for the terminal
@@ -110,28 +141,65 @@ class RunSummary:
         table = Table(title=f"{self.algorithm} on {self.environment}", show_header=False, title_justify="left")
         table.add_column(style="bold")
         table.add_column()
+        # Each part of the summary is a method that gives rows
+        for part in (self._data_rows, self._contest_rows, self._served_rows, self._evaluation_rows, self._file_rows):
+            for name, text in part():
+                table.add_row(name, text)
+        return table
+
+    def _data_rows(self) -> Iterator[tuple[str, str]]:
         if self.dataset is not None:
             episodes = f"{len(self.dataset):,} transitions in {self.dataset.n_episodes:,} episodes"
-            table.add_row("data", f"{self.dataset.spec or self.dataset.name}: {episodes}")
-            table.add_row("mean return of the data", f"{self.dataset.episode_returns.mean():.1f}")
-        for name, text in contest_rows(self.contest):
-            table.add_row(name, text)
+            yield "data", f"{self.dataset.spec or self.dataset.name}: {episodes}"
+            yield "mean return of the data", f"{self.dataset.episode_returns.mean():.1f}"
+
+    def _contest_rows(self) -> Iterator[tuple[str, str]]:
+        return contest_rows(self.contest)
+
+    def _served_rows(self) -> Iterator[tuple[str, str]]:
+        """What everything that acted earned."""
+        acted = self.acted
+        if acted is None:
+            yield "served return", f"not known: {self._not_served_since}"
+            return
+        served, n = served_metrics(acted, self.random_return), f"{acted.interactions:,} interactions"
+        known = {"in the warm-up": served.warmup_return, "after it": served.mean_return}
+        if served.warmup_return is None:
+            known = {"in all": served.mean_return}
+        known["in the last third"] = served.last_third_return
+        means = [f"{value:.1f} {when}" for when, value in known.items() if value is not None]
+        yield "served return", f"{', '.join(means)}  (of {n}, evaluations included)"
+        at = [f"{value:.1f} at {steps:,}" for steps, value in served.return_at.items() if value is not None]
+        if at:
+            yield "", ", ".join(at)
+        losses = served.losses
+        if losses.shortfall is not None and served.initial_return is not None:
+            size = f"{losses.largest_shortfall:.1f} at most, {losses.shortfall:.1f} at the end"
+            error = served.initial_standard_error
+            level = f"{served.initial_return:.1f}" + ("" if error is None else f" ± {error:.1f}")
+            yield "served shortfall", f"{size}  (1: all is lost in one of {losses.episodes} episodes; against {level})"
+        if losses.collapsed_episodes is not None:
+            counts = f"{losses.collapsed_episodes} of {losses.episodes} episodes, {losses.longest_collapse} in a row"
+            yield "served collapses", counts
+
+    def _evaluation_rows(self) -> Iterator[tuple[str, str]]:
         n_episodes = int(self.is_frozen.sum()) * self.returns.shape[1]
         level = f"{self.initial_return:.1f}  ({self.offline_steps:,} steps, {n_episodes} episodes)"
         if not self.was_pretrained:
             level = f"not evaluated  ({self.offline_steps:,} steps)" if self.offline_steps > 0 else "not pretrained"
-        table.add_row("J after pretraining", level)
+        yield "J after pretraining", level
         finetuning, steps = self.finetuning_returns, self.timesteps[~self.is_frozen]
         if finetuning.size:
             for name, index in (("lowest", finetuning.argmin()), ("best", finetuning.argmax()), ("last", -1)):
-                table.add_row(f"{name} J while finetuning", f"{finetuning[index]:.1f}  (after {steps[index]:,} interactions)")
+                yield f"{name} J while finetuning", f"{finetuning[index]:.1f}  (after {steps[index]:,} interactions)"
         known = "" if self.dip_depth is None else f"{max(0.0, self.dip_depth):.2f}  (0: none, 1: down to a random policy)"
-        table.add_row("dip depth", known or f"not known: {self._no_dip_since}")
+        yield "dip depth", known or f"not known: {self._no_dip_since}"
+
+    def _file_rows(self) -> Iterator[tuple[str, str]]:
         best_model = self.folder / "best_model.zip"
-        table.add_row("model", str(self.model_file))
+        yield "model", str(self.model_file)
         if best_model.exists():
-            table.add_row("best model", str(best_model))
-        return table
+            yield "best model", str(best_model)
 
     def draw(self, path: Path) -> None:
         """
@@ -180,7 +248,7 @@ def summarize_run(folder: Path, trust_pickle: bool = False) -> RunSummary:
         )
     model_file = _model_file(folder)
     facts = _model_facts(model_file)
-    timesteps, returns = _evaluations(evaluations)
+    timesteps, returns, lengths = _evaluations(evaluations)
     training_timesteps, training_returns = _training_episodes(folder)
     return RunSummary(
         folder=folder,
@@ -191,6 +259,8 @@ def summarize_run(folder: Path, trust_pickle: bool = False) -> RunSummary:
         warmup_steps=facts.get("_warmup_end", 0),
         timesteps=timesteps,
         returns=returns,
+        lengths=lengths,
+        interactions=max(facts.get("num_timesteps", 0), *training_timesteps[-1:].tolist(), 0),
         training_timesteps=training_timesteps,
         training_returns=training_returns,
         dataset=_dataset(facts.get("dataset"), facts.get("dataset_fingerprint"), trust_pickle),
@@ -225,15 +295,15 @@ def _model_file(folder: Path) -> Path:
 def _model_facts(model_file: Path) -> dict[str, Any]:
     with naming_damage(model_file, "a model that an algorithm has saved"), zipfile.ZipFile(model_file) as file:
         facts: dict[str, Any] = json.loads(file.read("data"))
-        for name in ("offline_steps_done", "_warmup_end"):
+        for name in ("offline_steps_done", "_warmup_end", "num_timesteps"):
             if not isinstance(facts.get(name, 0), int):
                 raise ValueError(f"{name} must be a whole number, found {facts[name]!r:.60}")
     return facts
 
 
-def _evaluations(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    arrays = read_npz(path, "timesteps", "results")
-    timesteps, returns = arrays["timesteps"], arrays["results"]
+def _evaluations(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64] | None]:
+    arrays = read_npz(path, "timesteps", "results", "ep_lengths", optional=("ep_lengths",))
+    timesteps, returns, lengths = arrays["timesteps"], arrays["results"], arrays.get("ep_lengths")
     with naming_damage(path, "the evaluations of a run"):
         if timesteps.dtype.kind not in "iu" or returns.dtype.kind not in "iuf":
             raise ValueError(f"timesteps and results must be numbers, found {timesteps.dtype} and {returns.dtype}")
@@ -242,7 +312,9 @@ def _evaluations(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floa
                 "timesteps must have the shape (evaluations,) and results (evaluations, episodes), found "
                 f"{timesteps.shape} and {returns.shape}"
             )
-    return timesteps.astype(np.int64), returns.astype(np.float64)
+    if lengths is None or lengths.dtype.kind not in "iu" or lengths.shape != returns.shape:
+        return timesteps.astype(np.int64), returns.astype(np.float64), None
+    return timesteps.astype(np.int64), returns.astype(np.float64), lengths.astype(np.int64)
 
 
 def _dataset(spec: Any, fingerprint: Any, trust_pickle: bool) -> OfflineDataset | None:

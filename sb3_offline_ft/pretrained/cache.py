@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.collapse import LearnerSnapshot
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.pretrained.recipe import Recipe
 from sb3_offline_ft.pretrained.start import Pretrained, Progress, pretrain
 
@@ -95,7 +95,7 @@ class PretrainedCache:
         try:
             pretrained = Pretrained(recipe, LearnerSnapshot.load(path), _read_arguments(path.with_suffix(".json")))
         except ValueError as error:
-            warnings.warn(f"{error} It is pretrained again.", stacklevel=2)
+            warn(f"{error} It is pretrained again.")
             return None
         self._say(f"Pretrained learner: {path}")
         return pretrained

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.common.reporting import reporting
 
 study = typer.Typer(help="Compare ways of finetuning on your data, with certainty stated.", no_args_is_help=True)
@@ -147,7 +148,7 @@ def study_report(
 @study.command("tune")
 def study_tune(
     folder: Folder,
-    algo: Annotated[str, typer.Option(help="Algorithm whose finetuning is tuned: td3bc, td3c or rebrac.")] = "td3c",
+    algo: Annotated[str, typer.Option(help=f"Algorithm whose finetuning is tuned: {', '.join(ALGORITHMS)}.")] = "td3c",
     method: Annotated[
         str | None, typer.Option(help="The study's method to tune; the first with the algorithm and no guard if omitted.")
     ] = None,

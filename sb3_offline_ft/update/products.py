@@ -2,12 +2,13 @@
 
 import functools
 import platform
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch as th
+
+from sb3_offline_ft.common.warning import warn
 
 LARGE = 64
 """Products whose three sizes are at least this are worth another library's overhead."""
@@ -91,10 +92,9 @@ def choose_products(precision: str, device: th.device) -> Products:
         if device.type == "cpu" and has_onednn_switch() and not onednn_is_single_precision():
             return Products("oneDNN bfloat16", _with_onednn, False)
         if device.type == "cpu" and not has_bfloat16_units():
-            warnings.warn(
+            warn(
                 "`update_precision='bfloat16'`: this CPU has no units for bfloat16 (AVX-512 BF16 or AMX), so updates will be "
-                "slower than with 'float32'.",
-                stacklevel=2,
+                "slower than with 'float32'."
             )
         return Products("bfloat16 copies", _in_bfloat16, False)
     if device.type == "cpu" and cpu_vendor() == "AuthenticAMD" and has_avx512() and onednn_is_single_precision():

@@ -1,13 +1,13 @@
 """Makes our algorithms known to rl_zoo3; importing this module is enough, and may be done any number of times."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
 import _sb3_offline_ft_startup
 from sb3_offline_ft.algorithms import ALGORITHMS, BrokenAlgorithmError, algorithm_class, preset_path, search_space
+from sb3_offline_ft.common.warning import warn
 
 __all__ = ["ALGORITHMS", "preset_path", "register"]
 
@@ -36,11 +36,10 @@ def register() -> None:
             ALGOS[algo] = cls
 
     if not _sb3_offline_ft_startup.after_import("rl_zoo3.exp_manager", _extend_experiments):
-        warnings.warn(
+        warn(
             "sb3_offline_ft.zoo was imported while rl_zoo3.exp_manager was still loading: the presets of "
             f"{', '.join(ALGORITHMS)} are not the default yet. Import sb3_offline_ft.zoo before rl_zoo3.exp_manager, or "
-            "call sb3_offline_ft.zoo.register() once more afterwards.",
-            stacklevel=2,
+            "call sb3_offline_ft.zoo.register() once more afterwards."
         )
 
 
@@ -50,7 +49,7 @@ def _part(algo: str, load: Callable[[str], Part]) -> Part | None:
     try:
         return load(algo)
     except BrokenAlgorithmError as error:
-        warnings.warn(str(error), stacklevel=1)
+        warn(str(error))
         return None
 
 

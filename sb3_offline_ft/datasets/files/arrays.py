@@ -1,6 +1,5 @@
 """Files that hold the columns of a dataset as arrays, all episodes one after the other."""
 
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_offline_ft.common.observations import Array, map_observations, n_rows, named_arrays, take_rows
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, as_float, split_ends
 from sb3_offline_ft.datasets.files.reading import Source, by_column
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
@@ -106,8 +106,7 @@ def _derive_next_observations(columns: dict[str, Any], provenance: dict[str, Any
     no_time_limits = (
         "" if "truncations" in columns else " There are no truncations either: episodes cut by a time limit would be joined."
     )
-    warnings.warn(
+    warn(
         f"{where} has no next_observations: they are derived within episodes, and {n_dropped} last rows of episodes that "
-        f"did not terminate are dropped, as their next observation is unknown.{no_time_limits}",
-        stacklevel=4,
+        f"did not terminate are dropped, as their next observation is unknown.{no_time_limits}"
     )

@@ -3,18 +3,19 @@
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sb3_offline_ft.common.suggestions import nearest, suggestion
+from sb3_offline_ft.common.suggestions import first_of, nearest, suggestion
 
 Names = tuple[str, ...]
 VectorNames = Names | dict[str, Names]
 
+MOST_NAMED = 30
 _VECTORS: dict[str, tuple[str, ...]] = {
     "observations": ("observations", "observation", "obs", "states", "state"),
     "next_observations": ("next_observations", "next_observation", "next_obs", "next_states", "next_state"),
@@ -217,9 +218,9 @@ def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str) ->
         named = [name for name in others if name not in numbered]
         kinds = [kind for kind in (exact, numbered, named) if kind]
         if len(kinds) > 1:
-            left_out = _some([name for kind in kinds[1:] for name in kind])
+            left_out = first_of([name for kind in kinds[1:] for name in kind], MOST_NAMED)
             raise ValueError(
-                f"{where}: {key} could be {_some(kinds[0])}, but that leaves out {left_out}. Say which with "
+                f"{where}: {key} could be {first_of(kinds[0], MOST_NAMED)}, but that leaves out {left_out}. Say which with "
                 f"--{key.replace('_', '-')}."
             )
         if kinds:
@@ -241,16 +242,11 @@ def _missing(key: str, stems: Names, columns: Sequence[str], where: str) -> str:
     examples = f"{stems[0]}, {stems[1]}" + (f", {stems[2]}_0 and the like" if key in _VECTORS else " and the like")
     return (
         f"{where}: no column was recognised as {key} (looked for {examples}). Name it with --{key.replace('_', '-')}; "
-        f"there are {_some(columns)}."
+        f"there are {first_of(columns, MOST_NAMED)}."
     )
 
 
 def _near(name: str, columns: Sequence[str]) -> str:
     if near := nearest(name.strip("*?"), columns, 3):
         return f". Did you mean {' or '.join(near)}?"
-    return f"; there are {_some(columns)}."
-
-
-def _some(columns: Iterable[str], most: int = 30) -> str:
-    names = list(columns)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"; there are {first_of(columns, MOST_NAMED)}."

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import io
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from minari.dataset.minari_storage import is_image_space
 
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.observations import Array, by_key
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, check_numbers
 from sb3_offline_ft.datasets.files.reading import ContentError, Source, by_column, reading
 from sb3_offline_ft.datasets.keys import choose_keys, dict_of, leaf_spaces, no_keys, space_in_order
@@ -141,10 +141,9 @@ def _read(source: Source, opened: _Opened) -> OfflineDataset:
         name += f" ({n_episodes} of {n_stored} episodes)"
     if any(field.is_jpeg for field in layout.values()):
         provenance["lossy_images"] = True
-        warnings.warn(
+        warn(
             f"{source.where}: the images were stored as JPEG, so they differ a little from those that the environment shows. "
-            "Record with DataCollector(env, jpeg_encoding=False) to keep them exactly.",
-            stacklevel=4,
+            "Record with DataCollector(env, jpeg_encoding=False) to keep them exactly."
         )
     if opened.key_order == "named":
         provenance["keys"] = list(columns["observations"])

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from io import FileIO, RawIOBase
@@ -25,6 +24,8 @@ from minari.dataset.minari_dataset import DATASET_ID_RE, parse_dataset_id
 from minari.dataset.minari_storage import MinariStorage
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
+
+from sb3_offline_ft.common.warning import warn
 
 _HDF5 = "main_data.hdf5"
 _SMALLEST_COMPRESSED_BYTES = 1024
@@ -62,20 +63,11 @@ def write_minari(
     keep_in: str | Path | None = None,
 ) -> Path:
     """
-    Write a Minari dataset (hdf5) into the local folder, whole or not at all.
+    Write a Minari dataset (hdf5), whole or not at all, and give its folder; arguments and errors are those of
+    :func:`convert_logs`.
 
-    :param dataset_id: Its id
-    :param episodes: The episodes; they are written one by one
-    :param env: The environment, for its spec
-    :param facts: Metadata: any of ``algorithm_name, author, author_email, code_permalink, description, requirements,
-        ref_min_score, ref_max_score``
-    :param overwrite: Replace a dataset with this id. It is kept until the new one is complete
-    :param check: Called with the folder of the complete dataset before it is moved; may raise to have it thrown away
-    :param keep_in: Folder to go on in if the local one cannot be written to. It gets the dataset, and ``OSError`` says so
-    :return: The dataset's folder
-    :raises FileExistsError: There is such a dataset already. If it was made in the meantime the new one is kept, in
-        ``keep_in`` or under the next free version, and the message says where
-    :raises OSError: It could not be written; the message says what became of the episodes
+    The spec is taken from the environment. The check is called with the folder of the complete dataset before it is moved,
+    and may raise to have it thrown away. ``facts`` may hold ``ref_min_score`` and ``ref_max_score`` too.
     """
     check_new_id(dataset_id, overwrite)
     root, other_root = Path(get_dataset_path()), None if keep_in is None else Path(keep_in).expanduser()
@@ -143,9 +135,6 @@ class FailsafeFile(RawIOBase):
 
     When one does, the file goes on in a spare place. If there is none, what is still written is kept in memory, so that HDF5
     can close the file; it is of no other use then.
-
-    :param path: The file, which is made
-    :raises OSError: It cannot be opened
     """
 
     def __init__(self, path: Path) -> None:
@@ -407,10 +396,9 @@ def _recoverable(env: gym.Env[Any, Any]) -> EnvSpec | None:
     try:
         spec.to_json()
     except (TypeError, ValueError) as error:
-        warnings.warn(
+        warn(
             f"The environment {spec.id} cannot be recovered from the dataset, as its spec cannot be written: {error} "
-            "Register it with entry_point='module:Class' and arguments of plain types.",
-            stacklevel=3,
+            "Register it with entry_point='module:Class' and arguments of plain types."
         )
         return None
     return spec

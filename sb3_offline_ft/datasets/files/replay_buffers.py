@@ -1,7 +1,6 @@
 """Saved replay buffers as datasets: those of SB3, and our own."""
 
 import json
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_offline_ft.common.observations import Array, Observations, map_observations
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import as_flags, as_float
 from sb3_offline_ft.datasets.files.npz import open_archive, read_array
 from sb3_offline_ft.datasets.files.reading import ContentError, Source, by_column, reading
@@ -151,9 +151,7 @@ def _dataset_of(
 ) -> OfflineDataset:
     where = source.where
     if not handles_timeouts:
-        warnings.warn(
-            f"{where} was filled with handle_timeout_termination=False: its time limits count as terminations.", stacklevel=4
-        )
+        warn(f"{where} was filled with handle_timeout_termination=False: its time limits count as terminations.")
     if ring.n_slots == 0:
         raise ValueError(f"{where} is empty: expected at least one transition, found none.")
     dones = as_flags(ring.in_order(ring.dones), "dones", where)

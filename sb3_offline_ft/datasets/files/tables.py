@@ -105,12 +105,7 @@ def read_tables(
 
 
 def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDataset:
-    """
-    :param dataset: The dataset
-    :param function: Computes the rewards
-    :return: A dataset with them, which shares the other columns and has no spec
-    :raises ValueError: The function returns something else than ``N`` finite numbers
-    """
+    """A dataset with these rewards, which shares the other columns and has no spec."""
     where = f"Dataset {dataset.name!r}"
     rewards = np.asarray(function(dataset.observations, dataset.actions, dataset.next_observations))
     if rewards.shape != (len(dataset),) or rewards.dtype.kind not in "fiub":
@@ -128,13 +123,7 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
 
 
 class _Table:
-    """
-    One table with the columns that were found in it.
-
-    :param path: The file
-    :param columns: Which columns mean what
-    :param needs_reward: Whether there must be a column of rewards
-    """
+    """One table with the columns that were found in it."""
 
     def __init__(self, path: Path, columns: ColumnMap, needs_reward: bool) -> None:
         self.path, self.where = path, f"Table {str(path)!r}"
@@ -148,11 +137,7 @@ class _Table:
         """What the first and the last row's episode are called."""
 
     def read(self, action_space: spaces.Box | None) -> dict[str, Array]:
-        """
-        :param action_space: Actions must lie within it, if given
-        :return: Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode
-        :raises ValueError: Something in the file is wrong
-        """
+        """Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode."""
         names = self.columns
         self.frame = self._read_frame()
         self.rows = np.arange(len(self.frame))

@@ -65,10 +65,8 @@ def _unread(value: Any) -> str | None:
 
 def saved_hyperparams(folder: Path) -> tuple[dict[str, Any], str | None]:
     """
-    Read what rl-zoo3 needs of a run to make its environment again, as its ``get_saved_hyperparams`` does.
-
-    :param folder: The folder of the run's files, beside its agent
-    :return: Hyperparameters, and the folder if it is there; rewards are not normalized
+    Read what rl-zoo3 needs of a run to make its environment again, as its ``get_saved_hyperparams`` does, from the folder
+    beside its agent. Gives the hyperparameters, and the folder if it is there; rewards are not normalized.
     """
     if not folder.is_dir():
         return {}, None

@@ -145,7 +145,11 @@ def collect_dataset(
     :raises ValueError: The arguments do not go together, or the environment cannot be recorded
     """
     check_new_id(dataset_id, overwrite)
-    amount = _Amount(n_steps, n_episodes)
+    if (n_steps is None) == (n_episodes is None):
+        raise ValueError("Say how much to record: either a number of steps or a number of episodes.")
+    wanted = (n_episodes if n_steps is None else n_steps) or 0
+    if wanted < 1:
+        raise ValueError(f"Record at least one step or episode, found {wanted}.")
     behaviour, console = behaviour or Behaviour(), console or Console(quiet=True)
     if algorithm == RANDOM and (agent is not None or behaviour != Behaviour()):
         raise ValueError("A random policy has no agent, no noise and is not deterministic: leave these options out.")
@@ -165,7 +169,7 @@ def collect_dataset(
             console.print(Text(f"Agent: {saved.file}"))
         set_random_seed(seed)
         actor = _Actor(model, venv, behaviour, derive_seed(seed, _EXPLORATION_STREAM))
-        rollout = _Rollout(recorder, venv, actor, amount, console)
+        rollout = _Rollout(recorder, venv, actor, wanted, n_steps is not None, console)
         description = _description(env_id, saved, behaviour, n_steps, seed, command)
         folder: Path | None = None
         try:
@@ -184,28 +188,6 @@ def collect_dataset(
             if not rollout.interrupted or rollout.returns:
                 raise
     return CollectedDataset(dataset_id, folder, rollout.n_steps, np.array(rollout.returns), rollout.interrupted)
-
-
-@dataclass(frozen=True)
-class _Amount:
-    """How much to record: steps or episodes."""
-
-    n_steps: int | None
-    n_episodes: int | None
-
-    def __post_init__(self) -> None:
-        if (self.n_steps is None) == (self.n_episodes is None):
-            raise ValueError("Say how much to record: either a number of steps or a number of episodes.")
-        if self.wanted < 1:
-            raise ValueError(f"Record at least one step or episode, found {self.wanted}.")
-
-    @property
-    def wanted(self) -> int:
-        return (self.n_episodes if self.n_steps is None else self.n_steps) or 0
-
-    def of(self, n_steps: int, n_episodes: int) -> int:
-        """What counts of what there is."""
-        return n_episodes if self.n_steps is None else n_steps
 
 
 class _Actor:
@@ -239,10 +221,13 @@ class _Actor:
 
 
 class _Rollout:
-    """Runs the environment and hands out episodes as they are completed, once."""
+    """Runs the environment and hands out so many steps or episodes, as they are completed, once."""
 
-    def __init__(self, recorder: EpisodeRecorder, venv: VecEnv, actor: _Actor, amount: _Amount, console: Console) -> None:
-        self.recorder, self.venv, self.actor, self.amount, self.console = recorder, venv, actor, amount, console
+    def __init__(
+        self, recorder: EpisodeRecorder, venv: VecEnv, actor: _Actor, wanted: int, counts_steps: bool, console: Console
+    ) -> None:
+        self.recorder, self.venv, self.actor, self.console = recorder, venv, actor, console
+        self.wanted, self.counts_steps = wanted, counts_steps
         self.returns: list[float] = []
         self.n_steps = 0
         self.interrupted = False
@@ -250,18 +235,18 @@ class _Rollout:
         self.time_limit: int = 0 if spec is None else spec.max_episode_steps or 0
 
     def __iter__(self) -> Iterator[EpisodeBuffer]:
-        amount, n_beyond = self.amount, 0
+        n_beyond = 0
         mean = TextColumn("{task.fields[mean]}")
         with stop_on_signals() as stop, progress_bar(self.console, mean) as progress:
-            unit = "steps" if amount.n_steps is not None else "episodes"
-            task = progress.add_task(f"recording {unit}", total=amount.wanted, mean="")
+            unit = "steps" if self.counts_steps else "episodes"
+            task = progress.add_task(f"recording {unit}", total=self.wanted, mean="")
             observation = self.venv.reset()
-            while amount.of(self.n_steps, len(self.returns)) < amount.wanted:
+            while (self.n_steps if self.counts_steps else len(self.returns)) < self.wanted:
                 if stop():
                     self.interrupted = True
                     return
                 observation = self._step(observation)
-                n_beyond += amount.n_steps is not None and self.recorder.n_steps >= amount.wanted
+                n_beyond += self.counts_steps and self.recorder.n_steps >= self.wanted
                 if n_beyond > self.time_limit:
                     self.recorder.end(terminated=False)
                 while self.recorder.complete:
@@ -270,8 +255,8 @@ class _Rollout:
                     self.n_steps += len(episode)
                     progress.update(task, mean=f"mean return {np.mean(self.returns):.1f}")
                     yield episode
-                done = amount.of(self.recorder.n_steps, len(self.returns))
-                progress.update(task, completed=min(done, amount.wanted))
+                done = self.recorder.n_steps if self.counts_steps else len(self.returns)
+                progress.update(task, completed=min(done, self.wanted))
 
     def _step(self, observation: Any) -> Any:
         n_ended = self.recorder.n_ended

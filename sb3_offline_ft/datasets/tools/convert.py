@@ -24,6 +24,7 @@ from rich.text import Text
 
 from sb3_offline_ft import __version__
 from sb3_offline_ft.common.observations import Observations, by_key, map_observations, named_arrays
+from sb3_offline_ft.common.suggestions import first_of
 from sb3_offline_ft.datasets.files.column_map import ColumnMap
 from sb3_offline_ft.datasets.files.minari_writing import check_new_id, write_minari
 from sb3_offline_ft.datasets.files.tables import RewardFunction, is_table, read_tables, with_rewards
@@ -410,7 +411,7 @@ def _description(tables: list[Path], others: Sequence[Log], first: OfflineDatase
 def _sources(tables: Sequence[Path], others: Sequence[Log]) -> str:
     names = [path.name for path in tables]
     names += [other.name if isinstance(other, OfflineDataset) else str(other) for other in others]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return first_of(names, 5)
 
 
 def _natural(path: Path) -> list[Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.suggestions import first_of
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.sources import load_dataset
 from sb3_offline_ft.datasets.tools.diversity import Coverage, Diversity, measure_diversity
@@ -188,7 +189,7 @@ def _remarks(facts: DatasetFacts) -> list[str]:
     ]  # fmt: skip
     if saturated:
         remarks.append(
-            f"Many actions lie at a bound, in dimension {_first(saturated, 8)}: a policy that ends in tanh comes close to a "
+            f"Many actions lie at a bound, in dimension {first_of(saturated, 8)}: a policy that ends in tanh comes close to a "
             "bound, but never reaches it."
         )
     if any(action.low is None for action in facts.actions):
@@ -210,12 +211,8 @@ def _remarks(facts: DatasetFacts) -> list[str]:
         for index, (low, high) in enumerate(zip(one.min, one.max, strict=True)) if low == high
     ]  # fmt: skip
     if constant:
-        remarks.append(f"Constant over all rows: dimension {_first(constant, 5)}.")
+        remarks.append(f"Constant over all rows: dimension {first_of(constant, 5)}.")
     return remarks
-
-
-def _first(names: list[str], most: int) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def measured_values(diversity: Diversity) -> dict[str, list[str]]:

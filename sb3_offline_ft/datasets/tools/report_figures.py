@@ -27,9 +27,11 @@ def draw_returns(dataset: OfflineDataset) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         returns = dataset.episode_returns
-        _histogram(axes, returns)
+        axes.hist(returns, bins=_edges(returns, bins=min(50, max(8, int(2 * np.sqrt(len(returns)))))).tolist(), color=BLUE)
         axes.axvline(returns.mean(), color=VERMILLION, linewidth=2, label=f"mean {returns.mean():,.1f}")
         axes.set(xlabel="return of the episode", ylabel="episodes")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        _name_single_value(axes, returns)
         axes.legend(loc="best")
 
     return _draw("returns", paint)
@@ -94,20 +96,11 @@ def draw_states(dataset: OfflineDataset, seed: int = 0) -> str | None:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         cells = axes.hexbin(
-            projected[:, 0],
-            projected[:, 1],
-            gridsize=45,
-            mincnt=1,
-            bins="log",
-            cmap="viridis",
-            linewidths=0.1,
-            rasterized=True,
-        )
+            *projected.T, gridsize=45, mincnt=1, bins="log", cmap="viridis", linewidths=0.1, rasterized=True
+        )  # fmt: skip
         bar = figure.colorbar(cells, ax=axes, label="transitions", format=LogFormatter())
         bar.outline.set_visible(False)
-        axes.set(
-            xlabel=f"1st component ({shares[0]:.0%} of the variance)", ylabel=f"2nd component ({shares[1]:.0%})"
-        )  # fmt: skip
+        axes.set(xlabel=f"1st component ({shares[0]:.0%} of the variance)", ylabel=f"2nd component ({shares[1]:.0%})")
 
     return _draw("states", paint, height=3.6)
 
@@ -146,13 +139,6 @@ def draw_noise(noise: ActionNoise) -> str:
 
 def _draw(name: str, paint: Callable[[Figure], None], height: float = _HEIGHT) -> str:
     return inline_svg(name, paint, (_WIDTH, height))
-
-
-def _histogram(axes: Axes, values: npt.NDArray[np.float64]) -> None:
-    edges = _edges(values, bins=min(50, max(8, int(2 * np.sqrt(len(values))))))
-    axes.hist(values, bins=edges.tolist(), color=BLUE)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    _name_single_value(axes, values)
 
 
 def _edges(values: npt.NDArray[Any], bins: int) -> npt.NDArray[np.float64]:

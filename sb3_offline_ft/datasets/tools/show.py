@@ -51,18 +51,9 @@ class Spread:
 @dataclass(frozen=True)
 class ObservationFacts:
     """
-    One observation: the only one, or a key of a Dict.
+    One observation: the only one, or a key of a Dict. Numbers are of each dimension, flattened; of an image, over all pixels.
 
-    :param name: ``observations``, or with the key in brackets
-    :param shape: Of one row
-    :param dtype: As stored
-    :param space: The space in words, ``None`` if it is not known
-    :param is_image: Whether it is stored as an image; then all numbers are over all pixels
-    :param rows_sampled: Number of rows behind ``mean`` and ``std`` (for images behind all numbers)
-    :param min: Smallest value of each dimension, flattened
-    :param max: Largest value of each dimension
-    :param mean: Mean of each dimension
-    :param std: Standard deviation of each dimension
+    ``rows_sampled`` is the number of rows behind ``mean`` and ``std``, for images behind all numbers.
     """
 
     name: str
@@ -79,22 +70,12 @@ class ObservationFacts:
 
 @dataclass(frozen=True)
 class ActionFacts:
-    """
-    One dimension of the actions.
-
-    :param low: Lower bound, ``None`` if it is not known
-    :param high: Upper bound, ``None`` if it is not known
-    :param at_bounds: Share of rows with an action beyond :data:`SATURATED` on the scale from -1 to 1 of the bounds, ``None``
-        if they are not known
-    :param min: Smallest value
-    :param max: Largest value
-    :param mean: Mean
-    :param std: Standard deviation
-    """
+    """One dimension of the actions; the bounds are ``None`` if they are not known."""
 
     low: float | None
     high: float | None
     at_bounds: float | None
+    """Share of rows beyond :data:`SATURATED` on the scale from -1 to 1 of the bounds."""
     min: float
     max: float
     mean: float
@@ -103,31 +84,7 @@ class ActionFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """
-    What :func:`describe_dataset` finds out.
-
-    :param name: The dataset's name
-    :param spec: What loads it
-    :param env_id: Its environment
-    :param transitions: Number of rows
-    :param episodes: Number of episodes
-    :param terminated: Episodes that reached a terminal state
-    :param truncated: Episodes that were cut, by a time limit or the end of the recording
-    :param duplicates: Rows that equal an earlier row in every column
-    :param bytes: Size in memory
-    :param fingerprint: SHA-256 of the content
-    :param returns: Undiscounted return of the episodes
-    :param lengths: Steps of the episodes
-    :param rewards: Rewards of the rows
-    :param zero_rewards: Share of rows with a reward of exactly 0
-    :param normalized_returns: Mean, smallest and largest return with 0 for a random policy and 100 for an expert, and the
-        ``random`` and ``expert`` scores with their ``source``; ``None`` without reference scores
-    :param observations: The observations
-    :param actions: The dimensions of the actions
-    :param action_shape: Shape of one action
-    :param parts: Name, spec, rows, episodes, mean return and share of the sampled offline rows of every part
-    :param provenance: What is known about the origin
-    """
+    """What :func:`describe_dataset` finds out; returns are undiscounted, the size is that in memory."""
 
     name: str
     spec: str | None
@@ -136,18 +93,23 @@ class DatasetFacts:
     episodes: int
     terminated: int
     truncated: int
+    """Episodes that were cut, by a time limit or the end of the recording."""
     duplicates: int
+    """Rows that equal an earlier row in every column."""
     bytes: int
     fingerprint: str
     returns: Spread
     lengths: Spread
     rewards: Spread
     zero_rewards: float
+    """Share of rows with a reward of exactly 0."""
     normalized_returns: dict[str, Any] | None
+    """Mean, smallest and largest return with 0 for a random policy and 100 for an expert, and these two with their source."""
     observations: list[ObservationFacts]
     actions: list[ActionFacts]
     action_shape: tuple[int, ...]
     parts: list[dict[str, Any]]
+    """Name, spec, rows, episodes, mean return and share of the sampled offline rows of every part."""
     provenance: dict[str, Any]
 
     def as_json(self) -> str:

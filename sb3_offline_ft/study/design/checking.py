@@ -8,6 +8,7 @@ import gymnasium as gym
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import OfflineDataset, as_flattened_by, check_compatible
 from sb3_offline_ft.study.design.learners import learner_from_scratch
 from sb3_offline_ft.study.design.methods import known_hyperparams
@@ -55,7 +56,7 @@ def _check_data(dataset: OfflineDataset, env: VecEnv, env_id: str, where: str) -
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if dataset.env_id not in (None, env_id, env_id.rpartition(":")[2]):
-        warnings.warn(f"{where} was recorded in {dataset.env_id}, the study is about {env_id}.", stacklevel=3)
+        warn(f"{where} was recorded in {dataset.env_id}, the study is about {env_id}.")
 
 
 def _check_learner(

@@ -36,23 +36,20 @@ class Scale:
 
 @dataclass(frozen=True)
 class DatasetNumbers:
-    """
-    The results on a dataset. Methods without data are shown with every dataset.
-
-    :param label: Label of the dataset, None if the study has none
-    :param groups: The methods that have runs, in the protocol's order
-    :param scale: What scores are normalised with, None if that is not known
-    :param data_return: Mean return of the data's episodes
-    :param slug: Its name for files and ids
-    :param why_no_scale: Why scores cannot be normalised, if they cannot though the return of a random policy is known
-    """
+    """The results on a dataset, if the study has one. Methods without data are shown with every dataset."""
 
     label: str | None
     groups: tuple[Group, ...]
+    """The methods that have runs, in the protocol's order."""
     scale: Scale | None
     data_return: float | None
+    """Mean return of the data's episodes."""
     slug: str
+    """Its name for files and ids."""
+    interactions: int
+    """Interactions that the study gives each run."""
     why_no_scale: str = ""
+    """Why scores cannot be normalised, if they cannot though the return of a random policy is known."""
 
     @property
     def title(self) -> str:
@@ -68,6 +65,11 @@ class DatasetNumbers:
     @property
     def runs(self) -> list[RunNumbers]:
         return [one for group in self.groups for one in group.runs]
+
+    @property
+    def last_evaluation(self) -> int:
+        """Interactions before the last evaluation that all runs of some method have."""
+        return max(int(group.curve.x[-1]) for group in self.groups)
 
     @property
     def pretrained_runs(self) -> list[RunNumbers]:
@@ -145,7 +147,7 @@ class StudyNumbers:
     def __init__(self, results: StudyResults, data_returns: dict[str, float]) -> None:
         self.results, self.protocol = results, results.protocol
         self.random_return = _random_return(results)
-        self.runs, self.unusable = measure_runs(results.runs, self.random_return)
+        self.runs, self.unusable = measure_runs(results.runs, self.random_return, self.protocol.interactions)
         labels: list[str | None] = list(self.protocol.datasets) or [None]
         names = slugs(label or NO_DATA_TITLE for label in labels)
         on_all = (self._on_dataset(label, data_returns.get(label or ""), names[label or NO_DATA_TITLE]) for label in labels)
@@ -184,7 +186,7 @@ class StudyNumbers:
             runs = [one for one in self.runs if one.method.name == method.name and one.dataset in (None, label)]
             if runs:
                 groups.append(Group(method, tuple(sorted(runs, key=lambda one: one.seed))))
-        bare = DatasetNumbers(label, tuple(groups), None, data_return, slug)
+        bare = DatasetNumbers(label, tuple(groups), None, data_return, slug, self.protocol.interactions)
         if data_return is None:
             known = (one.manifest.get("dataset") for one in bare.runs)
             recorded = next((facts["mean_return"] for facts in known if facts and "mean_return" in facts), None)

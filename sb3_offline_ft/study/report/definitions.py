@@ -26,6 +26,12 @@ def definitions(numbers: StudyNumbers) -> list[str]:
     plan, own, random = protocol.evaluation, protocol.learner_evaluation, numbers.random_return
     known = "not known, so dips and collapses are not defined" if random is None else f"{random:,.6g}"
     texts = [
+        "Served return is what everything that acted in the environment earned: training episodes, with their noise, and "
+        "evaluations that a learner learns from, on one axis on which both are interactions. At each interaction it is the "
+        "return of the episode that this belongs to, and a mean is over interactions. Methods are compared in the first "
+        f"{protocol.interactions:,}. A policy that does not change is taken to serve the episodes that it was measured in, "
+        f"one after the other. {J0} served is the mean of the episodes that ended in the warm-up, and shortfall the sum of "
+        f"({J0} - return) / {SCALE} over the episodes after it. Without episodes after it all count.",
         f"J(t) is the mean undiscounted return of {counted(plan.episodes, 'episode')} with the policy after t interactions, "
         f"without exploration noise, measured every {plan.every:,} interactions. Learners never see these evaluations.",
         f"{J0} is the mean over all episodes of the evaluations of the pretrained policy, before and during the warm-up. "

@@ -26,6 +26,37 @@ Looks = Mapping[str, Look]
 """Of methods, by name."""
 
 
+def draw_served(numbers: DatasetNumbers, looks: Looks) -> Drawing | None:
+    """The served returns of all methods at equal interactions, None if no run has recorded what acted."""
+    interactions = numbers.interactions
+    curves = [(group, curve) for group in numbers.shown if (curve := group.served_curve(interactions)) is not None]
+    if not curves:
+        return None
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        _warmup(axes, numbers, "warm-up, policy frozen")
+        for group, curve in curves:
+            look = looks[group.method.name]
+            axes.fill_between(curve.x, curve.low, curve.high, color=look.light, alpha=0.13, linewidth=0)
+            axes.plot(curve.x, curve.value, color=look.light, linestyle=look.line, linewidth=1.9, label=group.label)
+        _levels(axes, numbers, "pretrained policy", "mean of the data")
+        _interactions(axes, interactions)
+        axes.set_ylabel("served return")
+        _legend(figure)
+
+    ends = [f"{group.label} {_estimate(group, 'served_mean_return')}" for group, _ in curves]
+    words = f"Mean served return after the warm-up, with 95 % intervals: {listed(ends, ';')}."
+    caption = (
+        "What everything that acted earned, own evaluations included, against all interactions that this took; of runs that "
+        f"took more the first {interactions:,}. Mean over the seeds, with 95 % bootstrap intervals.{_level_caption(numbers)}"
+    )
+    if any(one.learner_evaluation_steps for group, _ in curves for one in group.runs):
+        caption += " The warm-up of learners with own evaluations takes longer here than shown."
+    size = (WIDTH, 3.3 + 0.2 * -(-(len(curves) + 2) // 2))
+    return Drawing(f"served-{numbers.slug}", "Served return", caption, words, paint, size)
+
+
 def draw_curves(numbers: DatasetNumbers, looks: Looks) -> Drawing:
     """The learning curves of all methods."""
     groups = numbers.shown
@@ -38,7 +69,7 @@ def draw_curves(numbers: DatasetNumbers, looks: Looks) -> Drawing:
             axes.fill_between(curve.x, curve.low, curve.high, color=look.light, alpha=0.13, linewidth=0)
             axes.plot(curve.x, curve.value, color=look.light, linestyle=look.line, linewidth=1.9, label=group.label)
         _levels(axes, numbers, "pretrained policy", "mean of the data")
-        _interactions(axes, numbers)
+        _interactions(axes, numbers.last_evaluation)
         axes.set_ylabel("return")
         _legend(figure)
 
@@ -71,7 +102,7 @@ def draw_seeds(numbers: DatasetNumbers, looks: Looks) -> Drawing:
             axes.plot(curve.x, curve.value, color=look.light, linewidth=2.2)
             _levels(axes, numbers)
             axes.set_title(group.label, fontsize=10, loc="left")
-            _interactions(axes, numbers, label=is_lowest)
+            _interactions(axes, numbers.last_evaluation, label=is_lowest)
             axes.tick_params(labelsize=9, labelbottom=is_lowest)
             if index % n_columns == 0:
                 axes.set_ylabel("return", fontsize=10)
@@ -312,8 +343,7 @@ def _thousands(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _interactions(axes: Axes, numbers: DatasetNumbers, label: bool = True) -> None:
-    last = max(int(group.curve.x[-1]) for group in numbers.groups)
+def _interactions(axes: Axes, last: int, label: bool = True) -> None:
     unit, words = (1, "interactions") if last < 5_000 else (1_000, "interactions (thousands)")
     if last >= 5 * _MILLION:
         unit, words = _MILLION, "interactions (millions)"

@@ -164,7 +164,7 @@ def _drawn(drawings: Iterable[Drawing | None]) -> list[Drawing]:
 
 def _dataset_part(numbers: StudyNumbers, one: DatasetNumbers) -> Part:
     looks = looks_of(method.name for method in numbers.methods)
-    draw = (figures.draw_curves, figures.draw_seeds, figures.draw_dips, figures.draw_collapses)
+    draw = (figures.draw_served, figures.draw_curves, figures.draw_seeds, figures.draw_dips, figures.draw_collapses)
     texts = []
     without_data = [group.label for group in one.groups if not group.method.pretrained]
     if without_data and len(numbers.datasets) > 1:

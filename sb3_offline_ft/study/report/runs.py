@@ -15,22 +15,35 @@ from sb3_offline_ft.evaluation.finetuning_metrics import (
     dip_noise_floor,
     finetuning_metrics,
 )
+from sb3_offline_ft.evaluation.served import ActedEpisodes, ServedMetrics, acted_episodes, served_metrics
 from sb3_offline_ft.evaluation.statistics import Band, Estimate, aggregate, curve_band, rate
 from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.engine.results import Run
 
 RELATIVE_METRICS = ("dip_depth", "dip_area", "time_below_band", "recovery_time", "selected_dip_depth")
+SERVED_POINTS = 30
+"""Of a curve of served returns."""
 
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RunNumbers:
-    """A run, its metrics, and the dips that its pretrained policy would show by chance: None if that cannot be said."""
+    """
+    A run in numbers.
+
+    :param run: The run
+    :param metrics: The metrics of what was measured
+    :param noise: The dips that its pretrained policy would show by chance, None if that cannot be said
+    :param acted: All that acted in the environment, None if that was not recorded
+    :param served: Its metrics at as many interactions as the study has; of nothing, if what acted was not recorded
+    """
 
     run: Run
     metrics: FinetuningMetrics
     noise: DipNoiseFloor | None
+    acted: ActedEpisodes | None
+    served: ServedMetrics
 
     @property
     def seed(self) -> int:
@@ -75,9 +88,11 @@ class RunNumbers:
 
     def value(self, name: str) -> float | None:
         """
-        A metric, ``"seconds"`` or ``"learner_evaluation_steps"``; None if it is not defined for this run. Dips are measured by
-        what the pretrained policy has over a random one, so that one which is no better has none.
+        A metric, one of what was served, ``"seconds"`` or ``"learner_evaluation_steps"``; None if it is not defined for this
+        run. Dips are measured by what the pretrained policy has over a random one, so that one which is no better has none.
         """
+        if name in (served := self.served.values()):
+            return served[name]
         if name in RELATIVE_METRICS and self.metrics.collapsed is None:
             return None
         value = getattr(self.metrics if hasattr(self.metrics, name) else self, name)
@@ -96,18 +111,12 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Group:
-    """
-    The runs of a method on a dataset.
-
-    :param method: The method
-    :param runs: Its runs, by seed
-    :param is_averaged: Whether they are of several variants, and averaged seed by seed: those of a seed are not independent,
-        as they begin alike
-    """
+    """The runs of a method on a dataset, by seed."""
 
     method: Method
     runs: tuple[RunNumbers, ...]
     is_averaged: bool = False
+    """Whether they are of several variants, and averaged seed by seed: those of a seed begin alike and are not independent."""
 
     @property
     def label(self) -> str:
@@ -118,6 +127,16 @@ class Group:
         """Mean over the runs at each evaluation that all have: a guard may have ended some early."""
         n = min(one.means.size for one in self.runs)
         return curve_band(self.runs[0].run.result.timesteps[:n], [[one.means[:n] for one in self.runs]], "mean")
+
+    def served_curve(self, interactions: int) -> Band | None:
+        """Mean served return over the runs in so many interactions at most; None if no run has recorded what acted."""
+        width = interactions / SERVED_POINTS
+        acted = [one.acted for one in self.runs if one.acted is not None]
+        n = min((min(SERVED_POINTS, int(each.lengths.sum() / width)) for each in acted), default=0)
+        if n == 0:
+            return None
+        ends = width * np.arange(1, n + 1)
+        return curve_band(ends, [[[each.mean_return(end - width, end) for end in ends] for each in acted]], "mean")
 
     def values(self, name: str) -> list[float]:
         """As for :meth:`RunNumbers.value`, of each seed for which it is defined."""
@@ -177,9 +196,12 @@ def last_evaluations(runs: Iterable[RunNumbers]) -> str:
     return str(high) if low == high else f"{low} to {high}"
 
 
-def measure_runs(runs: Iterable[Run], random_return: float | None) -> tuple[tuple[RunNumbers, ...], dict[str, str]]:
+def measure_runs(
+    runs: Iterable[Run], random_return: float | None, interactions: int
+) -> tuple[tuple[RunNumbers, ...], dict[str, str]]:
     """
-    Measure runs, with the dips by chance of each from the most evaluations of the pretrained policy that it started from.
+    Measure runs, with the dips by chance of each from the most evaluations of the pretrained policy that it started from, and
+    what they served in so many interactions.
 
     :return: Numbers of the runs, and by name why others cannot be measured: their returns are not finite
     """
@@ -207,10 +229,35 @@ def measure_runs(runs: Iterable[Run], random_return: float | None) -> tuple[tupl
         training = result.training_timesteps, result.training_returns
         try:
             metrics = finetuning_metrics(result.timesteps, result.returns, result.frozen_until, random_return, *training)
-            numbers.append(RunNumbers(run, metrics, noise_of(run)))
+            acted = acted_in(run, interactions)
+            served = served_metrics(acted or acted_episodes([], [], -1), random_return, interactions)
+            numbers.append(RunNumbers(run, metrics, noise_of(run), acted, served))
         except ValueError as error:
             unusable[run.cell.name] = str(error)
     return tuple(numbers), unusable
+
+
+def acted_in(run: Run, interactions: int) -> ActedEpisodes | None:
+    """
+    All that acted in a run, its own evaluations included; None if these were not recorded. A policy that is frozen in all of
+    it would have served episodes like those in which it was measured: one after the other, for so many interactions.
+    """
+    result = run.result
+    if run.cell.method.frozen:
+        ends = np.cumsum(result.lengths.ravel(), dtype=np.int64)
+        n = 1 + int((ends < interactions).sum())
+        return acted_episodes(ends[:n], result.returns.ravel()[:n], interactions, interactions=interactions)
+    if not result.knows_own_evaluations:
+        return None
+    return acted_episodes(
+        result.training_timesteps,
+        result.training_returns,
+        result.frozen_until,
+        interactions=result.manifest.get("interactions"),
+        evaluation_timesteps=result.own_timesteps,
+        evaluation_returns=result.own_returns,
+        evaluation_lengths=result.own_lengths,
+    )
 
 
 def started_from(run: Run) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sb3_offline_ft.evaluation.served import AT, WINDOW
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
 from sb3_offline_ft.study.report.comparisons import COLLAPSED, Comparison
 from sb3_offline_ft.study.report.factors import Levels
@@ -97,6 +98,18 @@ DIP_COLUMNS = (
     Column("time_below_band", "time below the band (%)", 0, 100.0),
     Column("recovery_time", "recovery (interactions)", 0),
 )
+SERVED_COLUMNS = (
+    Column("served_warmup_return", "in the warm-up"),
+    Column("served_mean_return", "after it"),
+    Column("served_last_third_return", "last third"),
+    *(Column(f"served_return_at_{steps}", f"at {steps:,}") for steps in AT),
+    Column("served_initial_return", "J₀ served"),
+    Column("served_shortfall", "shortfall (episodes)", 1),
+    Column("served_largest_shortfall", "largest shortfall", 1),
+    Column("served_collapsed_share", "lost episodes (%)", 1, 100.0),
+    Column("served_longest_collapse", "most in a row", 0),
+    Column("served_dip_depth", "dip of ten", 2),
+)
 COST_COLUMNS = (
     Column("learner_evaluation_steps", "steps of own evaluations", 0),
     Column("seconds", "wall time (min)", 1, 1 / 60),
@@ -116,6 +129,7 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
     ]  # fmt: skip
     costs = [[group.label, *(column.mean(group, with_interval=False) for column in COST_COLUMNS)] for group in groups]
     tables = [
+        _served_table(numbers),
         TextTable(
             f"returns-{numbers.slug}", ["method", "seeds", *_titles(RETURN_COLUMNS, numbers.runs)], returns,
             f"Returns on {numbers.title}",
@@ -141,9 +155,30 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
     return [table for table in tables if table.rows]
 
 
+def _served_table(numbers: DatasetNumbers) -> TextTable:
+    """No column for so many interactions as no run had."""
+    groups = [group for group in numbers.groups if any(one.acted is not None for one in group.runs)]
+    columns = [column for column in SERVED_COLUMNS if any(group.values(column.name) for group in groups)]
+    rows = [
+        [group.label, str(len(group.values("served_mean_return"))), *(column.mean(group) for column in columns)]
+        for group in groups
+    ]
+    return TextTable(
+        f"served-{numbers.slug}", ["method", "seeds", *(column.title for column in columns)], rows,
+        f"Served return on {numbers.title}",
+        "What everything that acted earned, own evaluations included, against all interactions that this took. Means over the "
+        "seeds, with 95 % bootstrap intervals, within as many interactions as the study has; after the warm-up is from the "
+        "first step if a method has none, and the warm-up of one with own evaluations is longer. Only at is of whole runs: "
+        f"the mean over the {WINDOW:,} interactions before. J₀ served is the mean over episodes of the warm-up, the other "
+        "returns are means over interactions. Shortfall is against J₀ served, at the end and at its largest, in episodes in "
+        "which all is lost; below 0 more was earned. Lost episodes have at most a quarter of what J₀ served has over a "
+        "random policy. Dip of ten: the depth of the lowest mean of ten episodes in a row; below 0 there was none.",
+    )  # fmt: skip
+
+
 def runs_table(numbers: DatasetNumbers) -> TextTable:
     """One row for each run on a dataset."""
-    columns = [*RETURN_COLUMNS, *DIP_COLUMNS, *COST_COLUMNS]
+    columns = [*SERVED_COLUMNS, *RETURN_COLUMNS, *DIP_COLUMNS, *COST_COLUMNS]
     outcomes = {True: "yes", False: "no", None: NONE}
     rows = [
         [
@@ -266,6 +301,7 @@ def _csv_row(numbers: StudyNumbers, one: RunNumbers, factors: Iterable[str]) -> 
         "seed": cell.seed,
         "key": one.run.key,
         **{f"factor_{name}": cell.method.variant.get(name) for name in factors},
+        **one.served.values(),
         **asdict(one.metrics),
         "dip_noise_quantile": None if noise is None else noise.quantile,
         "collapse_noise_probability": None if noise is None else noise.collapse_probability,

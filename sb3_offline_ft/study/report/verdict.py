@@ -37,12 +37,40 @@ Sections = list[tuple[str, list[str]]]
 
 def verdict(numbers: StudyNumbers) -> Sections:
     """Headings with their sentences."""
-    sections: Sections = [("In short", _in_short(numbers))]
+    served = [text for one in numbers.datasets for text in _served(one)]
+    sections: Sections = [("What was served", served), ("In short", _in_short(numbers))]
     if numbers.reference is not None:
         sections.append((f"Compared with {numbers.reference.label}", _compared(numbers, numbers.reference.label)))
     sections += [(f"On {one.title}", _on_dataset(numbers, one)) for one in numbers.datasets]
     sections.append(("What remains uncertain", _uncertain(numbers)))
     return [(heading, [capital(text) for text in texts]) for heading, texts in sections if texts]
+
+
+def _served(one: DatasetNumbers) -> list[str]:
+    """What everything that acted earned, at equal interactions."""
+    groups = one.shown
+    means, thirds = (_estimates(groups, f"served_{name}_return") for name in ("mean", "last_third"))
+    if not means:
+        return []
+    n = counted(one.interactions, "interaction")
+    texts = [
+        f"mean return of everything that acted on {one.title} in {n}, own evaluations included, {when}: "
+        f"{_values([(group.label, estimate) for group, estimate in rows])}."
+        for when, rows in (("after the warm-up", means), ("in the last third", thirds))
+        if rows
+    ]
+    losses = [
+        f"{group.label} {number(max(group.values('served_largest_shortfall')), 1)}, "
+        f"{number(100 * float(np.mean(group.values('served_collapsed_share'))), 1)}{NBSP}%"
+        for group in groups
+        if group.values("served_largest_shortfall") and group.values("served_collapsed_share")
+    ]
+    if losses:
+        texts.append(
+            f"largest shortfall of any seed on {one.title}, in episodes in which all is lost that the pretrained policy has "
+            f"over a random one, and mean share of episodes that lost at least three quarters of it: {'; '.join(losses)}."
+        )
+    return texts
 
 
 def _in_short(numbers: StudyNumbers) -> list[str]:
@@ -324,6 +352,7 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
     for metric, methods in numbers.tests.not_compared.items():
         if names := listed(method.label for method in methods if method in shown):
             texts.append(f"{MEASURES[metric][1]} cannot be compared for {names}: there are fewer than two pairs of runs.")
+    texts += _not_recorded(numbers)
     texts += _undefined(numbers)
     texts += shortcomings({one.run.cell.name: one.manifest for one in numbers.runs}, numbers.protocol.interactions)
     unwatched = [one.run.cell.name for one in numbers.runs if one.run.result.events and one.watched[0] == 0]
@@ -349,6 +378,17 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
 
 def _of_all(n: int, numbers: StudyNumbers) -> str:
     return f"{n} of {counted(numbers.n_cells, 'run')} {'is' if n == 1 else 'are'}"
+
+
+def _not_recorded(numbers: StudyNumbers) -> list[str]:
+    unknown = [one for one in numbers.runs if one.acted is None]
+    if not unknown:
+        return []
+    methods = listed(method.label for method in numbers.methods if method in [one.method for one in unknown])
+    return [
+        f"What was served is not known of {len(unknown)} of {counted(len(numbers.runs), 'run')} ({methods}): they did not "
+        "record what their own evaluations returned, or how many steps these took."
+    ]
 
 
 def _undefined(numbers: StudyNumbers) -> list[str]:

@@ -8,19 +8,17 @@ from typing import Any
 
 import yaml
 
-from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.algorithms import DISTRIBUTION, distribution_of, preset_path
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.datasets.specs import join_specs, parse_spec
 from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
-from sb3_offline_ft.study.design.learners import algorithm_class
+from sb3_offline_ft.study.design.learners import PLAIN_TD3, algorithm_class
 from sb3_offline_ft.study.design.methods import Method, known_hyperparams, online_only
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.tuning.plan import TuningPlan
 
-SAME_PRETRAINING = ({"td3bc", "td3c"},)
-"""Algorithms with the same objective offline."""
 GUARD = "sb3_offline_ft.CollapseGuard"
 
 
@@ -87,8 +85,13 @@ def _env_id(plan: TuningPlan) -> str:
 
 
 def pretrains_alike(one: str, other: str) -> bool:
-    """Whether two algorithms do the same offline."""
-    return one == other or any({one, other} <= group for group in SAME_PRETRAINING)
+    """Whether two algorithms do the same offline, as those of this package do that add the same hyperparameters there."""
+    if one == other:
+        return True
+    if any(distribution_of(name) != DISTRIBUTION for name in (one, other)):
+        return False
+    added, others = (known_hyperparams(name) - online_only(name) - known_hyperparams(PLAIN_TD3) for name in (one, other))
+    return added == others != set()
 
 
 def zoo_command(plan: TuningPlan, file: Path) -> str:

@@ -1,0 +1,139 @@
+"""What a study's report says of served returns is what everything that acted in its runs earned."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sb3_offline_ft.evaluation.served import WINDOW
+from sb3_offline_ft.study import Cell, Protocol, write_report
+from sb3_offline_ft.study.report.analysis import StudyNumbers
+from sb3_offline_ft.study.report.runs import Group
+from tests.made_up_study import (
+    COLLAPSED_TO,
+    EPISODES,
+    J0,
+    J_RANDOM,
+    WARMUP,
+    result_of,
+    write_run,
+    write_runs,
+    write_study,
+)
+from tests.reported_studies import METHODS, ONE_DATASET, methods, numbers_of, results_rows, words
+
+EARLY, LATE = 100.0, 900.0
+
+
+def rising(cell: Cell, share: np.ndarray) -> np.ndarray:
+    """From one level to another after half of the finetuning."""
+    return np.where(share > 0.5, LATE, EARLY)
+
+
+def groups_of(numbers: StudyNumbers) -> dict[str, Group]:
+    return {group.method.name: group for group in numbers.datasets[0].groups}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Protocol:
+    """Six methods on a dataset with three seeds."""
+    protocol = write_study(tmp_path_factory.mktemp("served") / "made up", ONE_DATASET | {"seeds": 3})
+    write_runs(protocol)
+    return protocol
+
+
+def test_training_episodes_are_served(study: Protocol) -> None:
+    group = groups_of(numbers_of(study))["td3"]
+    for one in group.runs:
+        result = one.run.result
+        ends, returns = result.training_timesteps, result.training_returns
+        # All episodes are equally long here
+        assert one.value("served_initial_return") == pytest.approx(returns[ends <= WARMUP].mean())
+        assert one.value("served_warmup_return") == pytest.approx(returns[ends <= WARMUP].mean())
+        assert one.value("served_mean_return") == pytest.approx(returns[ends > WARMUP].mean())
+        assert one.value("served_last_third_return") == pytest.approx(returns[ends > 20_000].mean())
+        within = (ends > 10_000 - WINDOW) & (ends <= 10_000)
+        assert one.value("served_return_at_10000") == pytest.approx(returns[within].mean())
+        assert one.value("served_return_at_100000") is None
+        lost = returns[ends > WARMUP] <= J_RANDOM + 0.25 * (returns[ends <= WARMUP].mean() - J_RANDOM)
+        assert one.value("served_collapsed_share") == pytest.approx(lost.mean()) and lost.any()
+        assert one.value("served_dip_depth") == pytest.approx(
+            (J0 + 20 * one.seed - COLLAPSED_TO) / (J0 + 20 * one.seed - J_RANDOM), abs=1e-3
+        )
+
+
+def test_own_evaluations_are_paid_for(tmp_path: Path) -> None:
+    """A learner that is evaluated a lot has learned nothing yet, when another has."""
+    protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3", "td3c") | {"seeds": 2})
+    write_runs(protocol, curve=rising)
+    groups = groups_of(numbers_of(protocol))
+    for name, expected in (("td3", LATE), ("td3c", EARLY)):
+        assert groups[name].values("served_last_third_return") == pytest.approx([expected] * 2)
+        # What is measured does not see that
+        assert groups[name].values("last_return") == pytest.approx([LATE] * 2, rel=0.02)
+    # By then it has trained for little more than a third of the run
+    assert groups["td3c"].values("served_return_at_100000") == pytest.approx([EARLY] * 2)
+    assert [one.acted.interactions for one in groups["td3c"].runs if one.acted] == [280_000, 281_000]
+
+
+def test_a_policy_that_does_not_change_serves_what_was_measured(study: Protocol) -> None:
+    for one in groups_of(numbers_of(study))["offline"].runs:
+        # 500 interactions each: 60 of the 310 episodes
+        first = one.run.result.returns.ravel()[: study.interactions // 500]
+        assert one.value("served_mean_return") == pytest.approx(first.mean())
+        assert one.value("served_initial_return") == pytest.approx(first.mean())
+        assert one.value("served_shortfall") == pytest.approx(0, abs=1e-9)
+        assert one.value("served_return_at_100000") is None
+
+
+def test_runs_that_did_not_record_their_evaluations_have_no_served_return(tmp_path: Path) -> None:
+    protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3", "td3c") | {"seeds": 2})
+    write_runs(protocol)
+    for cell in protocol.cells():
+        result = result_of(protocol, cell)
+        result.own_timesteps, result.own_returns = np.zeros(0, np.int64), np.zeros((0, EPISODES))
+        result.own_lengths = np.zeros((0, EPISODES), np.int64)
+        write_run(protocol, cell, result)
+    groups = groups_of(numbers_of(protocol))
+    assert len(groups["td3"].values("served_mean_return")) == 2 and not groups["td3c"].values("served_mean_return")
+    said = "What was served is not known of 2 of 4 runs (TD3C): they did not record what their own evaluations returned"
+    assert said in words(protocol, "What remains") and "TD3C" not in words(protocol, "What was served")
+    write_report(protocol.folder)
+    rows = results_rows(protocol)
+    assert {row["method"]: row["served_mean_return"] == "" for row in rows} == {"td3": False, "td3c": True}
+    served = (protocol.folder / "tables.md").read_text().split("### ")[1]
+    assert "plain TD3" in served and "TD3C" not in served and f"at {100_000:,}" not in served
+
+
+def test_the_verdict_begins_with_it(study: Protocol) -> None:
+    numbers = numbers_of(study)
+    groups = groups_of(numbers)
+    text = words(numbers, "What was served")
+    assert words(numbers).startswith(text)
+    after, third, losses = text.split(". Mean return of everything")[0], *re.split(r"\. (?:Mean|Largest)", text)[1:]
+    for name, method in METHODS.items():
+        for part, metric in ((after, "mean"), (third, "last_third")):
+            estimate = groups[name].estimate(f"served_{metric}_return")
+            assert estimate is not None and f"{method['label']} {estimate.value:,.0f} (" in part
+    largest = max(groups["td3"].values("served_largest_shortfall"))
+    share = 100 * np.mean(groups["td3"].values("served_collapsed_share"))
+    assert f"plain TD3 {largest:.1f}, {share:.1f} %" in losses and "from scratch" not in losses
+
+
+def test_curves_are_of_equal_interactions(study: Protocol) -> None:
+    for name, group in groups_of(numbers_of(study)).items():
+        curve = group.served_curve(study.interactions)
+        assert curve is not None and curve.x[-1] == study.interactions
+        means = [one.acted.mean_return(0, study.interactions) for one in group.runs if one.acted is not None]
+        # Its points are of equally many interactions: their mean is that of all
+        assert np.mean(curve.value) == pytest.approx(np.mean(means)), name
+
+
+def test_results_have_it(study: Protocol) -> None:
+    write_report(study.folder, formats=["csv"])
+    rows = results_rows(study)
+    assert list(rows[0])[5].startswith("served_")
+    for row, one in zip(rows, numbers_of(study).runs, strict=True):
+        for name, value in one.served.values().items():
+            assert (float(row[name]) if row[name] else None) == value, name
