@@ -19,7 +19,14 @@ from sb3_offline_ft.deployment import ChampionChallenger, Contender, Kind
 from tests.guarded_runs import EPISODE_LENGTH, Hold, small
 
 # So small a learning rate that nothing happens by itself
-CALM = {"learning_rate": 1e-6, "learning_starts": 0, "batch_size": 8, "buffer_size": 3000, "train_freq": 5, "gradient_steps": 1}
+CALM = {
+    "learning_rate": 1e-6,
+    "learning_starts": 0,
+    "batch_size": 8,
+    "buffer_size": 3000,
+    "train_freq": 5,
+    "gradient_steps": 1,
+}
 # The return of Hold is 10 (1 - action**2), so that this is its scale
 QUICK: dict[str, Any] = {
     "risk_budget": 0.5, "random_return": 0.0, "baseline_episodes": 5, "min_updates": 5, "verbose": 0

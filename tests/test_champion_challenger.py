@@ -304,12 +304,6 @@ def test_a_learner_that_is_not_finite_is_refused_and_put_back() -> None:
 def test_a_challenger_whose_actions_are_not_finite_is_given_up_at_once() -> None:
     model = make()
 
-    class Overflow(Aim):
-        """Makes finite parameters of which the actions are not."""
-
-        def _on_step(self) -> bool:
-            return super()._on_step()
-
     @th.no_grad()
     def overflow(learner: Any) -> None:
         for part in learner.policy.actor.mu:
@@ -514,7 +508,7 @@ def test_a_bad_argument_is_named(name: str, value: Any) -> None:
 
 
 def test_an_unknown_argument_is_named_with_its_neighbour() -> None:
-    with pytest.raises(TypeError, match="risk_buget.*risk_budget"):
+    with pytest.raises(TypeError, match=r"risk_buget.*risk_budget"):
         ChampionChallenger(risk_buget=0.1)  # type: ignore[call-arg]
 
 
@@ -523,7 +517,7 @@ def test_what_it_cannot_work_with_is_said() -> None:
     with pytest.raises(ValueError, match=r"continuous actions.*found DQN.*Discrete\(3\)"):
         discrete.learn(10, callback=ChampionChallenger())
     on_policy = PPO("MlpPolicy", make_vec_env(Hold), n_steps=8, batch_size=8, **small())
-    with pytest.raises(ValueError, match="off-policy algorithm.*found PPO"):
+    with pytest.raises(ValueError, match=r"off-policy algorithm.*found PPO"):
         on_policy.learn(10, callback=ChampionChallenger())
     with pytest.raises(ValueError, match="several ChampionChallengers"):
         make().learn(10, callback=[ChampionChallenger(), ChampionChallenger()])
