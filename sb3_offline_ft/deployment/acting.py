@@ -29,7 +29,7 @@ class PolicyCopy:
     :param state: Its parameters and statistics by name
     :param statistics: Those of ``VecNormalize`` for observations, by key ("" where observations are no dictionary); None if
         observations are not normalized
-    :param snapshot: The whole learner then; a copy read from a file has none
+    :param snapshot: The whole learner then; None if nobody needs it
     """
 
     state: Mapping[str, th.Tensor]
@@ -70,6 +70,14 @@ class PolicyCopy:
             for name in ("mean", "var", "count"):
                 setattr(statistics[key], name, arrays[f"{STATISTICS}.{name}.{key}"])
         return cls(state, statistics or None)
+
+    def in_learner(self, model: OffPolicyAlgorithm) -> "PolicyCopy":
+        """This policy in a learner that is otherwise as it is now, which this does not change."""
+        own = LearnerSnapshot.take(model)
+        model.set_parameters({"policy": dict(self.state)}, exact_match=False)
+        snapshot = LearnerSnapshot.take(model)
+        own.restore(model)
+        return PolicyCopy(self.state, self.statistics, snapshot)
 
 
 def _normalizer(model: OffPolicyAlgorithm) -> VecNormalize | None:

@@ -339,9 +339,7 @@ class ChampionChallenger(BaseCallback):
     def _restore_learner(self) -> None:
         champion = self.champion.policy
         self._rejections_in_a_row = 0
-        if champion.snapshot is None:
-            self._report.warn("The learner is not put back: of a champion that was read from a file there is only the policy.")
-            return
+        assert champion.snapshot is not None
         # Not the random generators: the same batches would lead to the same policy
         champion.snapshot.restore(self.model, generators=False)
         move_reference(self.model, champion.state)

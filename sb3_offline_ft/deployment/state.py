@@ -51,7 +51,7 @@ class SavedContest:
             content, texts = json.loads(vars(model)[STATE]), vars(model)[POLICIES]
             if content["version"] != VERSION:
                 raise ValueError(f"it has version {content['version']}, expected {VERSION}")
-            policies = {role: PolicyCopy.from_arrays(arrays_from_text(text)) for role, text in texts.items()}
+            policies = {role: PolicyCopy.from_arrays(arrays_from_text(text)).in_learner(model) for role, text in texts.items()}
             return cls(content["contest"], content["settings"], policies, *content["counts"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             warn(f"ChampionChallenger: its state in the model cannot be taken up ({error}), so that it begins anew.")
