@@ -74,7 +74,8 @@ class PolicyCopy:
     def in_learner(self, model: OffPolicyAlgorithm) -> "PolicyCopy":
         """This policy in a learner that is otherwise as it is now, which this does not change."""
         own = LearnerSnapshot.take(model)
-        model.set_parameters({"policy": dict(self.state)}, exact_match=False)
+        parameters: dict[str, Any] = {"policy": dict(self.state)}
+        model.set_parameters(parameters, exact_match=False)
         snapshot = LearnerSnapshot.take(model)
         own.restore(model)
         return PolicyCopy(self.state, self.statistics, snapshot)
@@ -160,7 +161,7 @@ class Cast:
 
     def choose(self) -> np.ndarray:
         """The actions in all environments for the learner's last observations, shape ``(n_envs, action_dim)``."""
-        actions = np.array(self.champion.act(deterministic=True), copy=True)
+        actions: np.ndarray = np.array(self.champion.act(deterministic=True), copy=True)
         for kind in {*self.actors} - {Kind.SERVE}:
             where = [place for place, actor in enumerate(self.actors) if actor is kind and place not in self.broken]
             others = self.challenger.act(deterministic=True) if kind is Kind.TRIAL else self._explore()
@@ -169,14 +170,14 @@ class Cast:
                     actions[place] = others[place]
                 else:
                     self.broken.add(place)
-        return np.clip(actions, self.action_space.low, self.action_space.high)
+        return actions.clip(self.action_space.low, self.action_space.high)
 
     def _explore(self) -> np.ndarray:
         if self._model.use_sde:
             # The matrix that the learner has drawn for this rollout, since nobody draws one for the champion
-            noise_matrices: Any = [policy.actor.action_dist for policy in (self.champion.policy, self._model)]
-            for name in ("exploration_mat", "exploration_matrices"):
-                setattr(noise_matrices[0], name, getattr(noise_matrices[1], name))
+            policies: list[Any] = [self.champion.policy, self._model.policy]
+            own, drawn = (policy.actor.action_dist for policy in policies)
+            own.exploration_mat, own.exploration_matrices = drawn.exploration_mat, drawn.exploration_matrices
         actions, noise = self.champion.act(deterministic=False), self._model.action_noise
         if noise is None:
             return actions

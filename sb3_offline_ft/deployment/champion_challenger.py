@@ -263,6 +263,12 @@ class ChampionChallenger(BaseCallback):
 
     # Each step
 
+    def _on_rollout_start(self) -> None:
+        # It would learn nothing any more, and with SB3's stochastic policies end the run with an error
+        policy: Any = self.model.policy
+        if not all(bool(parameter.isfinite().all()) for parameter in policy.actor.parameters()):
+            self._refuse()
+
     def _on_step(self) -> bool:
         normalize, broken = self.model.get_vec_normalize_env(), self._cast.broken
         rewards = self.locals["rewards"] if normalize is None else normalize.get_original_reward()
@@ -306,12 +312,15 @@ class ChampionChallenger(BaseCallback):
         self._last_updates = self.model._n_updates
         challenger = self._contender()
         if not challenger.policy.is_finite:
-            self._report.event("refused", reason="non-finite parameters")
-            self._restore_learner()
+            self._refuse()
             return None
         self._cast.challenger.take(challenger.policy)
         self._report.event("challenge", challenger=challenger.name)
         return challenger
+
+    def _refuse(self) -> None:
+        self._report.event("refused", reason="non-finite parameters")
+        self._restore_learner()
 
     def _sync(self) -> None:
         """Let act who is to act."""
