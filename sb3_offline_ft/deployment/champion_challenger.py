@@ -44,6 +44,10 @@ class ChampionChallenger(BaseCallback):
     better than the champion's (in stochastic order) is at most ``false_promotion_rate``, also while returns drift with time
     (see :class:`PromotionTest`). The i-th test, counted from 0, has the level ``false_promotion_rate / ((i + 1) (i + 2))``.
 
+    Beside it in a run, an ``EvalCallback`` evaluates and saves the champion, and a ``CollapseGuard`` sees the episodes of
+    whoever acts: it tells of a champion that has become worse than its baseline, and nothing of the learner. A learner whose
+    policy is not finite is put back to the champion at once.
+
     :param risk_budget: Share of a total loss that an episode of the run may cost on average, in [0, 1); with 0 the baseline
         serves for ever, while the learner learns
     :param random_return: Mean return of a random policy
