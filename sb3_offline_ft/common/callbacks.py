@@ -139,6 +139,8 @@ class BestEvaluation:
     def __init__(self) -> None:
         self.callbacks: list[EvalCallback] = []
         """Those of the present call of ``learn``."""
+        self.are_of_learner = True
+        """Whether they evaluate the learner, and not a policy that acts in its place."""
         self.mean_reward = -math.inf
 
     @property
@@ -150,8 +152,8 @@ class BestEvaluation:
         self.mean_reward = self._best
 
     def has_new(self) -> bool:
-        """Whether there is a better one since the last call."""
-        has_new = self._best > self.mean_reward
+        """Whether there is a better one of the learner since the last call."""
+        has_new = self.are_of_learner and self._best > self.mean_reward
         self.mean_reward = max(self.mean_reward, self._best)
         return has_new
 

@@ -29,6 +29,17 @@ def whole_number(value: Any, name: str, least: int = 0) -> int:
     return int(value)
 
 
+def number(value: Any, name: str) -> float:
+    """
+    Check a number.
+
+    :raises ValueError: It is something else
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"`{name}` must be a number, found {value!r}.")
+    return float(value)
+
+
 def number_pair(value: Any, name: str) -> tuple[float, float]:
     """
     Check a pair of numbers; YAML files and saved models write it as a list.

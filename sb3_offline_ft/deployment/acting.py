@@ -29,7 +29,7 @@ class PolicyCopy:
     :param state: Its parameters and statistics by name
     :param statistics: Those of ``VecNormalize`` for observations, by key ("" where observations are no dictionary); None if
         observations are not normalized
-    :param snapshot: The whole learner then; a copy read from a file has none
+    :param snapshot: The whole learner then; None if nobody needs it
     """
 
     state: Mapping[str, th.Tensor]
@@ -70,6 +70,15 @@ class PolicyCopy:
             for name in ("mean", "var", "count"):
                 setattr(statistics[key], name, arrays[f"{STATISTICS}.{name}.{key}"])
         return cls(state, statistics or None)
+
+    def in_learner(self, model: OffPolicyAlgorithm) -> "PolicyCopy":
+        """This policy in a learner that is otherwise as it is now, which this does not change."""
+        own = LearnerSnapshot.take(model)
+        parameters: dict[str, Any] = {"policy": dict(self.state)}
+        model.set_parameters(parameters, exact_match=False)
+        snapshot = LearnerSnapshot.take(model)
+        own.restore(model)
+        return PolicyCopy(self.state, self.statistics, snapshot)
 
 
 def _normalizer(model: OffPolicyAlgorithm) -> VecNormalize | None:
@@ -150,9 +159,9 @@ class Cast:
         """Whether exploring differs from serving: there is action noise, or the policy is a stochastic one."""
         return self._model.action_noise is not None or hasattr(getattr(self._model, "actor", None), "log_std")
 
-    def predict(self, observations: Any = None, *args: Any, **kwargs: Any) -> tuple[np.ndarray, None]:
-        """The actions in all environments for the learner's last observations, as SB3's policies give them."""
-        actions = np.array(self.champion.act(deterministic=True), copy=True)
+    def choose(self) -> np.ndarray:
+        """The actions in all environments for the learner's last observations, shape ``(n_envs, action_dim)``."""
+        actions: np.ndarray = np.array(self.champion.act(deterministic=True), copy=True)
         for kind in {*self.actors} - {Kind.SERVE}:
             where = [place for place, actor in enumerate(self.actors) if actor is kind and place not in self.broken]
             others = self.challenger.act(deterministic=True) if kind is Kind.TRIAL else self._explore()
@@ -161,9 +170,14 @@ class Cast:
                     actions[place] = others[place]
                 else:
                     self.broken.add(place)
-        return np.clip(actions, self.action_space.low, self.action_space.high), None
+        return actions.clip(self.action_space.low, self.action_space.high)
 
     def _explore(self) -> np.ndarray:
+        if self._model.use_sde:
+            # The matrix that the learner has drawn for this rollout, since nobody draws one for the champion
+            policies: list[Any] = [self.champion.policy, self._model.policy]
+            own, drawn = (policy.actor.action_dist for policy in policies)
+            own.exploration_mat, own.exploration_matrices = drawn.exploration_mat, drawn.exploration_matrices
         actions, noise = self.champion.act(deterministic=False), self._model.action_noise
         if noise is None:
             return actions
@@ -172,18 +186,12 @@ class Cast:
         return policy.unscale_action(np.clip(policy.scale_action(actions) + noise(), -1, 1))
 
     def take_over(self) -> None:
-        """Act from now on."""
-        if hasattr(self._model, "let_act"):
-            self._model.let_act(self)
-        else:
-            self._model.__class__ = _acted_for(_own_class(self._model), self)
+        """Act from now on, until the learner's present run ends, however it does."""
+        self._model.__class__ = _acted_for(_own_class(self._model), self, self._model.start_time)
 
     def leave(self) -> None:
         """Let the learner act itself again."""
-        if hasattr(self._model, "let_act"):
-            self._model.let_act(None)
-        else:
-            self._model.__class__ = _own_class(self._model)
+        self._model.__class__ = _own_class(self._model)
 
 
 def _own_class(model: OffPolicyAlgorithm) -> type[OffPolicyAlgorithm]:
@@ -191,11 +199,15 @@ def _own_class(model: OffPolicyAlgorithm) -> type[OffPolicyAlgorithm]:
     return own
 
 
-def _acted_for(own: type[OffPolicyAlgorithm], cast: Cast) -> type[OffPolicyAlgorithm]:
+def _acted_for(own: type[OffPolicyAlgorithm], cast: Cast, run: float) -> type[OffPolicyAlgorithm]:
     """The class of a learner for which others act; an attribute of the learner itself would be saved with it."""
 
     def _sample_action(self: Any, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
-        actions, _ = cast.predict()
+        # After an interrupt nobody puts the class back
+        if self.start_time != run:
+            self.__class__ = own
+            return own._sample_action(self, *args, **kwargs)
+        actions = cast.choose()
         return actions, self.policy.scale_action(actions)
 
     return type(own.__name__, (own,), {"_sample_action": _sample_action, "_own_class": own, "__module__": own.__module__})

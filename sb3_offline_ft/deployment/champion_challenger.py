@@ -15,13 +15,14 @@ from sb3_offline_ft.collapse.events import Event
 from sb3_offline_ft.collapse.learner import is_pretraining, move_reference
 from sb3_offline_ft.collapse.reporting import run_folder
 from sb3_offline_ft.common.callbacks import find_callbacks
-from sb3_offline_ft.common.checks import known_keywords, whole_number
+from sb3_offline_ft.common.checks import known_keywords, number, whole_number
+from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.acting import Cast, PolicyCopy
 from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
 from sb3_offline_ft.deployment.history import FIGURE, History
 from sb3_offline_ft.deployment.reporting import Reporter
-from sb3_offline_ft.deployment.state import SavedContest
+from sb3_offline_ft.deployment.state import SAVED_ATTRIBUTES, SavedContest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +48,10 @@ class ChampionChallenger(BaseCallback):
     **Promise 2, statistical.** The probability that any challenger becomes champion in a run although its returns are not
     better than the champion's (in stochastic order) is at most ``false_promotion_rate``, also while returns drift with time
     (see :class:`PromotionTest`). The i-th test, counted from 0, has the level ``false_promotion_rate / ((i + 1) (i + 2))``.
+
+    Beside it in a run, an ``EvalCallback`` evaluates and saves the champion, and a ``CollapseGuard`` sees the episodes of
+    whoever acts: it tells of a champion that has become worse than its baseline, and nothing of the learner. A learner whose
+    policy is not finite is put back to the champion at once.
 
     :param risk_budget: Share of a total loss that an episode of the run may cost on average, in [0, 1); with 0 the baseline
         serves for ever, while the learner learns
@@ -102,14 +107,14 @@ class ChampionChallenger(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         self.rules = Rules(
-            risk_budget=float(risk_budget),
-            random_return=float(random_return),
-            worst_return=float(random_return if worst_return is None else worst_return),
-            false_promotion_rate=false_promotion_rate,
+            risk_budget=number(risk_budget, "risk_budget"),
+            random_return=number(random_return, "random_return"),
+            worst_return=number(random_return if worst_return is None else worst_return, "worst_return"),
+            false_promotion_rate=number(false_promotion_rate, "false_promotion_rate"),
             baseline_episodes=whole_number(baseline_episodes, "baseline_episodes", least=2),
-            trial_share=trial_share,
-            futility=futility,
-            least_lead=least_lead,
+            trial_share=number(trial_share, "trial_share"),
+            futility=number(futility, "futility"),
+            least_lead=number(least_lead, "least_lead"),
             max_trial_episodes=whole_number(max_trial_episodes, "max_trial_episodes", least=2),
             canary_envs=None if canary_envs is None else whole_number(canary_envs, "canary_envs", least=1),
         )
@@ -127,17 +132,23 @@ class ChampionChallenger(BaseCallback):
     @property
     def events(self) -> list[Event]:
         """All events of the run, as in ``deployment_events.jsonl``."""
+        self._check_has_run()
         return self._report.log.events
 
     @property
     def champion(self) -> Contender:
         """Who serves now."""
-        return self._contest.champion
+        return self.contest.champion
 
     @property
     def contest(self) -> Contest:
         """Who acts, what it has cost, and what was proved."""
+        self._check_has_run()
         return self._contest
+
+    def _check_has_run(self) -> None:
+        if self._seen_model is None:
+            raise ValueError("This ChampionChallenger has not run yet, and has no champion: pass it to `learn`.")
 
     def predict(self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = True) -> Any:
         """
@@ -149,6 +160,7 @@ class ChampionChallenger(BaseCallback):
         :param deterministic: Whether to act without exploration
         :return: Actions and state
         """
+        self._check_has_run()
         return self._cast.champion.predict(observation, state, episode_start, deterministic)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -170,13 +182,16 @@ class ChampionChallenger(BaseCallback):
 
     def save_champion(self, path: str | Path) -> None:
         """
-        Save the learner with the champion's policy, as ``model.save`` does; SB3 loads it without this package if it could load
-        the learner.
+        Save the learner with the champion's policy, as ``model.save`` does, whole or not at all; SB3 loads it without this
+        package if it could load the learner. Statistics of ``VecNormalize`` are not in it, as in SB3: the champion's are
+        ``champion.policy.statistics``.
 
-        :param path: The zip file
+        :param path: The zip file, to which ``.zip`` is added if it has no suffix
         """
-        with self._as_champion():
-            self.model.save(path)
+        path = Path(path)
+        with self._as_champion(), atomic_write(path if path.suffix else path.with_suffix(".zip")) as file:
+            # SB3 types a path only, and documents a stream
+            self.model.save(file, exclude=SAVED_ATTRIBUTES)  # type: ignore[arg-type]
 
     @contextmanager
     def _as_champion(self) -> Iterator[None]:
@@ -194,11 +209,15 @@ class ChampionChallenger(BaseCallback):
         siblings = self.locals.get("callback")
         self._check_run(siblings)
         model, goes_on = self.model, not self.locals.get("reset_num_timesteps", True)
-        if goes_on and self._seen_model is model:
-            if model._last_obs is not self._last_obs:
-                self._begin_all()
-        else:
+        if not goes_on or self._seen_model is not model:
             self._start_run(goes_on, siblings)
+        elif self._is_running or model._last_obs is not self._last_obs:
+            # Interrupted, or others have acted since: episodes at risk are charged, as in a file
+            self._state.take_up(self._contest)
+            self._begin_all(whole=False)
+        for evaluation in find_callbacks(siblings, EvalCallback):
+            # What is deployed is what is evaluated
+            evaluation.model = _Served(model, self)  # type: ignore[assignment]
         self._cast.take_over()
         self._is_running = True
 
@@ -214,6 +233,8 @@ class ChampionChallenger(BaseCallback):
             raise ValueError("ChampionChallenger decides who acts, and nobody does in `pretrain`: pass it to `learn`.")
         if sum(1 for _ in find_callbacks(siblings, ChampionChallenger)) > 1:
             raise ValueError("There are several ChampionChallengers in the list of callbacks, expected one: only one can act.")
+        if getattr(model, "guide_policy", None) is not None:
+            raise ValueError("`guide_policy` has no use with ChampionChallenger, which decides who acts: leave one out.")
 
     def _start_run(self, goes_on: bool, siblings: BaseCallback | None) -> None:
         model = self.model
@@ -221,58 +242,71 @@ class ChampionChallenger(BaseCallback):
         saved = SavedContest.read(model) if goes_on else None
         self._contest = Contest(self.rules, self._contender(), model.n_envs, self.seed)
         self._last_updates, self._rejections_in_a_row = model._n_updates, 0
+        differences = "" if saved is None else saved.differences(self._settings)
         if saved is not None:
             self._last_updates, self._rejections_in_a_row = saved.take_up(self._contest)
-        self._cast = Cast(model, self.champion.policy)
+        self._cast = Cast(model, self._contest.champion.policy)
         if self._contest.challenge is not None:
             self._cast.challenger.take(self._contest.challenge.challenger.policy)
         self._report = Reporter(model, folder, self.verbose, resume=saved is not None)
         self._seen_model = model
         self._tell_start(resumed=saved is not None)
-        # An episode that was running before is not a whole one
-        self._begin_all(whole=model.num_timesteps == 0 or not goes_on or saved is not None)
-        for evaluation in find_callbacks(siblings, EvalCallback):
-            # What is deployed is what is evaluated
-            evaluation.model = _Served(model, self)  # type: ignore[assignment]
+        if differences:
+            self._report.warn(f"Settings differ from those of the saved run: {differences}.")
+        self._begin_all(whole=not goes_on or model.num_timesteps == 0)
 
     def _tell_start(self, resumed: bool) -> None:
+        self._report.start(self._contest, self._settings, self._cast.explores, resumed)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("min_updates", "restore_after", "segment_steps", "seed")}
-        self._report.start(self._contest, vars(self.rules) | own, self._cast.explores, resumed)
+        # Of those that were given, a run that goes on keeps its own in part
+        return vars(self._contest.rules) | own
 
     def _contender(self) -> Contender:
         return Contender(self.model.num_timesteps, PolicyCopy.of(self.model))
 
-    def _begin_all(self, whole: bool = True) -> None:
+    def _begin_all(self, whole: bool) -> None:
+        """Begin in all environments; in what is left of episodes that were running before, the champion serves."""
         n = self.model.n_envs
         self._totals, self._lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
-        for place in range(n):
+        for place in range(n) if whole else ():
             self._begin(place)
-            self._contest.running[place].counts = whole
+        self._sync()
+        self._keep_state()
 
     # Each step
+
+    def _on_rollout_start(self) -> None:
+        # It would learn nothing any more, and with SB3's stochastic policies end the run with an error
+        policy: Any = self.model.policy
+        if not all(bool(parameter.isfinite().all()) for parameter in policy.actor.parameters()):
+            self._refuse()
 
     def _on_step(self) -> bool:
         normalize, broken = self.model.get_vec_normalize_env(), self._cast.broken
         rewards = self.locals["rewards"] if normalize is None else normalize.get_original_reward()
         finite = np.isfinite(rewards)
-        self._totals += np.where(finite, rewards, 0.0)
+        self._totals += rewards
         self._lengths += 1
         ended = self.locals["dones"] | (self._lengths == self.segment_steps)
-        hurt = [place for place, episode in enumerate(self._contest.running) if episode.actor is Kind.TRIAL]
-        for place in hurt:
-            if place in broken or not finite[place]:
-                self._decide(self._contest.stop_trial("non-finite action" if place in broken else "non-finite reward"))
+        tried = [place for place, episode in enumerate(self._contest.running) if episode.actor is Kind.TRIAL]
+        hurt = [place for place in tried if place in broken or not finite[place]]
+        if hurt:
+            self._decide(self._contest.stop_trial("non-finite action" if hurt[0] in broken else "non-finite reward"))
         for place in np.flatnonzero(ended).tolist():
             self._end(place)
         for place in np.flatnonzero(ended).tolist():
             self._begin(place)
-        if ended.any():
+        if ended.any() or hurt:
             self._keep_state()
         return True
 
     def _begin(self, place: int) -> None:
         self._totals[place] = self._lengths[place] = 0
-        self._contest.begin(place, self._offer if self._has_learned else None, self._cast.explores)
+        may_explore = self._cast.explores and place < (self.rules.canary_envs or self.model.n_envs)
+        self._contest.begin(place, self._offer if self._has_learned else None, may_explore)
         self._report.baseline(self._contest)
         self._sync()
 
@@ -280,6 +314,10 @@ class ChampionChallenger(BaseCallback):
         # A decision changes what is running
         episode = replace(self._contest.running[place])
         total, length = float(self._totals[place]), int(self._lengths[place])
+        if not np.isfinite(total):
+            # Nobody knows what it returned
+            total, self._contest.running[place].counts = self._contest.rules.worst_return, False
+            episode.counts = False
         then = self.champion, self._contest.challenge
         verdict = self._contest.end(place, total)
         self._report.episode(place, episode, total, length, self._contest, then)
@@ -294,12 +332,15 @@ class ChampionChallenger(BaseCallback):
         self._last_updates = self.model._n_updates
         challenger = self._contender()
         if not challenger.policy.is_finite:
-            self._report.event("refused", reason="non-finite parameters")
-            self._restore_learner()
+            self._refuse()
             return None
         self._cast.challenger.take(challenger.policy)
         self._report.challenge(challenger, self._contest)
         return challenger
+
+    def _refuse(self) -> None:
+        self._report.event("refused", reason="non-finite parameters")
+        self._restore_learner()
 
     def _sync(self) -> None:
         """Let act who is to act."""
@@ -327,9 +368,7 @@ class ChampionChallenger(BaseCallback):
     def _restore_learner(self) -> None:
         champion = self.champion.policy
         self._rejections_in_a_row = 0
-        if champion.snapshot is None:
-            self._report.warn("The learner is not put back: of a champion that was read from a file there is only the policy.")
-            return
+        assert champion.snapshot is not None
         # Not the random generators: the same batches would lead to the same policy
         champion.snapshot.restore(self.model, generators=False)
         move_reference(self.model, champion.state)
@@ -339,7 +378,11 @@ class ChampionChallenger(BaseCallback):
     # End
 
     def _keep_state(self) -> None:
-        SavedContest.of(self._contest, self._last_updates, self._rejections_in_a_row).write(self.model)
+        self._state.write(self.model)
+
+    @property
+    def _state(self) -> SavedContest:
+        return SavedContest.of(self._contest, self._settings, self._last_updates, self._rejections_in_a_row)
 
     def _write_champion(self) -> None:
         if self._folder is not None:
@@ -354,6 +397,8 @@ class ChampionChallenger(BaseCallback):
             return
         self._is_running = False
         self._cast.leave()
+        for evaluation in find_callbacks(self.locals.get("callback"), EvalCallback):
+            evaluation.model = self.model
         self._last_obs = self.model._last_obs
         self._report.end(self._contest)
         self._keep_state()

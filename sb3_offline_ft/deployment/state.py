@@ -1,7 +1,7 @@
 """What a saved model holds of a contest."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -12,30 +12,35 @@ from sb3_offline_ft.deployment.acting import PolicyCopy
 from sb3_offline_ft.deployment.contest import Contest
 
 STATE, POLICIES = "champion_challenger_state", "champion_challenger_policies"
+SAVED_ATTRIBUTES = (STATE, POLICIES)
 VERSION = 1
+OF_THE_BUDGET = ("risk_budget", "random_return", "worst_return")
+"""Settings that a run keeps, since its promise is about the whole run."""
 
 
 @dataclass
 class SavedContest:
-    """The contest's state in the form of JSON, and its policies as texts by the names of their contenders."""
+    """The contest's state and settings in the form of JSON, and its policies by the names of their contenders."""
 
     contest: dict[str, Any]
+    settings: dict[str, Any]
     policies: dict[str, PolicyCopy]
     last_updates: int
     rejections_in_a_row: int
 
     @classmethod
-    def of(cls, contest: Contest, last_updates: int, rejections_in_a_row: int) -> Self:
+    def of(cls, contest: Contest, settings: dict[str, Any], last_updates: int, rejections_in_a_row: int) -> Self:
         challenger = None if contest.challenge is None else contest.challenge.challenger
         contenders = {"champion": contest.champion, "predecessor": contest.predecessor, "challenger": challenger}
         policies = {role: contender.policy for role, contender in contenders.items() if contender is not None}
-        return cls(contest.state_dict(), policies, last_updates, rejections_in_a_row)
+        return cls(contest.state_dict(), settings, policies, last_updates, rejections_in_a_row)
 
     def write(self, model: OffPolicyAlgorithm) -> None:
-        """Put the state where SB3's ``save`` finds it: text attributes of the model, no pickle."""
-        content = {"version": VERSION, "contest": self.contest, "counts": [self.last_updates, self.rejections_in_a_row]}
+        """Put the state where SB3's ``save`` finds it: attributes of the model in the form of JSON, no pickle."""
+        counts = [self.last_updates, self.rejections_in_a_row]
+        content = {"version": VERSION, "contest": self.contest, "settings": self.settings, "counts": counts}
         setattr(model, STATE, json.dumps(content))
-        setattr(model, POLICIES, json.dumps({role: policy.text for role, policy in self.policies.items()}))
+        setattr(model, POLICIES, {role: policy.text for role, policy in self.policies.items()})
 
     @classmethod
     def read(cls, model: OffPolicyAlgorithm) -> Self | None:
@@ -43,11 +48,11 @@ class SavedContest:
         if STATE not in vars(model):
             return None
         try:
-            content, texts = (json.loads(vars(model)[name]) for name in (STATE, POLICIES))
+            content, texts = json.loads(vars(model)[STATE]), vars(model)[POLICIES]
             if content["version"] != VERSION:
                 raise ValueError(f"it has version {content['version']}, expected {VERSION}")
-            policies = {role: PolicyCopy.from_arrays(arrays_from_text(text)) for role, text in texts.items()}
-            return cls(content["contest"], policies, *content["counts"])
+            policies = {role: PolicyCopy.from_arrays(arrays_from_text(text)).in_learner(model) for role, text in texts.items()}
+            return cls(content["contest"], content["settings"], policies, *content["counts"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             warn(f"ChampionChallenger: its state in the model cannot be taken up ({error}), so that it begins anew.")
             return None
@@ -55,4 +60,27 @@ class SavedContest:
     def take_up(self, contest: Contest) -> tuple[int, int]:
         """Go on from this state; gives the gradient steps at the last challenge, and rejections in a row."""
         contest.load_state_dict(self.contest, self.policies)
+        contest.rules = replace(contest.rules, **{name: self.settings[name] for name in OF_THE_BUDGET})
         return self.last_updates, self.rejections_in_a_row
+
+    def differences(self, settings: dict[str, Any]) -> str:
+        """
+        How settings differ from those of the saved run, in words; empty if they do not.
+
+        :raises ValueError: What is compared would be something else
+        """
+        saved = self.settings
+        if saved["segment_steps"] != settings["segment_steps"]:
+            raise ValueError(
+                f"`segment_steps` is {settings['segment_steps']}, and the saved run had {saved['segment_steps']}: returns of "
+                "other lengths cannot be compared. Give the same, or begin a run with `reset_num_timesteps=True`."
+            )
+        names = [name for name, value in settings.items() if name in saved and saved[name] != value]
+        kept = (*OF_THE_BUDGET, "seed")
+        words = [
+            f"`{name}` stays {saved[name]}, not {settings[name]}"
+            if name in kept
+            else f"`{name}` is {settings[name]} from now on, before {saved[name]}"
+            for name in names
+        ]
+        return "; ".join(words)

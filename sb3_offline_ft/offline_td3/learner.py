@@ -282,6 +282,8 @@ class OfflineLearner(TD3):
         if is_reset and isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             self.replay_buffer.cut_episodes()
         self.evaluations.callbacks = list(find_callbacks(started, EvalCallback))
+        everyone = find_callbacks(started, BaseCallback)  # type: ignore[type-abstract]  # only looked for
+        self.evaluations.are_of_learner = not any(getattr(one, "moves_reference", False) for one in everyone)
         if self.remaining_offline_steps > 0:
             show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
             try:

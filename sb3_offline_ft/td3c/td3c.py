@@ -161,7 +161,8 @@ class TD3C(OfflineTD3):
                 "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
                 "Pretrain with `offline_steps` or `pretrain()`."
             )
-        if pretrained and self.constraint_reference == "best" and not self.evaluations.callbacks:
+        is_told = bool(self.evaluations.callbacks) or not self.evaluations.are_of_learner
+        if pretrained and self.constraint_reference == "best" and not is_told:
             warn(
                 "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference "
                 "stays the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained'."
