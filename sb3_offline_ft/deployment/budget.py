@@ -1,5 +1,6 @@
 """What may be lost while something new is tried."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,12 +105,16 @@ class RiskBudget:
         self.lost_to_champion += loss
         return loss
 
+    def abandon(self, place: int) -> None:
+        """What runs here will not be finished; if it is at risk, it counts as if it had ended at its worst."""
+        if place in self._running:
+            self.end(place, self.worst_return)
+
     def state_dict(self) -> dict[str, Any]:
         """The account in the form of JSON, as if the episodes at risk that are running ended at their worst."""
-        account = RiskBudget(self.share, self.baseline, self.worst_return, self.n_episodes, self.lost, self.lost_to_champion)
-        for place, champion in self._running.items():
-            account.begin(place, champion)
-            account.end(place, self.worst_return)
+        account = copy.deepcopy(self)
+        for place in self._running:
+            account.abandon(place)
         state = {name: getattr(account, name) for name in ("share", "worst_return", "n_episodes", "lost", "lost_to_champion")}
         return state | {"baseline": vars(self.baseline)}
 

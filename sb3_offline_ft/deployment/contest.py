@@ -11,7 +11,7 @@ import numpy as np
 from sb3_offline_ft.collapse.detectors import BettingDetector
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 from sb3_offline_ft.deployment.budget import Level, RiskBudget
-from sb3_offline_ft.deployment.promotion import PromotionTest, chance_of_being_better
+from sb3_offline_ft.deployment.promotion import Bet, PromotionTest, chance_of_being_better
 
 LEAST_WATCHED = 5
 """Episodes of a predecessor without which nobody can tell whether its successor is worse."""
@@ -46,7 +46,7 @@ class Contender:
     @property
     def mean(self) -> float:
         """Mean return; not a number without episodes."""
-        return float(np.mean(self.returns)) if self.returns else math.nan
+        return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
     @property
     def standard_error(self) -> float:
@@ -60,8 +60,8 @@ class Episode:
     """An episode, or a segment of one, that is running."""
 
     kind: Kind = Kind.SERVE
-    share: float | None = None
-    """Probability with which a coin could give it to the challenger; None without a coin."""
+    bet: Bet | None = None
+    """On who acts in it, if a coin decided that."""
     counts: bool = True
     """Whether one policy acts in it from beginning to end."""
     is_handed_back: bool = False
@@ -79,12 +79,10 @@ class Challenge:
     A challenger's trial: a first episode that can only end it, then a test of which each episode is given by a coin.
 
     :param challenger: Who challenges
-    :param level: Level of the test, if it comes to it
-    :param test: None until the challenger has survived its first episode, which costs nothing of the level
+    :param test: None until the challenger has survived its first episode, which costs nothing of the false-promotion rate
     """
 
     challenger: Contender
-    level: float
     test: PromotionTest | None = None
 
 
@@ -151,7 +149,7 @@ class Contest:
         """None until the baseline is known; before, only the champion acts."""
         self.running = [Episode(counts=False) for _ in range(n_places)]
         self.n_tests = 0
-        """Challengers that have survived their first episode, each of which had a share of the false-promotion rate."""
+        """Tests that were begun, each of which had a share of the false-promotion rate."""
         self._coin = np.random.default_rng(seed)
         self._watch: BettingDetector | None = None
         self._n_baseline = 0
@@ -178,17 +176,18 @@ class Contest:
         :param explores: Whether exploring differs from serving
         :return: The episode
         """
+        self._abandon(place)
         episode = self.running[place] = Episode()
         if self.budget is None and offer is not None and len(self.champion.returns) >= self.rules.baseline_episodes:
-            self.budget = RiskBudget(self.rules.risk_budget, self.level, self.rules.worst_return, self._n_baseline)
+            # The baseline itself may have shown that less is possible
+            worst = min(self.rules.worst_return, *self.champion.returns)
+            self.budget = RiskBudget(self.rules.risk_budget, self.level, worst, self._n_baseline)
         if self.budget is None or not self.budget.covers(self.level):
             return episode
         if self.challenge is None and offer is not None:
             challenger = offer()
             if challenger is not None:
-                # They sum to the whole rate
-                rate = self.rules.false_promotion_rate / ((self.n_tests + 1) * (self.n_tests + 2))
-                self.challenge = Challenge(challenger, rate)
+                self.challenge = Challenge(challenger)
         if self.challenge is not None:
             self._draw(place, episode, self.challenge)
         elif explores and self.budget.covers(self.level, self._expected_exploration_loss):
@@ -197,15 +196,30 @@ class Contest:
             self.budget.begin(place, self.level)
         return episode
 
+    def _abandon(self, place: int) -> None:
+        """What runs here will not be finished."""
+        if self.budget is not None:
+            self.budget.abandon(place)
+        if self.challenge is not None and self.challenge.test is not None and self.running[place].bet is not None:
+            self._begin_test(self.challenge)
+
     def _draw(self, place: int, episode: Episode, challenge: Challenge) -> None:
         if self.rules.canary_envs is not None and place >= self.rules.canary_envs:
             return
         if challenge.test is None:
-            others = (other.kind is Kind.TRIAL for other in self.running if other is not episode)
+            others = (other.actor is Kind.TRIAL for other in self.running if other is not episode)
             episode.kind = Kind.SERVE if any(others) else Kind.TRIAL
         else:
-            episode.share = self.rules.trial_share
-            episode.kind = Kind.TRIAL if self._coin.random() < episode.share else Kind.SERVE
+            share, challenger = self.rules.trial_share, challenge.challenger
+            episode.bet = challenge.test.bet(share, self.champion.returns, challenger.returns, self.unit)
+            episode.kind = Kind.TRIAL if self._coin.random() < share else Kind.SERVE
+
+    def _begin_test(self, challenge: Challenge) -> None:
+        # The levels sum to the whole rate
+        challenge.test = PromotionTest(self.rules.false_promotion_rate / ((self.n_tests + 1) * (self.n_tests + 2)))
+        self.n_tests += 1
+        for episode in self.running:
+            episode.bet = None
 
     @property
     def _expected_exploration_loss(self) -> float:
@@ -232,6 +246,7 @@ class Contest:
         :return: What is decided; None if nothing. The champion acts in what is left of other running trials then
         """
         episode, challenge = self.running[place], self.challenge
+        bet, episode.bet = episode.bet, None
         if self.budget is None:
             self._n_baseline += 1
         else:
@@ -240,10 +255,8 @@ class Contest:
                 self._exploration_losses.append(loss)
         if not episode.counts or episode.kind is Kind.EXPLORE:
             return None
-        if challenge is not None and challenge.test is not None and episode.share is not None:
-            is_challenger = episode.kind is Kind.TRIAL
-            champion, challenger = self.champion.returns, challenge.challenger.returns
-            challenge.test.bet(total, is_challenger, episode.share, champion, challenger, self.unit)
+        if bet is not None:
+            bet.settle(total, episode.kind is Kind.TRIAL)
         if episode.kind is Kind.TRIAL and challenge is not None:
             challenge.challenger.returns.append(total)
         elif episode.kind is Kind.SERVE:
@@ -263,8 +276,7 @@ class Contest:
         if len(challenger.returns) >= self.rules.max_trial_episodes:
             return self._reject(challenge, "undecided")
         if challenge.test is None:
-            challenge.test = PromotionTest(challenge.level)
-            self.n_tests += 1
+            self._begin_test(challenge)
         return None
 
     # Decisions
@@ -304,8 +316,8 @@ class Contest:
 
     def state_dict(self) -> dict[str, Any]:
         """
-        The state in the form of JSON, without policies. Episodes at risk that are running will not be finished: they are
-        charged their worst case.
+        The state in the form of JSON, without policies. Episodes that are running will not be finished: those at risk are
+        charged their worst case, and a test begins anew, since which episodes are cut off may depend on who acts.
         """
         budget = self.budget
         return {
@@ -317,8 +329,6 @@ class Contest:
                     ("challenger", None if self.challenge is None else self.challenge.challenger),
                 )
             },
-            "level": None if self.challenge is None else self.challenge.level,
-            "test": None if self.challenge is None or self.challenge.test is None else self.challenge.test.state_dict(),
             "budget": None if budget is None else budget.state_dict(),
             "n_tests": self.n_tests,
             "n_baseline": self._n_baseline,
@@ -341,12 +351,11 @@ class Contest:
         champion, challenger = contenders["champion"], contenders["challenger"]
         assert champion is not None
         self.champion, self.predecessor = champion, contenders["predecessor"]
-        self.challenge = None
-        if challenger is not None:
-            test = None if state["test"] is None else PromotionTest.from_state_dict(state["test"])
-            self.challenge = Challenge(challenger, state["level"], test)
+        self.challenge = None if challenger is None else Challenge(challenger)
         self.budget = None if state["budget"] is None else RiskBudget.from_state_dict(state["budget"])
         self.n_tests, self._n_baseline = state["n_tests"], state["n_baseline"]
+        if self.challenge is not None and self.challenge.challenger.returns:
+            self._begin_test(self.challenge)
         self._exploration_losses = list(state["exploration_losses"])
         self._coin.bit_generator.state = state["coin"]
         self._watch = None

@@ -1,18 +1,15 @@
 """Proof that a challenger is better than the champion, from few episodes."""
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-from scipy.special import expit, logsumexp
-from scipy.stats import norm
+from scipy.special import expit, ndtr
 
-Floats = npt.NDArray[np.float64]
-
-LEADS = np.array([0.5, 1.0, 2.0, 4.0])
-"""How far a challenger may be ahead, in standard deviations of the champion: what is bet on."""
+LEAST_LEAD = 1.0
+"""Standard deviations of the champion: to prove a smaller lead takes longer than trials last, so none is bet on."""
 MOST_CERTAIN = 0.95
 """No bet is surer than this: it could not be recovered from when it is lost."""
 FARTHEST = 5.0
@@ -32,6 +29,38 @@ def spread_of(returns: Sequence[float], unit: float) -> float:
     return max(spread, SMALLEST_SPREAD * unit, math.ulp(1.0))
 
 
+@dataclass
+class Bet:
+    """
+    A bet on who acts in an episode, which is fixed before it begins.
+
+    :param share: Probability with which the coin chooses the challenger, in (0, 1)
+    :param center: Mean return of the champion so far
+    :param spread: Standard deviation of its returns
+    :param lead: By how many of these the challenger is thought to be ahead
+    """
+
+    share: float
+    center: float
+    spread: float
+    lead: float
+    log_gain: float | None = None
+    """Natural logarithm of what the bet multiplied the capital by; None while the episode runs."""
+
+    def settle(self, total: float, is_challenger: bool) -> None:
+        """
+        The episode has ended.
+
+        :param total: Its return
+        :param is_challenger: Whether the challenger acted
+        """
+        score = max(-FARTHEST, min(FARTHEST, (total - self.center) / self.spread))
+        # Two normal distributions of the same spread
+        odds = self.lead * (score - self.lead / 2) + math.log(self.share / (1 - self.share))
+        chance = max(1 - MOST_CERTAIN, min(MOST_CERTAIN, float(expit(odds))))
+        self.log_gain = math.log(chance / self.share if is_challenger else (1 - chance) / (1 - self.share))
+
+
 class PromotionTest:
     """
     A sequential test of "the challenger is not better than the champion" by betting on a coin.
@@ -44,21 +73,21 @@ class PromotionTest:
     distribution, and, since nothing but the coin has to be random, while returns drift with time. "Not better" means: there
     is no height that the challenger reaches more often than the champion (stochastic order).
 
-    Bets are those of a mixture of experts, each of which expects the challenger to lead by some standard deviations of the
-    champion's returns, one by what it has led so far.
+    Episodes may overlap. A bet uses only what was known before its coin was thrown, and they count in the order of the coins,
+    none before those ahead of it: otherwise a challenger with short episodes would be judged by these alone for a while.
 
     :param level: Probability of promoting a challenger that is not better, in (0, 1)
     """
 
     def __init__(self, level: float) -> None:
         self.level = level
-        self.n_episodes = 0
-        self._log_capitals: Floats = np.full(len(LEADS) + 1, -math.log(len(LEADS) + 1))
+        self._bets: list[Bet] = []
 
     @property
     def log_evidence(self) -> float:
         """Natural logarithm of the capital."""
-        return float(logsumexp(self._log_capitals))
+        gains = (bet.log_gain for bet in self._bets)
+        return sum(itertools.takewhile(lambda gain: gain is not None, gains))  # type: ignore[arg-type]
 
     @property
     def log_threshold(self) -> float:
@@ -70,46 +99,21 @@ class PromotionTest:
         """Whether the challenger is better."""
         return self.log_evidence >= self.log_threshold
 
-    def bet(
-        self,
-        total: float,
-        is_challenger: bool,
-        share: float,
-        champion: Sequence[float],
-        challenger: Sequence[float],
-        unit: float,
-    ) -> None:
+    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> Bet:
         """
-        Take a finished episode.
+        Bet on an episode that is about to begin.
 
-        :param total: Its return
-        :param is_challenger: Whether the coin chose the challenger
-        :param share: Probability with which it could, in (0, 1)
-        :param champion: Returns of the champion in episodes that ended before, at least one
+        :param share: Probability with which the coin chooses the challenger, in (0, 1)
+        :param champion: Returns of the champion so far, at least one
         :param challenger: Those of the challenger
         :param unit: A total loss, ``|J - J_random|``
         """
-        spread, center = spread_of(champion, unit), float(np.mean(champion))
-        score = float(np.clip((total - center) / spread, -FARTHEST, FARTHEST))
+        spread, center = spread_of(champion, unit), sum(champion) / len(champion)
         # Shrunk, as if there had been one more episode without a lead
-        lead = sum(challenger) - len(challenger) * center
-        leads = np.append(LEADS, np.clip(lead / spread / (len(challenger) + 1), 0.0, FARTHEST))
-        odds = leads * (score - leads / 2) + math.log(share / (1 - share))
-        chances = np.clip(expit(odds), 1 - MOST_CERTAIN, MOST_CERTAIN)
-        self._log_capitals = self._log_capitals + np.log(chances / share if is_challenger else (1 - chances) / (1 - share))
-        self.n_episodes += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """In the form of JSON."""
-        return {"level": self.level, "n_episodes": self.n_episodes, "log_capitals": self._log_capitals.tolist()}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "PromotionTest":
-        """The test that :meth:`state_dict` was taken of."""
-        test = cls(state["level"])
-        test.n_episodes = state["n_episodes"]
-        test._log_capitals = np.array(state["log_capitals"])
-        return test
+        lead = (sum(challenger) - len(challenger) * center) / spread / (len(challenger) + 1)
+        bet = Bet(share, center, spread, max(LEAST_LEAD, min(FARTHEST, lead)))
+        self._bets.append(bet)
+        return bet
 
 
 def chance_of_being_better(champion: Sequence[float], challenger: Sequence[float], unit: float) -> float:
@@ -128,6 +132,6 @@ def chance_of_being_better(champion: Sequence[float], challenger: Sequence[float
         return 0.5
     spread, prior = spread_of(champion, unit), unit / 2
     noise = spread**2 * (1 / len(challenger) + 1 / len(champion))
-    lead = float(np.mean(challenger) - np.mean(champion))
+    lead = sum(challenger) / len(challenger) - sum(champion) / len(champion)
     # Posterior of a normal mean: its mean over its standard deviation
-    return float(norm.cdf(lead * prior / math.sqrt(noise * (noise + prior**2))))
+    return float(ndtr(lead * prior / math.sqrt(noise * (noise + prior**2))))
