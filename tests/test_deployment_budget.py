@@ -74,12 +74,11 @@ class AnyLearner(RuleBasedStateMachine):
         totals = np.array([total for _, total in self.ended])
         losses = self.baseline.expected - totals
         allowance = self.budget.share * self.n_finished
-        assert losses.sum() <= allowance * abs(self.baseline.expected - self.baseline.random) + ROUNDING * np.abs(totals).max()
-        levels = np.array([level for level, _ in self.ended])
-        units = np.abs(levels - self.baseline.random)
-        relative = np.divide(levels - totals, units, out=np.zeros_like(units), where=units > 1e-9 * np.abs(levels))
-        if (units > 1e-9 * np.abs(levels)).all():
-            assert relative.sum() <= allowance + ROUNDING * np.abs(relative).max()
+        distance = simulation.Book.distance
+        unit = distance(self.baseline.expected, self.baseline.random)
+        assert losses.sum() <= allowance * unit + ROUNDING * np.abs(totals).max()
+        relative = np.array([(level - total) / distance(level, self.baseline.random) for level, total in self.ended])
+        assert relative.sum() <= allowance + ROUNDING * max(1.0, np.abs(relative).max())
 
 
 TestAnyLearner = AnyLearner.TestCase

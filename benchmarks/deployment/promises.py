@@ -214,8 +214,8 @@ def percent(count: int, n: int) -> str:
     return f"{100 * count / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def count(value: float | None, missing: str) -> str:
-    return missing if value is None else f"{value:.0f}"
+def shown(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.0f}"
 
 
 def report(results: dict[str, Cell]) -> str:
@@ -241,12 +241,13 @@ def report(results: dict[str, Cell]) -> str:
             lines.append(f"| {name} | {100 * cell['normal']:.1f} % | {100 * cell['student']:.1f} % |")
     lines += ["", "## False promotions", ""]
     lines += [
-        f"Share of {N_RUNS:,} runs of {N_EPISODES} episodes in which any challenger became champion that was not better than the "
-        "champion before (in mean), and that was worse by more than 0.1, with the exact 95 % interval (Clopper-Pearson). Promised "
-        f"is at most {100 * Rules().false_promotion_rate:.0f} %. *Equal*: all challengers are as good as the champion. *Mixed*: "
-        f"each is better by one of {', '.join(f'{lead:g}' for lead in STREAMS['mixed'])}, drawn by chance.",
+        f"Share of {N_RUNS:,} runs of {N_EPISODES} episodes in which any challenger became champion that was not better in "
+        "mean than the champion before, and that was worse by more than 0.1, with the exact 95 % interval (Clopper-Pearson). "
+        f"At most {100 * Rules().false_promotion_rate:.0f} % is promised. *Equal*: all are as good as the champion. "
+        f"*Mixed*: each is better by one of {', '.join(f'{lead:g}' for lead in STREAMS['mixed'])}, drawn by chance. The last "
+        "two columns say how many trials of a run were given up, and after how many of their episodes.",
         "",
-        "| returns | challengers | not better | worse by more than 0.1 | promotions a run | trials given up a run | episodes of such |",
+        "| returns | challengers | not better | worse by more than 0.1 | promotions a run | given up a run | their episodes |",
         "|---|---|---|---|---|---|---|",
     ]
     for key, cell in results.items():
@@ -259,22 +260,20 @@ def report(results: dict[str, Cell]) -> str:
             )
     lines += ["", "## What proof costs", ""]
     lines += [
-        f"Median number of episodes, of the champion and of challengers together, from the first trial until a promotion, if all "
-        f"challengers are better by *lead* and returns are normal with standard deviation *spread*; {N_POWER} runs. Beside it "
-        f"Wald's sequential tests at level {LEVEL:g}, the first one's, which know both distributions: of the same coin (no valid "
-        "test by the coin is faster on average), and of the challenger's episodes only (not valid if returns drift).",
+        "Median number of episodes, of the champion and of challengers together, from the first trial until a promotion, if "
+        f"all challengers are better by *lead* and returns are normal with standard deviation *spread*; {N_POWER} runs. "
+        f"Beside it are Wald's sequential tests at level {LEVEL:g}, that of a run's first test, which know both "
+        "distributions: of the same coin, and of the challenger's episodes only. The latter is not valid if returns drift.",
         "",
-        f"| lead | spread | this test | first challenger promoted | promoted within {LONGEST - 10} episodes | coin, all known | "
-        "challenger only, all known |",
+        f"| lead | spread | this test | first one promoted | any within {LONGEST - 10} | known, coin | known, challenger |",
         "|---|---|---|---|---|---|---|",
     ]
     for key, cell in results.items():
         if key.startswith("power/"):
             _, lead, spread = key.split("/")
-            lines.append(
-                f"| {lead} | {spread} | {count(cell['median'], 'not reached')} | {100 * cell['first_promoted']:.0f} % | "
-                f"{100 * cell['promoted']:.0f} % | {count(cell['known'], 'above 4000')} | {count(cell['challenger_only'], '')} |"
-            )
+            medians = [shown(cell[name]) for name in ("median", "known", "challenger_only")]
+            promoted = [f"{100 * cell[name]:.0f} %" for name in ("first_promoted", "promoted")]
+            lines.append(f"| {' | '.join([lead, spread, medians[0], *promoted, *medians[1:]])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -112,7 +112,7 @@ class Book:
         assert self.baseline is not None
         self.n_at_risk += 1
         self.lost += self.baseline - total
-        in_total_losses = (champion - total) / abs(champion - random) if champion != random else 0.0
+        in_total_losses = (champion - total) / self.distance(champion, random)
         self.lost_to_champion += in_total_losses
         self.magnitude = max(self.magnitude, abs(self.baseline), abs(total), abs(in_total_losses))
 
@@ -124,7 +124,12 @@ class Book:
     @property
     def unit(self) -> float:
         """A total loss of the baseline."""
-        return 0.0 if self.baseline is None else abs(self.baseline - self.contest.rules.random_return)
+        return 0.0 if self.baseline is None else self.distance(self.baseline, self.contest.rules.random_return)
+
+    @staticmethod
+    def distance(expected: float, random: float) -> float:
+        """Of two returns, at least a billionth of them."""
+        return float(max(abs(expected - random), 1e-9 * abs(expected), 1e-9 * abs(random), 1e-18))
 
     @property
     def is_kept(self) -> bool:

@@ -1,9 +1,11 @@
 """What may be lost while something new is tried."""
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import Any
+
+SMALLEST_UNIT = 1e-9
+"""Of a total loss, relative to the returns: what is less is rounding."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Level:
 
     def loss(self, total: float) -> float:
         """The loss of an episode with this return; negative for a gain."""
-        return (self.expected - total) / max(abs(self.expected - self.random), math.ulp(1.0) * max(1.0, abs(self.expected)))
+        smallest = SMALLEST_UNIT * max(abs(self.expected), abs(self.random), SMALLEST_UNIT)
+        return (self.expected - total) / max(abs(self.expected - self.random), smallest)
 
 
 @dataclass
