@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from sb3_offline_ft.deployment.budget import Level, RiskBudget
     from sb3_offline_ft.deployment.champion_challenger import ChampionChallenger
     from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
-    from sb3_offline_ft.deployment.promotion import PromotionTest
+    from sb3_offline_ft.deployment.promotion import ConcurrentTest, HistoricalTest, PromotionTest
 
 __all__ = [
     "ChampionChallenger",
+    "ConcurrentTest",
     "Contender",
     "Contest",
+    "HistoricalTest",
     "Kind",
     "Level",
     "PromotionTest",
@@ -28,6 +30,6 @@ __getattr__, __dir__ = lazy_names(
         "budget": ("Level", "RiskBudget"),
         "champion_challenger": ("ChampionChallenger",),
         "contest": ("Contender", "Contest", "Kind", "Rules", "Verdict"),
-        "promotion": ("PromotionTest",),
+        "promotion": ("ConcurrentTest", "HistoricalTest", "PromotionTest"),
     },
 )

@@ -1,8 +1,11 @@
 """What may be lost while something new is tried."""
 
-import math
+import copy
 from dataclasses import dataclass, field
 from typing import Any
+
+SMALLEST_UNIT = 1e-9
+"""Of a total loss, relative to the returns: what is less is rounding."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Level:
 
     def loss(self, total: float) -> float:
         """The loss of an episode with this return; negative for a gain."""
-        return (self.expected - total) / max(abs(self.expected - self.random), math.ulp(1.0) * max(1.0, abs(self.expected)))
+        smallest = SMALLEST_UNIT * max(abs(self.expected), abs(self.random), SMALLEST_UNIT)
+        return (self.expected - total) / max(abs(self.expected - self.random), smallest)
 
 
 @dataclass
@@ -101,15 +105,20 @@ class RiskBudget:
             return 0.0
         loss = champion.loss(total)
         self.lost += self.baseline.loss(total)
-        self.lost_to_champion += loss
+        # A gain repays, but is not saved up: what a good challenger earned shall not pay for bad ones
+        self.lost_to_champion = max(0.0, self.lost_to_champion + loss)
         return loss
+
+    def abandon(self, place: int) -> None:
+        """What runs here will not be finished; if it is at risk, it counts as if it had ended at its worst."""
+        if place in self._running:
+            self.end(place, self.worst_return)
 
     def state_dict(self) -> dict[str, Any]:
         """The account in the form of JSON, as if the episodes at risk that are running ended at their worst."""
-        account = RiskBudget(self.share, self.baseline, self.worst_return, self.n_episodes, self.lost, self.lost_to_champion)
-        for place, champion in self._running.items():
-            account.begin(place, champion)
-            account.end(place, self.worst_return)
+        account = copy.deepcopy(self)
+        for place in self._running:
+            account.abandon(place)
         state = {name: getattr(account, name) for name in ("share", "worst_return", "n_episodes", "lost", "lost_to_champion")}
         return state | {"baseline": vars(self.baseline)}
 

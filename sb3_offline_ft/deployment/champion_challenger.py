@@ -46,8 +46,12 @@ class ChampionChallenger(BaseCallback):
     nothing new is tried until the debt is repaid.
 
     **Promise 2, statistical.** The probability that any challenger becomes champion in a run although its returns are not
-    better than the champion's (in stochastic order) is at most ``false_promotion_rate``, also while returns drift with time
-    (see :class:`PromotionTest`). The i-th test, counted from 0, has the level ``false_promotion_rate / ((i + 1) (i + 2))``.
+    better than the champion's (in stochastic order) is at most ``false_promotion_rate`` (see :class:`PromotionTest`): with
+    ``controls="concurrent"`` also while returns drift with time, with ``"historical"`` as long as they do not. The i-th test,
+    counted from 0, has the level ``false_promotion_rate / ((i + 1) (i + 2))``.
+
+    A constrained learner such as TD3C follows the *leader*: the challenger as soon as it is likely better, else the champion.
+    That needs no proof, since it only says what the learner stays near.
 
     Beside it in a run, an ``EvalCallback`` evaluates and saves the champion, and a ``CollapseGuard`` sees the episodes of
     whoever acts: it tells of a champion that has become worse than its baseline, and nothing of the learner. A learner whose
@@ -60,11 +64,16 @@ class ChampionChallenger(BaseCallback):
     :param false_promotion_rate: Probability of any false promotion in the run, in (0, 1)
     :param baseline_episodes: Episodes of the first champion before anything new is tried; their mean is the baseline, ``J0``
     :param min_updates: Gradient steps between two challengers
-    :param trial_share: Probability with which a coin gives an episode to the challenger while it is tested
+    :param controls: What a challenger is compared with: ``"historical"``: what the champion returned before, which takes for
+        granted that it would return the same now; ``"concurrent"``: what the champion returns meanwhile, in episodes that a
+        coin decides about, which holds in an environment that changes too and takes about twice as many episodes
+    :param trial_share: Probability with which that coin chooses the challenger
     :param futility: Chance of leading by ``least_lead``, by a normal model, below which a challenger is given up
     :param least_lead: A lead that is worth a trial, in total losses; a learner that still learns has better challengers to
         come, for which one that is about as good as the champion makes no room
     :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
+    :param exploration_share: Probability with which an episode explores that is neither of the baseline nor of a trial, if the
+        budget covers it
     :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never
     :param segment_steps: If given, what is compared are segments of so many steps in place of whole episodes, with hand-back
         within the episode; all returns, also those of the parameters, are those of segments then
@@ -92,12 +101,14 @@ class ChampionChallenger(BaseCallback):
         random_return: float = 0.0,
         worst_return: float | None = None,
         false_promotion_rate: float = 0.1,
+        controls: str = "historical",
         baseline_episodes: int = 10,
         min_updates: int = 1000,
         trial_share: float = 0.5,
         futility: float = 0.1,
         least_lead: float = 0.05,
         max_trial_episodes: int = 10,
+        exploration_share: float = 0.3,
         restore_after: int = 0,
         segment_steps: int | None = None,
         canary_envs: int | None = None,
@@ -111,11 +122,13 @@ class ChampionChallenger(BaseCallback):
             random_return=number(random_return, "random_return"),
             worst_return=number(random_return if worst_return is None else worst_return, "worst_return"),
             false_promotion_rate=number(false_promotion_rate, "false_promotion_rate"),
+            controls=controls,
             baseline_episodes=whole_number(baseline_episodes, "baseline_episodes", least=2),
             trial_share=number(trial_share, "trial_share"),
             futility=number(futility, "futility"),
             least_lead=number(least_lead, "least_lead"),
             max_trial_episodes=whole_number(max_trial_episodes, "max_trial_episodes", least=2),
+            exploration_share=number(exploration_share, "exploration_share"),
             canary_envs=None if canary_envs is None else whole_number(canary_envs, "canary_envs", least=1),
         )
         self.min_updates = whole_number(min_updates, "min_updates", least=1)
@@ -249,7 +262,7 @@ class ChampionChallenger(BaseCallback):
         if self._contest.challenge is not None:
             self._cast.challenger.take(self._contest.challenge.challenger.policy)
         self._report = Reporter(model, folder, self.verbose, resume=saved is not None)
-        self._seen_model = model
+        self._seen_model, self._followed = model, self._contest.leader
         self._tell_start(resumed=saved is not None)
         if differences:
             self._report.warn(f"Settings differ from those of the saved run: {differences}.")
@@ -351,6 +364,7 @@ class ChampionChallenger(BaseCallback):
 
     def _decide(self, verdict: Verdict | None) -> None:
         if verdict is None:
+            self._follow_leader()
             return
         self._last_updates = self.model._n_updates
         self._report.verdict(verdict, self._contest)
@@ -361,9 +375,17 @@ class ChampionChallenger(BaseCallback):
         else:
             self._rejections_in_a_row = 0
             self._cast.champion.take(self.champion.policy)
-            move_reference(self.model, self.champion.policy.state)
             self._write_champion()
+        self._follow_leader()
         self._sync()
+
+    def _follow_leader(self) -> None:
+        """The reference of a constrained learner needs no proof: it is whoever is likely the best."""
+        leader = self._contest.leader
+        if leader is not self._followed:
+            self._followed = leader
+            move_reference(self.model, leader.policy.state)
+            self._report.event("reference", contender=leader.name)
 
     def _restore_learner(self) -> None:
         champion = self.champion.policy
@@ -372,6 +394,7 @@ class ChampionChallenger(BaseCallback):
         # Not the random generators: the same batches would lead to the same policy
         champion.snapshot.restore(self.model, generators=False)
         move_reference(self.model, champion.state)
+        self._followed = self.champion
         self._last_updates = self.model._n_updates
         self._report.event("restored", champion=self.champion.name)
 

@@ -11,11 +11,14 @@ import numpy as np
 from sb3_offline_ft.collapse.detectors import BettingDetector
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 from sb3_offline_ft.deployment.budget import Level, RiskBudget
-from sb3_offline_ft.deployment.promotion import PromotionTest, chance_of_lead
+from sb3_offline_ft.deployment.promotion import Bet, ConcurrentTest, HistoricalTest, PromotionTest, RankBet, chance_of_lead
 
-LEAST_WATCHED = 5
-"""Episodes of a predecessor without which nobody can tell whether its successor is worse."""
+CONTROLS = ("historical", "concurrent")
+LEAST_KNOWN = 5
+"""Episodes of a champion without which nobody can tell whether another is better or worse."""
 WATCH_HORIZON = 1000
+LEAST_TO_LEAD, LIKELY = 2, 0.9
+"""Episodes of a challenger, and its chance of being better, from which on it leads."""
 
 
 class Kind(Enum):
@@ -46,7 +49,7 @@ class Contender:
     @property
     def mean(self) -> float:
         """Mean return; not a number without episodes."""
-        return float(np.mean(self.returns)) if self.returns else math.nan
+        return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
     @property
     def standard_error(self) -> float:
@@ -60,8 +63,8 @@ class Episode:
     """An episode, or a segment of one, that is running."""
 
     kind: Kind = Kind.SERVE
-    share: float | None = None
-    """Probability with which a coin could give it to the challenger; None without a coin."""
+    bet: Bet | RankBet | None = None
+    """The test's, if there is one."""
     counts: bool = True
     """Whether one policy acts in it from beginning to end."""
     is_handed_back: bool = False
@@ -79,12 +82,10 @@ class Challenge:
     A challenger's trial: a first episode that can only end it, then a test of which each episode is given by a coin.
 
     :param challenger: Who challenges
-    :param level: Level of the test, if it comes to it
-    :param test: None until the challenger has survived its first episode, which costs nothing of the level
+    :param test: None until the challenger has survived its first episode, which costs nothing of the false-promotion rate
     """
 
     challenger: Contender
-    level: float
     test: PromotionTest | None = None
 
 
@@ -113,18 +114,23 @@ class Rules:
     random_return: float = 0.0
     worst_return: float = 0.0
     false_promotion_rate: float = 0.1
+    controls: str = "historical"
     baseline_episodes: int = 10
     trial_share: float = 0.5
     futility: float = 0.1
     least_lead: float = 0.05
     max_trial_episodes: int = 10
+    exploration_share: float = 0.3
     canary_envs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("risk_budget", "futility", "least_lead", "false_promotion_rate", "trial_share"):
-            value, may_be_zero = getattr(self, name), name in ("risk_budget", "futility", "least_lead")
+        shares = ("risk_budget", "futility", "least_lead", "exploration_share")
+        for name in (*shares, "false_promotion_rate", "trial_share"):
+            value, may_be_zero = getattr(self, name), name in shares
             if not (0 <= value < 1 and (value > 0 or may_be_zero)):
                 raise ValueError(f"`{name}` must be {'at least' if may_be_zero else 'above'} 0 and below 1, found {value!r}.")
+        if self.controls not in CONTROLS:
+            raise ValueError(f"`controls` must be one of {', '.join(map(repr, CONTROLS))}, found {self.controls!r}.")
         for name in ("random_return", "worst_return"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` must be finite, found {getattr(self, name)!r}.")
@@ -152,7 +158,7 @@ class Contest:
         """None until the baseline is known; before, only the champion acts."""
         self.running = [Episode(counts=False) for _ in range(n_places)]
         self.n_tests = 0
-        """Challengers that have survived their first episode, each of which had a share of the false-promotion rate."""
+        """Tests that were begun, each of which had a share of the false-promotion rate."""
         self._coin = np.random.default_rng(seed)
         self._watch: BettingDetector | None = None
         self._n_baseline = 0
@@ -179,39 +185,67 @@ class Contest:
         :param explores: Whether exploring differs from serving
         :return: The episode
         """
+        self._abandon(place)
         episode = self.running[place] = Episode()
         if self.budget is None and offer is not None and len(self.champion.returns) >= self.rules.baseline_episodes:
-            self.budget = RiskBudget(self.rules.risk_budget, self.level, self.rules.worst_return, self._n_baseline)
-        if self.budget is None or not self.budget.covers(self.level):
+            # The baseline itself may have shown that less is possible
+            worst = min(self.rules.worst_return, *self.champion.returns)
+            self.budget = RiskBudget(self.rules.risk_budget, self.level, worst, self._n_baseline)
+        if self.budget is None or len(self.champion.returns) < LEAST_KNOWN or not self.budget.covers(self.level):
             return episode
         if self.challenge is None and offer is not None:
             challenger = offer()
             if challenger is not None:
-                # They sum to the whole rate
-                rate = self.rules.false_promotion_rate / ((self.n_tests + 1) * (self.n_tests + 2))
-                self.challenge = Challenge(challenger, rate)
+                self.challenge = Challenge(challenger)
         if self.challenge is not None:
             self._draw(place, episode, self.challenge)
-        elif explores and self.budget.covers(self.level, self._expected_exploration_loss):
+        elif explores and self._coin.random() < self.rules.exploration_share and self._covers_exploration(self.budget):
             episode.kind = Kind.EXPLORE
         if episode.kind is not Kind.SERVE:
             self.budget.begin(place, self.level)
         return episode
 
+    def _abandon(self, place: int) -> None:
+        """What runs here will not be finished."""
+        if self.budget is not None:
+            self.budget.abandon(place)
+        if self.challenge is not None and self.challenge.test is not None and self.running[place].bet is not None:
+            self._begin_test(self.challenge)
+
     def _draw(self, place: int, episode: Episode, challenge: Challenge) -> None:
         if self.rules.canary_envs is not None and place >= self.rules.canary_envs:
             return
         if challenge.test is None:
-            others = (other.kind is Kind.TRIAL for other in self.running if other is not episode)
+            others = (other.actor is Kind.TRIAL for other in self.running if other is not episode)
             episode.kind = Kind.SERVE if any(others) else Kind.TRIAL
         else:
-            episode.share = self.rules.trial_share
-            episode.kind = Kind.TRIAL if self._coin.random() < episode.share else Kind.SERVE
+            share, challenger = self.rules.trial_share, challenge.challenger
+            episode.bet = challenge.test.bet(share, self.champion.returns, challenger.returns, self.unit)
+            is_trial = not challenge.test.has_coin or self._coin.random() < share
+            episode.kind = Kind.TRIAL if is_trial else Kind.SERVE
+
+    def _begin_test(self, challenge: Challenge) -> None:
+        # The levels sum to the whole rate
+        level = self.rules.false_promotion_rate / ((self.n_tests + 1) * (self.n_tests + 2))
+        is_historical = self.rules.controls == "historical"
+        challenge.test = HistoricalTest(level, self.champion.returns, self.unit) if is_historical else ConcurrentTest(level)
+        self.n_tests += 1
+        for episode in self.running:
+            episode.bet = None
+
+    def _covers_exploration(self, budget: RiskBudget) -> bool:
+        """Whether it can be paid without keeping the next challenger waiting."""
+        losses = self._exploration_losses
+        return budget.covers(self.level, float(np.mean(losses)) if losses else 0.0)
 
     @property
-    def _expected_exploration_loss(self) -> float:
-        """What an exploration may cost without keeping the next challenger waiting."""
-        return float(np.mean(self._exploration_losses)) if self._exploration_losses else 0.0
+    def leader(self) -> Contender:
+        """Who is likely the best, without proof: whom a learner may follow."""
+        challenger = None if self.challenge is None else self.challenge.challenger
+        if challenger is None or len(challenger.returns) < LEAST_TO_LEAD:
+            return self.champion
+        is_likely = chance_of_lead(self.champion.returns, challenger.returns, self.unit, 0.0) > LIKELY
+        return challenger if is_likely else self.champion
 
     # What came of it
 
@@ -233,6 +267,7 @@ class Contest:
         :return: What is decided; None if nothing. The champion acts in what is left of other running trials then
         """
         episode, challenge = self.running[place], self.challenge
+        bet, episode.bet = episode.bet, None
         if self.budget is None:
             self._n_baseline += 1
         else:
@@ -241,10 +276,8 @@ class Contest:
                 self._exploration_losses.append(loss)
         if not episode.counts or episode.kind is Kind.EXPLORE:
             return None
-        if challenge is not None and challenge.test is not None and episode.share is not None:
-            is_challenger = episode.kind is Kind.TRIAL
-            champion, challenger = self.champion.returns, challenge.challenger.returns
-            challenge.test.bet(total, is_challenger, episode.share, champion, challenger, self.unit)
+        if bet is not None:
+            bet.settle(total, episode.kind is Kind.TRIAL)
         if episode.kind is Kind.TRIAL and challenge is not None:
             challenge.challenger.returns.append(total)
         elif episode.kind is Kind.SERVE:
@@ -264,8 +297,7 @@ class Contest:
         if len(challenger.returns) >= self.rules.max_trial_episodes:
             return self._reject(challenge, "undecided")
         if challenge.test is None:
-            challenge.test = PromotionTest(challenge.level)
-            self.n_tests += 1
+            self._begin_test(challenge)
         return None
 
     # Decisions
@@ -282,7 +314,7 @@ class Contest:
             episode.counts = False
         self.champion, self.predecessor, self._watch = champion, predecessor, None
         known = [] if predecessor is None else predecessor.returns
-        if len(known) >= LEAST_WATCHED and len({*known}) > 1:
+        if len(known) >= LEAST_KNOWN and len({*known}) > 1:
             self._watch = BettingDetector(self.rules.false_promotion_rate, WATCH_HORIZON)
             self._watch.calibrate(known)
 
@@ -305,8 +337,8 @@ class Contest:
 
     def state_dict(self) -> dict[str, Any]:
         """
-        The state in the form of JSON, without policies. Episodes at risk that are running will not be finished: they are
-        charged their worst case.
+        The state in the form of JSON, without policies. Episodes that are running will not be finished: those at risk are
+        charged their worst case, and a test begins anew, since which episodes are cut off may depend on who acts.
         """
         budget = self.budget
         return {
@@ -318,8 +350,6 @@ class Contest:
                     ("challenger", None if self.challenge is None else self.challenge.challenger),
                 )
             },
-            "level": None if self.challenge is None else self.challenge.level,
-            "test": None if self.challenge is None or self.challenge.test is None else self.challenge.test.state_dict(),
             "budget": None if budget is None else budget.state_dict(),
             "n_tests": self.n_tests,
             "n_baseline": self._n_baseline,
@@ -342,12 +372,11 @@ class Contest:
         champion, challenger = contenders["champion"], contenders["challenger"]
         assert champion is not None
         self.champion, self.predecessor = champion, contenders["predecessor"]
-        self.challenge = None
-        if challenger is not None:
-            test = None if state["test"] is None else PromotionTest.from_state_dict(state["test"])
-            self.challenge = Challenge(challenger, state["level"], test)
+        self.challenge = None if challenger is None else Challenge(challenger)
         self.budget = None if state["budget"] is None else RiskBudget.from_state_dict(state["budget"])
         self.n_tests, self._n_baseline = state["n_tests"], state["n_baseline"]
+        if self.challenge is not None and self.challenge.challenger.returns:
+            self._begin_test(self.challenge)
         self._exploration_losses = list(state["exploration_losses"])
         self._coin.bit_generator.state = state["coin"]
         self._watch = None

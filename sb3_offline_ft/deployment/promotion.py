@@ -1,18 +1,20 @@
 """Proof that a challenger is better than the champion, from few episodes."""
 
+import itertools
 import math
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
-from scipy.special import expit, logsumexp
-from scipy.stats import norm
+from scipy.special import expit, ndtr
 
-Floats = npt.NDArray[np.float64]
+from sb3_offline_ft.collapse.detectors import BettingDetector
 
-LEADS = np.array([0.5, 1.0, 2.0, 4.0])
-"""How far a challenger may be ahead, in standard deviations of the champion: what is bet on."""
+LEAST_LEAD = 1.0
+"""Standard deviations of the champion: to prove a smaller lead takes longer than trials last, so none is bet on."""
 MOST_CERTAIN = 0.95
 """No bet is surer than this: it could not be recovered from when it is lost."""
 FARTHEST = 5.0
@@ -32,33 +34,63 @@ def spread_of(returns: Sequence[float], unit: float) -> float:
     return max(spread, SMALLEST_SPREAD * unit, math.ulp(1.0))
 
 
-class PromotionTest:
+@dataclass
+class Bet:
     """
-    A sequential test of "the challenger is not better than the champion" by betting on a coin.
+    A bet on who acts in an episode, which is fixed before it begins.
 
-    While the test lasts, a coin decides for each episode who of the two acts. If the challenger's returns are not better, a
-    return does not tell who acted, or points to the champion when it is high. A gambler with capital 1, who sees the return
-    and bets on who acted, more on the challenger the higher the return, then has a capital that is a nonnegative
-    supermartingale; it ever reaches ``1 / level`` with at most the probability ``level`` (Ville 1939; testing by betting:
-    Shafer 2021; of independence: Podkopaev & Ramdas 2023). That is true for every number of episodes, for returns of any
-    distribution, and, since nothing but the coin has to be random, while returns drift with time. "Not better" means: there
-    is no height that the challenger reaches more often than the champion (stochastic order).
+    :param share: Probability with which the coin chooses the challenger, in (0, 1)
+    :param center: Mean return of the champion so far
+    :param spread: Standard deviation of its returns
+    :param lead: By how many of these the challenger is thought to be ahead
+    """
 
-    Bets are those of a mixture of experts, each of which expects the challenger to lead by some standard deviations of the
-    champion's returns, one by what it has led so far.
+    share: float
+    center: float
+    spread: float
+    lead: float
+    log_gain: float | None = None
+    """Natural logarithm of what the bet multiplied the capital by; None while the episode runs."""
+
+    def settle(self, total: float, is_challenger: bool) -> None:
+        """
+        The episode has ended.
+
+        :param total: Its return
+        :param is_challenger: Whether the challenger acted
+        """
+        score = max(-FARTHEST, min(FARTHEST, (total - self.center) / self.spread))
+        # Two normal distributions of the same spread
+        odds = self.lead * (score - self.lead / 2) + math.log(self.share / (1 - self.share))
+        chance = max(1 - MOST_CERTAIN, min(MOST_CERTAIN, float(expit(odds))))
+        self.log_gain = math.log(chance / self.share if is_challenger else (1 - chance) / (1 - self.share))
+
+
+class PromotionTest(ABC):
+    """
+    A sequential test of "the challenger is not better than the champion" by betting.
+
+    A gambler with capital 1 bets on the challenger, at odds that are fair or worse if it is not better. The capital is then a
+    nonnegative supermartingale, so that it ever reaches ``1 / level`` with at most the probability ``level`` (Ville 1939;
+    testing by betting: Shafer 2021), whatever the number of episodes and the distribution of returns. "Not better" means:
+    there is no height that the challenger reaches more often than the champion (stochastic order).
+
+    Episodes may overlap. They count in the order in which they began, none before those ahead of it: otherwise a challenger
+    with short episodes would be judged by these alone for a while.
 
     :param level: Probability of promoting a challenger that is not better, in (0, 1)
     """
 
+    has_coin: ClassVar[bool]
+    """Whether a coin has to decide for each episode who acts."""
+
     def __init__(self, level: float) -> None:
         self.level = level
-        self.n_episodes = 0
-        self._log_capitals: Floats = np.full(len(LEADS) + 1, -math.log(len(LEADS) + 1))
 
     @property
+    @abstractmethod
     def log_evidence(self) -> float:
         """Natural logarithm of the capital."""
-        return float(logsumexp(self._log_capitals))
 
     @property
     def log_threshold(self) -> float:
@@ -70,53 +102,95 @@ class PromotionTest:
         """Whether the challenger is better."""
         return self.log_evidence >= self.log_threshold
 
-    def bet(
-        self,
-        total: float,
-        is_challenger: bool,
-        share: float,
-        champion: Sequence[float],
-        challenger: Sequence[float],
-        unit: float,
-    ) -> None:
+    @abstractmethod
+    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> "Bet | RankBet":
         """
-        Take a finished episode.
+        Bet on an episode that is about to begin.
 
-        :param total: Its return
-        :param is_challenger: Whether the coin chose the challenger
-        :param share: Probability with which it could, in (0, 1)
-        :param champion: Returns of the champion in episodes that ended before, at least one
+        :param share: Probability with which a coin chooses the challenger, in (0, 1)
+        :param champion: Returns of the champion so far, at least one
         :param challenger: Those of the challenger
         :param unit: A total loss, ``|J - J_random|``
+        :return: The bet, to be settled when the episode ends
         """
-        spread, center = spread_of(champion, unit), float(np.mean(champion))
-        score = float(np.clip((total - center) / spread, -FARTHEST, FARTHEST))
+
+
+class ConcurrentTest(PromotionTest):
+    """
+    The champion acts while the challenger is tested (*concurrent controls*): a coin decides for each episode who of the two
+    acts, and bets are on who did, more on the challenger the higher the return (testing of independence: Podkopaev & Ramdas
+    2023). Nothing but the coin has to be random: it holds while returns drift with time.
+    """
+
+    has_coin = True
+
+    def __init__(self, level: float) -> None:
+        super().__init__(level)
+        self._bets: list[Bet] = []
+
+    @property
+    def log_evidence(self) -> float:
+        gains = (bet.log_gain for bet in self._bets)
+        return sum(itertools.takewhile(lambda gain: gain is not None, gains))  # type: ignore[arg-type]
+
+    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> Bet:
+        spread, center = spread_of(champion, unit), sum(champion) / len(champion)
         # Shrunk, as if there had been one more episode without a lead
-        lead = sum(challenger) - len(challenger) * center
-        leads = np.append(LEADS, np.clip(lead / spread / (len(challenger) + 1), 0.0, FARTHEST))
-        odds = leads * (score - leads / 2) + math.log(share / (1 - share))
-        chances = np.clip(expit(odds), 1 - MOST_CERTAIN, MOST_CERTAIN)
-        self._log_capitals = self._log_capitals + np.log(chances / share if is_challenger else (1 - chances) / (1 - share))
-        self.n_episodes += 1
+        lead = (sum(challenger) - len(challenger) * center) / spread / (len(challenger) + 1)
+        bet = Bet(share, center, spread, max(LEAST_LEAD, min(FARTHEST, lead)))
+        self._bets.append(bet)
+        return bet
 
-    def state_dict(self) -> dict[str, Any]:
-        """In the form of JSON."""
-        return {"level": self.level, "n_episodes": self.n_episodes, "log_capitals": self._log_capitals.tolist()}
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "PromotionTest":
-        """The test that :meth:`state_dict` was taken of."""
-        test = cls(state["level"])
-        test.n_episodes = state["n_episodes"]
-        test._log_capitals = np.array(state["log_capitals"])
-        return test
+@dataclass
+class RankBet:
+    """A bet on the rank of the return of an episode, which is fixed before it begins."""
+
+    total: float | None = None
+
+    def settle(self, total: float, is_challenger: bool) -> None:
+        """The episode has ended, in which the challenger acted."""
+        self.total = total
+
+
+class HistoricalTest(PromotionTest):
+    """
+    The challenger is compared with what the champion returned before (*historical controls*): bets are on high ranks of its
+    returns among the champion's, as those of the :class:`~sb3_offline_ft.collapse.BettingDetector` are on low ones. All
+    episodes are the challenger's, so it needs less than half of those that a :class:`ConcurrentTest` needs; but it takes for
+    granted that the champion would return now what it returned before.
+
+    :param champion: Returns of the champion, at least five
+    :param unit: A total loss, ``|J - J_random|``
+    """
+
+    has_coin = False
+
+    def __init__(self, level: float, champion: Sequence[float], unit: float) -> None:
+        super().__init__(level)
+        self._bets: deque[RankBet] = deque()
+        # Equal returns of a few episodes do not mean that there is no noise, and ranks need a scale
+        spread = SMALLEST_SPREAD * unit if len({*champion}) == 1 else 0.0
+        self._detector = BettingDetector(level, horizon=1)
+        self._detector.calibrate(-np.asarray(champion) - np.linspace(0.0, spread, len(champion)))
+
+    @property
+    def log_evidence(self) -> float:
+        while self._bets and (total := self._bets[0].total) is not None:
+            self._bets.popleft()
+            self._detector.update(-total)
+        return self._detector.statistic
+
+    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> RankBet:
+        self._bets.append(bet := RankBet())
+        return bet
 
 
 def chance_of_lead(champion: Sequence[float], challenger: Sequence[float], unit: float, least: float) -> float:
     """
     How likely a challenger leads by as much as is worth a trial, to stop trials that are hopeless; no promise rests on it.
 
-    Normal model with the champion's spread for both; before there are episodes, the lead is distributed around 0 with a
+    Normal model with the larger spread of both; before there are episodes, the lead is distributed around 0 with a
     standard deviation of half a total loss.
 
     :param champion: Returns of the champion, at least one
@@ -125,9 +199,9 @@ def chance_of_lead(champion: Sequence[float], challenger: Sequence[float], unit:
     :param least: A lead that is worth a trial, in total losses
     :return: Probability that its mean is higher by more than that
     """
-    spread, prior = spread_of(champion, unit), unit / 2
-    n = len(challenger)
+    n, prior = len(challenger), unit / 2
+    spread = max(spread_of(champion, unit), spread_of(challenger, unit))
     noise = spread**2 * (1 / n + 1 / len(champion)) if n else math.inf
-    lead = float(np.mean(challenger) - np.mean(champion)) if n else 0.0
+    lead = sum(challenger) / n - sum(champion) / len(champion) if n else 0.0
     weight = prior**2 / (noise + prior**2)
-    return float(norm.sf((least * unit - weight * lead) / (prior * math.sqrt(1 - weight))))
+    return float(ndtr((weight * lead - least * unit) / (prior * math.sqrt(1 - weight))))
