@@ -35,7 +35,9 @@ STUDY: dict[str, Any] = {
     "hyperparams": {"warmup_steps": 50, "batch_size": 16, **NETS},
     "methods": {"scratch": {"algorithm": "td3", "start": "scratch"}, "offline": {"frozen": True}, "td3": {"algorithm": "td3"}},
 }
-ARRAYS = ("timesteps", "returns", "lengths", "training_timesteps", "training_returns")
+ARRAYS = (
+    "timesteps", "returns", "lengths", "training_timesteps", "training_returns", "own_timesteps", "own_returns", "own_lengths"
+)  # fmt: skip
 
 
 def write_study(folder: Path, **changes: Any) -> Path:

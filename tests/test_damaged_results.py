@@ -100,6 +100,12 @@ EVALUATIONS_DAMAGES: dict[str, Callable[[Path], object]] = {
     "twice the same": lambda path: arrays(path, timesteps=np.zeros(31, np.int64)),
     "before the begin": lambda path: arrays(path, timesteps=np.arange(-1, 30)),
 }
+OWN_DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flat own returns": lambda path: arrays(path, own_returns=np.zeros(31)),
+    "fewer own times": lambda path: arrays(path, own_timesteps=np.arange(30)),
+    "own lengths of floats": lambda path: arrays(path, own_lengths=np.ones((31, 10))),
+    "own lengths are gone": lambda path: arrays(path, own_lengths=None),
+}
 MANIFEST_DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "half": lambda path: cut(path, 0.5),
@@ -140,7 +146,7 @@ DAMAGES = {
     (name, words): damage
     for name, damages in {
         "evaluations.npz": NPZ_DAMAGES | EVALUATIONS_DAMAGES,
-        "training.npz": NPZ_DAMAGES,
+        "training.npz": NPZ_DAMAGES | OWN_DAMAGES,
         "manifest.json": MANIFEST_DAMAGES,
         "collapse_events.jsonl": EVENTS_DAMAGES,
     }.items()

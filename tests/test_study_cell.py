@@ -17,15 +17,17 @@ import pytest
 import torch as th
 import yaml
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_offline_ft
 from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.common.live import as_json
+from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.recipe import Recipe
 from sb3_offline_ft.pretrained.start import new_pretraining_learner, pretrain
-from sb3_offline_ft.study.design.learners import algorithm_class, arguments_of, pretrained_learner
+from sb3_offline_ft.study.design.learners import algorithm_class, arguments_of, pretrained_learner, pretraining_recipe
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine import cell as cell_module
 from sb3_offline_ft.study.engine.cell import run_cell
@@ -41,6 +43,7 @@ from sb3_offline_ft.study.engine.machine import machine_facts, processor
 from sb3_offline_ft.study.engine.measure import FINETUNING, PRETRAINING, Measure
 from sb3_offline_ft.study.engine.results import load_results
 from tests.study_environments import FOLDER_VARIABLE, GATED_PENDULUM
+from tests.study_runs import ARRAYS
 
 NETS = {"policy_kwargs": {"net_arch": [16, 16]}}
 STUDY = {
@@ -113,7 +116,11 @@ def test_training_episodes_and_steps_of_the_learners_own_evaluations_are_told(re
         assert result.training_timesteps.tolist() == expected, name
         assert result.training_returns.shape == (len(expected),)
         # One before the first interaction and two while learning, of one episode each
-        assert result.manifest["learner_evaluation_steps"] == (600 if name.startswith("td3c") else 0), name
+        learns_from_some = name.startswith("td3c")
+        assert result.manifest["learner_evaluation_steps"] == (600 if learns_from_some else 0), name
+        assert result.own_timesteps.tolist() == ([0, 300, 600] if learns_from_some else []), name
+        assert result.own_lengths.tolist() == ([[200]] * 3 if learns_from_some else []), name
+        assert result.own_returns.shape == result.own_lengths.shape and result.knows_own_evaluations, name
     assert results["td3c-guard"].manifest["guarded"] and results["td3c-guard"].events
     assert not results["td3c"].manifest["guarded"] and not results["td3c"].events
 
@@ -349,13 +356,45 @@ def test_results_survive_files_and_json_to_the_bit(results: dict[str, CellResult
         write_result(tmp_path / name, result)
         for copy in (read_result(tmp_path / name), CellResult.from_json(result.to_json())):
             assert copy is not None
-            for field in ("timesteps", "returns", "lengths", "training_timesteps", "training_returns"):
+            for field in ARRAYS:
                 one, other = getattr(result, field), getattr(copy, field)
                 assert one.dtype == other.dtype
                 np.testing.assert_array_equal(one, other)
             assert copy.manifest == result.manifest
             assert json.dumps(copy.events) == json.dumps(result.events)
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_own_evaluations_are_those_that_an_eval_callback_keeps(
+    study: Protocol, cells: dict[str, Cell], results: dict[str, CellResult], tmp_path: Path
+) -> None:
+    """Of the same run, made as a user makes it."""
+    cell, env = cells["td3c"], make_vec_env(study.env, seed=cells["td3c"].seed)
+    recipe = pretraining_recipe("td3bc", cell.method.pretraining_hyperparams, study.dataset("medium"), env, cell.seed, "cpu")
+    pretrained = PretrainedCache(study.folder / "pretrained", verbose=False).get(recipe, env)
+    model = pretrained_learner("td3c", cell.method.hyperparams, pretrained, env, cell.seed)
+    evaluation = EvalCallback(
+        make_vec_env(study.env, seed=cell.seed), eval_freq=300, n_eval_episodes=1, log_path=str(tmp_path), verbose=0
+    )
+    model.learn(study.interactions, callback=evaluation)
+    with np.load(tmp_path / "evaluations.npz") as kept:
+        for there, here in (("timesteps", "own_timesteps"), ("results", "own_returns"), ("ep_lengths", "own_lengths")):
+            np.testing.assert_allclose(kept[there], getattr(results["td3c"], here), atol=1e-5)
+
+
+def test_results_without_a_record_of_own_evaluations_are_read(results: dict[str, CellResult], tmp_path: Path) -> None:
+    for name in ("td3", "td3c"):
+        folder = tmp_path / name
+        write_result(folder, results[name])
+        with np.load(folder / "training.npz") as arrays:
+            np.savez(folder / "training.npz", timesteps=arrays["timesteps"], returns=arrays["returns"])
+        text = json.loads(results[name].to_json())
+        text["arrays"] = {key: value for key, value in text["arrays"].items() if not key.startswith("own_")}
+        for old in (read_result(folder), CellResult.from_json(json.dumps(text))):
+            assert old is not None and old.own_returns.size == 0
+            np.testing.assert_array_equal(old.training_returns, results[name].training_returns)
+            # It had none, or had some of which nothing is known
+            assert old.knows_own_evaluations == (name == "td3")
 
 
 def test_the_same_result_gives_the_same_files(results: dict[str, CellResult], tmp_path: Path) -> None:

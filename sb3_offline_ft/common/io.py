@@ -5,7 +5,7 @@ import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any, BinaryIO
 
@@ -81,9 +81,9 @@ def naming_damage(path: str | os.PathLike[str] | IO[bytes], expected: str) -> It
         raise ValueError(f"{path} is damaged or not {expected} ({reason}).") from error
 
 
-def read_npz(path: str | os.PathLike[str], *names: str) -> dict[str, np.ndarray]:
+def read_npz(path: str | os.PathLike[str], *names: str, optional: Collection[str] = ()) -> dict[str, np.ndarray]:
     """
-    Read arrays of an ``.npz`` file; nothing is unpickled.
+    Read arrays of an ``.npz`` file; nothing is unpickled. Optional ones may be missing.
 
     :raises ValueError: It is damaged, or an array is missing or holds Python objects
     :raises FileNotFoundError: There is no such file
@@ -91,7 +91,7 @@ def read_npz(path: str | os.PathLike[str], *names: str) -> dict[str, np.ndarray]
     with naming_damage(path, f"an .npz file with {', '.join(names)}"):
         # From memory: NumPy leaves a damaged file open
         with np.load(io.BytesIO(pathlib.Path(path).read_bytes()), allow_pickle=False) as file:
-            return {name: file[name] for name in names}
+            return {name: file[name] for name in names if name in file or name not in optional}
 
 
 def arrays_to_text(arrays: Mapping[str, np.ndarray]) -> str:

@@ -16,6 +16,14 @@ from sb3_offline_ft.evaluation.finetuning_metrics import (
     finetuning_metrics,
 )
 from sb3_offline_ft.evaluation.run_summary import RunSummary, summarize_run
+from sb3_offline_ft.evaluation.served import (
+    ActedEpisodes,
+    Losses,
+    ServedMetrics,
+    acted_episodes,
+    served_metrics,
+    shortfall,
+)
 from sb3_offline_ft.evaluation.statistics import (
     Band,
     Estimate,
@@ -27,13 +35,17 @@ from sb3_offline_ft.evaluation.statistics import (
 )
 
 __all__ = [
+    "ActedEpisodes",
     "Band",
     "DipNoiseFloor",
     "Estimate",
     "FinetuningMetrics",
+    "Losses",
     "PairedComparison",
     "RateComparison",
     "RunSummary",
+    "ServedMetrics",
+    "acted_episodes",
     "aggregate",
     "collapse_threshold",
     "compare_paired",
@@ -46,5 +58,7 @@ __all__ = [
     "performance_profile",
     "probability_of_improvement",
     "rate",
+    "served_metrics",
+    "shortfall",
     "summarize_run",
 ]

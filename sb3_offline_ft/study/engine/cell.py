@@ -27,6 +27,7 @@ from sb3_offline_ft.study.engine.machine import machine_facts
 from sb3_offline_ft.study.engine.measure import (
     FINETUNING,
     PRETRAINING,
+    EvaluationTimes,
     LastInteraction,
     Measure,
     OnEvaluation,
@@ -82,16 +83,15 @@ def run_cell(
             "started": started.isoformat(timespec="seconds"),
             **machine,
         }
-        ends, returns = _training_episodes(env, protocol.interactions)
-    return CellResult(
-        np.array(measure.timesteps, dtype=np.int64),
-        np.array(measure.returns, dtype=np.float64),
-        np.array(measure.lengths, dtype=np.int64),
-        ends,
-        returns,
-        [] if guard is None else guard.events,
-        manifest,
-    )
+        return CellResult(
+            np.array(measure.timesteps, dtype=np.int64),
+            np.array(measure.returns, dtype=np.float64),
+            np.array(measure.lengths, dtype=np.int64),
+            *_training_episodes(env, protocol.interactions),
+            [] if guard is None else guard.events,
+            manifest,
+            **_own_evaluations(evaluation),
+        )
 
 
 @contextmanager
@@ -157,7 +157,14 @@ def _run(
     callbacks: list[BaseCallback] = [measure, Progress(tell, interactions), LastInteraction(interactions)]
     if cell.method.learns_from_evaluations:
         env = make_env(cell.seed)
-        evaluation = EvalCallback(env, eval_freq=plan.every, n_eval_episodes=plan.episodes, verbose=0, warn=False)
+        evaluation = EvalCallback(
+            env,
+            callback_after_eval=EvaluationTimes(),
+            eval_freq=plan.every,
+            n_eval_episodes=plan.episodes,
+            verbose=0,
+            warn=False,
+        )
         callbacks.append(evaluation)
     if (arguments := protocol.guard_arguments(cell.method)) is not None:
         guard = CollapseGuard(**{"verbose": 0, **arguments})
@@ -233,3 +240,17 @@ def _training_episodes(env: VecEnv, interactions: int) -> tuple[np.ndarray, np.n
     returns = np.asarray(env.env_method("get_episode_rewards")[0], dtype=np.float64)
     within = ends <= interactions
     return ends[within], returns[within]
+
+
+def _own_evaluations(evaluation: EvalCallback | None) -> dict[str, np.ndarray]:
+    """Interactions before each evaluation that the learner learned from, and the returns and lengths of its episodes."""
+    if evaluation is None:
+        return {}
+    assert isinstance(evaluation.callback, EvaluationTimes)
+    times, env = evaluation.callback.timesteps, evaluation.eval_env
+    shape = len(times), evaluation.n_eval_episodes
+    return {
+        "own_timesteps": np.array(times, dtype=np.int64),
+        "own_returns": np.reshape(np.array(env.env_method("get_episode_rewards")[0], dtype=np.float64), shape),
+        "own_lengths": np.reshape(np.array(env.env_method("get_episode_lengths")[0], dtype=np.int64), shape),
+    }

@@ -40,11 +40,16 @@ _ARRAYS: dict[str, tuple[type, int]] = {
     "lengths": (np.int64, 2),
     "training_timesteps": (np.int64, 1),
     "training_returns": (np.float64, 1),
+    "own_timesteps": (np.int64, 1),
+    "own_returns": (np.float64, 2),
+    "own_lengths": (np.int64, 2),
 }
 """Types and numbers of dimensions."""
+_OWN = ("own_timesteps", "own_returns", "own_lengths")
+"""Not in results of before."""
 _FILES = {
     EVALUATIONS: {"timesteps": "timesteps", "results": "returns", "ep_lengths": "lengths"},
-    TRAINING: {"timesteps": "training_timesteps", "returns": "training_returns"},
+    TRAINING: {"timesteps": "training_timesteps", "returns": "training_returns", **{name: name for name in _OWN}},
 }
 """Where the arrays are, with their names there."""
 
@@ -61,6 +66,10 @@ class CellResult:
     :param training_returns: Undiscounted return of each training episode, shape ``(training episodes,)``
     :param events: Events of the collapse guard
     :param manifest: Facts about the cell, in the form of JSON
+    :param own_timesteps: Interactions before each evaluation that the learner learned from, shape ``(own evaluations,)``; none
+        if there were none, or if they were not recorded
+    :param own_returns: Undiscounted return of each of their episodes, shape ``(own evaluations, episodes)``
+    :param own_lengths: Length of each of them, shape ``(own evaluations, episodes)``
     """
 
     timesteps: npt.NDArray[np.int64]
@@ -70,11 +79,19 @@ class CellResult:
     training_returns: npt.NDArray[np.float64]
     events: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
+    own_timesteps: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    own_returns: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    own_lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     @property
     def frozen_until(self) -> int:
         """Interactions with the pretrained policy; -1 if there was none."""
         return int(self.manifest["frozen_until"])
+
+    @property
+    def knows_own_evaluations(self) -> bool:
+        """Whether all evaluations that the learner learned from were recorded, or there were none."""
+        return bool(self.manifest.get("learner_evaluation_steps") == self.own_lengths.sum())
 
     def to_json(self) -> str:
         """
@@ -240,7 +257,7 @@ def _read(folder: Path) -> CellResult:
     _check_manifest(manifest)
     arrays: dict[str, Any] = {}
     for name, names in _FILES.items():
-        arrays |= {names[there]: array for there, array in read_npz(folder / name, *names).items()}
+        arrays |= {names[there]: array for there, array in read_npz(folder / name, *names, optional=_OWN).items()}
     return CellResult(**arrays, events=_read_whole_events(folder) if manifest["guarded"] else [], manifest=manifest)
 
 
@@ -321,6 +338,11 @@ def _checked(result: CellResult) -> CellResult:
         )
     if result.training_timesteps.shape != result.training_returns.shape:
         raise ValueError("timesteps and returns of training must be of the same episodes")
+    if result.own_returns.shape != result.own_lengths.shape or len(result.own_timesteps) != len(result.own_returns):
+        raise ValueError(
+            f"{', '.join(_OWN)} must be of the same evaluations, found shapes {result.own_timesteps.shape}, "
+            f"{result.own_returns.shape} and {result.own_lengths.shape}"
+        )
     for event in result.events:
         if not isinstance(event.get("timestep", 0), int):
             raise ValueError(f"an event's timestep must be a whole number, found {event['timestep']!r:.60}")

@@ -64,6 +64,18 @@ class Measure(BaseCallback):
         return True
 
 
+class EvaluationTimes(BaseCallback):
+    """Notes after how many interactions an ``EvalCallback`` evaluated, as its callback after evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timesteps: list[int] = []
+
+    def _on_step(self) -> bool:
+        self.timesteps.append(self.num_timesteps)
+        return True
+
+
 class Progress(BaseCallback):
     """Tells how far a run of so many interactions is."""
 
