@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from stable_baselines3.common import callbacks
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     ConvertCallback,
@@ -137,9 +138,15 @@ class BestEvaluation:
     """The best mean reward that the EvalCallbacks of a run have found."""
 
     def __init__(self) -> None:
-        self.callbacks: list[EvalCallback] = []
-        """Those of the present call of ``learn``."""
         self.mean_reward = -math.inf
+        self.follow(None)
+
+    def follow(self, callback: BaseCallback | None) -> None:
+        """Look at the callbacks of the present call of ``learn``, or at none."""
+        self.callbacks = list(find_callbacks(callback, EvalCallback))
+        others = find_callbacks(callback, BaseCallback)
+        self.has_judge = any(getattr(other, "moves_reference", False) for other in others)
+        """Whether another callback says which policy is good, and makes it the reference of a learner that has one."""
 
     @property
     def _best(self) -> float:
@@ -149,9 +156,11 @@ class BestEvaluation:
         """What has been found before is the best of the run so far."""
         self.mean_reward = self._best
 
-    def has_new(self) -> bool:
-        """Whether there is a better one since the last call."""
-        has_new = self._best > self.mean_reward
+    def has_new(self, learner: BaseAlgorithm) -> bool:
+        """Whether a learner has been found better since the last call than whatever was evaluated before."""
+        # A callback may have another policy evaluated than the learner's
+        own = (callback.best_mean_reward for callback in self.callbacks if callback.model is learner)
+        has_new = max(own, default=-math.inf) > self.mean_reward
         self.mean_reward = max(self.mean_reward, self._best)
         return has_new
 

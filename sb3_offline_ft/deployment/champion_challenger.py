@@ -181,6 +181,9 @@ class ChampionChallenger(BaseCallback):
                 self._begin_all()
         else:
             self._start_run(goes_on, siblings)
+        for evaluation in find_callbacks(siblings, EvalCallback):
+            # What is deployed is what is evaluated
+            evaluation.model = _Served(model, self)  # type: ignore[assignment]
         self._cast.take_over()
         self._is_running = True
 
@@ -213,9 +216,6 @@ class ChampionChallenger(BaseCallback):
         self._tell_start(resumed=saved is not None)
         # An episode that was running before is not a whole one
         self._begin_all(whole=model.num_timesteps == 0 or not goes_on or saved is not None)
-        for evaluation in find_callbacks(siblings, EvalCallback):
-            # What is deployed is what is evaluated
-            evaluation.model = _Served(model, self)  # type: ignore[assignment]
 
     def _tell_start(self, resumed: bool) -> None:
         own = {name: getattr(self, name) for name in ("min_updates", "restore_after", "segment_steps", "seed")}
