@@ -34,10 +34,18 @@ class Improvement(BaseCallback):
 def pretrained(reference: str) -> TD3C:
     """A learner whose pretrained policy is a bad one, and that changes by itself as good as not at all."""
     settings = {"policy_averaging": 0.0, "trust_region": None, "learning_rate": 1e-6, "train_freq": (1, "episode")}
-    settings |= {"warmup_steps": 0, "batch_size": 8, "learning_starts": 0, "gradient_steps": 1, "constraint_reference": reference}
+    settings |= {
+        "warmup_steps": 0,
+        "batch_size": 8,
+        "learning_starts": 0,
+        "gradient_steps": 1,
+        "constraint_reference": reference,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = TD3C("MlpPolicy", make_vec_env(Hold, seed=0), policy_kwargs={"net_arch": [8]}, seed=0, device="cpu", **settings)
+        model = TD3C(
+            "MlpPolicy", make_vec_env(Hold, seed=0), policy_kwargs={"net_arch": [8]}, seed=0, device="cpu", **settings
+        )
         model.learn(20)
     set_bias(model, 3.0)
     return model

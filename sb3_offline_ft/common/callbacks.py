@@ -54,6 +54,13 @@ def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> I
         yield from find_callbacks(callback.callback, kind)
 
 
+def callbacks_with(callback: BaseCallback | None, attribute: str) -> Iterator[BaseCallback]:
+    """Find the callbacks that have an attribute which is not false, as those of other packages may."""
+    for found in find_callbacks(callback, BaseCallback):  # type: ignore[type-abstract]
+        if getattr(found, attribute, False):
+            yield found
+
+
 def monitor_folder(env: VecEnv) -> Path | None:
     """
     :param env: Environments
@@ -144,8 +151,7 @@ class BestEvaluation:
     def follow(self, callback: BaseCallback | None) -> None:
         """Look at the callbacks of the present call of ``learn``, or at none."""
         self.callbacks = list(find_callbacks(callback, EvalCallback))
-        others = find_callbacks(callback, BaseCallback)
-        self.has_judge = any(getattr(other, "moves_reference", False) for other in others)
+        self.has_judge = any(True for _ in callbacks_with(callback, "moves_reference"))
         """Whether another callback says which policy is good, and makes it the reference of a learner that has one."""
 
     @property
