@@ -35,6 +35,9 @@ GUARDS: dict[str, dict[str, Any] | None] = {
         "remedies": [{"warmup": {"steps": 100}}],
     },
 }
+# Everything happens in few episodes: a baseline, trials, an exploration
+CHAMPION = {"random_return": -1309, "worst_return": -1400, "risk_budget": 0.6, "baseline_episodes": 2, "min_updates": 50}
+CHAMPION |= {"max_trial_episodes": 2, "false_promotion_rate": 0.9, "seed": 1}
 ALGORITHMS = ("td3bc", "td3c", "td3")
 ZOO_NAMES = {"td3": "offline_td3"}
 REGISTER = 'from rl_zoo3 import ALGOS\n\nfrom sb3_offline_ft import OfflineTD3\n\nALGOS["offline_td3"] = OfflineTD3\n'

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch as th
@@ -121,16 +121,16 @@ class FrozenPolicy:
     def predict(self, observations: Any, state: Any, episode_start: Any, deterministic: bool) -> tuple[np.ndarray, Any]:
         """As SB3's ``predict``, for observations normalized by ``VecNormalize`` as it is now, if it is there."""
         live = _normalizer(self._model)
-        original = None if live is None else live.unnormalize_obs(observations)
-        with normalizing_as(self._model, self._content) as normalize:
-            if normalize is not None:
-                observations = normalize.normalize_obs(original)
+        if live is not None:
+            original = live.unnormalize_obs(observations)
+            with normalizing_as(self._model, self._content):
+                observations = live.normalize_obs(original)
         return self.policy.predict(observations, state, episode_start, deterministic)
 
     def act(self, deterministic: bool) -> np.ndarray:
         """Actions for the last observations of the learner's environments, shape ``(n_envs, action_dim)``."""
         observations: Any = self._model._last_obs
-        original: Any = self._model._last_original_obs
+        original = cast(Any, self._model._last_original_obs)
         with normalizing_as(self._model, self._content) as normalize:
             if normalize is not None:
                 observations = normalize.normalize_obs(original)
