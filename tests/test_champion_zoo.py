@@ -9,6 +9,7 @@ import pytest
 import torch as th
 import yaml
 from rl_zoo3.utils import create_test_env, get_saved_hyperparams
+from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -62,6 +63,18 @@ def test_the_best_model_of_a_run_is_the_champion(tmp_path: Path, eval_freq: int)
     assert [event["event"] for event in read_events(folder / "deployment_events.jsonl")][-1] == "end"
     assert (folder / "evaluations.npz").exists() == (eval_freq > 0)
     assert not (folder / "vecnormalize.pkl").exists()
+
+
+def test_algorithms_of_sb3_leave_their_champion_too(tmp_path: Path) -> None:
+    settings = {"policy": "MlpPolicy", "learning_starts": 50, "policy_kwargs": "dict(net_arch=[8])", "normalize": True}
+    (tmp_path / "sac.yml").write_text(yaml.safe_dump({ENV: settings | {"n_timesteps": STEPS, "callback": [SERVE]}}))
+    folder, contest, model = finished(tmp_path, algo="sac", hyperparams={}, config=str(tmp_path / "sac.yml"), device="cpu")
+    assert is_same(SAC.load(folder / "best_model.zip", device="cpu").policy, contest.champion.policy.state)
+    assert not is_same(model.policy, contest.champion.policy.state)
+    statistics, found = contest.champion.policy.statistics, []
+    for path in (folder, folder / ENV):
+        found.append(VecNormalize.load(str(path / "vecnormalize.pkl"), make_vec_env(ENV)).obs_rms)
+    assert statistics is not None and found[0].count == statistics[""].count < found[1].count
 
 
 def test_an_interrupt_leaves_the_champion_and_all_events(tmp_path: Path) -> None:
