@@ -36,7 +36,8 @@ STUDY: dict[str, Any] = {
     "methods": {"scratch": {"algorithm": "td3", "start": "scratch"}, "offline": {"frozen": True}, "td3": {"algorithm": "td3"}},
 }
 ARRAYS = (
-    "timesteps", "returns", "lengths", "training_timesteps", "training_returns", "own_timesteps", "own_returns", "own_lengths"
+    "timesteps", "returns", "lengths", "training_timesteps", "training_returns", "own_timesteps", "own_returns", "own_lengths",
+    "training_kinds",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from sb3_offline_ft.deployment import Contender, Contest, Kind, ConcurrentTest, Rules
+from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, Kind, Rules
 from tests.simulated_contests import simulation
 
 CHAMPION = [9.0, 10.0, 11.0]

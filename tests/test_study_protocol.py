@@ -204,9 +204,9 @@ def test_cells_come_seed_by_seed_and_cover_all_methods_early() -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_presets_are_those_of_the_zoo_without_what_is_no_argument(algorithm: str, env: str, entry: str) -> None:
     expected = yaml.safe_load(Path(preset_path(algorithm)).read_text())[entry]
-    hyperparams, guard = preset(algorithm, env)
+    hyperparams, callbacks = preset(algorithm, env)
     assert hyperparams == {key: value for key, value in expected.items() if key not in ("n_timesteps", "dataset", "callback")}
-    assert guard == ({"random_return": 17.1} if entry == "Hopper-v5" else {})
+    assert callbacks["guard"] == ({"random_return": 17.1} if entry == "Hopper-v5" else {})
 
 
 def test_hyperparams_are_preset_then_study_then_method() -> None:

@@ -467,7 +467,7 @@ def test_scheduled_epsilon(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"constraint_reference": "last"}, "must be one of 'target', 'pretrained', 'best', found 'last'"),
+        ({"constraint_reference": "last"}, "must be one of 'target', 'pretrained', 'best', 'champion', found 'last'"),
         ({"epsilon": -0.1}, "`epsilon`"),
         ({"epsilon": "fast"}, "`epsilon` is 'fast'"),
         ({"initial_multiplier": 0.0}, "min_multiplier"),

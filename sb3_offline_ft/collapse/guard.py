@@ -213,6 +213,11 @@ class CollapseGuard(BaseCallback):
         """The detector in use."""
         return self._monitor.detector
 
+    @property
+    def moves_reference(self) -> bool:
+        """For algorithms with a reference policy: whether promotions move it."""
+        return self.update_reference
+
     def use_default_path(self, path: str | Path) -> None:
         """
         Tell the guard the run's folder, as rl-zoo3's runs do.

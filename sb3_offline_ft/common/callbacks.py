@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from stable_baselines3.common import callbacks
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     ConvertCallback,
@@ -51,6 +52,13 @@ def find_callbacks(callback: BaseCallback | None, kind: type[CallbackType]) -> I
         yield from find_callbacks(child, kind)
     if isinstance(callback, EventCallback):
         yield from find_callbacks(callback.callback, kind)
+
+
+def callbacks_with(callback: BaseCallback | None, attribute: str) -> Iterator[BaseCallback]:
+    """Find the callbacks that have an attribute which is not false, as those of other packages may."""
+    for found in find_callbacks(callback, BaseCallback):  # type: ignore[type-abstract]
+        if getattr(found, attribute, False):
+            yield found
 
 
 def monitor_folder(env: VecEnv) -> Path | None:
@@ -137,11 +145,14 @@ class BestEvaluation:
     """The best mean reward that the EvalCallbacks of a run have found."""
 
     def __init__(self) -> None:
-        self.callbacks: list[EvalCallback] = []
-        """Those of the present call of ``learn``."""
-        self.are_of_learner = True
-        """Whether they evaluate the learner, and not a policy that acts in its place."""
         self.mean_reward = -math.inf
+        self.follow(None)
+
+    def follow(self, callback: BaseCallback | None) -> None:
+        """Look at the callbacks of the present call of ``learn``, or at none."""
+        self.callbacks = list(find_callbacks(callback, EvalCallback))
+        self.has_judge = any(True for _ in callbacks_with(callback, "moves_reference"))
+        """Whether another callback says which policy is good, and makes it the reference of a learner that has one."""
 
     @property
     def _best(self) -> float:
@@ -151,9 +162,11 @@ class BestEvaluation:
         """What has been found before is the best of the run so far."""
         self.mean_reward = self._best
 
-    def has_new(self) -> bool:
-        """Whether there is a better one of the learner since the last call."""
-        has_new = self.are_of_learner and self._best > self.mean_reward
+    def has_new(self, learner: BaseAlgorithm) -> bool:
+        """Whether a learner has been found better since the last call than whatever was evaluated before."""
+        # A callback may have another policy evaluated than the learner's
+        own = (callback.best_mean_reward for callback in self.callbacks if callback.model is learner)
+        has_new = max(own, default=-math.inf) > self.mean_reward
         self.mean_reward = max(self.mean_reward, self._best)
         return has_new
 

@@ -1,10 +1,11 @@
 """Who acts in which environment: frozen policies in place of the learner."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch as th
@@ -86,6 +87,21 @@ def _normalizer(model: OffPolicyAlgorithm) -> VecNormalize | None:
     return normalize if normalize is not None and normalize.norm_obs else None
 
 
+@contextmanager
+def normalizing_as(model: OffPolicyAlgorithm, content: PolicyCopy) -> Iterator[VecNormalize | None]:
+    """For the block, let a learner's ``VecNormalize`` normalize observations as it did for a copy; None if none does."""
+    normalize = None if content.statistics is None else _normalizer(model)
+    if normalize is None or content.statistics is None:
+        yield None
+        return
+    live = normalize.obs_rms
+    normalize.obs_rms = content.statistics if isinstance(live, dict) else content.statistics[""]
+    try:
+        yield normalize
+    finally:
+        normalize.obs_rms = live
+
+
 def _by_key(statistics: Any) -> dict[str, RunningMeanStd]:
     return statistics if isinstance(statistics, dict) else {"": statistics}
 
@@ -109,31 +125,25 @@ class FrozenPolicy:
     def take(self, content: PolicyCopy) -> None:
         """Be this policy from now on."""
         self.policy.load_state_dict(dict(content.state))
-        self._statistics = content.statistics
+        self._content = content
 
     def predict(self, observations: Any, state: Any, episode_start: Any, deterministic: bool) -> tuple[np.ndarray, Any]:
         """As SB3's ``predict``, for observations normalized by ``VecNormalize`` as it is now, if it is there."""
-        normalize = _normalizer(self._model)
-        if normalize is not None and self._statistics is not None:
-            observations = self._normalized(normalize, normalize.unnormalize_obs(observations))
+        live = _normalizer(self._model)
+        if live is not None:
+            original = live.unnormalize_obs(observations)
+            with normalizing_as(self._model, self._content):
+                observations = live.normalize_obs(original)
         return self.policy.predict(observations, state, episode_start, deterministic)
 
     def act(self, deterministic: bool) -> np.ndarray:
         """Actions for the last observations of the learner's environments, shape ``(n_envs, action_dim)``."""
-        observations, normalize = self._model._last_obs, _normalizer(self._model)
-        assert observations is not None
-        if normalize is not None and self._statistics is not None:
-            observations = self._normalized(normalize, self._model._last_original_obs)
+        observations: Any = self._model._last_obs
+        original = cast(Any, self._model._last_original_obs)
+        with normalizing_as(self._model, self._content) as normalize:
+            if normalize is not None:
+                observations = normalize.normalize_obs(original)
         return self.policy.predict(observations, deterministic=deterministic)[0]
-
-    def _normalized(self, normalize: VecNormalize, observations: Any) -> Any:
-        live, own = normalize.obs_rms, self._statistics
-        assert own is not None
-        normalize.obs_rms = own if isinstance(live, dict) else own[""]
-        try:
-            return normalize.normalize_obs(observations)
-        finally:
-            normalize.obs_rms = live
 
 
 class Cast:

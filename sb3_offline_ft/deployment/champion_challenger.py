@@ -18,7 +18,7 @@ from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, number, whole_number
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.warning import warn
-from sb3_offline_ft.deployment.acting import Cast, PolicyCopy
+from sb3_offline_ft.deployment.acting import Cast, PolicyCopy, normalizing_as
 from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
 from sb3_offline_ft.deployment.history import FIGURE, History
 from sb3_offline_ft.deployment.reporting import Reporter
@@ -27,7 +27,7 @@ from sb3_offline_ft.deployment.state import SAVED_ATTRIBUTES, SavedContest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEST_MODEL = "best_model.zip"
+BEST_MODEL, STATISTICS = "best_model.zip", "vecnormalize.pkl"
 
 
 class ChampionChallenger(BaseCallback):
@@ -79,8 +79,9 @@ class ChampionChallenger(BaseCallback):
         within the episode; all returns, also those of the parameters, are those of segments then
     :param canary_envs: Number of environments, the first ones, in which anything but serving may happen; by default all
     :param seed: Seed of the coin
-    :param path: Folder for ``deployment_events.jsonl``, ``deployment.png`` and the champion as ``best_model.zip``; by default
-        that of the run's ``EvalCallback``, the logger or a ``Monitor`` that keeps files, if any
+    :param path: Folder for ``deployment_events.jsonl``, ``deployment.png`` and the champion as ``best_model.zip``, with its
+        statistics as ``vecnormalize.pkl`` if ``VecNormalize`` normalizes observations; by default the folder of the run's
+        ``EvalCallback``, the logger or a ``Monitor`` that keeps files, if any
     :param verbose: 0 for no output, 1 for the baseline and decisions, 2 for challengers too
     :raises ValueError: A parameter is out of range
     """
@@ -411,6 +412,9 @@ class ChampionChallenger(BaseCallback):
         if self._folder is not None:
             try:
                 self.save_champion(self._folder / BEST_MODEL)
+                with normalizing_as(self.model, self.champion.policy) as normalize:
+                    if normalize is not None:
+                        normalize.save(str(self._folder / STATISTICS))
             except OSError as error:
                 warn(f"ChampionChallenger: the champion cannot be written ({error}).")
 

@@ -281,9 +281,7 @@ class OfflineLearner(TD3):
             self.acting.episode_steps = np.zeros(self.n_envs, dtype=int)
         if is_reset and isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
             self.replay_buffer.cut_episodes()
-        self.evaluations.callbacks = list(find_callbacks(started, EvalCallback))
-        everyone = find_callbacks(started, BaseCallback)  # type: ignore[type-abstract]  # only looked for
-        self.evaluations.are_of_learner = not any(getattr(one, "moves_reference", False) for one in everyone)
+        self.evaluations.follow(started)
         if self.remaining_offline_steps > 0:
             show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
             try:
@@ -358,7 +356,7 @@ class OfflineLearner(TD3):
 
     def _look_for_new_best(self) -> None:
         # Evaluations run inside `collect_rollouts`; the weights have not changed since
-        if self.evaluations.has_new():
+        if self.evaluations.has_new(self):
             self._on_new_best()
 
     # Acting

@@ -291,7 +291,7 @@ class OfflineTD3(SavedLearner):
             self._look_for_new_best()
         finally:
             # Callbacks hold environments, which can be neither copied nor kept alive for ever
-            self.evaluations.callbacks = []
+            self.evaluations.follow(None)
         return self
 
     # Updates

@@ -150,7 +150,8 @@ def study_tune(
     folder: Folder,
     algo: Annotated[str, typer.Option(help=f"Algorithm whose finetuning is tuned: {', '.join(ALGORITHMS)}.")] = "td3c",
     method: Annotated[
-        str | None, typer.Option(help="The study's method to tune; the first with the algorithm and no guard if omitted.")
+        str | None,
+        typer.Option(help="The study's method to tune; the first with the algorithm and no guard or champion if omitted."),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Label of the dataset; the study's first if omitted.")] = None,
     n_trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls included.")] = 30,

@@ -18,7 +18,8 @@ from sb3_offline_ft.td3c.constraint import Constraint
 from sb3_offline_ft.td3c.multiplier import Multiplier
 from sb3_offline_ft.update import ActorObjective, Attraction, Batch
 
-CONSTRAINT_REFERENCES = ("target", "pretrained", "best")
+CONSTRAINT_REFERENCES = ("target", "pretrained", "best", "champion")
+MOVED_BY = {"best": "what is best from an EvalCallback", "champion": "who that is from a ChampionChallenger"}
 AVERAGE_FREQ = 10
 """Steps of the actor between two looks at the distance of the averaged policy, which moves slowly."""
 
@@ -40,7 +41,8 @@ class TD3C(OfflineTD3):
     :param alpha: Weight of the value against behavior cloning in the offline phase, as in :class:`TD3BC`
     :param constraint_reference: ``"target"``: the target policy, which follows the policy (a limit on its speed);
         ``"pretrained"``: the policy as it was when finetuning began (a trust region around it); ``"best"``: the same, until an
-        ``EvalCallback`` reports a new best mean reward, from when on it is that policy
+        ``EvalCallback`` finds the learner better than before, from when on it is that policy; ``"champion"``: the same, until
+        a :class:`ChampionChallenger` promotes another policy, from when on it is that one
     :param epsilon: Bound on the mean squared distance of actions to the reference's: a number or a schedule
         (see :func:`sb3_offline_ft.common.schedules.make_schedule`)
     :param initial_multiplier: Lagrange multiplier at the start of finetuning
@@ -161,11 +163,11 @@ class TD3C(OfflineTD3):
                 "TD3C has a dataset but no pretrained policy to stay near: it trains online like TD3. "
                 "Pretrain with `offline_steps` or `pretrain()`."
             )
-        is_told = bool(self.evaluations.callbacks) or not self.evaluations.are_of_learner
-        if pretrained and self.constraint_reference == "best" and not is_told:
+        is_moved = self.evaluations.has_judge or (self.constraint_reference == "best" and self.evaluations.callbacks)
+        if pretrained and not is_moved and (source := MOVED_BY.get(self.constraint_reference)):
             warn(
-                "`constraint_reference='best'` learns what is best from an EvalCallback, and there is none: the reference "
-                "stays the pretrained policy. Pass `callback=EvalCallback(...)` to `learn`, or choose 'pretrained'."
+                f"`constraint_reference={self.constraint_reference!r}` learns {source}, and there is none: the reference "
+                f"stays the pretrained policy. Pass `callback={source.split()[-1]}(...)` to `learn`, or choose 'pretrained'."
             )
 
     def _on_new_best(self) -> None:

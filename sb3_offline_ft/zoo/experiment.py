@@ -5,6 +5,7 @@ import inspect
 import os
 import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import optuna
@@ -12,12 +13,12 @@ from gymnasium import spaces
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_offline_ft.algorithms import preset_path
-from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.search_space import split_finetuning
 from sb3_offline_ft.datasets import check_spec, without_trust
+from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL, STATISTICS
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.tuning.objective import split_tuning
 from sb3_offline_ft.tuning.samplers import StudySeed, TrialSeededSampler
@@ -26,6 +27,8 @@ from sb3_offline_ft.zoo.pretraining import Pretraining
 from sb3_offline_ft.zoo.trials import prepare_trial
 
 DEFAULT_EVALUATIONS = 10
+LEARNER_STATISTICS = "vecnormalize_learner.pkl"
+"""rl_zoo3 has one file of statistics for all models of a run, and the one to deploy is the champion."""
 
 
 class _RunWatch(BaseCallback):
@@ -186,9 +189,9 @@ class OfflineExperimentManager(ExperimentManager):
 
     def learn(self, model: BaseAlgorithm) -> None:
         """As rl_zoo3's, after a pretraining if the finetuning differs from it; an early error leaves no folder."""
-        guards = [callback for callback in self.callbacks if isinstance(callback, CollapseGuard)]
-        for guard in guards:
-            guard.use_default_path(self.save_path)
+        keeping_files = [callback for callback in self.callbacks if hasattr(callback, "use_default_path")]
+        for callback in keeping_files:
+            callback.use_default_path(self.save_path)
         watch = _RunWatch(self.callbacks[0] if self.callbacks else None)
         self.callbacks.insert(0, watch)
         updates = getattr(model, "_n_updates", 0)
@@ -202,8 +205,27 @@ class OfflineExperimentManager(ExperimentManager):
         finally:
             self.callbacks.remove(watch)
             # rl-zoo3 ends only the first callback after an interrupt
-            for guard in guards:
-                guard.on_training_end()
+            for callback in keeping_files:
+                callback.on_training_end()
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """As rl_zoo3's; the statistics of ``VecNormalize`` that enjoy finds are a champion's, if the run has one."""
+        super().save_trained_model(model)
+        champions, found = Path(self.save_path, STATISTICS), Path(self.params_path, STATISTICS)
+        if champions.is_file() and found.is_file():
+            found.replace(found.with_name(LEARNER_STATISTICS))
+            shutil.copy(champions, found)
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        agent = Path(self.trained_agent)
+        learners = agent.parent / self.env_name / LEARNER_STATISTICS
+        if agent.name == BEST_MODEL or not learners.is_file():
+            normalized: VecEnv = super()._maybe_normalize(env, eval_env)
+            return normalized
+        loaded = VecNormalize.load(str(learners), env)
+        if eval_env:
+            loaded.training = loaded.norm_reward = False
+        return loaded
 
     def _pretrain(self, model: BaseAlgorithm) -> None:
         try:

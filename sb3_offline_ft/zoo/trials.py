@@ -9,8 +9,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_offline_ft.collapse import CollapseGuard
-from sb3_offline_ft.common.callbacks import find_callbacks
+from sb3_offline_ft.common.callbacks import callbacks_with, find_callbacks
 from sb3_offline_ft.common.search_space import (
     FINETUNING_PREFIX,
     FIXED,
@@ -48,8 +47,9 @@ class TrialStart(BaseCallback):
                 # The evaluation before the first interaction is one more than rl_zoo3 counts
                 evaluation.eval_idx = -1
         if self._quiet:
-            for guard in find_callbacks(siblings, CollapseGuard):
-                guard.verbose = 0
+            # Those of us that tell of what they do
+            for sibling in callbacks_with(siblings, "use_default_path"):
+                sibling.verbose = 0
 
     def _on_step(self) -> bool:
         return True

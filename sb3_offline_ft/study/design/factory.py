@@ -11,7 +11,6 @@ from typing import Any
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.algorithms import ALGORITHMS
-from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
 from sb3_offline_ft.common.strict_yaml import Reader
@@ -21,9 +20,11 @@ from sb3_offline_ft.pretrained.recipe import SHARED_WITH_PRETRAINING
 from sb3_offline_ft.study.design.identity import is_same, method_facts
 from sb3_offline_ft.study.design.learners import NOISES, PLAIN_TD3, algorithm_class
 from sb3_offline_ft.study.design.methods import (
+    CALLBACKS,
     ENSEMBLE_SIZE,
     SET_BY_STUDY,
     Method,
+    Preset,
     default_of,
     factor_path,
     is_ours,
@@ -45,9 +46,9 @@ WITHOUT_EFFECT_FROM_SCRATCH = frozenset(
         "normalize_observations",
     }
 )
-_GUARD_PATHS = ("path", "save_snapshots", "verbose")
+_CALLBACK_PATHS = ("path", "save_snapshots", "verbose")
 
-METHOD_KEYS = ("label", "algorithm", "start", "frozen", "guard", "hyperparams")
+METHOD_KEYS = ("label", "algorithm", "start", "frozen", *CALLBACKS, "hyperparams")
 STARTS = ("pretrained", "scratch")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MOST_OF_NAME = 150
@@ -71,17 +72,18 @@ class MethodFactory:
         self._presets = {name: self._read_preset(name, entry) for name, entry in presets.items()}
         self._check_pretraining()
 
-    def _read_preset(self, algorithm: str, entry: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _read_preset(self, algorithm: str, entry: Any) -> Preset:
         key = f"presets.{algorithm}"
         if algorithm not in ALGORITHMS:
             self.reader.fail(key, f"is of no algorithm that has one. {suggestion(algorithm, ALGORITHMS)}")
         hyperparams = self.reader.mapping(entry, key)
-        guard = self.reader.mapping(hyperparams.pop("guard", None), f"{key}.guard")
+        callbacks = {kind: self.reader.mapping(hyperparams.pop(kind, None), f"{key}.{kind}") for kind in CALLBACKS}
         self._check_hyperparams(hyperparams, key, algorithm)
-        self._check_guard_names(guard, f"{key}.guard")
-        return hyperparams, guard
+        for kind, arguments in callbacks.items():
+            self._check_callback_names(kind, arguments, f"{key}.{kind}")
+        return Preset(hyperparams, callbacks)
 
-    def _preset(self, algorithm: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _preset(self, algorithm: str) -> Preset:
         return self._presets.get(algorithm) or preset(algorithm, self.env)
 
     def _check_pretraining(self) -> None:
@@ -125,7 +127,7 @@ class MethodFactory:
     def pretraining_hyperparams(self, variant: Mapping[str, Any]) -> dict[str, Any]:
         """All hyperparameters of the pretraining with values of factors, without those that act online only."""
         known = known_hyperparams(self.pretraining_algorithm) - online_only(self.pretraining_algorithm)
-        made = self._preset(self.pretraining_algorithm)[0] | self.shared | self.pretraining
+        made = self._preset(self.pretraining_algorithm).hyperparams | self.shared | self.pretraining
         own = copy.deepcopy({name: value for name, value in made.items() if name in known})
         if defaults := getattr(algorithm_class(self.pretraining_algorithm), "policy_defaults", None):
             # Other algorithms, which go on with its networks, have other defaults
@@ -243,7 +245,8 @@ class MethodFactory:
             base=name,
         )
         hyperparams = self._hyperparams(method, given, pretraining)
-        return replace(method, hyperparams=hyperparams, guard=self._guard(method, given.get("guard")))
+        guard, champion = (self._callback(kind, method, given.get(kind)) for kind in ("guard", "champion"))
+        return replace(method, hyperparams=hyperparams, guard=guard, champion=champion)
 
     def _algorithm(self, given: Mapping[str, Any], key: str, pretrained: bool, frozen: bool) -> str:
         if "algorithm" not in given and not pretrained:
@@ -283,7 +286,8 @@ class MethodFactory:
             return pretraining
         if not is_ours(method.algorithm):
             return {"policy": "MlpPolicy", **copy.deepcopy(own)}
-        made = self._preset(self.pretraining_algorithm if method.algorithm == PLAIN_TD3 else method.algorithm)[0] | self.shared
+        source = self.pretraining_algorithm if method.algorithm == PLAIN_TD3 else method.algorithm
+        made = self._preset(source).hyperparams | self.shared
         made = {name: value for name, value in made.items() if name not in SHARED_WITH_PRETRAINING}
         # From scratch too: the networks of the methods shall be comparable
         made |= {name: pretraining[name] for name in SHARED_WITH_PRETRAINING if name in pretraining}
@@ -296,42 +300,46 @@ class MethodFactory:
         without_effect = () if method.pretrained else WITHOUT_EFFECT_FROM_SCRATCH
         return {name: value for name, value in made.items() if name not in without_effect}
 
-    def _guard(self, method: Method, given: Any) -> dict[str, Any] | None:
+    def _callback(self, kind: str, method: Method, given: Any) -> dict[str, Any] | None:
+        """Arguments of a method's callback of a kind: those of the preset, then its own."""
         if given is None or given is False:
             return None
-        key = f"methods.{method.base}.guard"
+        key = f"methods.{method.base}.{kind}"
         own = {} if given is True else self.reader.mapping(given, key)
         if method.frozen:
             self.reader.fail(key, "has nothing to do for a frozen policy: leave it out.")
         if not issubclass(algorithm_class(method.algorithm), OffPolicyAlgorithm):
             self.reader.fail(key, f"needs an off-policy algorithm, found {method.algorithm}: leave it out.")
-        self._check_guard_names(own, key)
+        if kind == "champion" and not method.pretrained:
+            self.reader.fail(key, "needs a pretrained policy, which is the first champion: leave it out, or `start: scratch`.")
+        self._check_callback_names(kind, own, key)
         source = method.algorithm if method.algorithm in ALGORITHMS else self.pretraining_algorithm
-        arguments = {"random_return": self._known_random_return} | self._preset(source)[1]
+        arguments = {"random_return": self._known_random_return} | self._preset(source).callbacks[kind]
         if self._random_return is not None:
             arguments["random_return"] = self._random_return
         arguments = {name: value for name, value in (arguments | own).items() if value is not None}
-        self._check_guard(arguments, key, method.pretrained)
-        return copy.deepcopy(arguments)
-
-    def _check_guard_names(self, own: Mapping[str, Any], key: str) -> None:
-        known = constructor_arguments(CollapseGuard).keys() - {*_GUARD_PATHS}
-        for name in own:
-            if name in _GUARD_PATHS:
-                self.reader.fail(f"{key}.{name}", "is set by the study: leave it out.")
-            if name not in known:
-                self.reader.fail(f"{key}.{name}", f"is no known argument of CollapseGuard. {suggestion(name, known)}")
-
-    def _check_guard(self, arguments: Mapping[str, Any], key: str, pretrained: bool) -> None:
-        baseline = arguments.get("baseline", "warmup")
-        if baseline == "evaluations":
-            self.reader.fail(f"{key}.baseline", "must be 'warmup' or a list of returns in a study, found 'evaluations'.")
-        if not pretrained and baseline == "warmup":
-            self.reader.fail(f"{key}.baseline", "must be a list of returns from scratch, where no policy is there to warm up.")
+        if kind == "guard":
+            self._check_baseline(arguments.get("baseline", "warmup"), f"{key}.baseline", method.pretrained)
         try:
-            CollapseGuard(**arguments)
+            CALLBACKS[kind](**arguments)
         except (ValueError, TypeError) as error:
             self.reader.fail(key, f"is not possible: {error}")
+        return copy.deepcopy(arguments)
+
+    def _check_callback_names(self, kind: str, own: Mapping[str, Any], key: str) -> None:
+        known = constructor_arguments(CALLBACKS[kind]).keys() - {*_CALLBACK_PATHS}
+        for name in own:
+            if name in _CALLBACK_PATHS:
+                self.reader.fail(f"{key}.{name}", "is set by the study: leave it out.")
+            if name not in known:
+                owner = CALLBACKS[kind].__name__
+                self.reader.fail(f"{key}.{name}", f"is no known argument of {owner}. {suggestion(name, known)}")
+
+    def _check_baseline(self, baseline: Any, key: str, pretrained: bool) -> None:
+        if baseline == "evaluations":
+            self.reader.fail(key, "must be 'warmup' or a list of returns in a study, found 'evaluations'.")
+        if not pretrained and baseline == "warmup":
+            self.reader.fail(key, "must be a list of returns from scratch, where no policy is there to warm up.")
 
     def _check_warmup(self, method: Method, key: str) -> None:
         if not method.pretrained or method.frozen:

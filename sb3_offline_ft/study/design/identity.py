@@ -71,6 +71,7 @@ def method_facts(method: Method, pretraining: str) -> dict[str, Any]:
         **(_algorithm_version(method.algorithm) if learns else {}),
         "hyperparams": _chosen(method.algorithm, method.hyperparams) if learns else None,
         "guard": _canonical(method.guard),
+        **({} if method.champion is None else {"champion": _canonical(method.champion)}),
         "pretraining": _pretraining_facts(pretraining, method.pretraining_hyperparams) if method.pretrained else None,
     }
 

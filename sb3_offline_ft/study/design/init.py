@@ -64,8 +64,9 @@ learner_evaluation: {{every: {every}, episodes: 10}}  # for learners that need s
 # Over the presets, for all methods with the algorithms of sb3-offline-ft that take it: warmup_steps, offline_fraction, ...
 hyperparams: {hyperparams}
 
-# Keys of a method: label, algorithm, start (pretrained or scratch), frozen, guard (true, or arguments of CollapseGuard) and
-# hyperparams. Any algorithm of Stable-Baselines3 can start from scratch: sac: {{algorithm: sac, start: scratch}}
+# Keys of a method: label, algorithm, start (pretrained or scratch), frozen, guard (true, or arguments of CollapseGuard),
+# champion (true, or arguments of ChampionChallenger) and hyperparams. Any algorithm of Stable-Baselines3 can start from
+# scratch: sac: {{algorithm: sac, start: scratch}}
 methods:
 {methods}
 
@@ -219,8 +220,8 @@ def _shorter_warmup(algorithms: Sequence[str], env: str, interactions: int) -> d
 def _presets(algorithms: Sequence[str], env: str) -> str:
     lines: list[str] = []
     for each in algorithms:
-        hyperparams, guard = preset(each, env)
-        lines += [f"  {each}:", *(f"    {name}: {_scalar(value)}" for name, value in (hyperparams | {"guard": guard}).items())]
+        hyperparams, callbacks = preset(each, env)
+        lines += [f"  {each}:", *(f"    {name}: {_scalar(value)}" for name, value in (hyperparams | callbacks).items())]
     return "\n".join(lines)
 
 

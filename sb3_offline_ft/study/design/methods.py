@@ -5,20 +5,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.algorithms import ALGORITHMS, preset_path
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX
+from sb3_offline_ft.deployment import ChampionChallenger
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.recipe import online_only_arguments
 from sb3_offline_ft.study.design.learners import algorithm_class
 
+CALLBACKS: dict[str, type[BaseCallback]] = {"guard": CollapseGuard, "champion": ChampionChallenger}
+"""What a method can have besides its algorithm, by the keys of a study."""
 ENSEMBLE_SIZE = "ensemble_size"
 NOISE = frozenset({"noise_type", "noise_std"})
 SET_BY_STUDY = {
@@ -26,7 +30,7 @@ SET_BY_STUDY = {
     "dataset": "`datasets` of the study",
     "seed": "`seeds` of the study",
     "n_timesteps": "`interactions` of the study",
-    "callback": "`guard` of the method",
+    "callback": "`guard` and `champion` of the method",
     "action_noise": "`noise_type` and `noise_std`",
     "device": "`study run --device`",
 }
@@ -45,6 +49,7 @@ class Method:
     :param pretrained: Whether it starts from the pretrained policy
     :param frozen: Whether the pretrained policy stays as it is
     :param guard: Arguments of its :class:`CollapseGuard`, None if it has none
+    :param champion: Arguments of its :class:`ChampionChallenger`, None if it has none
     :param hyperparams: All hyperparameters that are not the algorithm's defaults, as rl_zoo3 writes them
     :param pretraining_hyperparams: The same for the pretraining that it starts from
     :param variant: The values of factors that make it, by the names of the factors; empty for a method as it is listed
@@ -57,16 +62,23 @@ class Method:
     pretrained: bool = True
     frozen: bool = False
     guard: Mapping[str, Any] | None = field(default=None, hash=False)
+    champion: Mapping[str, Any] | None = field(default=None, hash=False)
     hyperparams: Mapping[str, Any] = field(default_factory=dict, hash=False)
     pretraining_hyperparams: Mapping[str, Any] = field(default_factory=dict, hash=False)
     variant: Mapping[str, Any] = field(default_factory=dict, hash=False)
     base: str = ""
 
     @property
+    def callbacks(self) -> dict[str, Mapping[str, Any]]:
+        """Arguments of those of :data:`CALLBACKS` that it has."""
+        given = {name: getattr(self, name) for name in CALLBACKS}
+        return {name: arguments for name, arguments in given.items() if arguments is not None}
+
+    @property
     def learns_from_evaluations(self) -> bool:
-        """Whether the learner needs evaluations of its own, as the reference ``"best"`` of TD3C does."""
+        """Whether the learner needs evaluations of its own, as the reference ``"best"`` of TD3C does without a champion."""
         arguments = constructor_arguments(algorithm_class(self.algorithm))
-        if self.frozen or "constraint_reference" not in arguments:
+        if self.frozen or self.champion is not None or "constraint_reference" not in arguments:
             return False
         return bool(self.hyperparams.get("constraint_reference", arguments["constraint_reference"]) == "best")
 
@@ -104,20 +116,24 @@ def _read_preset(algorithm: str) -> dict[str, Any]:
     return presets
 
 
-def preset(algorithm: str, env: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """
-    Read the preset of one of our algorithms; an environment without an entry of its own has the default one.
+class Preset(NamedTuple):
+    """What a method begins with: hyperparameters, and arguments of callbacks by what a study calls them."""
 
-    :return: The hyperparameters, and the arguments of the guard
-    """
+    hyperparams: dict[str, Any]
+    callbacks: dict[str, dict[str, Any]]
+
+
+def preset(algorithm: str, env: str) -> Preset:
+    """Read the preset of one of our algorithms; an environment without an entry of its own has the default one."""
     presets = _read_preset(algorithm)
     entry = copy.deepcopy(presets.get(env.rpartition(":")[2], presets["default"]))
-    guard: dict[str, Any] = {}
+    names = {cls.__name__: name for name, cls in CALLBACKS.items()}
+    callbacks: dict[str, dict[str, Any]] = {name: {} for name in CALLBACKS}
     for callback in entry.pop("callback", None) or ():
         path, arguments = next(iter(callback.items())) if isinstance(callback, Mapping) else (callback, None)
-        if path.rpartition(".")[2] == CollapseGuard.__name__:
-            guard = dict(arguments or {})
-    return {name: value for name, value in entry.items() if name not in ("n_timesteps", "dataset")}, guard
+        if path.rpartition(".")[2] in names:
+            callbacks[names[path.rpartition(".")[2]]] = dict(arguments or {})
+    return Preset({name: value for name, value in entry.items() if name not in ("n_timesteps", "dataset")}, callbacks)
 
 
 def factor_path(factor: str) -> list[str]:

@@ -274,11 +274,11 @@ class Protocol:
         scores = (self.data_facts(label)["reference_scores"] for label in self.datasets)
         return next((float(pair[0]) for pair in scores if pair is not None), None)
 
-    def guard_arguments(self, method: Method) -> Mapping[str, Any] | None:
-        """Arguments of a method's guard, whose random policy is the study's if it was given none; None without a guard."""
-        if method.guard is None or "random_return" in method.guard or self.random_return is None:
-            return method.guard
-        return {**method.guard, "random_return": self.random_return}
+    def with_random_return(self, method: Method) -> Method:
+        """A method whose guard and champion know the study's random policy, if they were given none."""
+        known = {} if self.random_return is None else {"random_return": self.random_return}
+        changed: dict[str, Any] = {name: {**known, **arguments} for name, arguments in method.callbacks.items()}
+        return replace(method, **changed)
 
     def described(self, cell: Cell) -> dict[str, Any]:
         """
@@ -295,8 +295,7 @@ class Protocol:
             "evaluation": asdict(self.evaluation),
             "learner_evaluation": asdict(self.learner_evaluation),
         }
-        method = replace(cell.method, guard=self.guard_arguments(cell.method))
-        return identity.cell_facts(method, self.pretraining.algorithm, data, plan)
+        return identity.cell_facts(self.with_random_return(cell.method), self.pretraining.algorithm, data, plan)
 
     def cell_key(self, cell: Cell) -> str:
         """

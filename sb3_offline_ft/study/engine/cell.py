@@ -17,12 +17,15 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.collapse import CollapseGuard
+from sb3_offline_ft.collapse.events import Event
 from sb3_offline_ft.common.live import live_arguments, replay_facts
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.deployment import ChampionChallenger
+from sb3_offline_ft.evaluation.served import EXPLORE, TRIAL
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.study.design.learners import learner_from_scratch, pretrained_learner, pretraining_recipe
-from sb3_offline_ft.study.engine.folder import CellResult
+from sb3_offline_ft.study.engine.folder import KINDS, CellResult
 from sb3_offline_ft.study.engine.machine import machine_facts
 from sb3_offline_ft.study.engine.measure import (
     FINETUNING,
@@ -72,25 +75,28 @@ def run_cell(
         measure = Measure(measured, plan.every, plan.episodes, on_evaluation, protocol.interactions)
         model, pretrained = _start(protocol, cell, env, pretrained_folder, tell, device)
         arguments, prepared = live_arguments(model), time.monotonic()
-        guard, evaluation = _run(protocol, cell, model, measure, make_env, tell)
+        guard, champion, evaluation = _run(protocol, cell, model, measure, make_env, tell)
         finished = time.monotonic()
         manifest = {
             **_asked_for(protocol, cell),
             "pretrained": pretrained,
-            **_become(model, arguments, guard, evaluation),
+            **_become(model, arguments, guard, champion, evaluation),
             "frozen_until": protocol.interactions if cell.method.frozen else _warmed_up_until(model),
             "seconds": {"preparation": round(prepared - clock, 1), "finetuning": round(finished - prepared, 1)},
             "started": started.isoformat(timespec="seconds"),
             **machine,
         }
+        ends, returns = _training_episodes(env, protocol.interactions)
         return CellResult(
             np.array(measure.timesteps, dtype=np.int64),
             np.array(measure.returns, dtype=np.float64),
             np.array(measure.lengths, dtype=np.int64),
-            *_training_episodes(env, protocol.interactions),
+            ends,
+            returns,
             [] if guard is None else guard.events,
             manifest,
             **_own_evaluations(evaluation),
+            **({} if champion is None else deployment(champion.events, ends)),
         )
 
 
@@ -146,14 +152,15 @@ def _run(
     measure: Measure,
     make_env: Callable[[int], VecEnv],
     tell: OnStep,
-) -> tuple[CollapseGuard | None, EvalCallback | None]:
-    """Let the learner finetune, or measure a policy that does not change as often as the others; gives who else watched."""
-    interactions, plan, guard, evaluation = protocol.interactions, protocol.learner_evaluation, None, None
+) -> tuple[CollapseGuard | None, ChampionChallenger | None, EvalCallback | None]:
+    """Let the learner finetune, or measure a policy that does not change as often as the others; gives who else took part."""
+    interactions, plan, guard, champion, evaluation = protocol.interactions, protocol.learner_evaluation, None, None, None
     if cell.method.frozen:
         for timestep in range(0, interactions + 1, measure.every):
             tell(FINETUNING, timestep, interactions)
             measure.measure(model, timestep)
-        return None, None
+        return None, None, None
+    method = protocol.with_random_return(cell.method)
     callbacks: list[BaseCallback] = [measure, Progress(tell, interactions), LastInteraction(interactions)]
     if cell.method.learns_from_evaluations:
         env = make_env(cell.seed)
@@ -166,11 +173,15 @@ def _run(
             warn=False,
         )
         callbacks.append(evaluation)
-    if (arguments := protocol.guard_arguments(cell.method)) is not None:
-        guard = CollapseGuard(**{"verbose": 0, **arguments})
+    if method.guard is not None:
+        guard = CollapseGuard(**{"verbose": 0, **method.guard})
         callbacks.append(guard)
+    if method.champion is not None:
+        measure.policy = champion = ChampionChallenger(**{"verbose": 0, **method.champion})
+        # Before it is measured
+        callbacks.insert(0, champion)
     model.learn(interactions, callback=callbacks, log_interval=None)  # type: ignore[arg-type]
-    return guard, evaluation
+    return guard, champion, evaluation
 
 
 def _asked_for(protocol: "Protocol", cell: "Cell") -> dict[str, Any]:
@@ -199,7 +210,11 @@ def _asked_for(protocol: "Protocol", cell: "Cell") -> dict[str, Any]:
 
 
 def _become(
-    model: BaseAlgorithm, arguments: dict[str, Any], guard: CollapseGuard | None, evaluation: EvalCallback | None
+    model: BaseAlgorithm,
+    arguments: dict[str, Any],
+    guard: CollapseGuard | None,
+    champion: ChampionChallenger | None,
+    evaluation: EvalCallback | None,
 ) -> dict[str, Any]:
     """What the learner that was constructed with these arguments is and has done, read off the learner itself."""
     now, undone = live_arguments(model), 0 if guard is None else guard.undone_updates
@@ -216,6 +231,7 @@ def _become(
         "rollbacks": 0 if guard is None else guard.rollbacks,
         "promotions": 0 if guard is None else guard.promotions,
         "brake": None if guard is None else guard.brake_facts,
+        "champion": None if champion is None else _became_champion(champion),
         "interactions": model.num_timesteps,
         # Gradient steps before and after the first interaction; the learner's own counter goes back with a rollback
         "updates": {
@@ -227,6 +243,38 @@ def _become(
         "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": th.get_num_threads(),
     }
+
+
+def _became_champion(champion: ChampionChallenger) -> dict[str, Any]:
+    """Who is deployed at the end, what was decided and tried before, and what it cost."""
+    names = [event["event"] for event in champion.events]
+    kinds = [event["kind"] for event in champion.events if event["event"] == "episode"]
+    budget = champion.contest.budget
+    return {
+        "step": champion.champion.name,
+        "promotions": names.count("promotion"),
+        "rejections": names.count("rejection"),
+        "demotions": names.count("demotion"),
+        "trials": kinds.count(TRIAL),
+        "explorations": kinds.count(EXPLORE),
+        # Negative if those earned more than the champion; None if nothing was put aside
+        "budget_used": None if budget is None or budget.allowance == 0 else 1 - budget.balance / budget.allowance,
+    }
+
+
+def deployment(events: list[Event], ends: np.ndarray) -> dict[str, Any]:
+    """
+    What a result holds of the episodes of champion and challengers.
+
+    :param events: Events of the run in one environment
+    :param ends: Interactions at the end of each training episode
+    :return: The events, and the kind of each training episode: the riskiest of its segments, if it has several
+    """
+    kinds = np.zeros(len(ends), dtype=np.int64)
+    for event in events:
+        if event["event"] == "episode" and (place := np.searchsorted(ends, event["timestep"])) < len(ends):
+            kinds[place] = max(kinds[place], KINDS.index(event["kind"]))
+    return {"training_kinds": kinds, "deployment_events": events}
 
 
 def _warmed_up_until(model: BaseAlgorithm) -> int:
@@ -242,7 +290,7 @@ def _training_episodes(env: VecEnv, interactions: int) -> tuple[np.ndarray, np.n
     return ends[within], returns[within]
 
 
-def _own_evaluations(evaluation: EvalCallback | None) -> dict[str, np.ndarray]:
+def _own_evaluations(evaluation: EvalCallback | None) -> dict[str, Any]:
     """Interactions before each evaluation that the learner learned from, and the returns and lengths of its episodes."""
     if evaluation is None:
         return {}

@@ -20,7 +20,9 @@ import numpy.typing as npt
 from sb3_offline_ft.collapse.events import EVENTS_FILE, encode_events, read_events
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json, naming_damage, read_npz, replace_synced
 from sb3_offline_ft.common.warning import warn
+from sb3_offline_ft.deployment.history import EVENTS_FILE as DEPLOYMENT_EVENTS_FILE
 from sb3_offline_ft.evaluation.run_summary import EVALUATIONS
+from sb3_offline_ft.evaluation.served import EXPLORE, SERVE, TRIAL
 
 if TYPE_CHECKING:
     from sb3_offline_ft.study.design.protocol import Cell, Protocol
@@ -34,6 +36,9 @@ ATTEMPTS = 20
 STALE_SECONDS = 3600
 _TEMPORARY = re.compile(rf"\.seed\d+-[0-9a-f]{{{KEY_DIGITS}}}\.(old\.)?[A-Za-z0-9_]{{8}}")
 
+KINDS = (SERVE, EXPLORE, TRIAL)
+"""Of training episodes, from the harmless to the risky."""
+
 _ARRAYS: dict[str, tuple[type, int]] = {
     "timesteps": (np.int64, 1),
     "returns": (np.float64, 2),
@@ -43,13 +48,15 @@ _ARRAYS: dict[str, tuple[type, int]] = {
     "own_timesteps": (np.int64, 1),
     "own_returns": (np.float64, 2),
     "own_lengths": (np.int64, 2),
+    "training_kinds": (np.int64, 1),
 }
 """Types and numbers of dimensions."""
 _OWN = ("own_timesteps", "own_returns", "own_lengths")
+_ADDED = (*_OWN, "training_kinds")
 """Not in results of before."""
 _FILES = {
     EVALUATIONS: {"timesteps": "timesteps", "results": "returns", "ep_lengths": "lengths"},
-    TRAINING: {"timesteps": "training_timesteps", "returns": "training_returns", **{name: name for name in _OWN}},
+    TRAINING: {"timesteps": "training_timesteps", "returns": "training_returns", **{name: name for name in _ADDED}},
 }
 """Where the arrays are, with their names there."""
 
@@ -70,6 +77,9 @@ class CellResult:
         if there were none, or if they were not recorded
     :param own_returns: Undiscounted return of each of their episodes, shape ``(own evaluations, episodes)``
     :param own_lengths: Length of each of them, shape ``(own evaluations, episodes)``
+    :param training_kinds: The kind of each training episode as an index of :data:`KINDS`, shape ``(training episodes,)``; none
+        if there was no champion
+    :param deployment_events: Events of the champion and its challengers
     """
 
     timesteps: npt.NDArray[np.int64]
@@ -82,6 +92,8 @@ class CellResult:
     own_timesteps: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     own_returns: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     own_lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    training_kinds: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    deployment_events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def frozen_until(self) -> int:
@@ -93,12 +105,18 @@ class CellResult:
         """Whether all evaluations that the learner learned from were recorded, or there were none."""
         return bool(self.manifest.get("learner_evaluation_steps") == self.own_lengths.sum())
 
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each training episode, one of :data:`KINDS`; without a champion all serve."""
+        return [KINDS[kind] for kind in self.training_kinds] or [SERVE] * len(self.training_returns)
+
     def to_json(self) -> str:
         """
         :return: All of it as one line of JSON, exact to the bit
         """
         arrays = arrays_to_json({name: np.asarray(getattr(self, name), dtype) for name, (dtype, _) in _ARRAYS.items()})
-        return json.dumps({"arrays": arrays, "events": self.events, "manifest": self.manifest})
+        events = {"events": self.events, "deployment_events": self.deployment_events}
+        return json.dumps({"arrays": arrays, **events, "manifest": self.manifest})
 
     @classmethod
     def from_json(cls, text: str) -> "CellResult":
@@ -108,7 +126,9 @@ class CellResult:
         :raises ValueError: It is something else
         """
         content = json.loads(text)
-        result = cls(**arrays_from_json(content["arrays"]), events=content["events"], manifest=content["manifest"])
+        arrays: dict[str, Any] = arrays_from_json(content["arrays"])
+        deployment = content.get("deployment_events", [])
+        result = cls(**arrays, events=content["events"], manifest=content["manifest"], deployment_events=deployment)
         _check_manifest(result.manifest)
         return _checked(result)
 
@@ -190,6 +210,8 @@ def write_result(folder: Path, result: CellResult) -> None:
             (temporary / name).write_bytes(stream.getvalue())
         if result.manifest.get("guarded"):
             (temporary / EVENTS_FILE).write_bytes(encode_events(result.events))
+        if result.manifest.get("champion"):
+            (temporary / DEPLOYMENT_EVENTS_FILE).write_bytes(encode_events(result.deployment_events))
         (temporary / MANIFEST).write_text(json.dumps(result.manifest, indent=1) + "\n")
         temporary.chmod(0o755)
         _replace(temporary, folder)
@@ -257,13 +279,14 @@ def _read(folder: Path) -> CellResult:
     _check_manifest(manifest)
     arrays: dict[str, Any] = {}
     for name, names in _FILES.items():
-        arrays |= {names[there]: array for there, array in read_npz(folder / name, *names, optional=_OWN).items()}
-    return CellResult(**arrays, events=_read_whole_events(folder) if manifest["guarded"] else [], manifest=manifest)
+        arrays |= {names[there]: array for there, array in read_npz(folder / name, *names, optional=_ADDED).items()}
+    events = _read_whole_events(folder / EVENTS_FILE) if manifest["guarded"] else []
+    deployment = _read_whole_events(folder / DEPLOYMENT_EVENTS_FILE) if manifest.get("champion") else []
+    return CellResult(**arrays, events=events, manifest=manifest, deployment_events=deployment)
 
 
-def _read_whole_events(folder: Path) -> list[dict[str, Any]]:
+def _read_whole_events(path: Path) -> list[dict[str, Any]]:
     """What is cut off is no damage to others, that read it while it is written."""
-    path = folder / EVENTS_FILE
     events = read_events(path)
     if not events or not path.read_bytes().endswith(b"\n"):
         raise ValueError(f"{path} is cut off")
@@ -273,6 +296,7 @@ def _read_whole_events(folder: Path) -> list[dict[str, Any]]:
 _FACTS: dict[str, Any] = {
     "key": str,
     "guarded": bool,
+    "champion": dict | None,
     "cell": dict,
     "cell.dataset": dict | None,
     "frozen_until": int,
@@ -343,7 +367,10 @@ def _checked(result: CellResult) -> CellResult:
             f"{', '.join(_OWN)} must be of the same evaluations, found shapes {result.own_timesteps.shape}, "
             f"{result.own_returns.shape} and {result.own_lengths.shape}"
         )
-    for event in result.events:
+    kinds = result.training_kinds
+    if kinds.size and (kinds.shape != result.training_returns.shape or not np.isin(kinds, range(len(KINDS))).all()):
+        raise ValueError(f"training_kinds must be of the training episodes, each one of {', '.join(KINDS)}, found {kinds}")
+    for event in [*result.events, *result.deployment_events]:
         if not isinstance(event.get("timestep", 0), int):
             raise ValueError(f"an event's timestep must be a whole number, found {event['timestep']!r:.60}")
     return result

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import PolicyPredictor, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
@@ -31,21 +30,29 @@ class Measure(BaseCallback):
     :param episodes: Episodes in an evaluation
     :param on_evaluation: Is told each of them
     :param until: Interactions after which nothing is evaluated, None for no limit
+    :param policy: What is evaluated in a learner's place, None for the learner itself
     """
 
     def __init__(
-        self, env: VecEnv, every: int, episodes: int, on_evaluation: OnEvaluation | None = None, until: int | None = None
+        self,
+        env: VecEnv,
+        every: int,
+        episodes: int,
+        on_evaluation: OnEvaluation | None = None,
+        until: int | None = None,
+        policy: PolicyPredictor | None = None,
     ) -> None:
         super().__init__()
+        self.policy = policy
         self.env, self.every, self.episodes, self.until = env, every, episodes, until
         self._on_evaluation = on_evaluation
         self.timesteps: list[int] = []
         self.returns: list[list[float]] = []
         self.lengths: list[list[int]] = []
 
-    def measure(self, model: BaseAlgorithm, timestep: int) -> None:
-        """Evaluate a learner's policy after so many interactions."""
-        returns, lengths = evaluate_policy(model, self.env, self.episodes, return_episode_rewards=True)
+    def measure(self, policy: PolicyPredictor, timestep: int) -> None:
+        """Evaluate a policy after so many interactions."""
+        returns, lengths = evaluate_policy(policy, self.env, self.episodes, return_episode_rewards=True)
         assert isinstance(returns, list) and isinstance(lengths, list)
         self.timesteps.append(timestep)
         self.returns.append([float(value) for value in returns])
@@ -54,13 +61,13 @@ class Measure(BaseCallback):
             self._on_evaluation(timestep, self.returns[-1])
 
     def _on_training_start(self) -> None:
-        self.measure(self.model, 0)
+        self.measure(self.policy or self.model, 0)
 
     def _on_step(self) -> bool:
         now = self.num_timesteps if self.until is None else min(self.num_timesteps, self.until)
         due = (now // self.every) * self.every
         if due > self.timesteps[-1]:
-            self.measure(self.model, due)
+            self.measure(self.policy or self.model, due)
         return True
 
 

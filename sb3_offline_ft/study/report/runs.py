@@ -253,6 +253,7 @@ def acted_in(run: Run, interactions: int) -> ActedEpisodes | None:
         result.training_timesteps,
         result.training_returns,
         result.frozen_until,
+        kinds=result.kinds,
         interactions=result.manifest.get("interactions"),
         evaluation_timesteps=result.own_timesteps,
         evaluation_returns=result.own_returns,

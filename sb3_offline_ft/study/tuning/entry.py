@@ -19,7 +19,7 @@ from sb3_offline_ft.study.design.methods import Method, known_hyperparams, onlin
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.tuning.plan import TuningPlan
 
-GUARD = "sb3_offline_ft.CollapseGuard"
+CALLBACKS = {"guard": "sb3_offline_ft.CollapseGuard", "champion": "sb3_offline_ft.ChampionChallenger"}
 
 
 def spec_seen_from(study: Protocol, label: str, folder: Path) -> str:
@@ -74,8 +74,8 @@ def zoo_entry(plan: TuningPlan, method: Method, folder: Path) -> dict[str, Any]:
 
 
 def _callback(plan: TuningPlan, method: Method) -> Any:
-    if method.guard is not None:
-        return [{GUARD: dict(method.guard)}]
+    if method.callbacks:
+        return [{CALLBACKS[name]: dict(arguments)} for name, arguments in method.callbacks.items()]
     presets = yaml.safe_load(Path(preset_path(method.algorithm)).read_text(encoding="utf-8"))
     return presets.get(_env_id(plan), presets["default"]).get("callback")
 
@@ -108,7 +108,7 @@ def write_entry(plan: TuningPlan, method: Method, file: Path, facts: Mapping[str
     pretraining = plan.study.pretraining.algorithm
     lines = [f"Tuned with `sb3-offline-ft study tune` for {plan.study.env} on {plan.study.specs[plan.dataset]}"]
     lines += [f"{name}: {text}" for name, text in facts.items()]
-    if method.guard is None and _callback(plan, method) is not None:
+    if not method.callbacks and _callback(plan, method) is not None:
         lines.append("The callbacks are the preset's, and were not there in the trials.")
     if not pretrains_alike(method.algorithm, pretraining):
         lines.append(

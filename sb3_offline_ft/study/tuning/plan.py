@@ -37,7 +37,8 @@ class TuningSettings(WorkerSettings):
     What is asked of a tuning, besides what :class:`WorkerSettings` says.
 
     :param algo: Algorithm to tune, by its name in rl_zoo3
-    :param method: Name of the study's method to tune; None for the first without a guard that has the algorithm
+    :param method: Name of the study's method to tune; None for the first without guard and champion that has the
+        algorithm
     :param dataset: Label of the dataset, None for the study's first
     :param n_trials: Trials in all, those of earlier calls included
     :param n_seeds: Seeds that each trial is averaged over
@@ -135,7 +136,7 @@ class TuningPlan:
                 f"{file}: no method has the algorithm {settings.algo} and starts from the pretrained policy: add "
                 f"`{settings.algo}: {{algorithm: {settings.algo}}}` to `methods`."
             )
-        return next((each for each in with_algorithm if each.guard is None), with_algorithm[0])
+        return next((each for each in with_algorithm if not each.callbacks), with_algorithm[0])
 
     def _dataset(self) -> str:
         label, labels = self.settings.dataset, list(self.study.datasets)
