@@ -286,7 +286,7 @@ def main() -> None:
             if key not in results:
                 results[key] = measure()
                 with atomic_write(RESULTS) as file:
-                    file.write_text(json.dumps(results, indent=1) + "\n")
+                    file.write((json.dumps(results, indent=1) + "\n").encode())
     TABLES.write_text(report({key: results[key] for key in cells()}))
 
 
