@@ -71,7 +71,7 @@ class ChampionChallenger(BaseCallback):
     :param futility: Chance of leading by ``least_lead``, by a normal model, below which a challenger is given up
     :param least_lead: A lead that is worth a trial, in total losses; a learner that still learns has better challengers to
         come, for which one that is about as good as the champion makes no room
-    :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
+    :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one, unless it is likely better
     :param exploration_share: Probability with which an episode explores that is neither of the baseline nor of a trial, if the
         budget covers it
     :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never

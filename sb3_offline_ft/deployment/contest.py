@@ -294,7 +294,7 @@ class Contest:
             return self._promote(challenge)
         if chance_of_lead(champion.returns, challenger.returns, self.unit, self.rules.least_lead) < self.rules.futility:
             return self._reject(challenge, "hopeless")
-        if len(challenger.returns) >= self.rules.max_trial_episodes:
+        if len(challenger.returns) >= self.rules.max_trial_episodes and self.leader is champion:
             return self._reject(challenge, "undecided")
         if challenge.test is None:
             self._begin_test(challenge)
