@@ -319,8 +319,7 @@ class ChampionChallenger(BaseCallback):
 
     def _begin(self, place: int) -> None:
         self._totals[place] = self._lengths[place] = 0
-        may_explore = self._cast.explores and place < (self.rules.canary_envs or self.model.n_envs)
-        self._contest.begin(place, self._offer if self._has_learned else None, may_explore)
+        self._contest.begin(place, self._offer if self._has_learned else None, self._cast.explores)
         self._report.baseline(self._contest)
         self._sync()
 
@@ -330,7 +329,9 @@ class ChampionChallenger(BaseCallback):
         total, length = float(self._totals[place]), int(self._lengths[place])
         if not np.isfinite(total):
             # Nobody knows what it returned
-            total, self._contest.running[place].counts = self._contest.rules.worst_return, False
+            budget, rules = self._contest.budget, self._contest.rules
+            total = rules.worst_return if budget is None else budget.worst_return
+            self._contest.running[place].counts = False
             episode.counts = False
         then = self.champion, self._contest.challenge
         verdict = self._contest.end(place, total)
