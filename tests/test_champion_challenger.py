@@ -184,7 +184,7 @@ def test_the_champion_has_its_own_statistics_of_observations() -> None:
 
     env = VecNormalize(make_vec_env(Drift, seed=0), norm_reward=True)
     model: Any = TD3("MlpPolicy", env, **small(), **{**CALM, "learning_rate": 1e-3})
-    contest = ChampionChallenger(**{**QUICK, "risk_budget": 0.9})
+    contest = ChampionChallenger(**{**QUICK, "risk_budget": 0.9, "controls": "concurrent"})
     record = Record(contest)
     first = model.policy.state_dict()
     first = {name: value.clone() for name, value in first.items()}
@@ -470,23 +470,52 @@ def test_a_learner_whose_challengers_fail_is_put_back_to_the_champion(algorithm:
 
 
 @pytest.mark.parametrize("reference", ["pretrained", "best"])
-def test_promotions_and_demotions_move_the_reference_of_td3c(reference: str) -> None:
+def test_the_reference_of_td3c_follows_the_leader(reference: str) -> None:
+    """Before there is a proof, and back to the champion if the challenger is given up."""
     model = make(TD3C, constraint_reference=reference, epsilon=1.0, warmup_steps=0, policy_averaging=0.0)
     model.set_parameters(make(TD3C, constraint_reference=reference).get_parameters())
-    contest = ChampionChallenger(**QUICK)
+    # So low a rate that some episodes lie between what is likely and what is proved
+    contest = ChampionChallenger(**QUICK, false_promotion_rate=0.02)
     evaluation = EvalCallback(make_vec_env(Hold, seed=1), eval_freq=50, n_eval_episodes=2, verbose=0)
-    seen: list[tuple[int, bool]] = []
+    seen: list[tuple[int, int]] = []
 
     class Look(Aim):
         def _on_step(self) -> bool:
-            champion = {name.removeprefix("actor."): value for name, value in contest.champion.policy.state.items()}
+            leader = contest.contest.leader
+            state = {name.removeprefix("actor."): value for name, value in leader.policy.state.items()}
             reference_state = self.model.reference_actor.state_dict()  # type: ignore[attr-defined]
-            seen.append((contest.champion.name, all(th.equal(champion[k], v) for k, v in reference_state.items())))
+            assert all(th.equal(state[k], v) for k, v in reference_state.items())
+            seen.append((contest.champion.name, leader.name))
             return True
 
     model.learn(600, callback=[evaluation, contest, Aim(60), Look(0)])
-    assert contest.champion.name > 0 and len({name for name, _ in seen}) > 1
-    assert all(is_champion for _, is_champion in seen)
+    promoted = of(contest, "promotion")[0]["contender"]
+    assert (0, 0) in seen and (0, promoted) in seen and (promoted, promoted) in seen
+    moved = of(contest, "reference")
+    assert moved[0]["contender"] == promoted
+    assert contest.events.index(moved[0]) < contest.events.index(of(contest, "promotion")[0])
+
+
+def test_the_reference_of_td3c_goes_back_when_the_leader_is_given_up() -> None:
+    model = make(TD3C, constraint_reference="pretrained", epsilon=1.0, warmup_steps=0, policy_averaging=0.0)
+    model.set_parameters(make(TD3C).get_parameters())
+    first = {name: value.clone() for name, value in model.actor.state_dict().items()}
+    # It cannot be proved in so few episodes
+    contest = ChampionChallenger(**{**QUICK, "risk_budget": 0.9, "max_trial_episodes": 3}, false_promotion_rate=0.001)
+    followed: list[bool] = []
+
+    class Look(Aim):
+        def _on_step(self) -> bool:
+            state = self.model.reference_actor.state_dict()  # type: ignore[attr-defined]
+            followed.append(all(th.equal(first[name], value) for name, value in state.items()))
+            return True
+
+    model.learn(200, callback=[Aim(40), contest, Look(0)])
+    told = [event for event in of(contest, "challenge", "reference", "rejection")][:4]
+    challenger = told[0]["challenger"]
+    assert [event["event"] for event in told] == ["challenge", "reference", "rejection", "reference"]
+    assert [told[1]["contender"], told[3]["contender"]] == [challenger, 0] and told[2]["reason"] == "undecided"
+    assert not all(followed) and followed[0] and followed[told[3]["timestep"]]
 
 
 def test_no_evaluation_is_missed_by_td3c_where_promotions_move_its_reference(recwarn: pytest.WarningsRecorder) -> None:

@@ -61,23 +61,27 @@ def is_reference(model: TD3C, actor: dict[str, th.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("reference", ["champion", "best"])
-def test_the_reference_is_the_pretrained_policy_until_a_promotion_and_then_the_champion(reference: str) -> None:
+def test_the_reference_is_the_pretrained_policy_until_another_leads_and_then_the_leader(reference: str) -> None:
     model = pretrained(reference)
     start, contest = actor_of(model), ChampionChallenger(**EAGER)
     followed = []
 
     class Watch(BaseCallback):
         def _on_step(self) -> bool:
-            champion = {name.removeprefix("actor."): value for name, value in contest.champion.policy.state.items()}
-            followed.append((contest.champion.name, is_reference(model, start), is_reference(model, champion)))
+            one = contest.contest.leader
+            leader = {name.removeprefix("actor."): value for name, value in one.policy.state.items()}
+            followed.append((one.name, is_reference(model, start), is_reference(model, leader)))
             return True
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.learn(600, callback=[Improvement(), contest, Watch()])
     assert "promotion" in [event["event"] for event in contest.events]
-    assert all(is_start == (name == 0) and is_champion for name, is_start, is_champion in followed)
-    assert not followed[-1][1]
+    assert all(is_start == (name == 0) and is_leader for name, is_start, is_leader in followed)
+    assert followed[0][1] and not followed[-1][1]
+    promotion = next(event for event in contest.events if event["event"] == "promotion")
+    # It led before it was promoted, and the champion leads when nobody challenges
+    assert followed[promotion["timestep"] - 2][0] == promotion["contender"]
 
 
 @pytest.mark.parametrize("reference", ["champion", "best"])

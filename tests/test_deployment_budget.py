@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sb3_offline_ft.deployment import Contender, Contest, Kind, Level, RiskBudget, Rules
+from sb3_offline_ft.deployment.contest import CONTROLS
 from tests.simulated_contests import simulation
 
 ROUNDING = 1e-9
@@ -116,6 +117,8 @@ def follow(
         random_return=st.floats(-3, 3) | st.just(1.0),
         worst_return=st.just(-3.0),
         false_promotion_rate=st.floats(0.01, 0.99),
+        controls=st.sampled_from(CONTROLS),
+        exploration_share=st.floats(0, 1, exclude_max=True),
         canary_envs=st.none() | st.integers(1, 3),
     ),
     returns=st.fixed_dictionaries({kind: st.lists(quantiles, min_size=1, max_size=20) for kind in Kind}),
@@ -130,10 +133,11 @@ def test_adversarial_learners(
     follow(contest, lambda kind, i: -3 + 6 * returns[kind][i % len(returns[kind])], seed=seed, explores=explores)
 
 
+@pytest.mark.parametrize("controls", CONTROLS)
 @pytest.mark.parametrize("n_places", [1, 4])
-def test_a_challenger_that_falls_once_it_is_trusted(n_places: int) -> None:
+def test_a_challenger_that_falls_once_it_is_trusted(n_places: int, controls: str) -> None:
     """Promotions raise the level that losses are counted against, and end episodes at risk of others."""
-    contest, promoted = Contest(Rules(risk_budget=0.5), Contender(0), n_places), []
+    contest, promoted = Contest(Rules(risk_budget=0.5, controls=controls), Contender(0), n_places), []
     rng = np.random.default_rng(0)
 
     def totals(kind: Kind, i: int) -> float:
@@ -194,7 +198,7 @@ def test_a_baseline_below_the_worst_return() -> None:
 @pytest.mark.parametrize("by_file", [True, False])
 def test_episodes_that_are_cut_off(by_file: bool) -> None:
     """Running episodes at risk are charged their worst, others nothing; it does not matter when the next ones begin."""
-    rules = Rules(risk_budget=0.9, worst_return=-1.0, baseline_episodes=2)
+    rules = Rules(risk_budget=0.9, worst_return=-1.0, baseline_episodes=2, controls="concurrent")
     contest = Contest(rules, Contender(0), 6)
     for i in range(24):
         contest.begin(i % 6, None)
@@ -235,3 +239,126 @@ def test_an_uncertain_baseline(returns: list[float], true: float, tried: list[fl
     distance = budget.baseline.random - budget.baseline.expected
     shortfall = sum(true - total for total in tried)
     assert shortfall == pytest.approx(budget.lost * distance + len(tried) * (true - budget.baseline.expected), abs=1e-8)
+
+
+def test_gains_are_not_saved_up() -> None:
+    """What a good challenger earned pays for what was lost, and not for what others will lose."""
+    level = Level(10.0, 0.0)
+    budget = RiskBudget(0.5, level, 0.0, n_episodes=4)
+    for total, balance in ((0.0, 1.5), (40.0, 3.0), (0.0, 2.5)):
+        budget.begin(0, level)
+        budget.end(0, total)
+        assert budget.balance == pytest.approx(balance)
+    # Against the baseline the run has gained a total loss
+    assert budget.lost == pytest.approx(-1.0) and budget.lost_to_champion == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n_episodes", [40, 800])
+def test_an_earlier_gain_does_not_prolong_a_series_of_losses(n_episodes: int) -> None:
+    """Trials that return as little as possible go on for as long as the episodes have paid for, whatever was gained before."""
+    rules = Rules(risk_budget=0.1, futility=0.0, exploration_share=0.0, max_trial_episodes=2)
+    at_risk = {}
+    for gain in (0.0, 1e6):
+        contest = Contest(rules, Contender(0))
+        totals = iter([1.0 + gain])
+        kinds = []
+        for i in range(n_episodes):
+            kind = contest.begin(0, lambda: Contender(1)).kind
+            kinds.append(kind)
+            contest.end(0, 0.9 + 0.2 * (i % 2) if kind is Kind.SERVE else next(totals, 0.0))
+        at_risk[gain] = kinds.count(Kind.TRIAL)
+    assert at_risk[0.0] <= at_risk[1e6] <= at_risk[0.0] + 1 and at_risk[0.0] > 2
+
+
+def test_the_share_of_explorations() -> None:
+    shares = {}
+    for share in (0.0, 0.3, 0.9):
+        contest = Contest(Rules(risk_budget=0.9, exploration_share=share, baseline_episodes=10), Contender(0))
+        kinds = []
+        for i in range(2010):
+            # An offer of which nothing comes
+            kinds.append(contest.begin(0, lambda: None, explores=True).kind)
+            contest.end(0, 9.0 + 2.0 * (i % 2))
+        assert set(kinds[:10]) == {Kind.SERVE}
+        shares[share] = kinds.count(Kind.EXPLORE) / 2000
+    assert shares[0.0] == 0
+    # Five standard deviations of a coin
+    assert shares[0.3] == pytest.approx(0.3, abs=0.052) and shares[0.9] == pytest.approx(0.9, abs=0.034)
+
+
+def test_only_the_champion_acts_outside_the_canary_places() -> None:
+    rules = Rules(risk_budget=0.9, canary_envs=2, baseline_episodes=2, exploration_share=0.9, futility=0.0)
+    contest, seen = Contest(rules, Contender(0), 4), set()
+    for i in range(400):
+        for place in range(4):
+            offer = (lambda: Contender(1)) if i % 20 == 0 else None
+            seen.add((place, contest.begin(place, offer, explores=True).kind))
+        for place in range(4):
+            contest.end(place, 9.0 + 2.0 * (i % 2))
+    assert {kind for place, kind in seen if place < 2} == {*Kind}
+    assert {kind for place, kind in seen if place >= 2} == {Kind.SERVE}
+
+
+# The baseline
+
+
+def falls(place: int, i: int) -> tuple[float, float]:
+    """Length and return of an episode: half of them end early, and are bad."""
+    return (1.0, 1.0) if (place + i) % 2 else (10.0, 10.0)
+
+
+@pytest.mark.parametrize(("n_places", "n_first"), [(1, 10), (4, 3), (16, 1)])
+def test_the_baseline_of_several_places_is_not_that_of_short_episodes(n_places: int, n_first: int) -> None:
+    contest, ends = Contest(Rules(risk_budget=0.5, baseline_episodes=10), Contender(0), n_places), []
+    counts = [0] * n_places
+    for place in range(n_places):
+        contest.begin(place, lambda: Contender(1))
+        ends.append((falls(place, 0)[0], place))
+    while contest.budget is None:
+        assert {episode.kind for episode in contest.running} == {Kind.SERVE}
+        now, place = min(ends)
+        contest.end(place, falls(place, counts[place])[1])
+        counts[place] += 1
+        ends[place] = (now + falls(place, counts[place])[0], place)
+        contest.begin(place, lambda: Contender(1))
+    # As soon as each has its share of the episodes, which is those that it finished first
+    assert min(counts) == n_first
+    expected = [falls(place, i)[1] for place in range(n_places) for i in range(n_first)]
+    assert contest.budget.baseline.expected == pytest.approx(np.mean(expected))
+    assert sorted(contest.champion.returns) == sorted(expected) and contest.budget.n_episodes == sum(counts)
+    assert contest.champion.mean == pytest.approx(5.5, abs=0.5)
+
+
+@pytest.mark.parametrize("n_later", [3, 2])
+def test_a_baseline_that_was_interrupted(n_later: int) -> None:
+    """What each place has finished is known after it; another number of places begins anew."""
+    rules = Rules(risk_budget=0.5, baseline_episodes=6)
+    contest = Contest(rules, Contender(0), 3)
+    for place in (0, 0, 0, 1):
+        contest.begin(place, None)
+        contest.end(place, 10.0 + place)
+    state = contest.state_dict()
+    contest = Contest(rules, Contender(0), n_later)
+    contest.load_state_dict(state, {"champion": None})
+    n_episodes = 0
+    while contest.budget is None:
+        for place in range(n_later):
+            contest.begin(place, lambda: None)
+            if contest.budget is None:
+                contest.end(place, 20.0 + place)
+                n_episodes += 1
+    # Two of each place, or three
+    expected = [10.0, 10.0, 11.0, 21.0, 22.0, 22.0] if n_later == 3 else [20.0, 21.0] * 3
+    # The first episode of each place had begun before
+    assert sorted(contest.champion.returns) == sorted(expected)
+    assert contest.budget.n_episodes == 4 + n_episodes
+
+
+def test_returns_as_low_as_those_of_a_random_policy() -> None:
+    """A champion that always fails, as random policies do: there is no distance, and trials go on all the same."""
+    contest = Contest(Rules(risk_budget=0.5, baseline_episodes=5, controls="historical"), Contender(0))
+    kinds = []
+    for _ in range(40):
+        kinds.append(contest.begin(0, lambda: Contender(1)).kind)
+        contest.end(0, 0.0 if kinds[-1] is Kind.SERVE or contest.champion.name else 1.0)
+    assert Kind.TRIAL in kinds and contest.champion.name == 1

@@ -1,33 +1,43 @@
 """Who becomes champion has been proved to be better, at the promised rate of errors."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, Kind, Rules
+from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, HistoricalTest, Kind, Rules
+from sb3_offline_ft.deployment.promotion import RankBet
 from tests.simulated_contests import simulation
 
 CHAMPION = [9.0, 10.0, 11.0]
 NAMES = [name for name in simulation.WORLDS if "outside" not in name]
+STILL = [name for name in NAMES if simulation.WORLDS[name].drift is simulation.still]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_false_promotions(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "controls"), [*((name, "concurrent") for name in NAMES), *((name, "historical") for name in STILL)]
+)
+def test_false_promotions(name: str, controls: str) -> None:
     """Challengers that are as good as the champion: a true rate of at most 0.3 fails by chance once in 10,000 times."""
-    rules, n_runs, false = Rules(risk_budget=0.99, false_promotion_rate=0.3), 40, 0
+    rules, n_runs, false = Rules(risk_budget=0.99, false_promotion_rate=0.3, controls=controls), 40, 0
     for seed in range(n_runs):
         verdicts, _ = simulation.simulated_promotions(simulation.WORLDS[name], (0.0,), rules, 60, seed)
         false += any(verdict.kind == "promotion" for verdict in verdicts)
     assert binomtest(false, n_runs, rules.false_promotion_rate, "greater").pvalue > 1e-4
 
 
-def test_better_challengers_are_promoted_soon() -> None:
-    """A lead of 5 standard deviations; the best that any test by a coin can do at this level is 5 episodes."""
+@pytest.mark.parametrize(("controls", "n_most"), [("concurrent", 12), ("historical", 4)])
+def test_better_challengers_are_promoted_soon(controls: str, n_most: int) -> None:
+    """
+    A lead of 5 standard deviations; the best that any test at this level can do is 5 episodes with a coin, and 2 above 10 of
+    the champion, whose probability is 1 in 66 otherwise.
+    """
     world = simulation.World(*[lambda mean: simulation.Policy(mean, lambda rng: rng.normal(mean, 0.1))] * 2)
     for seed in range(20):
-        verdicts, contest = simulation.simulated_promotions(world, (0.5,), Rules(risk_budget=0.99), 10 + 1 + 12, seed)
+        rules = Rules(risk_budget=0.99, controls=controls)
+        verdicts, contest = simulation.simulated_promotions(world, (0.5,), rules, 10 + 1 + n_most, seed)
         assert [verdict.kind for verdict in verdicts][:1] == ["promotion"], seed
         assert contest.champion.policy.mean >= 1.5
 
@@ -74,10 +84,11 @@ def test_overlapping_episodes_count_in_the_order_of_their_coins() -> None:
 
 def contest_in_a_test(n_places: int) -> Contest:
     """A champion with returns around 10, and a challenger that has survived its first episode."""
-    contest = Contest(Rules(risk_budget=0.9, baseline_episodes=10), Contender(0), n_places)
-    for i in range(60):
-        contest.begin(0, None)
-        contest.end(0, 9.0 + 2.0 * (i % 2))
+    rules = Rules(risk_budget=0.9, baseline_episodes=10, controls="concurrent")
+    contest = Contest(rules, Contender(0), n_places)
+    for i in range(64):
+        contest.begin(i % n_places, None)
+        contest.end(i % n_places, 9.0 + 2.0 * (i // n_places % 2))
     assert contest.begin(0, lambda: Contender(1)).kind is Kind.TRIAL
     contest.end(0, 13.0)
     assert contest.challenge is not None and contest.challenge.test is not None
@@ -123,3 +134,160 @@ def test_levels_of_all_tests_sum_to_the_rate() -> None:
     levels = sorted(set(levels), reverse=True)
     assert len(levels) == contest.n_tests > 50 and levels[0] == pytest.approx(0.05)
     assert 0.09 < sum(levels) < 0.1
+
+
+# Historical controls
+
+
+def settle(test: HistoricalTest, total: float) -> float:
+    test.bet(0.5, CHAMPION, [], 10.0).settle(total, True)
+    return test.log_evidence
+
+
+def test_evidence_of_ranks() -> None:
+    reference = list(range(10))
+    test = HistoricalTest(0.05, reference, 10.0)
+    evidence = [settle(test, 100.0) for _ in range(4)]
+    assert evidence[0] > 0 and (np.diff(evidence) > 0).all() and test.is_proved
+    # Ranks, not distances, and one return among many says little
+    assert settle(HistoricalTest(0.05, reference, 10.0), 9.5) == pytest.approx(evidence[0])
+    test = HistoricalTest(0.05, reference, 10.0)
+    assert settle(test, 4.5) < 0 and settle(test, -100.0) < 0
+    # The probability that two more are above ten is 1 / 66
+    assert not HistoricalTest(0.005, reference, 10.0).is_proved
+    test = HistoricalTest(0.005, reference, 10.0)
+    assert all(settle(test, 100.0) < test.log_threshold for _ in range(2))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_overlapping_ranks_count_in_the_order_of_their_beginnings(order: list[int]) -> None:
+    totals, test = [100.0, 4.5, 9.5], HistoricalTest(0.05, list(range(10)), 10.0)
+    expected, evidence = [0.0], HistoricalTest(0.05, list(range(10)), 10.0)
+    expected += [settle(evidence, total) for total in totals]
+    bets, ended = [test.bet(0.5, CHAMPION, [], 10.0) for _ in totals], set()
+    assert all(isinstance(bet, RankBet) for bet in bets)
+    for index in order:
+        bets[index].settle(totals[index], True)
+        ended.add(index)
+        # None before those ahead of it
+        n = next(n for n in range(4) if n not in ended)
+        assert test.log_evidence == pytest.approx(expected[n])
+
+
+@pytest.mark.parametrize("champion", [[10.0] * 10, [0.0] * 10, [-1e6] * 5, [10.0] * 9 + [11.0]])
+def test_equal_returns_of_the_champion(champion: list[float]) -> None:
+    """They are no proof of anything: what returns the same is not better, what returns much more is."""
+    unit = max(abs(champion[0]), 1e-18)
+    same, better = (HistoricalTest(0.05, champion, unit) for _ in range(2))
+    for _ in range(9):
+        settle(same, champion[0])
+        settle(better, champion[0] + 2 * unit)
+    assert better.is_proved and not same.is_proved
+
+
+def test_equal_returns_are_ordered_otherwise_in_each_test() -> None:
+    evidence = {settle(HistoricalTest(0.05, [0.0, 1.0] * 5, 1.0, seed), 1.0) for seed in range(20)}
+    assert len(evidence) > 2
+
+
+def normal(rng: np.random.Generator) -> float:
+    return float(rng.normal())
+
+
+def success(rng: np.random.Generator) -> float:
+    return float(rng.random() < 0.5)
+
+
+def fall(rng: np.random.Generator) -> float:
+    return float(rng.random() > 0.1) + 0.01 * float(rng.random())
+
+
+@pytest.mark.parametrize(("draw", "n_reference", "level"), [(normal, 10, 0.05), (success, 10, 0.15), (fall, 30, 0.05)])
+def test_the_level_of_ranks(draw: Callable[[np.random.Generator], float], n_reference: int, level: float) -> None:
+    """It holds for exchangeable returns, discrete ones too: a true rate of at most the level fails once in 10,000 times."""
+    rng, n_runs, n_proved = np.random.default_rng(n_reference), 2000, 0
+    for seed in range(n_runs):
+        test = HistoricalTest(level, [draw(rng) for _ in range(n_reference)], 1.0, seed)
+        n_proved += any(settle(test, draw(rng)) >= test.log_threshold for _ in range(9))
+    assert binomtest(n_proved, n_runs, level, "greater").pvalue > 1e-4
+    # The level is used: what never proves anything keeps it too
+    assert n_proved > 0.1 * level * n_runs or draw is not normal
+
+
+def test_the_rate_of_contests_with_historical_controls() -> None:
+    """Challengers of which all are as good as the champion, one after the other, against the same returns of it."""
+    rate, n_runs, false = 0.3, 2000, 0
+    rules = Rules(risk_budget=0.99, random_return=-5.0, worst_return=-9.0, false_promotion_rate=rate, max_trial_episodes=5)
+    rng = np.random.default_rng(0)
+    for seed in range(n_runs):
+        contest = Contest(rules, Contender(0), seed=seed)
+        for _ in range(40):
+            contest.begin(0, lambda: Contender(1))
+            verdict = contest.end(0, max(-9.0, normal(rng)))
+            if verdict is not None and verdict.kind == "promotion":
+                false += 1
+                break
+    assert 0 < false and binomtest(false, n_runs, rate, "greater").pvalue > 1e-4
+
+
+def test_no_coin_is_thrown_with_historical_controls() -> None:
+    """Once a challenger has survived its first episode, all are its own, in as many places as may be at risk."""
+    contest = Contest(Rules(risk_budget=0.99, futility=0.0, trial_share=0.01, baseline_episodes=10), Contender(0), 2)
+    kinds = []
+    for i in range(60):
+        for place in range(2):
+            kinds.append(contest.begin(place, lambda: Contender(1)).kind if i > 20 else contest.begin(place, None).kind)
+        for place in range(2):
+            contest.end(place, 9.0 + 2.0 * (i % 2))
+        challenge = contest.challenge
+        if challenge is not None and len(challenge.challenger.returns) >= 2:
+            assert kinds[-2:] == [Kind.TRIAL, Kind.TRIAL] or len(challenge.challenger.returns) == 2
+    assert kinds.count(Kind.TRIAL) > 30
+
+
+@pytest.mark.parametrize("controls", ["historical", "concurrent"])
+def test_a_new_champion_is_known_before_anything_new_is_tried(controls: str) -> None:
+    rules = Rules(risk_budget=0.9, false_promotion_rate=0.9, exploration_share=0.9, baseline_episodes=10, controls=controls)
+    contest, names, kinds = Contest(rules, Contender(0)), iter(range(1, 100)), []
+    for i in range(200):
+        kinds.append(contest.begin(0, lambda: Contender(next(names)), explores=True).kind)
+        before = len(contest.champion.returns)
+        if contest.champion.name:
+            assert kinds[-1] is Kind.SERVE or before >= 5
+        total = 10.0 + contest.champion.name + i % 2 + (5.0 if kinds[-1] is Kind.TRIAL else 0.0)
+        verdict = contest.end(0, total)
+        if verdict is not None and verdict.kind == "promotion" and len(verdict.contender.returns) < 5:
+            after = [contest.begin(0, lambda: Contender(next(names)), explores=True).kind]
+            for _ in range(5 - len(verdict.contender.returns) - 1):
+                contest.end(0, 15.0 + contest.champion.name)
+                after.append(contest.begin(0, lambda: Contender(next(names)), explores=True).kind)
+            assert set(after) == {Kind.SERVE}
+            break
+    else:
+        pytest.fail("no promotion of few episodes")
+    contest.end(0, 16.0 + contest.champion.name)
+    later = []
+    for _ in range(20):
+        later.append(contest.begin(0, lambda: Contender(next(names)), explores=True).kind)
+        contest.end(0, 15.0 + contest.champion.name)
+    assert set(later) != {Kind.SERVE}
+
+
+@pytest.mark.parametrize("controls", ["historical", "concurrent"])
+def test_the_leader_needs_no_proof(controls: str) -> None:
+    """Two episodes of which it is likely that they are better; it leads no more once it has returned less, or is given up."""
+    rules = Rules(risk_budget=0.9, false_promotion_rate=0.001, baseline_episodes=10, trial_share=0.9, controls=controls)
+    contest = Contest(rules, Contender(0))
+    leaders: dict[int, set[int]] = {}
+    for i in range(120):
+        kind = contest.begin(0, (lambda: Contender(1)) if i == 60 else None).kind
+        if contest.challenge is not None:
+            n = len(contest.challenge.challenger.returns)
+            leaders.setdefault(n, set()).add(contest.leader.name)
+        total = (13.0 if n < 3 else 0.0) if kind is Kind.TRIAL else 9.0 + 2.0 * (i % 2)
+        verdict = contest.end(0, total)
+        if verdict is not None:
+            assert verdict.kind == "rejection"
+            break
+    assert leaders[0] == leaders[1] == {0} and leaders[2] == leaders[3] == {1} and leaders[4] == {0}
+    assert contest.challenge is None and contest.leader is contest.champion

@@ -20,10 +20,15 @@ class Level:
     expected: float
     random: float
 
+    @property
+    def unit(self) -> float:
+        """A total loss, in returns; never 0."""
+        smallest = SMALLEST_UNIT * max(abs(self.expected), abs(self.random), SMALLEST_UNIT)
+        return max(abs(self.expected - self.random), smallest)
+
     def loss(self, total: float) -> float:
         """The loss of an episode with this return; negative for a gain."""
-        smallest = SMALLEST_UNIT * max(abs(self.expected), abs(self.random), SMALLEST_UNIT)
-        return (self.expected - total) / max(abs(self.expected - self.random), smallest)
+        return (self.expected - total) / self.unit
 
 
 @dataclass

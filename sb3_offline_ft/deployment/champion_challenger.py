@@ -62,7 +62,8 @@ class ChampionChallenger(BaseCallback):
     :param random_return: Mean return of a random policy
     :param worst_return: What an episode returns at the least, by default ``random_return``
     :param false_promotion_rate: Probability of any false promotion in the run, in (0, 1)
-    :param baseline_episodes: Episodes of the first champion before anything new is tried; their mean is the baseline, ``J0``
+    :param baseline_episodes: Episodes of the first champion before anything new is tried; their mean is the baseline, ``J0``.
+        Of several environments, the first episodes of each count, of all as many
     :param min_updates: Gradient steps between two challengers
     :param controls: What a challenger is compared with: ``"historical"``: what the champion returned before, which takes for
         granted that it would return the same now; ``"concurrent"``: what the champion returns meanwhile, in episodes that a
@@ -88,7 +89,7 @@ class ChampionChallenger(BaseCallback):
 
     model: OffPolicyAlgorithm
     moves_reference = True
-    """For algorithms with a reference policy: promotions move it."""
+    """For algorithms with a reference policy: the leader is it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Before __init__, since Python's own message names neither near matches nor what is known
@@ -319,8 +320,7 @@ class ChampionChallenger(BaseCallback):
 
     def _begin(self, place: int) -> None:
         self._totals[place] = self._lengths[place] = 0
-        may_explore = self._cast.explores and place < (self.rules.canary_envs or self.model.n_envs)
-        self._contest.begin(place, self._offer if self._has_learned else None, may_explore)
+        self._contest.begin(place, self._offer if self._has_learned else None, self._cast.explores)
         self._report.baseline(self._contest)
         self._sync()
 
@@ -330,7 +330,9 @@ class ChampionChallenger(BaseCallback):
         total, length = float(self._totals[place]), int(self._lengths[place])
         if not np.isfinite(total):
             # Nobody knows what it returned
-            total, self._contest.running[place].counts = self._contest.rules.worst_return, False
+            budget, rules = self._contest.budget, self._contest.rules
+            total = rules.worst_return if budget is None else budget.worst_return
+            self._contest.running[place].counts = False
             episode.counts = False
         then = self.champion, self._contest.challenge
         verdict = self._contest.end(place, total)

@@ -79,7 +79,7 @@ class Episode:
 @dataclass
 class Challenge:
     """
-    A challenger's trial: a first episode that can only end it, then a test of which each episode is given by a coin.
+    A challenger's trial: a first episode that can only end it, then a test.
 
     :param challenger: Who challenges
     :param test: None until the challenger has survived its first episode, which costs nothing of the false-promotion rate
@@ -161,7 +161,10 @@ class Contest:
         """Tests that were begun, each of which had a share of the false-promotion rate."""
         self._coin = np.random.default_rng(seed)
         self._watch: BettingDetector | None = None
+        self._baseline: list[list[float]] = [[] for _ in range(n_places)]
+        """Of each place, the returns that there were before the baseline is known."""
         self._n_baseline = 0
+        """Episodes that ended before it, also those that do not count."""
         self._exploration_losses: list[float] = []
 
     @property
@@ -172,7 +175,7 @@ class Contest:
     @property
     def unit(self) -> float:
         """A total loss of the champion."""
-        return abs(self.champion.mean - self.rules.random_return)
+        return self.level.unit
 
     # Who acts
 
@@ -187,11 +190,11 @@ class Contest:
         """
         self._abandon(place)
         episode = self.running[place] = Episode()
-        if self.budget is None and offer is not None and len(self.champion.returns) >= self.rules.baseline_episodes:
-            # The baseline itself may have shown that less is possible
-            worst = min(self.rules.worst_return, *self.champion.returns)
-            self.budget = RiskBudget(self.rules.risk_budget, self.level, worst, self._n_baseline)
+        if self.budget is None and offer is not None:
+            self._open_budget()
         if self.budget is None or len(self.champion.returns) < LEAST_KNOWN or not self.budget.covers(self.level):
+            return episode
+        if self.rules.canary_envs is not None and place >= self.rules.canary_envs:
             return episode
         if self.challenge is None and offer is not None:
             challenger = offer()
@@ -205,6 +208,18 @@ class Contest:
             self.budget.begin(place, self.level)
         return episode
 
+    def _open_budget(self) -> None:
+        """The baseline is known as soon as there are enough rounds of it, each of one episode of every place."""
+        n_rounds = min(map(len, self._baseline))
+        if n_rounds * len(self._baseline) < self.rules.baseline_episodes:
+            return
+        # The episodes that end first are the short ones, which often are the bad ones
+        first = [total for returns in self._baseline for total in returns[:n_rounds]]
+        # The baseline itself may have shown that less is possible
+        worst = min(self.rules.worst_return, *self.champion.returns)
+        self.champion.returns = first
+        self.budget = RiskBudget(self.rules.risk_budget, self.level, worst, self._n_baseline)
+
     def _abandon(self, place: int) -> None:
         """What runs here will not be finished."""
         if self.budget is not None:
@@ -213,8 +228,6 @@ class Contest:
             self._begin_test(self.challenge)
 
     def _draw(self, place: int, episode: Episode, challenge: Challenge) -> None:
-        if self.rules.canary_envs is not None and place >= self.rules.canary_envs:
-            return
         if challenge.test is None:
             others = (other.actor is Kind.TRIAL for other in self.running if other is not episode)
             episode.kind = Kind.SERVE if any(others) else Kind.TRIAL
@@ -227,8 +240,11 @@ class Contest:
     def _begin_test(self, challenge: Challenge) -> None:
         # The levels sum to the whole rate
         level = self.rules.false_promotion_rate / ((self.n_tests + 1) * (self.n_tests + 2))
-        is_historical = self.rules.controls == "historical"
-        challenge.test = HistoricalTest(level, self.champion.returns, self.unit) if is_historical else ConcurrentTest(level)
+        if self.rules.controls == "historical":
+            ties = int(self._coin.integers(2**32))
+            challenge.test = HistoricalTest(level, self.champion.returns, self.unit, ties)
+        else:
+            challenge.test = ConcurrentTest(level)
         self.n_tests += 1
         for episode in self.running:
             episode.bet = None
@@ -282,6 +298,8 @@ class Contest:
             challenge.challenger.returns.append(total)
         elif episode.kind is Kind.SERVE:
             self.champion.returns.append(total)
+            if self.budget is None:
+                self._baseline[place].append(total)
             if self._watch is not None and self._watch.update(total) is not None:
                 return self._demote()
         return None if challenge is None else self._judge(challenge)
@@ -352,6 +370,7 @@ class Contest:
             },
             "budget": None if budget is None else budget.state_dict(),
             "n_tests": self.n_tests,
+            "baseline": self._baseline if budget is None else None,
             "n_baseline": self._n_baseline,
             "exploration_losses": self._exploration_losses,
             "coin": self._coin.bit_generator.state,
@@ -375,10 +394,12 @@ class Contest:
         self.challenge = None if challenger is None else Challenge(challenger)
         self.budget = None if state["budget"] is None else RiskBudget.from_state_dict(state["budget"])
         self.n_tests, self._n_baseline = state["n_tests"], state["n_baseline"]
-        if self.challenge is not None and self.challenge.challenger.returns:
-            self._begin_test(self.challenge)
+        if state["baseline"] is not None and len(state["baseline"]) == len(self.running):
+            self._baseline = [list(returns) for returns in state["baseline"]]
         self._exploration_losses = list(state["exploration_losses"])
         self._coin.bit_generator.state = state["coin"]
+        if self.challenge is not None and self.challenge.challenger.returns:
+            self._begin_test(self.challenge)
         self._watch = None
         if state["watch"] is not None:
             self._watch = BettingDetector(self.rules.false_promotion_rate, WATCH_HORIZON)

@@ -158,20 +158,22 @@ class HistoricalTest(PromotionTest):
     The challenger is compared with what the champion returned before (*historical controls*): bets are on high ranks of its
     returns among the champion's, as those of the :class:`~sb3_offline_ft.collapse.BettingDetector` are on low ones. All
     episodes are the challenger's, so it needs less than half of those that a :class:`ConcurrentTest` needs; but it takes for
-    granted that the champion would return now what it returned before.
+    granted that the champion would return now what it returned before: the returns of both have to be exchangeable if the
+    challenger is as good as the champion.
 
     :param champion: Returns of the champion, at least five
-    :param unit: A total loss, ``|J - J_random|``
+    :param unit: A total loss, ``|J - J_random|``, above 0
+    :param seed: Seed of the order of equal returns
     """
 
     has_coin = False
 
-    def __init__(self, level: float, champion: Sequence[float], unit: float) -> None:
+    def __init__(self, level: float, champion: Sequence[float], unit: float, seed: int = 0) -> None:
         super().__init__(level)
         self._bets: deque[RankBet] = deque()
         # Equal returns of a few episodes do not mean that there is no noise, and ranks need a scale
         spread = SMALLEST_SPREAD * unit if len({*champion}) == 1 else 0.0
-        self._detector = BettingDetector(level, horizon=1)
+        self._detector = BettingDetector(level, horizon=1, seed=seed)
         self._detector.calibrate(-np.asarray(champion) - np.linspace(0.0, spread, len(champion)))
 
     @property
