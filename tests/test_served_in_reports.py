@@ -10,6 +10,7 @@ from sb3_offline_ft.evaluation.served import WINDOW
 from sb3_offline_ft.study import Cell, Protocol, write_report
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.runs import Group
+from sb3_offline_ft.study.report.words import NONE
 from tests.made_up_study import (
     COLLAPSED_TO,
     EPISODES,
@@ -121,6 +122,39 @@ def test_the_verdict_begins_with_it(study: Protocol) -> None:
     assert f"plain TD3 {largest:.1f}, {share:.1f} %" in losses and "from scratch" not in losses
 
 
+def test_what_a_champion_spent_at_risk(tmp_path: Path) -> None:
+    gated = {"label": "TD3C behind a champion", "algorithm": "td3c", "champion": True}
+    compared = {"methods": {"td3": METHODS["td3"], "td3c": gated}, "reference_method": "td3c"}
+    protocol = write_study(tmp_path / "study", ONE_DATASET | compared | {"seeds": 2})
+    for cell in protocol.cells():
+        result = result_of(protocol, cell)
+        if cell.method.champion is not None:
+            # In the warm-up nothing is at risk that counts; after it one trial in a row of five, and no exploration
+            result.training_kinds = np.where(np.arange(result.training_timesteps.size) % 5 == 0, 2, 0)
+        write_run(protocol, cell, result)
+    numbers = numbers_of(protocol)
+    groups = groups_of(numbers)
+    for one in groups["td3c"].runs:
+        result = one.run.result
+        served_baseline = result.training_returns[result.training_timesteps <= WARMUP].mean()
+        of_trials = result.training_returns[(result.training_timesteps > WARMUP) & (result.training_kinds == 2)]
+        lost = ((served_baseline - of_trials) / (served_baseline - J_RANDOM)).sum()
+        assert one.value("served_trial_episodes") == of_trials.size == 28
+        assert one.value("served_trial_shortfall") == pytest.approx(lost) and lost < 0
+        assert (one.value("served_explore_episodes"), one.value("served_explore_shortfall")) == (0, 0)
+    assert not groups["td3"].values("served_trial_episodes")
+    mean = np.mean(groups["td3c"].values("served_trial_shortfall"))
+    said = f"TD3C behind a champion 28.0 trials (shortfall {mean:.1f}) and 0.0 explorations (shortfall 0.0)."
+    assert f"means over the seeds: {said}" in words(numbers, "What was served")
+    write_report(protocol.folder)
+    table = (protocol.folder / "tables.md").read_text().split("### ")[1]
+    titles, rows = re.findall(r"^\| method.*", table, re.MULTILINE), re.findall(r"^\| (?:plain|TD3C).*", table, re.MULTILINE)
+    place = titles[0].split(" | ").index("trials")
+    trials = {row.split(" | ")[0]: row.split(" | ")[place] for row in rows}
+    assert [text[:4] for text in trials.values()] == [NONE, "28.0"]
+    assert {row["method"]: row["served_trial_episodes"] for row in results_rows(protocol)} == {"td3": "", "td3c": "28"}
+
+
 def test_curves_are_of_equal_interactions(study: Protocol) -> None:
     for name, group in groups_of(numbers_of(study)).items():
         curve = group.served_curve(study.interactions)
@@ -133,6 +167,7 @@ def test_curves_are_of_equal_interactions(study: Protocol) -> None:
 def test_results_have_it(study: Protocol) -> None:
     write_report(study.folder, formats=["csv"])
     rows = results_rows(study)
+    assert "served_trial_episodes" not in rows[0]
     assert list(rows[0])[5].startswith("served_")
     for row, one in zip(rows, numbers_of(study).runs, strict=True):
         for name, value in one.served.values().items():

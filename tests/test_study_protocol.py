@@ -206,7 +206,10 @@ def test_presets_are_those_of_the_zoo_without_what_is_no_argument(algorithm: str
     expected = yaml.safe_load(Path(preset_path(algorithm)).read_text())[entry]
     hyperparams, callbacks = preset(algorithm, env)
     assert hyperparams == {key: value for key, value in expected.items() if key not in ("n_timesteps", "dataset", "callback")}
-    assert callbacks["guard"] == ({"random_return": 17.1} if entry == "Hopper-v5" else {})
+    written = dict(next(iter(each.items())) if isinstance(each, dict) else (each, {}) for each in expected["callback"])
+    kinds = {"guard": "CollapseGuard", "champion": "ChampionChallenger"}
+    assert callbacks == {kind: written.get(f"sb3_offline_ft.{name}", {}) for kind, name in kinds.items()}
+    assert any(callbacks.values()) == (entry == "Hopper-v5")
 
 
 def test_hyperparams_are_preset_then_study_then_method() -> None:
@@ -278,6 +281,21 @@ def test_guards_have_the_arguments_of_the_preset_and_their_own() -> None:
     }
     assert method(parse(study | {"random_return": -1200}), "mine").guard["random_return"] == -1200
     CollapseGuard(**method(protocol, "mine").guard)
+
+
+def test_a_preset_may_have_a_champion_and_no_guard() -> None:
+    presets = {
+        "td3bc": {"policy": "MlpPolicy", "offline_steps": 7, "guard": {"random_return": -1310}},
+        "td3c": {"policy": "MlpPolicy", "epsilon": 0.3, "champion": {"random_return": -1300, "worst_return": -1900}},
+    }
+    champions = {f"{name}-champion": {"algorithm": name, "champion": True} for name in ("td3c", "td3")}
+    protocol = parse(edited(presets=presets, methods=STUDY["methods"] | champions))
+    plain, guarded, champion = (method(protocol, name) for name in ("td3c", "td3c-guard", "td3c-champion"))
+    assert plain.callbacks == {} and plain.hyperparams["epsilon"] == 0.3
+    assert guarded.callbacks == {"guard": {"random_return": -1310}}
+    assert champion.callbacks == {"champion": presets["td3c"]["champion"]}
+    # TD3 goes on with the preset of the pretraining, which has none
+    assert method(protocol, "td3-champion").callbacks == {"champion": {"random_return": -1309}}
 
 
 def test_who_learns_from_evaluations() -> None:

@@ -314,7 +314,9 @@ class MethodFactory:
             self.reader.fail(key, "needs a pretrained policy, which is the first champion: leave it out, or `start: scratch`.")
         self._check_callback_names(kind, own, key)
         source = method.algorithm if method.algorithm in ALGORITHMS else self.pretraining_algorithm
-        arguments = {"random_return": self._known_random_return} | self._preset(source).callbacks[kind]
+        # A preset may have the other kind alone
+        of_preset = self._preset(source).callbacks[kind] or self._preset(self.pretraining_algorithm).callbacks[kind]
+        arguments = {"random_return": self._known_random_return} | of_preset
         if self._random_return is not None:
             arguments["random_return"] = self._random_return
         arguments = {name: value for name, value in (arguments | own).items() if value is not None}

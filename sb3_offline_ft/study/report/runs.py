@@ -15,7 +15,15 @@ from sb3_offline_ft.evaluation.finetuning_metrics import (
     dip_noise_floor,
     finetuning_metrics,
 )
-from sb3_offline_ft.evaluation.served import ActedEpisodes, ServedMetrics, acted_episodes, served_metrics
+from sb3_offline_ft.evaluation.served import (
+    EXPLORE,
+    TRIAL,
+    ActedEpisodes,
+    Losses,
+    ServedMetrics,
+    acted_episodes,
+    served_metrics,
+)
 from sb3_offline_ft.evaluation.statistics import Band, Estimate, aggregate, curve_band, rate
 from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.engine.results import Run
@@ -81,6 +89,19 @@ class RunNumbers:
         return None if steps is None else int(steps)
 
     @property
+    def at_risk(self) -> dict[str, float | None]:
+        """How many trials and explorations there were after the warm-up, and what they lost; None without a champion."""
+        nothing = None
+        if self.run.result.training_kinds.size and self.acted is not None:
+            nothing = Losses(0, None if self.served.losses.shortfall is None else 0.0)
+        by_kind = {kind: self.served.losses_by_kind.get(kind, nothing) for kind in (TRIAL, EXPLORE)}
+        return {
+            f"served_{kind}_{name}": getattr(losses, name, None)
+            for kind, losses in by_kind.items()
+            for name in ("episodes", "shortfall")
+        }
+
+    @property
     def seconds(self) -> float | None:
         """Wall time of the finetuning."""
         seconds = (self.manifest.get("seconds") or {}).get("finetuning")
@@ -88,10 +109,11 @@ class RunNumbers:
 
     def value(self, name: str) -> float | None:
         """
-        A metric, one of what was served, ``"seconds"`` or ``"learner_evaluation_steps"``; None if it is not defined for this
-        run. Dips are measured by what the pretrained policy has over a random one, so that one which is no better has none.
+        A metric, one of what was served or at risk, ``"seconds"`` or ``"learner_evaluation_steps"``; None if it is not defined
+        for this run. Dips are measured by what the pretrained policy has over a random one, so that one which is no better has
+        none.
         """
-        if name in (served := self.served.values()):
+        if name in (served := self.served.values() | self.at_risk):
             return served[name]
         if name in RELATIVE_METRICS and self.metrics.collapsed is None:
             return None

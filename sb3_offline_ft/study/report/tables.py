@@ -110,6 +110,13 @@ SERVED_COLUMNS = (
     Column("served_longest_collapse", "most in a row", 0),
     Column("served_dip_depth", "dip of ten", 2),
 )
+RISK_COLUMNS = (
+    Column("served_trial_episodes", "trials", 1),
+    Column("served_trial_shortfall", "shortfall of trials", 1),
+    Column("served_explore_episodes", "explorations", 1),
+    Column("served_explore_shortfall", "shortfall of explorations", 1),
+)
+"""Of methods with a champion."""
 COST_COLUMNS = (
     Column("learner_evaluation_steps", "steps of own evaluations", 0),
     Column("seconds", "wall time (min)", 1, 1 / 60),
@@ -158,7 +165,7 @@ def dataset_tables(numbers: DatasetNumbers) -> list[TextTable]:
 def _served_table(numbers: DatasetNumbers) -> TextTable:
     """No column for so many interactions as no run had."""
     groups = [group for group in numbers.groups if any(one.acted is not None for one in group.runs)]
-    columns = [column for column in SERVED_COLUMNS if any(group.values(column.name) for group in groups)]
+    columns = [column for column in SERVED_COLUMNS + RISK_COLUMNS if any(group.values(column.name) for group in groups)]
     rows = [
         [group.label, str(len(group.values("served_mean_return"))), *(column.mean(group) for column in columns)]
         for group in groups
@@ -172,13 +179,15 @@ def _served_table(numbers: DatasetNumbers) -> TextTable:
         f"the mean over the {WINDOW:,} interactions before. J₀ served is the mean over episodes of the warm-up, the other "
         "returns are means over interactions. Shortfall is against J₀ served, at the end and at its largest, in episodes in "
         "which all is lost; below 0 more was earned. Lost episodes have at most a quarter of what J₀ served has over a "
-        "random policy. Dip of ten: the depth of the lowest mean of ten episodes in a row; below 0 there was none.",
+        "random policy. Dip of ten: the depth of the lowest mean of ten episodes in a row; below 0 there was none."
+        + " Trials and explorations are the episodes at risk behind a champion." * (RISK_COLUMNS[0] in columns),
     )  # fmt: skip
 
 
 def runs_table(numbers: DatasetNumbers) -> TextTable:
     """One row for each run on a dataset."""
-    columns = [*SERVED_COLUMNS, *RETURN_COLUMNS, *DIP_COLUMNS, *COST_COLUMNS]
+    at_risk = [each for each in RISK_COLUMNS if any(one.value(each.name) is not None for one in numbers.runs)]
+    columns = [*SERVED_COLUMNS, *at_risk, *RETURN_COLUMNS, *DIP_COLUMNS, *COST_COLUMNS]
     outcomes = {True: "yes", False: "no", None: NONE}
     rows = [
         [
@@ -277,14 +286,17 @@ def factor_table(numbers: DatasetNumbers, factor: str, levels: Levels) -> TextTa
 UPDATES = ("offline", "online", "undone")
 REPLAY = ("capacity", "rows", "distinct_rows", "offline_rows")
 BATCH = ("rows", "distinct_rows", "offline_rows")
+_AT_RISK = {column.name for column in RISK_COLUMNS}
 
 
 def results_csv(numbers: StudyNumbers) -> bytes:
     """A CSV file with one row for each run and all metrics, in full precision; what is not defined is empty."""
     factors = sorted({name for one in numbers.runs for name in one.method.variant})
     rows = [_csv_row(numbers, one, factors) for one in numbers.runs]
+    # Only where there are champions
+    names = [name for name in rows[0] if name not in _AT_RISK or any(row[name] is not None for row in rows)]
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
     return stream.getvalue().encode("utf-8")
@@ -302,6 +314,7 @@ def _csv_row(numbers: StudyNumbers, one: RunNumbers, factors: Iterable[str]) -> 
         "key": one.run.key,
         **{f"factor_{name}": cell.method.variant.get(name) for name in factors},
         **one.served.values(),
+        **one.at_risk,
         **asdict(one.metrics),
         "dip_noise_quantile": None if noise is None else noise.quantile,
         "collapse_noise_probability": None if noise is None else noise.collapse_probability,

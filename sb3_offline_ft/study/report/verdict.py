@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from sb3_offline_ft.evaluation.finetuning_metrics import CONSECUTIVE
+from sb3_offline_ft.evaluation.served import EXPLORE, TRIAL
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
 from sb3_offline_ft.study.report.comparisons import COLLAPSED, SIGNIFICANT, Comparison
@@ -70,7 +71,21 @@ def _served(one: DatasetNumbers) -> list[str]:
             f"largest shortfall of any seed on {one.title}, in episodes in which all is lost that the pretrained policy has "
             f"over a random one, and mean share of episodes that lost at least three quarters of it: {'; '.join(losses)}."
         )
+    at_risk = [f"{group.label} {risks}" for group in groups if (risks := _at_risk(group))]
+    if at_risk:
+        texts.append(f"episodes at risk behind a champion on {one.title}, means over the seeds: {'; '.join(at_risk)}.")
     return texts
+
+
+def _at_risk(group: Group) -> str:
+    """How many trials and explorations there were, and their shortfalls if these are known."""
+    texts = []
+    for kind, noun in ((TRIAL, "trials"), (EXPLORE, "explorations")):
+        episodes, lost = (group.estimate(f"served_{kind}_{name}") for name in ("episodes", "shortfall"))
+        if episodes is not None:
+            shortfall = "" if lost is None else f" (shortfall {number(lost.value, 1)})"
+            texts.append(f"{number(episodes.value, 1)} {noun}{shortfall}")
+    return listed(texts)
 
 
 def _in_short(numbers: StudyNumbers) -> list[str]:
