@@ -532,7 +532,7 @@ def test_no_evaluation_is_missed_by_td3c_where_promotions_move_its_reference(rec
     ("name", "value"),
     [
         ("risk_budget", -0.1), ("risk_budget", 1.0), ("false_promotion_rate", 0.0), ("trial_share", 1.0), ("futility", -1),
-        ("baseline_episodes", 1), ("min_updates", 0), ("max_trial_episodes", 1.5), ("restore_after", -1), ("segment_steps", 0),
+        ("baseline_episodes", 1), ("baseline_episodes", 4), ("min_updates", 0), ("max_trial_episodes", 1.5), ("restore_after", -1), ("segment_steps", 0),
         ("canary_envs", 0), ("seed", -1), ("random_return", float("nan")), ("worst_return", float("inf")),
         ("risk_budget", "much"), ("trial_share", None), ("random_return", "low"),
     ],

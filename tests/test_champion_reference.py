@@ -12,7 +12,7 @@ from sb3_offline_ft import TD3C, CollapseGuard
 from sb3_offline_ft.deployment import ChampionChallenger
 from tests.guarded_runs import Hold
 
-EAGER = {"random_return": 0.0, "risk_budget": 0.9, "baseline_episodes": 2, "min_updates": 1, "verbose": 0}
+EAGER = {"random_return": 0.0, "risk_budget": 0.9, "baseline_episodes": 5, "min_updates": 1, "verbose": 0}
 
 
 def set_bias(model: TD3C, value: float) -> None:

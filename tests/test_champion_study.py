@@ -17,7 +17,14 @@ from sb3_offline_ft.study.engine.folder import CellResult, read_result, write_re
 from sb3_offline_ft.study.tuning.entry import zoo_entry
 from sb3_offline_ft.study.tuning.plan import TuningPlan, TuningSettings
 
-GATED = {"risk_budget": 0.9, "worst_return": -1700, "baseline_episodes": 2, "min_updates": 20, "futility": 0.0}
+GATED = {
+    "risk_budget": 0.9,
+    "worst_return": -1700,
+    "baseline_episodes": 2,
+    "min_updates": 20,
+    "futility": 0.0,
+    "controls": "concurrent",
+}
 STUDY: dict[str, Any] = {
     "name": "gated",
     "env": "Pendulum-v1",

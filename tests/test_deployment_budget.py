@@ -165,7 +165,7 @@ def test_no_budget() -> None:
 
 def test_below_the_worst_return() -> None:
     """There is a debt, and nothing at risk begins until it is repaid and there is enough for another one."""
-    rules = Rules(risk_budget=0.125, baseline_episodes=2)
+    rules = Rules(risk_budget=0.125, baseline_episodes=5)
     contest = Contest(rules, Contender(0))
 
     def trial_after(n_most: int) -> int:
@@ -185,7 +185,9 @@ def test_below_the_worst_return() -> None:
 
 def test_a_baseline_below_the_worst_return() -> None:
     """What the baseline itself returned is possible."""
-    contest = Contest(Rules(risk_budget=0.5, random_return=-1.0, worst_return=0.0, baseline_episodes=2), Contender(0))
+    contest = Contest(
+        Rules(risk_budget=0.5, random_return=-1.0, worst_return=0.0, baseline_episodes=2, controls="concurrent"), Contender(0)
+    )
     for total in (-5.0, 5.0):
         contest.begin(0, None)
         contest.end(0, total)
@@ -287,7 +289,7 @@ def test_the_share_of_explorations() -> None:
 
 
 def test_only_the_champion_acts_outside_the_canary_places() -> None:
-    rules = Rules(risk_budget=0.9, canary_envs=2, baseline_episodes=2, exploration_share=0.9, futility=0.0)
+    rules = Rules(risk_budget=0.9, canary_envs=2, baseline_episodes=5, exploration_share=0.9, futility=0.0)
     contest, seen = Contest(rules, Contender(0), 4), set()
     for i in range(400):
         for place in range(4):

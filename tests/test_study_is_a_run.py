@@ -38,7 +38,14 @@ GUARDS: dict[str, dict[str, Any] | None] = {
     },
 }
 # A trial in the third of four episodes
-CHAMPION = {"worst_return": -1700, "risk_budget": 0.9, "baseline_episodes": 2, "min_updates": 20, "futility": 0.0}
+CHAMPION = {
+    "worst_return": -1700,
+    "risk_budget": 0.9,
+    "baseline_episodes": 2,
+    "min_updates": 20,
+    "futility": 0.0,
+    "controls": "concurrent",
+}
 GATED = "td3-champion"
 ALGORITHMS = ("td3bc", "td3c", "td3")
 ZOO_NAMES = {"td3": "offline_td3"}

@@ -131,6 +131,11 @@ class Rules:
                 raise ValueError(f"`{name}` must be {'at least' if may_be_zero else 'above'} 0 and below 1, found {value!r}.")
         if self.controls not in CONTROLS:
             raise ValueError(f"`controls` must be one of {', '.join(map(repr, CONTROLS))}, found {self.controls!r}.")
+        if self.controls == "historical" and self.baseline_episodes < LEAST_KNOWN:
+            raise ValueError(
+                f"`controls='historical'` compares with at least {LEAST_KNOWN} episodes, found "
+                f"`baseline_episodes={self.baseline_episodes}`: give more, or choose 'concurrent'."
+            )
         for name in ("random_return", "worst_return"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"`{name}` must be finite, found {getattr(self, name)!r}.")
@@ -192,7 +197,7 @@ class Contest:
         episode = self.running[place] = Episode()
         if self.budget is None and offer is not None:
             self._open_budget()
-        if self.budget is None or len(self.champion.returns) < LEAST_KNOWN or not self.budget.covers(self.level):
+        if self.budget is None or not self._knows_champion or not self.budget.covers(self.level):
             return episode
         if self.rules.canary_envs is not None and place >= self.rules.canary_envs:
             return episode
@@ -226,6 +231,11 @@ class Contest:
             self.budget.abandon(place)
         if self.challenge is not None and self.challenge.test is not None and self.running[place].bet is not None:
             self._begin_test(self.challenge)
+
+    @property
+    def _knows_champion(self) -> bool:
+        """Whether there are enough episodes of it to compare others with; of the first one, the baseline's are."""
+        return len(self.champion.returns) >= LEAST_KNOWN or (self.predecessor is None and self.rules.controls == "concurrent")
 
     def _draw(self, place: int, episode: Episode, challenge: Challenge) -> None:
         if challenge.test is None:
