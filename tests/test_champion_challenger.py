@@ -501,20 +501,26 @@ def test_the_reference_of_td3c_goes_back_when_the_leader_is_given_up() -> None:
     model.set_parameters(make(TD3C).get_parameters())
     first = {name: value.clone() for name, value in model.actor.state_dict().items()}
     # It cannot be proved in so few episodes
-    contest = ChampionChallenger(**{**QUICK, "risk_budget": 0.9, "max_trial_episodes": 3}, false_promotion_rate=0.001)
+    contest = ChampionChallenger(**{**QUICK, "risk_budget": 0.9}, false_promotion_rate=1e-9)
     followed: list[bool] = []
 
     class Look(Aim):
         def _on_step(self) -> bool:
             state = self.model.reference_actor.state_dict()  # type: ignore[attr-defined]
             followed.append(all(th.equal(first[name], value) for name, value in state.items()))
-            return True
+            return super()._on_step()
 
-    model.learn(200, callback=[Aim(40), contest, Look(0)])
+    def break_challenger(_: Any) -> None:
+        # Nothing else makes a frozen policy worse from one step to the next
+        with th.no_grad():
+            for parameter in contest._cast.challenger.policy.parameters():
+                parameter.fill_(float("nan"))
+
+    model.learn(200, callback=[Aim(40), contest, Look(100, break_challenger)])
     told = [event for event in of(contest, "challenge", "reference", "rejection")][:4]
-    challenger = told[0]["challenger"]
     assert [event["event"] for event in told] == ["challenge", "reference", "rejection", "reference"]
-    assert [told[1]["contender"], told[3]["contender"]] == [challenger, 0] and told[2]["reason"] == "undecided"
+    assert [told[1]["contender"], told[3]["contender"]] == [told[0]["challenger"], 0]
+    assert told[2]["reason"] == "non-finite action" and told[3]["timestep"] > 100
     assert not all(followed) and followed[0] and followed[told[3]["timestep"]]
 
 
@@ -532,7 +538,7 @@ def test_no_evaluation_is_missed_by_td3c_where_promotions_move_its_reference(rec
     ("name", "value"),
     [
         ("risk_budget", -0.1), ("risk_budget", 1.0), ("false_promotion_rate", 0.0), ("trial_share", 1.0), ("futility", -1),
-        ("baseline_episodes", 1), ("baseline_episodes", 4), ("min_updates", 0), ("max_trial_episodes", 1.5), ("restore_after", -1), ("segment_steps", 0),
+        ("baseline_episodes", 1), ("min_updates", 0), ("max_trial_episodes", 1.5), ("restore_after", -1), ("segment_steps", 0),
         ("canary_envs", 0), ("seed", -1), ("random_return", float("nan")), ("worst_return", float("inf")),
         ("risk_budget", "much"), ("trial_share", None), ("random_return", "low"),
     ],
@@ -540,6 +546,12 @@ def test_no_evaluation_is_missed_by_td3c_where_promotions_move_its_reference(rec
 def test_a_bad_argument_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be .*found {value!r}"):
         ChampionChallenger(**{name: value})
+
+
+def test_the_past_to_compare_with_must_be_long_enough() -> None:
+    with pytest.raises(ValueError, match=r"at least 5 episodes, found `baseline_episodes=4`"):
+        ChampionChallenger(baseline_episodes=4)
+    ChampionChallenger(baseline_episodes=4, controls="concurrent")
 
 
 def test_an_unknown_argument_is_named_with_its_neighbour() -> None:
