@@ -7,16 +7,17 @@ import pytest
 from scipy.stats import binomtest
 
 from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, Kind, Rules
+from sb3_offline_ft.deployment.contest import CONTROLS
 from tests.simulated_contests import simulation
 
 CHAMPION = [9.0, 10.0, 11.0]
-NAMES = [name for name in simulation.WORLDS if "outside" not in name]
+PROMISED = [(name, controls) for name in simulation.WORLDS for controls in CONTROLS if simulation.is_promised(name, controls)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_false_promotions(name: str) -> None:
+@pytest.mark.parametrize(("name", "controls"), PROMISED)
+def test_false_promotions(name: str, controls: str) -> None:
     """Challengers that are as good as the champion: a true rate of at most 0.3 fails by chance once in 10,000 times."""
-    rules, n_runs, false = Rules(risk_budget=0.99, false_promotion_rate=0.3), 40, 0
+    rules, n_runs, false = Rules(risk_budget=0.99, false_promotion_rate=0.3, controls=controls), 40, 0
     for seed in range(n_runs):
         verdicts, _ = simulation.simulated_promotions(simulation.WORLDS[name], (0.0,), rules, 60, seed)
         false += any(verdict.kind == "promotion" for verdict in verdicts)
