@@ -8,17 +8,15 @@ import pytest
 from scipy.stats import binomtest
 
 from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, HistoricalTest, Kind, Rules
+from sb3_offline_ft.deployment.contest import CONTROLS
 from sb3_offline_ft.deployment.promotion import RankBet
 from tests.simulated_contests import simulation
 
 CHAMPION = [9.0, 10.0, 11.0]
-NAMES = [name for name in simulation.WORLDS if "outside" not in name]
-STILL = [name for name in NAMES if simulation.WORLDS[name].drift is simulation.still]
+PROMISED = [(name, controls) for name in simulation.WORLDS for controls in CONTROLS if simulation.is_promised(name, controls)]
 
 
-@pytest.mark.parametrize(
-    ("name", "controls"), [*((name, "concurrent") for name in NAMES), *((name, "historical") for name in STILL)]
-)
+@pytest.mark.parametrize(("name", "controls"), PROMISED)
 def test_false_promotions(name: str, controls: str) -> None:
     """Challengers that are as good as the champion: a true rate of at most 0.3 fails by chance once in 10,000 times."""
     rules, n_runs, false = Rules(risk_budget=0.99, false_promotion_rate=0.3, controls=controls), 40, 0

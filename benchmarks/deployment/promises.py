@@ -4,14 +4,19 @@ Measure whether the promises of ``ChampionChallenger`` are kept, and what proof 
     python benchmarks/deployment/promises.py             # measure what is missing, then write the tables
     python benchmarks/deployment/promises.py --report    # write the tables from the results that are there
 
-Results are saved after each cell, and cells that are there are skipped. All of it takes about ten minutes on one core.
+Results are saved after each cell, and cells of the present code that are there are skipped. All of it takes about three
+minutes on one core.
 """
 
 import argparse
+import hashlib
+import inspect
 import json
 import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +24,39 @@ import numpy as np
 from scipy.stats import binomtest, t
 from tqdm import tqdm
 
+from sb3_offline_ft.collapse.detectors import betting, ranks
 from sb3_offline_ft.common.io import atomic_write
-from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules
+from sb3_offline_ft.deployment import budget as budget_of_risk
+from sb3_offline_ft.deployment import contest, promotion
+from sb3_offline_ft.deployment.contest import CONTROLS, Contender, Contest, Kind, Rules
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
 import simulation  # noqa: E402  # as in the other benchmarks
-from simulation import STREAMS, WORLDS, Book, play, simulated_promotions  # noqa: E402
+from simulation import HEAVY, STREAMS, WORLDS, Book, play, simulated_promotions  # noqa: E402
 
 RESULTS, TABLES = HERE / "promises.json", HERE / "promises.md"
-N_BUDGETS, N_BASELINES, N_RUNS, N_POWER = 10_000, 20_000, 2000, 300
-N_EPISODES, LONGEST = 100, 400
+N_BUDGETS, N_BASELINES, N_RUNS, N_POWER = 10_000, 20_000, 2000, 100
+N_EPISODES, LONGEST = 40, 100
 LEVEL = 0.05
 """Of the first test of a run with the default rate."""
 LEADS, SPREADS = (0.1, 0.25, 0.5, 1.0), (0.05, 0.1, 0.3, 0.5)
+MEASURED = (
+    ("historical", "normal"),
+    ("concurrent", "normal"),
+    ("historical", "rise of 4 in a run"),
+    ("historical", "binary"),
+    ("historical", HEAVY),
+    ("historical", "rise of 2 in a run"),
+    ("concurrent", "rise of 4 in a run"),
+    ("historical", "bimodal (falls)"),
+    ("historical", "crossing (outside the promise)"),
+    ("historical", "rise of 1 in a run"),
+    ("concurrent", HEAVY),
+    ("concurrent", "binary"),
+    ("historical", "4 places, short challengers"),
+)
+"""What the rate of false promotions is measured of."""
 
 Cell = dict[str, Any]
 
@@ -81,7 +105,7 @@ def budget_run(seed: int) -> tuple[bool, float, int]:
             book.cut_off(worst)
         episodes = play(
             contest,
-            40,
+            25,
             rng,
             lambda: Contender(1),
             lambda kind, i: max(worst, total(kind, i)),
@@ -98,7 +122,7 @@ def budget_run(seed: int) -> tuple[bool, float, int]:
 
 
 def budget() -> Cell:
-    runs = [budget_run(seed) for seed in tqdm(range(N_BUDGETS), "budget")]
+    runs = [budget_run(seed) for seed in range(N_BUDGETS)]
     return {
         "runs": len(runs),
         "broken": sum(not is_kept for is_kept, _, _ in runs),
@@ -119,11 +143,11 @@ def baseline(name: str) -> Cell:
 # Promise 2
 
 
-def promotions(name: str, stream: str) -> Cell:
+def promotions(controls: str, name: str, stream: str) -> Cell:
     """Runs with any promotion to a policy that is not better in mean, or is worse by more than a tenth of a total loss."""
-    rules = Rules(risk_budget=0.99)
+    rules = Rules(risk_budget=0.99, controls=controls)
     counts = {"runs": N_RUNS, "not_better": 0, "worse": 0, "promotions": 0, "tests": 0, "rejections": 0, "trial_episodes": 0}
-    for seed in tqdm(range(N_RUNS), f"{name}, {stream}"):
+    for seed in range(N_RUNS):
         verdicts, contest = simulated_promotions(WORLDS[name], STREAMS[stream], rules, N_EPISODES, seed)
         gains = [one.contender.policy.mean - one.champion.policy.mean for one in verdicts if one.kind == "promotion"]
         rejected = [one for one in verdicts if one.kind == "rejection"]
@@ -138,18 +162,22 @@ def promotions(name: str, stream: str) -> Cell:
 
 def power(lead: float, spread: float) -> Cell:
     """
-    Episodes until a promotion, from the first challenger on, when all challengers are better by this lead; beside the
-    sequential tests that know both distributions.
+    Episodes until a promotion, from the first trial on, when all challengers are better by this lead; beside the sequential
+    tests that know both distributions.
     """
 
     def policy(mean: float) -> simulation.Policy:
         return simulation.Policy(mean, lambda rng: rng.normal(mean, spread))
 
-    world, waits, first = simulation.World(policy, policy), [], 0
-    for seed in tqdm(range(N_POWER), f"lead {lead:g}, spread {spread:g}"):
-        verdicts, n = until_promotion(world, lead, seed)
-        waits.append(n)
-        first += verdicts == ["promotion"]
+    world, cell = simulation.World(policy, policy), Cell(runs=N_POWER)
+    for controls in CONTROLS:
+        runs = [until_promotion(world, lead, controls, seed) for seed in range(N_POWER)]
+        cell[controls] = {
+            "promoted": sum(math.isfinite(n) for _, _, n in runs) / N_POWER,
+            "first_promoted": sum(is_first for is_first, _, _ in runs) / N_POWER,
+            "trials": finite(np.median([n for _, n, _ in runs])),
+            "episodes": finite(np.median([n for _, _, n in runs])),
+        }
     rng, d = np.random.default_rng(0), lead / spread
     # Of the coin, and of the challenger's returns alone
     coins, longest = rng.random((N_POWER, 4000)) < 0.5, math.log(1 / LEVEL)
@@ -157,11 +185,7 @@ def power(lead: float, spread: float) -> Cell:
     odds = d * (scores - d / 2)
     coin = np.log(2.0) - np.logaddexp(0, np.where(coins, -odds, odds))
     alone = d * (rng.normal(size=coins.shape) + d / 2)
-    return {
-        "runs": N_POWER,
-        "promoted": sum(math.isfinite(n) for n in waits) / N_POWER,
-        "first_promoted": first / N_POWER,
-        "median": finite(np.median(waits)),
+    return cell | {
         "known": finite(np.median(passage(coin, longest))),
         "challenger_only": finite(np.median(passage(alone, longest))),
     }
@@ -177,36 +201,48 @@ def passage(gains: np.ndarray, threshold: float) -> np.ndarray:
     return np.where(reached.any(axis=1), reached.argmax(axis=1) + 1.0, np.inf)
 
 
-def until_promotion(world: simulation.World, lead: float, seed: int) -> tuple[list[str], float]:
-    rng, rules = np.random.default_rng(seed), Rules(risk_budget=0.99)
-    contest, verdicts = Contest(rules, Contender(0, world.champion(1.0)), 1, seed), []
+def until_promotion(world: simulation.World, lead: float, controls: str, seed: int) -> tuple[bool, float, float]:
+    """Whether the first challenger is promoted; episodes of trials, and all episodes, until anyone is."""
+    rng, rules = np.random.default_rng(seed), Rules(controls=controls)
+    contest, n_verdicts, n_trials = Contest(rules, Contender(0, world.champion(1.0)), 1, seed), 0, 0
     challenger = world.challenger(1.0 + lead)
 
     def total(kind: Kind, i: int) -> float:
         return (challenger if kind is Kind.TRIAL else contest.champion.policy).draw(rng)
 
     for i, episode in enumerate(play(contest, LONGEST, rng, lambda: Contender(1, challenger), total)):
-        if episode.verdict is not None:
-            verdicts.append(episode.verdict.kind)
-        if verdicts[-1:] == ["promotion"]:
-            return verdicts, i + 1.0 - rules.baseline_episodes
-    return verdicts, math.inf
+        n_trials += episode.kind is Kind.TRIAL
+        n_verdicts += episode.verdict is not None
+        if episode.verdict is not None and episode.verdict.kind == "promotion":
+            return n_verdicts == 1, n_trials, i + 1.0 - rules.baseline_episodes
+    return False, math.inf, math.inf
 
 
 # Results
+
+
+def code() -> str:
+    """Of what is measured: cells of other code are measured again."""
+    sources = [inspect.getsource(part).encode() for part in (contest, promotion, budget_of_risk, betting, ranks, simulation)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 def cells() -> dict[str, Callable[[], Cell]]:
     made: dict[str, Callable[[], Cell]] = {"budget": budget}
     for name, world in WORLDS.items():
         if world.drift is simulation.still and world.challenger is world.champion:
-            made[f"baseline/{name}"] = lambda name=name: baseline(name)  # type: ignore[misc]
-        for stream in STREAMS:
-            made[f"promotions/{name}/{stream}"] = lambda name=name, stream=stream: promotions(name, stream)  # type: ignore[misc]
+            made[f"baseline/{name}"] = partial(baseline, name)
+    for controls, name in MEASURED:
+        for stream in STREAMS if (controls, name) == ("historical", "normal") else ("equal",):
+            made[f"promotions/{controls}/{name}/{stream}"] = partial(promotions, controls, name, stream)
     for lead in LEADS:
         for spread in SPREADS:
-            made[f"power/{lead:g}/{spread:g}"] = lambda lead=lead, spread=spread: power(lead, spread)  # type: ignore[misc]
+            made[f"power/{lead:g}/{spread:g}"] = partial(power, lead, spread)
     return made
+
+
+def measured(key: str) -> Cell:
+    return cells()[key]() | {"code": code()}
 
 
 def percent(count: int, n: int) -> str:
@@ -239,7 +275,11 @@ def report(results: dict[str, Cell]) -> str:
         if key.startswith("baseline/"):
             name = key.split("/")[1]
             lines.append(f"| {name} | {100 * cell['normal']:.1f} % | {100 * cell['student']:.1f} % |")
-    lines += ["", "## False promotions", ""]
+    return "\n".join([*lines, *false_promotions(results), *drifts(results), *costs(results)]) + "\n"
+
+
+def false_promotions(results: dict[str, Cell]) -> list[str]:
+    lines = ["", "## False promotions", ""]
     lines += [
         f"Share of {N_RUNS:,} runs of {N_EPISODES} episodes in which any challenger became champion that was not better in "
         "mean than the champion before, and that was worse by more than 0.1, with the exact 95 % interval (Clopper-Pearson). "
@@ -247,46 +287,78 @@ def report(results: dict[str, Cell]) -> str:
         f"*Mixed*: each is better by one of {', '.join(f'{lead:g}' for lead in STREAMS['mixed'])}, drawn by chance. The last "
         "two columns say how many trials of a run were given up, and after how many of their episodes.",
         "",
-        "| returns | challengers | not better | worse by more than 0.1 | promotions a run | given up a run | their episodes |",
-        "|---|---|---|---|---|---|---|",
+        "| returns | controls | challengers | not better | worse by more than 0.1 | promotions a run | given up a run | "
+        "their episodes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key, cell in results.items():
-        if key.startswith("promotions/"):
-            _, name, stream = key.split("/")
+        if key.startswith("promotions/") and WORLDS[key.split("/")[2]].drift is simulation.still:
+            _, controls, name, stream = key.split("/")
             n, rejections = cell["runs"], max(1, cell["rejections"])
             lines.append(
-                f"| {name} | {stream} | {percent(cell['not_better'], n)} | {percent(cell['worse'], n)} | "
+                f"| {name} | {controls} | {stream} | {percent(cell['not_better'], n)} | {percent(cell['worse'], n)} | "
                 f"{cell['promotions'] / n:.2f} | {cell['rejections'] / n:.1f} | {cell['trial_episodes'] / rejections:.1f} |"
             )
-    lines += ["", "## What proof costs", ""]
+    return lines
+
+
+def drifts(results: dict[str, Cell]) -> list[str]:
+    lines = ["", "## False promotions while returns drift", ""]
     lines += [
-        "Median number of episodes, of the champion and of challengers together, from the first trial until a promotion, if "
-        f"all challengers are better by *lead* and returns are normal with standard deviation *spread*; {N_POWER} runs. "
-        f"Beside it are Wald's sequential tests at level {LEVEL:g}, that of a run's first test, which know both "
-        "distributions: of the same coin, and of the challenger's episodes only. The latter is not valid if returns drift.",
+        f"The same for *equal* challengers with normal returns, while the returns of both drift in the run of {N_EPISODES} "
+        "episodes, in standard deviations of an episode's return. Only concurrent controls promise anything here.",
         "",
-        f"| lead | spread | this test | first one promoted | any within {LONGEST - 10} | known, coin | known, challenger |",
-        "|---|---|---|---|---|---|---|",
+        "| drift | historical: not better | concurrent: not better |",
+        "|---|---|---|",
+    ]
+    for name, world in WORLDS.items():
+        if world.drift is not simulation.still and any(name == measured_name for _, measured_name in MEASURED):
+            found = (results.get(f"promotions/{controls}/{name}/equal") for controls in CONTROLS)
+            shares = ("not measured" if cell is None else percent(cell["not_better"], cell["runs"]) for cell in found)
+            lines.append(f"| {name} | {' | '.join(shares)} |")
+    return lines
+
+
+def costs(results: dict[str, Cell]) -> list[str]:
+    lines = ["", "## What proof costs", ""]
+    lines += [
+        "Median number of episodes from the first trial until a promotion, if all challengers are better by *lead*, and "
+        f"returns are normal with standard deviation *spread*, with the default budget; {N_POWER} runs. *Trials* are the "
+        "episodes of challengers, *all* has those of the champion too. Beside it are the episodes that Wald's sequential "
+        f"tests need at level {LEVEL:g}, which know both distributions: of the challenger's episodes only, and of a coin's. Shares are of "
+        f"the runs whose first challenger was promoted, and of those in which any was within {LONGEST - 10} episodes.",
+        "",
+        "| lead | spread | historical: trials | all | first | any | known | concurrent: trials | all | first | any | known |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, cell in results.items():
         if key.startswith("power/"):
-            _, lead, spread = key.split("/")
-            medians = [shown(cell[name]) for name in ("median", "known", "challenger_only")]
-            promoted = [f"{100 * cell[name]:.0f} %" for name in ("first_promoted", "promoted")]
-            lines.append(f"| {' | '.join([lead, spread, medians[0], *promoted, *medians[1:]])} |")
-    return "\n".join(lines) + "\n"
+            row = key.split("/")[1:]
+            for controls, known in zip(CONTROLS, ("challenger_only", "known"), strict=True):
+                found = cell[controls]
+                row += [shown(found["trials"]), shown(found["episodes"])]
+                row += [f"{100 * found[name]:.0f} %" for name in ("first_promoted", "promoted")]
+                row.append(shown(cell[known]))
+            lines.append(f"| {' | '.join(row)} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    arguments = parser.parse_args()
     results: dict[str, Cell] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not parser.parse_args().report:
-        for key, measure in cells().items():
-            if key not in results:
-                results[key] = measure()
+    if not arguments.report:
+        results = {key: cell for key, cell in results.items() if cell["code"] == code()}
+        missing = [key for key in cells() if key not in results]
+        with ProcessPoolExecutor(arguments.workers) as pool:
+            running = {pool.submit(measured, key): key for key in missing}
+            for future in tqdm(as_completed(running), total=len(missing)):
+                results[running[future]] = future.result()
                 with atomic_write(RESULTS) as file:
-                    file.write((json.dumps(results, indent=1) + "\n").encode())
+                    ordered = {key: results[key] for key in cells() if key in results}
+                    file.write((json.dumps(ordered, indent=1) + "\n").encode())
     TABLES.write_text(report({key: results[key] for key in cells()}))
 
 

@@ -86,7 +86,7 @@ class Book:
     lost: float = 0.0
     """In returns, against the baseline."""
     lost_to_champion: float = 0.0
-    """In total losses, against the champion's mean when each of them began."""
+    """In total losses, against the champion's mean when each of them began, since the moment for which this is largest."""
     magnitude: float = 1.0
     """Of the largest number that was added, for rounding."""
     baseline: float | None = None
@@ -113,7 +113,8 @@ class Book:
         self.n_at_risk += 1
         self.lost += self.baseline - total
         in_total_losses = (champion - total) / self.distance(champion, random)
-        self.lost_to_champion += in_total_losses
+        # The largest sum since any moment: a gain repays what was lost before, and nothing that is lost later
+        self.lost_to_champion = max(0.0, self.lost_to_champion + in_total_losses)
         self.magnitude = max(self.magnitude, abs(self.baseline), abs(total), abs(in_total_losses))
 
     def cut_off(self, worst_return: float) -> None:
@@ -182,13 +183,9 @@ def still(rng: Generator, n: int) -> np.ndarray:
     return np.zeros(n)
 
 
-def trend(rng: Generator, n: int) -> np.ndarray:
-    """Everybody's returns rise or fall by two of their standard deviations in a run."""
-    return np.linspace(0, rng.choice([-0.4, 0.4]), n)
-
-
-def random_walk(rng: Generator, n: int) -> np.ndarray:
-    return np.cumsum(rng.normal(0, 0.05, n))
+def rise(speed: float) -> Callable[[Generator, int], np.ndarray]:
+    """Everybody's returns rise in a run by so many standard deviations of the normal distribution above."""
+    return lambda rng, n: np.linspace(0, 0.2 * speed, n)
 
 
 @dataclass(frozen=True)
@@ -206,18 +203,25 @@ class World:
     n_places: int = 1
 
 
+HEAVY = "heavy-tailed (Student's t, 2.1 degrees of freedom)"
+PLACES = "4 places, short challengers, rise of 2 in a run"
 WORLDS = {
     "normal": World(normal, normal),
-    "heavy-tailed (Student's t, 2.1 degrees of freedom)": World(heavy_tailed, heavy_tailed),
+    HEAVY: World(heavy_tailed, heavy_tailed),
     "bimodal (falls)": World(bimodal, bimodal),
     "binary": World(binary, binary),
-    "trend": World(normal, normal, trend),
-    "random walk": World(normal, normal, random_walk),
-    "4 places, short challengers, trend": World(long, short, trend, 4),
+    "4 places, short challengers": World(long, short, n_places=4),
     "crossing (outside the promise)": World(normal, crossing),
+    **{f"rise of {speed:g} in a run": World(normal, normal, rise(speed)) for speed in (0.5, 1, 2, 4)},
+    PLACES: World(long, short, rise(2), 4),
 }
 STREAMS = {"equal": (0.0,), "mixed": (-0.5, -0.2, -0.05, 0.0, 0.2)}
 """By how much the challengers of a run are better than the champion of the time."""
+
+
+def is_promised(name: str, controls: str) -> bool:
+    """Whether the rate of false promotions is promised in this world."""
+    return "outside" not in name and (controls == "concurrent" or WORLDS[name].drift is still)
 
 
 def simulated_promotions(
