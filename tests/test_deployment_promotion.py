@@ -75,7 +75,7 @@ def test_overlapping_episodes_count_in_the_order_of_their_coins() -> None:
 
 def contest_in_a_test(n_places: int) -> Contest:
     """A champion with returns around 10, and a challenger that has survived its first episode."""
-    contest = Contest(Rules(risk_budget=0.9, baseline_episodes=10), Contender(0), n_places)
+    contest = Contest(Rules(risk_budget=0.9, controls="concurrent"), Contender(0), n_places)
     for i in range(60):
         contest.begin(0, None)
         contest.end(0, 9.0 + 2.0 * (i % 2))
