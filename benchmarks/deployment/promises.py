@@ -324,9 +324,8 @@ def costs(results: dict[str, Cell]) -> list[str]:
     lines += [
         "Median number of episodes from the first trial until a promotion, if all challengers are better by *lead*, and "
         f"returns are normal with standard deviation *spread*, with the default budget; {N_POWER} runs. *Trials* are the "
-        "episodes of challengers, *all* has those of the champion too. Beside it are the episodes that Wald's sequential "
-        f"tests need at level {LEVEL:g}, which know both distributions: of the challenger's episodes only, and "
-        f"of a coin's. Shares are of "
+        "episodes of challengers, *all* has those of the champion too. Beside it are the episodes that Wald's tests need at "
+        f"level {LEVEL:g}, which know both distributions: of the challenger's episodes only, and of a coin's. Shares are of "
         f"the runs whose first challenger was promoted, and of those in which any was within {LONGEST - 10} episodes.",
         "",
         "| lead | spread | historical: trials | all | first | any | known | concurrent: trials | all | first | any | known |",

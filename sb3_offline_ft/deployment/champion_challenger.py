@@ -48,7 +48,7 @@ class ChampionChallenger(BaseCallback):
     **Promise 2, statistical.** The probability that any challenger becomes champion in a run although its returns are not
     better than the champion's (in stochastic order) is at most ``false_promotion_rate`` (see :class:`PromotionTest`): with
     ``controls="concurrent"`` also while returns drift with time, with ``"historical"`` as long as they do not. The i-th test,
-    counted from 0, has the level ``false_promotion_rate / ((i + 1) (i + 2))``.
+    counted from 0, has the level ``6 false_promotion_rate / ((i + 6) (i + 7))``.
 
     A constrained learner such as TD3C follows the *leader*: the challenger as soon as it is likely better, else the champion.
     That needs no proof, since it only says what the learner stays near.
@@ -72,7 +72,7 @@ class ChampionChallenger(BaseCallback):
     :param futility: Chance of leading by ``least_lead``, by a normal model, below which a challenger is given up
     :param least_lead: A lead that is worth a trial, in total losses; a learner that still learns has better challengers to
         come, for which one that is about as good as the champion makes no room
-    :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one, unless it is likely better
+    :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
     :param exploration_share: Probability with which an episode explores that is neither of the baseline nor of a trial, if the
         budget covers it
     :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never

@@ -17,8 +17,15 @@ CONTROLS = ("historical", "concurrent")
 LEAST_KNOWN = 5
 """Episodes of a champion without which nobody can tell whether another is better or worse."""
 WATCH_HORIZON = 1000
+SPENDING = 6
+"""The larger, the more evenly the false-promotion rate is spent over tests: for a run with about as many of them."""
 LEAST_TO_LEAD, LIKELY = 2, 0.9
 """Episodes of a challenger, and its chance of being better, from which on it leads."""
+
+
+def share_of_test(i: int) -> float:
+    """Share of the false-promotion rate that the i-th test of a run has, counted from 0; all of them sum to 1."""
+    return SPENDING / ((i + SPENDING) * (i + SPENDING + 1))
 
 
 class Kind(Enum):
@@ -249,7 +256,7 @@ class Contest:
 
     def _begin_test(self, challenge: Challenge) -> None:
         # The levels sum to the whole rate
-        level = self.rules.false_promotion_rate / ((self.n_tests + 1) * (self.n_tests + 2))
+        level = self.rules.false_promotion_rate * share_of_test(self.n_tests)
         if self.rules.controls == "historical":
             ties = int(self._coin.integers(2**32))
             challenge.test = HistoricalTest(level, self.champion.returns, self.unit, ties)
@@ -322,7 +329,7 @@ class Contest:
             return self._promote(challenge)
         if chance_of_lead(champion.returns, challenger.returns, self.unit, self.rules.least_lead) < self.rules.futility:
             return self._reject(challenge, "hopeless")
-        if len(challenger.returns) >= self.rules.max_trial_episodes and self.leader is champion:
+        if len(challenger.returns) >= self.rules.max_trial_episodes:
             return self._reject(challenge, "undecided")
         if challenge.test is None:
             self._begin_test(challenge)
