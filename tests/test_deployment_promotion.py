@@ -130,7 +130,7 @@ def test_levels_of_all_tests_sum_to_the_rate() -> None:
         if contest.challenge is not None and contest.challenge.test is not None:
             levels.append(contest.challenge.test.level)
     levels = sorted(set(levels), reverse=True)
-    assert len(levels) == contest.n_tests > 50 and levels[0] == pytest.approx(0.1 / 7)
+    assert len(levels) == contest.n_tests > 50 and levels[0] == pytest.approx(0.1 / 3)
     assert 0.09 < sum(levels) < 0.1
 
 

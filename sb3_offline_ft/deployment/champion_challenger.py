@@ -48,7 +48,7 @@ class ChampionChallenger(BaseCallback):
     **Promise 2, statistical.** The probability that any challenger becomes champion in a run although its returns are not
     better than the champion's (in stochastic order) is at most ``false_promotion_rate`` (see :class:`PromotionTest`): with
     ``controls="concurrent"`` also while returns drift with time, with ``"historical"`` as long as they do not. The i-th test,
-    counted from 0, has the level ``6 false_promotion_rate / ((i + 6) (i + 7))``.
+    counted from 0, has the level ``2 false_promotion_rate / ((i + 2) (i + 3))``.
 
     A constrained learner such as TD3C follows the *leader*: the challenger as soon as it is likely better, else the champion.
     That needs no proof, since it only says what the learner stays near.

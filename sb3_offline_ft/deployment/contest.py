@@ -17,7 +17,7 @@ CONTROLS = ("historical", "concurrent")
 LEAST_KNOWN = 5
 """Episodes of a champion without which nobody can tell whether another is better or worse."""
 WATCH_HORIZON = 1000
-SPENDING = 6
+SPENDING = 2
 """The larger, the more evenly the false-promotion rate is spent over tests: for a run with about as many of them."""
 LEAST_TO_LEAD, LIKELY = 2, 0.9
 """Episodes of a challenger, and its chance of being better, from which on it leads."""
