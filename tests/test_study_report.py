@@ -481,6 +481,7 @@ class TestLooks:
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 PHONE = 390
+PAGE = 4800
 # A window of Chromium without a screen has at least 500 points, a frame in it as many as it is told
 FRAME = """<body><iframe width="{width}" height="900" style="border: 0" srcdoc="{page}"></iframe><script>
 document.querySelector("iframe").onload = event => {{
@@ -516,9 +517,9 @@ class TestInABrowser:
         def shoot(width: int, *arguments: str) -> np.ndarray:
             picture = tmp_path / "page.png"
             page = (study.folder / "report.html").as_uri()
-            browser(f"--screenshot={picture}", f"--window-size={width},2400", *arguments, page)
+            browser(f"--screenshot={picture}", f"--window-size={width},{PAGE}", *arguments, page)
             pixels: np.ndarray = (255 * imread(picture)[..., :3]).astype(np.int64)
-            assert pixels.shape[:2] == (2400, width)
+            assert pixels.shape[:2] == (PAGE, width)
             return pixels
 
         return shoot
