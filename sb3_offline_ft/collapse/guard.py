@@ -131,7 +131,7 @@ class CollapseGuard(BaseCallback):
         self.poisoned_data = poisoned_data
         self.secondary_alarms = dict(secondary_alarms or {})
         self.signal_freq = whole_number(signal_freq, "signal_freq")
-        self.update_reference = update_reference
+        self.update_reference = self.moves_reference = update_reference
         self.path = None if path is None else Path(path)
         self.save_snapshots = save_snapshots
         self._check_settings()
@@ -212,11 +212,6 @@ class CollapseGuard(BaseCallback):
     def detector(self) -> Detector:
         """The detector in use."""
         return self._monitor.detector
-
-    @property
-    def moves_reference(self) -> bool:
-        """For algorithms with a reference policy: whether promotions move it."""
-        return self.update_reference
 
     def use_default_path(self, path: str | Path) -> None:
         """

@@ -157,7 +157,7 @@ class HistoricalTest(PromotionTest):
     """
     The challenger is compared with what the champion returned before (*historical controls*): bets are on high ranks of its
     returns among the champion's, as those of the :class:`~sb3_offline_ft.collapse.BettingDetector` are on low ones. All
-    episodes are the challenger's, so it needs less than half of those that a :class:`ConcurrentTest` needs; but it takes for
+    episodes are the challenger's, so it needs about half of those that a :class:`ConcurrentTest` needs; but it takes for
     granted that the champion would return now what it returned before: the returns of both have to be exchangeable if the
     challenger is as good as the champion.
 
