@@ -1,4 +1,4 @@
-"""CollapseGuard in the stock commands of rl-zoo3: from YAML files, by default in our presets, and under ``-optimize``."""
+"""CollapseGuard in the stock commands of rl-zoo3: from YAML files, by default in the presets without a champion, and under ``-optimize``."""
 
 import json
 import signal
@@ -23,20 +23,20 @@ BASELINE = [-900.0, -1000.0, -1100.0, -1200.0, -1300.0, -1400.0]
 @pytest.fixture(scope="module")
 def run_folder(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    arguments = ("--algo", "td3c", "--env", "Pendulum-v1", *RUN)
+    arguments = ("--algo", "td3bc", "--env", "Pendulum-v1", *RUN)
     process = installation.run(
         "-m", "rl_zoo3.train", *arguments, "-params", "offline_steps:50", "warmup_steps:1200", cwd=folder
     )
     assert process.returncode == 0, process.stderr
     assert "CollapseGuard: baseline of 6 episodes" in process.stdout
-    return folder / "logs" / "td3c" / "Pendulum-v1_1"
+    return folder / "logs" / "td3bc" / "Pendulum-v1_1"
 
 
-def test_our_presets_are_guarded_by_default(run_folder: Path) -> None:
+def test_presets_without_a_champion_are_guarded(run_folder: Path) -> None:
     events = read_events(run_folder / "collapse_events.jsonl")
     kinds = [event["event"] for event in events]
     assert kinds[0] == "start" and kinds[-1] == "end" and kinds.count("baseline") == 1
-    assert events[0]["algorithm"] == "TD3C"
+    assert events[0]["algorithm"] == "TD3BC"
     assert (run_folder / "collapse.png").stat().st_size > 10_000
 
 
