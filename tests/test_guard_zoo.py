@@ -1,4 +1,4 @@
-"""CollapseGuard in the stock commands of rl-zoo3: from YAML files, by default in the presets without a champion, and under ``-optimize``."""
+"""CollapseGuard in the stock commands of rl-zoo3: from YAML files, in presets without a champion, and under ``-optimize``."""
 
 import json
 import signal

@@ -36,8 +36,8 @@ from sb3_offline_ft.td3c import TD3C
 from tests.conftest import REPOSITORY
 
 PENDULUM = "bundled:pendulum-medium"
-# Learns from evaluations, which the preset does not, and is in all else like the other methods
 BEST = {"constraint_reference": "best", "offline_fraction": 0.5, "gradient_steps": 1}
+"""Learns from evaluations, which the preset does not, and is in all else like the other methods."""
 STUDY: dict[str, Any] = {
     "name": "pendulum",
     "env": "Pendulum-v1",
