@@ -36,7 +36,7 @@ STUDY: dict[str, Any] = {
     "hyperparams": {"warmup_steps": 220, "batch_size": 16, "learning_rate": 3e-3, "policy_kwargs": {"net_arch": [16]}},
     "methods": {
         "offline": {"frozen": True},
-        "td3c": {"algorithm": "td3c", "hyperparams": {"constraint_reference": "best"}},
+        "td3c": {"algorithm": "td3c"},
         "served": {"algorithm": "td3c", "champion": {"risk_budget": 0.0}},
         "gated": {"algorithm": "td3", "champion": GATED},
         "segments": {"algorithm": "td3", "champion": GATED | {"segment_steps": 80, "worst_return": -800}},
@@ -110,7 +110,7 @@ def test_a_learner_behind_a_champion_needs_no_evaluations() -> None:
 
 
 def test_a_tuning_takes_a_method_without_a_champion_unless_one_is_named(tmp_path: Path) -> None:
-    methods = {"first": STUDY["methods"]["served"], "td3c": STUDY["methods"]["td3c"]}
+    methods = {"first": STUDY["methods"]["served"], "td3c": {"algorithm": "td3c"}}
     settings: dict[str, Any] = {"folder": tmp_path, "algo": "td3c"}
     assert TuningPlan(TuningSettings(**settings), parse(methods=methods)).method.name == "td3c"
     plan = TuningPlan(TuningSettings(**settings, method="first"), parse(methods=methods))

@@ -204,7 +204,7 @@ def test_the_summary_unpickles_nothing(bomb: bytes, marker: Path, buffer: Path, 
 def study(tmp_path: Path, bomb: bytes) -> Path:
     """Somebody else's study."""
     (tmp_path / "data.pkl").write_bytes(bomb)
-    methods = {"td3": {"algorithm": "td3"}, "td3c": {"algorithm": "td3c", "hyperparams": {"constraint_reference": "best"}}}
+    methods = {"td3": {"algorithm": "td3"}, "td3c": {"algorithm": "td3c"}}
     spec = f"{tmp_path}/data.pkl?trust_pickle=1"
     return study_runs.write_study(tmp_path / "study", datasets={"medium": spec}, methods=methods)
 

@@ -46,8 +46,6 @@ from tests.study_environments import FOLDER_VARIABLE, GATED_PENDULUM
 from tests.study_runs import ARRAYS
 
 NETS = {"policy_kwargs": {"net_arch": [16, 16]}}
-BEST = {"constraint_reference": "best", "offline_fraction": 0.5, "gradient_steps": 1}
-"""Learns from evaluations, which the preset does not, and is in all else like the other methods."""
 STUDY = {
     "name": "tiny",
     "env": "Pendulum-v1",
@@ -64,12 +62,8 @@ STUDY = {
         "offline": {"frozen": True},
         "td3bc": {"algorithm": "td3bc"},
         "td3": {"algorithm": "td3"},
-        "td3c": {"algorithm": "td3c", "hyperparams": BEST},
-        "td3c-guard": {
-            "algorithm": "td3c",
-            "hyperparams": BEST,
-            "guard": {"baseline": [-1300, -1000, -1200, -900, -1100, -1400]},
-        },
+        "td3c": {"algorithm": "td3c"},
+        "td3c-guard": {"algorithm": "td3c", "guard": {"baseline": [-1300, -1000, -1200, -900, -1100, -1400]}},
     },
 }
 

@@ -36,8 +36,8 @@ from sb3_offline_ft.td3c import TD3C
 from tests.conftest import REPOSITORY
 
 PENDULUM = "bundled:pendulum-medium"
-BEST = {"constraint_reference": "best", "offline_fraction": 0.5, "gradient_steps": 1}
-"""Learns from evaluations, which the preset does not, and is in all else like the other methods."""
+LIKE_OTHERS = {"offline_fraction": 0.5, "gradient_steps": 1}
+"""Otherwise in the preset of TD3C."""
 STUDY: dict[str, Any] = {
     "name": "pendulum",
     "env": "Pendulum-v1",
@@ -53,8 +53,8 @@ STUDY: dict[str, Any] = {
         "offline": {"frozen": True},
         "td3bc": {"algorithm": "td3bc"},
         "td3": {"algorithm": "td3"},
-        "td3c": {"algorithm": "td3c", "hyperparams": BEST},
-        "td3c-guard": {"algorithm": "td3c", "hyperparams": BEST, "guard": True},
+        "td3c": {"algorithm": "td3c", "hyperparams": LIKE_OTHERS},
+        "td3c-guard": {"algorithm": "td3c", "hyperparams": LIKE_OTHERS, "guard": True},
     },
     "reference_method": "td3c",
 }

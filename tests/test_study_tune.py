@@ -50,16 +50,14 @@ from tests.study_runs import environment, wait_until, write_study
 from tests.test_zoo_optimize import optimize
 from tests.zoo_runs import UNGUARDED, run
 
-BEST = {"constraint_reference": "best", "offline_fraction": 0.5, "gradient_steps": 1}
-"""Learns from evaluations, which the preset does not, and is in all else like the other methods."""
 SHORT: dict[str, Any] = {
     "interactions": 300,
     "evaluation": {"every": 50, "episodes": 1},
     "pretraining": {"algorithm": "td3bc", "hyperparams": {"offline_steps": 50}},
     "methods": {
-        "td3c": {"algorithm": "td3c", "hyperparams": BEST},
+        "td3c": {"algorithm": "td3c"},
         "rebrac": {"algorithm": "rebrac"},
-        "td3c-guard": {"algorithm": "td3c", "hyperparams": BEST, "guard": True},
+        "td3c-guard": {"algorithm": "td3c", "guard": True},
     },
 }
 QUIET = Console(quiet=True)
@@ -182,7 +180,7 @@ def test_the_preset_is_found_in_the_search_space(study: Path) -> None:
     assert parameters.keys() == search_space("td3c").tuned.keys()
     hyperparams = plan.method.hyperparams
     changed = plan.changed(parameters)
-    assert changed.pop("epsilon") == "geo_0.03_0.01"
+    assert changed.pop("epsilon") == "geo_0.001_0.001"
     assert changed == {name: hyperparams.get(name, TD3C_DEFAULTS.get(name)) for name in changed}
     assert plan.tuned(None) is plan.method
 

@@ -25,12 +25,7 @@ DEFAULT_METHODS: dict[str, dict[str, Any]] = {
     "td3bc": {"label": "TD3BC kept", "algorithm": "td3bc"},
     "td3": {"label": "plain TD3", "algorithm": "td3"},
     "td3c": {"label": "TD3C, champion serves", "algorithm": "td3c", "champion": True},
-    "td3c-guard": {
-        "label": "TD3C with guard",
-        "algorithm": "td3c",
-        "guard": True,
-        "hyperparams": {"constraint_reference": "pretrained"},
-    },
+    "td3c-guard": {"label": "TD3C with guard", "algorithm": "td3c", "guard": True},
 }
 PRETRAINING = "td3bc"
 REFERENCE = "td3c"
