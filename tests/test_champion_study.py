@@ -139,7 +139,7 @@ def test_what_is_measured_is_the_champion(results: dict[str, CellResult]) -> Non
     served = results["served"]
     np.testing.assert_array_equal(served.returns, results["offline"].returns)
     # The learner has learned all the time, and nobody has seen it
-    assert served.manifest["updates"]["online"] == 900 - 220
+    assert served.manifest["updates"]["online"] == 2 * (900 - 220)
     assert served.kinds == ["serve"] * 4 and served.manifest["learner_evaluation_steps"] == 0
     facts = {"step": 0, "promotions": 0, "rejections": 0, "demotions": 0, "trials": 0, "explorations": 0, "budget_used": None}
     assert served.manifest["champion"] == facts

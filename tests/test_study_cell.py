@@ -190,7 +190,7 @@ def test_a_run_says_with_which_versions_settings_and_machine_it_was_made(
         assert hyperparams["policy_kwargs"]["net_arch"] == [16, 16]
         # Defaults of constructors, of the policy's too
         assert hyperparams["n_steps"] == 1 and hyperparams["policy_kwargs"]["n_critics"] == 2, name
-    assert results["td3c"].manifest["hyperparams"]["epsilon"] == 0.001
+    assert results["td3c"].manifest["hyperparams"]["epsilon"] == "geo_0.03_0.01"
     assert results["sac"].manifest["hyperparams"]["ent_coef"] == "auto"
     pretraining = results["td3c"].manifest["pretrained"]
     assert pretraining == results["offline"].manifest["pretrained"] and results["scratch"].manifest["pretrained"] is None

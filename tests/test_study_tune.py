@@ -180,7 +180,7 @@ def test_the_preset_is_found_in_the_search_space(study: Path) -> None:
     assert parameters.keys() == search_space("td3c").tuned.keys()
     hyperparams = plan.method.hyperparams
     changed = plan.changed(parameters)
-    assert changed.pop("epsilon") == "geo_0.001_0.001"
+    assert changed.pop("epsilon") == "geo_0.03_0.01"
     assert changed == {name: hyperparams.get(name, TD3C_DEFAULTS.get(name)) for name in changed}
     assert plan.tuned(None) is plan.method
 
@@ -531,7 +531,8 @@ def test_the_configuration_pretrains_as_the_trials_were_and_finetunes_as_the_bes
     assert finetuning == {"learning_rate": changes.pop("learning_rate")}
     assert {name: whole_run[name] for name in changes} == changes
     assert (whole_run["learning_rate"], whole_run["offline_steps"], whole_run["n_timesteps"]) == (1e-3, 50, 300)
-    assert whole_run["callback"][0]["sb3_offline_ft.CollapseGuard"] == {"random_return": -1309}
+    champion = {"random_return": -1309, "worst_return": -1900}
+    assert whole_run["callback"][0]["sb3_offline_ft.ChampionChallenger"] == champion
     # What TD3C would learn from the data by this configuration is what TD3BC learned for the trials
     env = make_vec_env("Pendulum-v1")
     arguments = {name: value for name, value in whole_run.items() if name not in ("n_timesteps", "dataset", "callback")}
