@@ -42,7 +42,7 @@ def checklist_text(plan: TrialPlan, folder: Path) -> str:
     return (
         f"# Checklist of the trial {folder.absolute().name}\n\n"
         "Tick a line with an x between the brackets, and put your name after `By:`. The same does\n"
-        f'`sb3-offline-ft trial tick {shown} metric --by "Your Name"`, which also notes when. The report shows who ticked what.\n\n'
+        f'`sb3-offline-ft trial tick {shown} metric --by "Your Name"`, which also notes when.\n\n'
         f"{items}\n"
     )
 
@@ -68,10 +68,10 @@ def checklist_items(plan: TrialPlan, folder: Path) -> list[ChecklistItem]:
         else f"the candidate may lose {plan.risk.budget * plan.budget:g} total losses in all"
     )
     items = {
-        "metric": f"`{primary.name}` is what we want to improve, and {plan.primary.smallest_effect:g} {primary.unit or 'units'} "
-        f"in the mean are worth having. Guarded: {rails}.",
+        "metric": f"`{primary.name}` is what we want to improve, and {plan.primary.smallest_effect:g} "
+        f"{primary.unit or 'units'} in the mean are worth having. Guarded: {rails}.",
         "data": "The logs are of the system as it is today, of all its regimes, and nobody cleaned away bad episodes.",
-        "power": f"`sb3-offline-ft trial plan {shown}` says that {plan.compared_episodes} compared episodes can show this effect.",
+        "power": f"`sb3-offline-ft trial plan {shown}` says that {plan.compared_episodes} compared episodes can show it.",
         "limits": f"The limits within an episode are right: {limits or 'none is set'}; {risk}.",
         "abort": f"After more than {plan.abort.most} aborts it is a no-go, and everybody knows who may stop the trial.",
         "drill": drill,

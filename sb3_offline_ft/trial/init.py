@@ -57,8 +57,8 @@ primary: {primary}
 guardrails:
 {guardrails}
 
-# Probabilities: of a go for a candidate that is not better; of no go for one that is better by the smallest effect; of stopping
-# early because of one that is not worse.
+# Probabilities: of a go for a candidate that is not better; of no go for one that is better by the smallest effect; of
+# stopping early because of one that is not worse.
 error_rates: {error_rates}
 
 budget: {budget}  # the largest number of episodes of both policies, in all stages but shadow
@@ -85,8 +85,9 @@ stages:
 blocks: {blocks}
 
 # Within an episode of the candidate the baseline takes over if a value of a step crosses a limit, such as
-# limits: {{{example}.torque: {{max: 2.0}}}}, if an action is not finite or lies beyond its bounds by more than `actions_beyond`
-# of its range (null: any distance), or if a metric is missing. most: so many aborts are allowed; one more is a no-go.
+#   limits: {{{example}.torque: {{max: 2.0}}}}
+# if an action is not finite or lies beyond its bounds by more than `actions_beyond` of its range (null: any distance), or if a
+# metric is missing. most: so many aborts are allowed; one more is a no-go.
 abort: {abort}
 
 sign_off: {sign_off}  # who signs: each gets a line in the checklist and in the report

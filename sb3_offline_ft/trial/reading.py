@@ -1,5 +1,6 @@
 """Reads the file of a plan strictly."""
 
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
