@@ -1,0 +1,14 @@
+"""From a policy that runs today and a candidate to a go or no-go on a real system. The names are imported on first use."""
+
+from typing import TYPE_CHECKING
+
+from sb3_offline_ft.common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sb3_offline_ft.trial.machine import TrialMachine
+    from sb3_offline_ft.trial.plan import TrialPlan
+    from sb3_offline_ft.trial.reading import read_plan
+
+__all__ = ["TrialMachine", "TrialPlan", "read_plan"]
+
+__getattr__, __dir__ = lazy_names(__name__, {"machine": ("TrialMachine",), "plan": ("TrialPlan",), "reading": ("read_plan",)})
