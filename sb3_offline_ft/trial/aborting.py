@@ -1,42 +1,11 @@
 """When the baseline takes over within an episode of the candidate."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from sb3_offline_ft.common.suggestions import hint
 from sb3_offline_ft.trial.plan import Limit
-
-INFO = "info."
-
-
-def step_value(source: str, reward: float, info: Mapping[str, Any]) -> float | None:
-    """
-    :param source: ``reward`` or ``info.<key>``
-    :param reward: Reward of a step
-    :param info: The info of the step
-    :return: The number; None if the info has no such key
-    :raises ValueError: It is no number
-    """
-    if source == "reward":
-        return float(reward)
-    value = info.get(source.removeprefix(INFO))
-    if value is None:
-        return None
-    try:
-        (number,) = np.asarray(value, np.float64).ravel()
-    except (TypeError, ValueError):
-        raise ValueError(f"{source} is {value!r}: expected a number in each step.") from None
-    return float(number)
-
-
-def unknown_source(source: str, what: str, keys: Collection[str]) -> ValueError:
-    """The error of a metric or limit that the environment does not report."""
-    found = hint(source, [f"{INFO}{key}" for key in keys]) if keys else "it gives no info at all."
-    return ValueError(f"{what}: the environment reports no {source!r}; {found}")
 
 
 @dataclass

@@ -115,16 +115,17 @@ class ActionLog:
 
     def summary(self) -> dict[str, Any] | None:
         """
-        In the form of JSON: ``travel``, the way of each actuator, the sum of :meth:`Actuators.distance` over the steps;
-        ``saturation``, the share of the steps that each was at a bound; ``beyond``, the share with an action beyond the bounds;
-        ``latency_ms``. None if there was no action.
+        In the form of JSON: ``steps``; ``travel``, the way of each actuator, the sum of :meth:`Actuators.distance` from step to
+        step; ``saturation``, the share of the steps that each was at a bound; ``beyond``, the share of the steps with an action
+        beyond its bounds; ``latency_ms``. None if there was no action.
         """
         if not self.steps:
             return None
+        milliseconds = 1e3 * np.array(self.seconds)
         return {
             "steps": self.steps,
             "travel": (np.zeros_like(self._saturated) + self._travel).tolist(),
             "saturation": (np.asarray(self._saturated) / self.steps).tolist(),
             "beyond": self.n_beyond / self.steps,
-            "latency_ms": {"median": 1e3 * float(np.median(self.seconds)), "p99": 1e3 * float(np.quantile(self.seconds, 0.99))},
+            "latency_ms": {"median": float(np.median(milliseconds)), "p99": float(np.quantile(milliseconds, 0.99))},
         }

@@ -27,7 +27,7 @@ class ShadowLog(ActionLog):
         self.distances.append(float(self.actuators.distance(command(action), command(acted)).mean()))
 
     def summary(self) -> dict[str, Any] | None:
-        """As of :class:`ActionLog`; ``distance`` between the actions, mean of the actuators, over the steps; and ``faults``."""
+        """As of :class:`ActionLog`; over the steps the ``distance`` of the actions, mean of the actuators; ``faults``."""
         actions = super().summary()
         if actions is None and not self.faults:
             return None
