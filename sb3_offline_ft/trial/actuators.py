@@ -115,9 +115,9 @@ class ActionLog:
 
     def summary(self) -> dict[str, Any] | None:
         """
-        In the form of JSON: ``steps``; ``travel``, the way of each actuator, the sum of :meth:`Actuators.distance` from step to
-        step; ``saturation``, the share of the steps that each was at a bound; ``beyond``, the share of the steps with an action
-        beyond its bounds; ``latency_ms``. None if there was no action.
+        In the form of JSON: ``steps``; ``travel``, the way of each actuator, the sum of :meth:`Actuators.distance` from step
+        to step; ``saturation``, the share of the steps that each was at a bound; ``beyond``, the share of the steps with an
+        action beyond its bounds; ``latency_ms``. None if there was no action.
         """
         if not self.steps:
             return None
