@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +14,14 @@ from sb3_offline_ft.common.suggestions import hint
 PLAN_FILE = "trial.yml"
 RETURN = "return"
 """The metric that each trial has: the sum of rewards of an episode."""
-AGGREGATES = ("sum", "mean", "min", "max", "last")
+_AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+    "sum": math.fsum,
+    "mean": statistics.fmean,
+    "min": min,
+    "max": max,
+    "last": lambda values: values[-1],
+}
+AGGREGATES = tuple(_AGGREGATES)
 DIRECTIONS = ("higher", "lower")
 STAGE_KINDS = ("shadow", "pilot", "ramp", "full")
 """First words of the names of stages, in the order in which they come."""
@@ -44,6 +53,12 @@ class Metric:
     def sign(self) -> int:
         """1 if higher values are better, else -1."""
         return 1 if self.better == "higher" else -1
+
+    def aggregated(self, values: Sequence[float]) -> float | None:
+        """One value for an episode of those of its steps; None if there are none."""
+        if not len(values):
+            return None
+        return float(_AGGREGATES[self.aggregate](values))
 
 
 @dataclass(frozen=True)
@@ -218,6 +233,7 @@ class TrialPlan:
     :param seed: Seed of the order of policies, and of the environment's episodes
     :param data: Spec of a dataset of the baseline
     :param columns: File with the column map of logs, for ``trial record --csv``
+    :param regime: ``info.<key>`` or ``column.<name>`` that names the operating regime of an episode
     :param currency: Of all costs and values
     :param error_rates: Probabilities of wrong decisions
     :param costs: What it costs
@@ -239,6 +255,7 @@ class TrialPlan:
     seed: int = 0
     data: str | None = None
     columns: str | None = None
+    regime: str | None = None
     currency: str = "EUR"
     error_rates: ErrorRates = ErrorRates()
     costs: Costs = Costs()
