@@ -236,7 +236,7 @@ def draw_risk(spent: Sequence[tuple[int, float]], allowance: float, n_planned: i
 
     words = f"Lost {number(spent[-1][1])} of {number(allowance)} total losses; at most {number(max(one for _, one in spent))}"
     caption = (
-        "What the candidate's episodes returned less than the baseline is expected to. 1 is a total loss: an episode as bad as "
-        "a random policy's. Below 0 the candidate has gained."
+        "What the candidate's episodes returned less than the baseline is expected to. 1 is a total loss: an episode as bad "
+        "as a random policy's. Below 0 the candidate has gained."
     )
     return Drawing("risk", "Risk spent", caption, f"{words}.", paint, (WIDTH, 2.5))
