@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sb3_offline_ft.common.io import atomic_write
@@ -35,22 +36,21 @@ class ChecklistItem:
         return f"- [{'x' if self.is_ticked else ' '}] **{self.name}**: {self.text} By: {self.who}".rstrip()
 
 
-def checklist_text(plan: TrialPlan, folder: Path) -> str:
+def checklist_text(folder: Path, items: Iterable[ChecklistItem]) -> str:
     """The file of a trial's checklist."""
-    items = "\n".join(item.line for item in checklist_items(plan, folder))
     shown = shlex.quote(str(folder))
     return (
         f"# Checklist of the trial {folder.absolute().name}\n\n"
         "Tick a line with an x between the brackets, and put your name after `By:`. The same does\n"
         f'`sb3-offline-ft trial tick {shown} metric --by "Your Name"`, which also notes when.\n\n'
-        f"{items}\n"
+        + "".join(f"{item.line}\n" for item in items)
     )
 
 
 def checklist_items(plan: TrialPlan, folder: Path) -> list[ChecklistItem]:
     """What has to be ready before the trial, by its plan."""
     shown, primary = shlex.quote(str(folder)), plan.metric(plan.primary.metric)
-    rails = " and ".join(f"`{rail.metric}`" for rail in plan.guardrails) or "nothing: name guardrails if there are any"
+    rails = " and ".join(f"`{rail.metric}`" for rail in plan.guardrails) or "nothing is named"
     limits = "; ".join(
         f"`{limit.source}` " + " and ".join(
             f"{words} {bound:g}" for words, bound in (("at least", limit.min), ("at most", limit.max)) if bound is not None
@@ -69,11 +69,11 @@ def checklist_items(plan: TrialPlan, folder: Path) -> list[ChecklistItem]:
     )
     items = {
         "metric": f"`{primary.name}` is what we want to improve, and {plan.primary.smallest_effect:g} "
-        f"{primary.unit or 'units'} in the mean are worth having. Guarded: {rails}.",
+        f"{primary.unit or 'units'} in the mean are worth having. What must not become worse: {rails}.",
         "data": "The logs are of the system as it is today, of all its regimes, and nobody cleaned away bad episodes.",
         "power": f"`sb3-offline-ft trial plan {shown}` says that {plan.compared_episodes} compared episodes can show it.",
         "limits": f"The limits within an episode are right: {limits or 'none is set'}; {risk}.",
-        "abort": f"After more than {plan.abort.most} aborts it is a no-go, and everybody knows who may stop the trial.",
+        "abort": f"More than {plan.abort.most} aborted episodes of the candidate are a no-go, and everybody knows who may stop it.",
         "drill": drill,
         "people": "Who supervises, who is called, and who may end the trial is known in every shift.",
     }
@@ -89,6 +89,18 @@ def read_checklist(folder: Path) -> list[ChecklistItem]:
     return [ChecklistItem(one["name"], one["text"], one["tick"].strip() != "", one["who"].strip()) for one in found]
 
 
+def update_checklist(folder: Path, plan: TrialPlan) -> None:
+    """Write the checklist of a plan that was edited. Ticks stay where the text is the same, and so do lines that people added."""
+    before = {item.name: item for item in read_checklist(folder)}
+    items = checklist_items(plan, folder)
+    kept = [before[item.name] if item.name in before and before[item.name].text == item.text else item for item in items]
+    own = [item for name, item in before.items() if name not in {item.name for item in items}]
+    text = checklist_text(folder, kept + own)
+    if list(before.values()) != kept + own:
+        with atomic_write(folder / CHECKLIST_FILE) as stream:
+            stream.write(text.encode())
+
+
 def tick(folder: Path, name: str, who: str) -> None:
     """
     Tick a line of the checklist.
@@ -101,12 +113,6 @@ def tick(folder: Path, name: str, who: str) -> None:
     items = {item.name: item for item in read_checklist(folder)}
     if name not in items:
         raise ValueError(f"The checklist in {str(folder)!r} has no line {name!r}. {suggestion(name, items)}")
-    ticked = ChecklistItem(name, items[name].text, True, who).line
-    file = folder / CHECKLIST_FILE
-    lines = file.read_text(encoding="utf-8").splitlines()
-    matches = [_ITEM.fullmatch(line.strip()) for line in lines]
-    changed = [
-        ticked if match and match["name"] == name else line for line, match in zip(lines, matches, strict=True)
-    ]  # fmt: skip
-    with atomic_write(file) as stream:
-        stream.write(("\n".join(changed) + "\n").encode())
+    items[name] = replace(items[name], is_ticked=True, who=who)
+    with atomic_write(folder / CHECKLIST_FILE) as stream:
+        stream.write(checklist_text(folder, items.values()).encode())

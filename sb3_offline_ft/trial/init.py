@@ -8,7 +8,7 @@ from typing import Any
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.strict_yaml import flow, listed
 from sb3_offline_ft.datasets.reference_scores import ReferenceScores, reference_scores_for
-from sb3_offline_ft.trial.checklist import CHECKLIST_FILE, checklist_text
+from sb3_offline_ft.trial.checklist import CHECKLIST_FILE, checklist_items, checklist_text
 from sb3_offline_ft.trial.plan import PLAN_FILE, RETURN, TrialPlan
 from sb3_offline_ft.trial.reading import parse_plan
 
@@ -119,7 +119,7 @@ def init_trial(folder: str | Path, sections: Mapping[str, Any], episodes: int = 
     with atomic_write(file) as stream:
         stream.write(plan_text(plan, folder).encode())
     with atomic_write(folder / CHECKLIST_FILE) as stream:
-        stream.write(checklist_text(plan, folder).encode())
+        stream.write(checklist_text(folder, checklist_items(plan, folder)).encode())
     return file
 
 
