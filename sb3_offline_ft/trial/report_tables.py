@@ -230,10 +230,10 @@ def tests_table(plan: TrialPlan, decision: Decision) -> TextTable:
     rows.append([*at_any_time, f"{plan.error_rates.false_stop:.3g}", "YES" if is_worse else "no"])
     columns = ["test", "when", "p", "needed", "proved"]
     note = (
-        f"Chances of a wrong decision by the plan: go for a candidate that is no better {plan.error_rates.false_go:g}, stop of "
-        f"one that is not worse {plan.error_rates.false_stop:g}; if there are enough episodes, one that is better by "
-        f"{plan.primary.smallest_effect:g} is missed with {plan.error_rates.missed:g}. Looks are at planned times only; the tests "
-        "compare with all orders of the policies that could have been drawn within the blocks."
+        f"Chances of a wrong decision by the plan: go for a candidate that is no better {plan.error_rates.false_go:g}, stop "
+        f"of one that is not worse {plan.error_rates.false_stop:g}; if there are enough episodes, one that is better by "
+        f"{plan.primary.smallest_effect:g} is missed with {plan.error_rates.missed:g}. Looks are at planned times only; the "
+        "tests compare with all orders of the policies that could have been drawn within the blocks."
     )
     return TextTable("tests", columns, rows, "Tests", note)
 
