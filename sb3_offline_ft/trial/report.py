@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from sb3_offline_ft.trial.evidence import Evidence
 from sb3_offline_ft.trial.journal import Event, kinds
 from sb3_offline_ft.trial.machine import TrialMachine
 from sb3_offline_ft.trial.plan import TrialPlan
+
+if TYPE_CHECKING:
+    from sb3_offline_ft.trial.trial import Trial
 
 REPORT_FILE = "report.html"
 REFRESH_SECONDS = 5
@@ -54,29 +57,18 @@ class Part:
         return not (self.texts or self.pictures or self.tables or self.folded or self.words)
 
 
-def write_report(
-    folder: Path,
-    plan: TrialPlan,
-    machine: TrialMachine,
-    events: Sequence[Event],
-    *,
-    output: Path | None = None,
-    running: bool = False,
-) -> Path:
+def write_report(trial: "Trial", output: str | Path | None = None, *, running: bool = False) -> Path:
     """
-    Write the page.
+    Write the page of a trial.
 
-    :param folder: Folder of the trial
-    :param plan: The plan in force
-    :param machine: The state of the trial
-    :param events: Its journal
-    :param output: The file; ``report.html`` in the folder if omitted. It is written whole or not at all
-    :param running: Whether the trial runs: the page loads itself again every few seconds then
+    :param trial: The trial
+    :param output: The file, ``report.html`` in the trial's folder by default. It is written whole or not at all
+    :param running: Whether the trial runs: the page then loads itself again every few seconds
     :return: The file
     :raises OSError: It cannot be written
     """
-    path = folder / REPORT_FILE if output is None else output
-    page = _page(folder, plan, machine, events, running)
+    path = trial.folder / REPORT_FILE if output is None else Path(output)
+    page = _page(trial.folder, trial.plan_in_force, trial.machine, trial.journal.events, running)
     with atomic_write(path) as file:
         file.write(page)
     return path
