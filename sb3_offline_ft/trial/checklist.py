@@ -73,7 +73,7 @@ def checklist_items(plan: TrialPlan, folder: Path) -> list[ChecklistItem]:
         "data": "The logs are of the system as it is today, of all its regimes, and nobody cleaned away bad episodes.",
         "power": f"`sb3-offline-ft trial plan {shown}` says that {plan.compared_episodes} compared episodes can show it.",
         "limits": f"The limits within an episode are right: {limits or 'none is set'}; {risk}.",
-        "abort": f"More than {plan.abort.most} aborted episodes of the candidate are a no-go, and everybody knows who may stop it.",
+        "abort": f"More than {plan.abort.most} aborted episodes of the candidate are a no-go; all know who may stop it.",
         "drill": drill,
         "people": "Who supervises, who is called, and who may end the trial is known in every shift.",
     }
@@ -90,7 +90,7 @@ def read_checklist(folder: Path) -> list[ChecklistItem]:
 
 
 def update_checklist(folder: Path, plan: TrialPlan) -> None:
-    """Write the checklist of a plan that was edited. Ticks stay where the text is the same, and so do lines that people added."""
+    """Write the checklist of a plan that was edited. Ticks stay where the text is the same, as do own lines."""
     before = {item.name: item for item in read_checklist(folder)}
     items = checklist_items(plan, folder)
     kept = [before[item.name] if item.name in before and before[item.name].text == item.text else item for item in items]

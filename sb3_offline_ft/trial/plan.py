@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,14 +12,7 @@ from sb3_offline_ft.common.suggestions import hint
 PLAN_FILE = "trial.yml"
 RETURN = "return"
 """The metric that each trial has: the sum of rewards of an episode."""
-_AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
-    "sum": math.fsum,
-    "mean": statistics.fmean,
-    "min": min,
-    "max": max,
-    "last": lambda values: values[-1],
-}
-AGGREGATES = tuple(_AGGREGATES)
+AGGREGATES = ("sum", "mean", "min", "max", "last")
 DIRECTIONS = ("higher", "lower")
 STAGE_KINDS = ("shadow", "pilot", "ramp", "full")
 """First words of the names of stages, in the order in which they come."""
@@ -53,12 +44,6 @@ class Metric:
     def sign(self) -> int:
         """1 if higher values are better, else -1."""
         return 1 if self.better == "higher" else -1
-
-    def aggregated(self, values: Sequence[float]) -> float | None:
-        """One value for an episode of those of its steps; None if there are none."""
-        if not len(values):
-            return None
-        return float(_AGGREGATES[self.aggregate](values))
 
 
 @dataclass(frozen=True)
@@ -278,6 +263,12 @@ class TrialPlan:
     def sign(self, name: str) -> int:
         """1 if higher values of a metric are better, else -1; ``ValueError`` if there is no such metric."""
         return self.metric(name).sign
+
+    @property
+    def needed_metrics(self) -> set[str]:
+        """Names of the metrics without which an episode says nothing: what is decided by, and what is at risk."""
+        at_risk = set() if self.risk is None else {RETURN}
+        return {self.primary.metric, *(rail.metric for rail in self.guardrails)} | at_risk
 
     @property
     def compared_episodes(self) -> int:

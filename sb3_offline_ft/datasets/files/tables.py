@@ -113,12 +113,14 @@ class Signals:
     :param numbers: Other columns of numbers
     :param texts: Columns of anything, as text
     :param episodes: What the episode of each row is called, None without such a column
+    :param n_rows: Number of the rows
     """
 
     rewards: npt.NDArray[np.float64] | None
     numbers: dict[str, npt.NDArray[np.float64]]
     texts: dict[str, npt.NDArray[np.str_]]
     episodes: npt.NDArray[np.str_] | None
+    n_rows: int
 
 
 def read_signals(
@@ -146,6 +148,7 @@ def read_signals(
         {name: table.exact_numbers(name) for name in numbers},
         {name: table.values(name).astype(str).to_numpy(np.str_) for name in texts},
         None if episode is None else table.values(episode).astype(str).to_numpy(np.str_),
+        len(table.rows),
     )
 
 
