@@ -19,7 +19,7 @@ from sb3_offline_ft.trial.plan import Metric, TrialPlan
 
 COLOURS = {BLUE: "var(--accent)"}
 """What the page calls the candidate's colour."""
-WIDTH, WIDE = 4.6, 8.4
+WIDTH, WIDE = 4.6, 10.5
 
 LOOKS: dict[Arm, dict[str, Any]] = {
     BASELINE: {"marker": "o", "color": INK, "markerfacecolor": "none", "markeredgewidth": 1.2},
@@ -54,7 +54,7 @@ def draw_episodes(plan: TrialPlan, machine: TrialMachine, metrics: Sequence[Metr
         "Each dot is an episode: circles the baseline, diamonds the candidate, crosses an abort. Shaded and white: the blocks "
         "within which both acted in random order; short lines: their means in each. Dotted lines part the stages."
     )
-    size = (WIDE, 1.1 + 2.0 * len(metrics))
+    size = (WIDE, 1.1 + 2.3 * len(metrics))
     return Drawing("episodes", "Every episode", caption, f"{listed(words, ';')}.", paint, size)
 
 

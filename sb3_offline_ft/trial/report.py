@@ -101,7 +101,7 @@ def _page(folder: Path, plan: TrialPlan, machine: TrialMachine, events: Sequence
         verdict=decision.decision,
         headline=HEADLINES[decision.decision],
         sentences=three_sentences(plan, machine, decision),
-        reasons=decision.reasons,
+        reasons=decision.reasons[1:],
         notices=_notices(events),
         parts=[part for part in parts if not part.is_empty],
         plan_text=json.dumps(plan.as_mapping(), indent=2, ensure_ascii=False),

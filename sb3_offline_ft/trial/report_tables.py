@@ -68,7 +68,7 @@ def stages_table(plan: TrialPlan, machine: TrialMachine) -> TextTable:
         aborts = sum(abort.get("stage") == stage.name for abort in machine.aborts)
         n_candidate = sum(record.arm == CANDIDATE for record in done)
         means = [mean_text(values_of(done, plan.primary.metric, arm)) for arm in ARMS]
-        share = NONE if stage.kind == "shadow" else f"{n_candidate} ({stage.share:.0%} planned)"
+        share = NONE if stage.kind == "shadow" else f"{n_candidate} ({100 * stage.share:g}{NBSP}% planned)"
         rows.append([stage.name, f"{len(done)} of {stage.episodes}", share, *means, str(aborts)])
     columns = ["stage", "episodes", "of the candidate", "baseline", "candidate", "aborts"]
     return TextTable("stages", columns, rows, "Stages", f"Means of {titled(plan.metric(plan.primary.metric))}.")
@@ -78,7 +78,7 @@ def aborts_table(machine: TrialMachine) -> TextTable:
     """Every abort, and how fast the baseline took over."""
     rows = [
         [str(one["episode"]), str(one.get("stage", NONE)), str(one["step"]), str(one["reason"]),
-         milliseconds(one.get("seconds_to_baseline")), str(one.get("steps_file") or NONE)]
+         milliseconds(_thousandfold(one.get("seconds_to_baseline"))), str(one.get("steps_file") or NONE)]
         for one in machine.aborts
     ]  # fmt: skip
     columns = ["episode", "stage", "step", "why", "baseline acted after", "last steps"]
@@ -89,23 +89,29 @@ def drills_table(machine: TrialMachine) -> TextTable:
     """Every rollback drill."""
     rows = [
         [str(one["episode"]), str(one["step"]), "yes" if one["baseline_took_over"] else "NO",
-         milliseconds(one.get("seconds_to_baseline")), str(one.get("time", NONE))]
+         milliseconds(_thousandfold(one.get("seconds_to_baseline"))), str(one.get("time", NONE))]
         for one in machine.drills
     ]  # fmt: skip
     columns = ["episode", "step", "baseline took over", "it acted after", "when"]
     return TextTable("drills", columns, rows, "Rollback drills")
 
 
-def milliseconds(seconds: Any) -> str:
-    """A short duration."""
-    return NONE if seconds is None else f"{number(1000 * float(seconds))}{NBSP}ms"
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{number(100 * share, 1)}{NBSP}%"
+
+
+def milliseconds(*values: float | None) -> str:
+    """Short durations."""
+    return NONE if None in values else f"{' / '.join(f'{value:.3g}' for value in values)}{NBSP}ms"
 
 
 def violations_table(plan: TrialPlan, machine: TrialMachine) -> TextTable:
     """How the limits within an episode were kept."""
     rows = []
     for limit in plan.abort.limits:
-        bounds = [f"at least {limit.min:g}"] * (limit.min is not None) + [f"at most {limit.max:g}"] * (limit.max is not None)
+        named = (("at least", limit.min), ("at most", limit.max))
+        bounds = [f"{words} {bound:g}" for words, bound in named if bound is not None]
         for arm in ARMS:
             of_arm = [record for record in machine.episodes if record.arm == arm and record.violations is not None]
             found = [one for record in of_arm if (one := (record.violations or {}).get(limit.source))]
@@ -138,10 +144,9 @@ def actuators_table(machine: TrialMachine) -> TextTable:
         latencies = [one["latency_ms"] for one in found]
         rows.append([
             arm, _per_actuator(np.average(travel, axis=0, weights=weights), number),
-            _per_actuator(np.average(saturation, axis=0, weights=weights), lambda share: f"{share:.1%}"),
-            f"{np.average(beyond, weights=weights):.1%}",
-            f"{number(float(np.median([one['median'] for one in latencies])))} / "
-            f"{number(max(one['p99'] for one in latencies))}{NBSP}ms",
+            _per_actuator(np.average(saturation, axis=0, weights=weights), percent),
+            percent(float(np.average(beyond, weights=weights))),
+            milliseconds(float(np.median([one["median"] for one in latencies])), max(one["p99"] for one in latencies)),
         ])  # fmt: skip
     columns = ["policy", "travel a step", "saturated", "beyond bounds", "latency, median / worst 99th percentile"]
     note = (
@@ -149,6 +154,10 @@ def actuators_table(machine: TrialMachine) -> TextTable:
         "0.5 % of a bound. With several actuators the mean, and the one that has most of it (counted from 0)."
     )
     return TextTable("actuators", columns, rows, "Actuators", note)
+
+
+def _thousandfold(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds
 
 
 def _per_actuator(values: np.ndarray, text: Any) -> str:
@@ -171,9 +180,9 @@ def shadow_table(machine: TrialMachine) -> TextTable:
             rows.append([str(record.episode), *[NONE] * 4, told])
             continue
         rows.append([
-            str(record.episode), f"{distance['mean']:.1%} / {distance['p95']:.1%} / {distance['max']:.1%}",
-            f"{shadow['beyond']:.1%}", _per_actuator(np.array(shadow["saturation"]), lambda share: f"{share:.1%}"),
-            f"{number(latency['median'])} / {number(latency['p99'])}{NBSP}ms", told,
+            str(record.episode), " / ".join(percent(distance[name]) for name in ("mean", "p95", "max")),
+            percent(shadow["beyond"]), _per_actuator(np.array(shadow["saturation"]), percent),
+            milliseconds(latency["median"], latency["p99"]), told,
         ])  # fmt: skip
     columns = [
         "episode", "distance of actions, mean / 95th percentile / largest", "beyond bounds", "saturated",
@@ -190,12 +199,12 @@ def service_table(machine: TrialMachine) -> TextTable:
     rows = []
     if total:
         candidate = sum(acted.get(CANDIDATE, 0) for acted in with_steps)
-        rows.append(["share of all steps in which the candidate acted", f"{candidate / total:.1%} of {total:,}"])
+        rows.append(["share of all steps in which the candidate acted", f"{percent(candidate / total)} of {total:,}"])
     own = [record for record in machine.episodes if record.arm == CANDIDATE]
     steps = sum(sum((record.acted or {}).values()) for record in own)
     if steps:
         acted = sum((record.acted or {}).get(CANDIDATE, 0) for record in own)
-        rows.append(["share of its own episodes' steps in which it acted", f"{acted / steps:.1%}"])
+        rows.append(["share of its own episodes' steps in which it acted", percent(acted / steps)])
     rows.append(["episodes of the candidate", f"{len(own)} of {len(machine.episodes)}"])
     rows.append(["hand-backs to the baseline (aborts)", str(len(machine.aborts))])
     rows.append(["episodes that got lost", str(sum(record.is_missing for record in machine.episodes))])
@@ -262,7 +271,7 @@ def checklist_table(items: Sequence[ChecklistItem], ticked: Mapping[str, str]) -
     rows = []
     for item in items:
         state = f"\N{BALLOT BOX WITH CHECK} {item.who or 'no name given'}" if item.is_ticked else "\N{BALLOT BOX} open"
-        rows.append([item.name, item.text, state, ticked.get(item.name, NONE)])
+        rows.append([item.name, item.text.replace("`", ""), state, ticked.get(item.name, NONE)])
     return TextTable("checklist", ["item", "", "ticked by", "noted"], rows)
 
 

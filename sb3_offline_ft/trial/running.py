@@ -90,7 +90,9 @@ def _run_stages(trial: Trial, runner: EpisodeRunner, until: str | None, console:
             primary = trial.plan_in_force.primary.metric
             progress.update(task, completed=len(trial.machine.episodes), said=f"{primary} {number(outcome.metrics[primary])}")
             if recorded.decision is not None:
-                progress.console.print(f"{recorded.decision.decision}: {recorded.decision.reasons[0]}", markup=False)
+                progress.console.print(
+                    f"{recorded.decision.decision}: {recorded.decision.reasons[0]}", markup=False, soft_wrap=True
+                )
             if time.monotonic() - written > PAGE_SECONDS:
                 _write_page(trial, running=True)
                 written = time.monotonic()
@@ -157,8 +159,8 @@ def _run_drill(trial: Trial, runner: EpisodeRunner) -> Finished | None:
 
 
 def _write_page(trial: Trial, running: bool) -> None:
-    """Write the page; a disk that does not take it ends no trial."""
+    """Write the page; whatever keeps it from being written ends no trial."""
     try:
         write_report(trial, running=running)
-    except OSError as error:
-        warn(f"The page of the trial cannot be written: {error}")
+    except Exception as error:
+        warn(f"The page of the trial could not be written ({type(error).__name__}: {error}).")
