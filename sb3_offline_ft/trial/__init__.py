@@ -5,10 +5,21 @@ from typing import TYPE_CHECKING
 from sb3_offline_ft.common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sb3_offline_ft.trial.machine import TrialMachine
+    from sb3_offline_ft.trial.assignment import Assignment
+    from sb3_offline_ft.trial.machine import EpisodeRecord, Finished, TrialMachine
     from sb3_offline_ft.trial.plan import TrialPlan
     from sb3_offline_ft.trial.reading import read_plan
+    from sb3_offline_ft.trial.trial import Recorded, Trial
 
-__all__ = ["TrialMachine", "TrialPlan", "read_plan"]
+__all__ = ["Assignment", "EpisodeRecord", "Finished", "Recorded", "Trial", "TrialMachine", "TrialPlan", "read_plan"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"machine": ("TrialMachine",), "plan": ("TrialPlan",), "reading": ("read_plan",)})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "assignment": ("Assignment",),
+        "machine": ("EpisodeRecord", "Finished", "TrialMachine"),
+        "plan": ("TrialPlan",),
+        "reading": ("read_plan",),
+        "trial": ("Recorded", "Trial"),
+    },
+)

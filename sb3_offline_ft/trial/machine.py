@@ -21,6 +21,10 @@ UNKNOWN = (
 )
 
 
+DETAILS = ("steps", "seconds", "regime", "shadow", "travel", "violations", "acted", "time")
+"""What an event says of an episode besides its metrics."""
+
+
 @dataclass(frozen=True)
 class EpisodeRecord:
     """
@@ -34,6 +38,8 @@ class EpisodeRecord:
     :param regime: The operating regime, if named
     :param shadow: What a candidate that did not act would have done
     :param travel: What the actuators did
+    :param violations: How limits were crossed, by their sources
+    :param acted: Steps in which each policy acted
     :param time: When it was recorded, as the journal says
     """
 
@@ -45,6 +51,8 @@ class EpisodeRecord:
     regime: str | None = None
     shadow: Mapping[str, Any] | None = None
     travel: Mapping[str, Any] | None = None
+    violations: Mapping[str, Any] | None = None
+    acted: Mapping[str, int] | None = None
     time: str | None = None
 
     @property
@@ -297,7 +305,7 @@ class TrialMachine:
         if self.open is None or event["episode"] != self.open.episode:
             raise ValueError(f"Episode {event['episode']} cannot be recorded: {self._expected()}")
         assignment, self.open = self.open, None
-        details = {name: event.get(name) for name in ("steps", "seconds", "regime", "shadow", "travel", "time")}
+        details = {name: event.get(name) for name in DETAILS}
         self.episodes.append(EpisodeRecord(assignment, dict(metrics), excluded=excluded, **details))
         if self.risk is not None:
             total = metrics.get(RETURN)

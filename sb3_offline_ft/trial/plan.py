@@ -218,6 +218,7 @@ class TrialPlan:
     :param seed: Seed of the order of policies, and of the environment's episodes
     :param data: Spec of a dataset of the baseline
     :param columns: File with the column map of logs, for ``trial record --csv``
+    :param regime: ``info.<key>`` or ``column.<name>`` that names the operating regime of an episode
     :param currency: Of all costs and values
     :param error_rates: Probabilities of wrong decisions
     :param costs: What it costs
@@ -239,6 +240,7 @@ class TrialPlan:
     seed: int = 0
     data: str | None = None
     columns: str | None = None
+    regime: str | None = None
     currency: str = "EUR"
     error_rates: ErrorRates = ErrorRates()
     costs: Costs = Costs()
@@ -261,6 +263,12 @@ class TrialPlan:
     def sign(self, name: str) -> int:
         """1 if higher values of a metric are better, else -1; ``ValueError`` if there is no such metric."""
         return self.metric(name).sign
+
+    @property
+    def needed_metrics(self) -> set[str]:
+        """Names of the metrics without which an episode says nothing: what is decided by, and what is at risk."""
+        at_risk = set() if self.risk is None else {RETURN}
+        return {self.primary.metric, *(rail.metric for rail in self.guardrails)} | at_risk
 
     @property
     def compared_episodes(self) -> int:

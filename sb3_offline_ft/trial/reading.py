@@ -1,5 +1,6 @@
 """Reads the file of a plan strictly."""
 
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -91,6 +92,7 @@ class _PlanReader(Reader):
             seed=self.whole(given.get("seed", 0), "seed", 0),
             data=self.optional_text(given.get("data"), "data"),
             columns=self.optional_text(given.get("columns"), "columns"),
+            regime=None if given.get("regime") is None else self.source(given["regime"], "regime", env),
             currency=self.text(given.get("currency", "EUR"), "currency"),
             error_rates=self.numbers(given.get("error_rates"), "error_rates", ErrorRates, below=1.0),
             costs=self.numbers(given.get("costs"), "costs", Costs),
@@ -217,7 +219,7 @@ class _PlanReader(Reader):
         if not isinstance(value, list) or not value:
             self.fail("stages", f"must be a list of stages, found {value!r}.")
         stages = [self.stage(entry, f"stages[{index}]") for index, entry in enumerate(value)]
-        for before, after in zip(stages, stages[1:], strict=False):
+        for before, after in itertools.pairwise(stages):
             if STAGE_KINDS.index(after.kind) < STAGE_KINDS.index(before.kind):
                 self.fail(
                     "stages", f"must come in the order {', '.join(STAGE_KINDS)}: {after.name!r} is after {before.name!r}."

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _VECTORS: dict[str, tuple[str, ...]] = {
     "next_observations": ("next_observations", "next_observation", "next_obs", "next_states", "next_state"),
     "actions": ("actions", "action", "act"),
 }
+VECTORS = tuple(_VECTORS)
 _SCALARS: dict[str, tuple[str, ...]] = {
     "reward": ("reward", "rewards", "rew", "next.reward"),
     "terminated": ("terminated", "terminations", "termination", "terminal", "terminals"),
@@ -119,10 +120,12 @@ class ColumnMap:
         given = [key for key, value in options.items() if value is not None]
         return replace(cls.from_file(file), **{key: getattr(chosen, key) for key in given})
 
-    def resolve(self, columns: Sequence[str], where: str, needs_reward: bool = True) -> "ColumnMap":
+    def resolve(
+        self, columns: Sequence[str], where: str, needs_reward: bool = True, vectors: Collection[str] = VECTORS
+    ) -> "ColumnMap":
         """Find the columns in a table that has these ones: the map with everything found, and no wildcards."""
-        found: dict[str, Any] = {}
-        for key in _VECTORS:
+        found: dict[str, Any] = dict.fromkeys(_VECTORS)
+        for key in vectors:
             given = getattr(self, key)
             if isinstance(given, dict):
                 found[key] = {name: _expand(one, columns, f"{key}[{name!r}]", where) for name, one in given.items()}
