@@ -9,6 +9,7 @@ import typer
 
 from sb3_offline_ft.common.reporting import reporting
 from sb3_offline_ft.study.commands import TrustPickle, study
+from sb3_offline_ft.trial.commands import trial
 
 app = typer.Typer(
     name="sb3-offline-ft",
@@ -21,6 +22,7 @@ app.add_typer(guard, name="guard")
 dataset = typer.Typer(help="Make datasets, look into them and report on them.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
 app.add_typer(study, name="study")
+app.add_typer(trial, name="trial")
 
 
 def _print_version(wanted: bool) -> None:
@@ -168,8 +170,9 @@ def dataset_convert(
     with reporting("dataset convert"):
         from rich.console import Console
 
+        from sb3_offline_ft.common.functions import load_function
         from sb3_offline_ft.datasets.files.column_map import ColumnMap
-        from sb3_offline_ft.datasets.tools.convert import convert_logs, load_function
+        from sb3_offline_ft.datasets.tools.convert import convert_logs
 
         given = {
             "observations": observations, "next_observations": next_observations, "actions": actions, "reward": reward,
@@ -187,7 +190,7 @@ def dataset_convert(
             action_high=_numbers(action_high, "--action-high"),
             join_files=join_files,
             clip_actions=clip_actions,
-            reward_function=None if reward_function is None else load_function(reward_function),
+            reward_function=None if reward_function is None else load_function(reward_function, "reward function"),
             random_score=random_score,
             expert_score=expert_score,
             facts={"algorithm_name": algorithm_name, "author": author, "description": description},
