@@ -31,7 +31,7 @@ class SimulatedTrial:
     machine: TrialMachine
 
     @property
-    def is_false_stop(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether "worse: stop now" fired."""
         return self.decision.deterioration_p <= self.machine.plan.error_rates.false_stop
 
@@ -96,6 +96,6 @@ def simulate(plan: TrialPlan, draw: Draw, n_trials: int, seed: int = 0) -> Outco
         end = simulate_trial(planned, draw(rng, n))
         go += end.decision.decision == "go"
         no_go += end.decision.decision == "no-go"
-        stopped += end.is_false_stop
+        stopped += end.is_stopped
         episodes += len(end.machine.episodes)
     return Outcomes(n_trials, go, no_go, stopped, episodes / n_trials)
