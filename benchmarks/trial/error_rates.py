@@ -4,8 +4,8 @@ Measure how often the decision of a trial is wrong, and how often a better candi
     python benchmarks/trial/error_rates.py             # measure what is missing, then write the tables
     python benchmarks/trial/error_rates.py --report    # write the tables from the results that are there
 
-Results are saved after each cell, and cells of the present code that are there are skipped. All of it takes about 20 minutes on
-one core.
+Results are saved after each cell, and cells of the present code that are there are skipped. All of it takes about 20 minutes
+on one core.
 """
 
 import argparse
@@ -57,16 +57,16 @@ ENERGY = Metric("energy", "info.energy", better="lower")
 
 
 def normal(rng: Generator, n: int, effect: float) -> Array:
-    return rng.normal(size=(n, 2)) + [0.0, effect]
+    return rng.normal(size=(n, 2)) + np.array([0.0, effect])
 
 
 def heavy_tailed(rng: Generator, n: int, effect: float) -> Array:
-    return rng.standard_t(2.1, size=(n, 2)) / 2 + [0.0, effect]
+    return rng.standard_t(2.1, size=(n, 2)) / 2 + np.array([0.0, effect])
 
 
 def bimodal(rng: Generator, n: int, effect: float) -> Array:
     """Every fifth episode is a fall."""
-    return np.where(rng.random((n, 2)) < 0.2, -2.0, 0.5) + rng.normal(0, 0.1, (n, 2)) + [0.0, effect]
+    return np.where(rng.random((n, 2)) < 0.2, -2.0, 0.5) + rng.normal(0, 0.1, (n, 2)) + np.array([0.0, effect])
 
 
 def binary(rng: Generator, n: int, effect: float) -> Array:
@@ -86,7 +86,7 @@ def wandering(rng: Generator, n: int, effect: float) -> Array:
 
 def unsteady(rng: Generator, n: int, effect: float) -> Array:
     """The candidate's spread is twice the baseline's."""
-    return rng.normal(size=(n, 2)) * [1.0, 2.0] + [0.0, effect]
+    return rng.normal(size=(n, 2)) * np.array([1.0, 2.0]) + np.array([0.0, effect])
 
 
 @dataclass(frozen=True)
@@ -180,16 +180,16 @@ def report(results: dict[str, Cell]) -> str:
     lines += ["Written by `error_rates.py`. An episode's standard deviation is 1 where it has one.", ""]
     stages = ", ".join(f"{stage.name} ({stage.episodes}, share {stage.share:g})" for stage in PLAN.stages)
     lines += [
-        f"The plan: {n} episodes in {len(sizes.sizes)} blocks and {looks} looks; stages {stages}; smallest effect worth having "
-        f"{EFFECT:g}. Planned are a false go of at most {100 * rates.false_go:g} %, a false stop of at most "
-        f"{100 * rates.false_stop:g} %, and {100 * (1 - rates.missed):g} % for a candidate that has the effect, if returns are "
-        f"normal. Each number is of {N_TRIALS:,} simulated trials, with the exact 95 % interval (Clopper-Pearson). They run "
+        f"The plan: {n} episodes in {len(sizes.sizes)} blocks and {looks} looks; stages {stages}; smallest effect worth "
+        f"having {EFFECT:g}. Planned are a false go of at most {100 * rates.false_go:g} %, a false stop of at most "
+        f"{100 * rates.false_stop:g} %, and {100 * (1 - rates.missed):g} % for a candidate that has the effect, if returns "
+        f"are normal. Each number is of {N_TRIALS:,} simulated trials, with the exact 95 % interval (Clopper-Pearson). They run "
         "the state machine and the decision that real trials run.",
         "",
         "## False go and false stop",
         "",
-        f"*Equal*: the candidate is as good as the baseline. *Worse*: by {EFFECT:g}. A stop is the test that may end a trial at "
-        "any episode.",
+        f"*Equal*: the candidate is as good as the baseline. *Worse*: by {EFFECT:g}. A stop is the test that may end a trial "
+        "at any episode.",
         "",
         "| returns | go, equal | go, worse | stop, equal | stop, worse |",
         "|---|---|---|---|---|",
@@ -202,8 +202,8 @@ def report(results: dict[str, Cell]) -> str:
     far = results["far worse/normal"]
     lines += [
         "",
-        f"A normal candidate that is worse by {-FAR_WORSE:g} is stopped at an episode in {percent(far['stopped'], N_TRIALS)} of "
-        f"the trials, and a trial has {far['episodes']:.1f} episodes on average.",
+        f"A normal candidate that is worse by {-FAR_WORSE:g} is stopped at an episode in {percent(far['stopped'], N_TRIALS)} "
+        f"of the trials, and a trial has {far['episodes']:.1f} episodes on average.",
         "",
         "## Power",
         "",
@@ -222,8 +222,8 @@ def report(results: dict[str, Cell]) -> str:
 def guardrails(results: dict[str, Cell]) -> list[str]:
     lines = ["", "## Guardrails", ""]
     lines += [
-        f"The candidate's return is better by {2 * EFFECT:g}, and it is exactly as bad by a guardrail as it must not be: worse by "
-        "the margin, or at the limit.",
+        f"The candidate's return is better by {2 * EFFECT:g}, and it is exactly as bad by a guardrail as it must not be: "
+        "worse by the margin, or at the limit.",
         "",
         "| guardrail | its values | go | no-go |",
         "|---|---|---|---|",
