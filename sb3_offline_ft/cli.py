@@ -9,6 +9,7 @@ import typer
 
 from sb3_offline_ft.common.reporting import reporting
 from sb3_offline_ft.study.commands import TrustPickle, study
+from sb3_offline_ft.trial.commands import trial
 
 app = typer.Typer(
     name="sb3-offline-ft",
@@ -21,6 +22,7 @@ app.add_typer(guard, name="guard")
 dataset = typer.Typer(help="Make datasets, look into them and report on them.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
 app.add_typer(study, name="study")
+app.add_typer(trial, name="trial")
 
 
 def _print_version(wanted: bool) -> None:

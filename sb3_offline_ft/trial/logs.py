@@ -48,7 +48,7 @@ def read_log(path: Path, plan: TrialPlan, episode: int, known: frozenset[str] = 
     :raises ValueError: It has no such columns or rows, or a value is no number
     """
     wanted = [metric for metric in plan.metrics if metric.source is not None and metric.name not in known]
-    sources = dict.fromkeys(str(one.source) for one in (*wanted, *plan.abort.limits))
+    sources = dict.fromkeys([*(str(one.source) for one in wanted), *(one.source for one in plan.abort.limits)])
     needed = {one.source for one in wanted if one.name in plan.needed_metrics} | {one.source for one in plan.abort.limits}
     columns = None if plan.columns is None else ColumnMap.from_file(Path(plan.columns))
     signals = read_signals(

@@ -60,6 +60,7 @@ class Trial:
         self.journal = Journal(self.folder / JOURNAL_FILE)
         self.machine: TrialMachine
         """The state, by the events so far."""
+        self._start: Event | None
         self._replay()
 
     @classmethod

@@ -199,13 +199,13 @@ class _Table:
             self._check_contiguous(names.episode, episodes, np.flatnonzero(starts))
             labels = self.values(names.episode)
             self.episodes = (labels.iloc[0], labels.iloc[-1])
-        return starts
+        return np.asarray(starts, np.bool_)
 
     def read(self, action_space: spaces.Box | None) -> dict[str, Array]:
         """Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode."""
         starts, names = self.load(), self.columns
         parts = [self._part(name, "actions") for name in names.actions or ()]
-        arrays = {"starts": starts, "actions": np.concatenate(parts, axis=1)}
+        arrays: dict[str, Any] = {"starts": starts, "actions": np.concatenate(parts, axis=1)}
         if action_space is not None:
             widths = [part.shape[1] for part in parts]
             self._check_bounds(arrays["actions"], np.repeat(names.actions or (), widths), action_space)
@@ -295,7 +295,7 @@ class _Table:
             found = f"the text {cell!r}" if is_text else "an empty cell or NaN" if pd.isna(cell) else str(cell)
             more = f"; {len(bad):,} of {len(values):,} rows are like that" if len(bad) > 1 else ""
             raise self._wrong(name, bad[0], f"expected a number, found {found}{more}. {advice}")
-        return values
+        return np.asarray(values, np.float64)
 
     def _lists(self, name: str, meaning: str) -> FloatArray:
         cells = list(self.values(name))
