@@ -110,7 +110,8 @@ class Journal:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:
+            except BaseException:
+                # A full disk, or Ctrl-C
                 file.truncate(self._end)
                 raise
 
