@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.html import Picture, render_page
@@ -156,7 +154,7 @@ def _safety_sentence(plan: TrialPlan, machine: TrialMachine, decision: Decision)
         risk = f", and it has used {number(spent)} of {number(machine.risk.allowance)} total losses of the risk budget"
     worth = ""
     value = value_a_year(plan, decision.effect)
-    if plan.costs.episodes_per_year and np.isfinite(value.value) and value.value != 0:
+    if value.has_interval and value.value != 0:
         worth = f"; in service it would be worth {ranged(value)} {plan.currency} a year"
     return f"{aborts[0].upper()}{aborts[1:]}{risk}{worth}."
 
@@ -215,7 +213,7 @@ def _worth_table(plan: TrialPlan, improvements: Mapping[str, Estimate], level: s
     rows = []
     for metric in plan.metrics:
         found, scale = improvements.get(metric.name), metric.value_per_unit * plan.costs.episodes_per_year
-        if found is not None and scale:
+        if found is not None and found.has_interval and scale:
             worth = Estimate(found.value * scale, found.low * scale, found.high * scale, found.n, found.method)
             payback = plan.costs.deployment / worth.value * 12 if worth.value > 0 else None
             rows.append([
