@@ -14,7 +14,7 @@ from sb3_offline_ft.evaluation.statistics import Estimate
 
 Array = npt.NDArray[np.float64]
 
-N_SHUFFLES = 4999
+N_SHUFFLES = 1999
 """How often the arms are shuffled."""
 N_LOOKS = 4
 """How often the evidence is looked at, at most."""
@@ -90,20 +90,30 @@ class Rerandomisation:
         names, counts = np.unique(self.blocks, return_counts=True)
         candidates = np.array([self.is_candidate[self.blocks == name].sum() for name in names], dtype=int)
         self.sizes = list(zip(counts.tolist(), candidates.tolist(), strict=True))
-        # Of each block and shuffle, the first of which is what was drawn: sums of the candidate's centred values and shares
-        self._scores = np.empty((N_SHUFFLES + 1, len(names)))
-        self._overlaps = np.empty_like(self._scores)
-        # Sums of squares and products of what is centred, of each block
-        self._squares, self._products = np.empty(len(names)), np.empty(len(names))
         self.names = names
-        for i, name in enumerate(names):
-            within = self.blocks == name
-            drawn = self.is_candidate[within].astype(float)
-            centred, shares = self.values[within] - self.values[within].mean(), drawn - drawn.mean()
-            shuffles = _shuffled(int(name), len(drawn), int(drawn.sum()))
-            self._scores[0, i], self._overlaps[0, i] = drawn @ centred, drawn @ shares
-            self._scores[1:, i], self._overlaps[1:, i] = shuffles @ centred, shuffles @ shares
-            self._squares[i], self._products[i] = centred @ centred, centred @ shares
+        rows = [np.flatnonzero(self.blocks == name) for name in names]
+        self._drawn = [self.is_candidate[row].astype(float) for row in rows]
+        self._shares = [drawn - drawn.mean() for drawn in self._drawn]
+        self._centred = [self.values[row] - self.values[row].mean() for row in rows]
+        # Of each block
+        self._squares = np.array([centred @ centred for centred in self._centred])
+        self._products = np.array([one @ other for one, other in zip(self._centred, self._shares, strict=True)])
+
+    def _sums(self, of_blocks: list[Array]) -> Array:
+        """Over the candidate's episodes, for each shuffle and block; the first shuffle is what was drawn."""
+        sums = np.empty((N_SHUFFLES + 1, len(of_blocks)))
+        for i, (name, drawn, terms) in enumerate(zip(self.names, self._drawn, of_blocks, strict=True)):
+            sums[0, i] = drawn @ terms
+            sums[1:, i] = _shuffled(int(name), len(drawn), int(drawn.sum())) @ terms
+        return sums
+
+    @cached_property
+    def _scores(self) -> Array:
+        return self._sums(self._centred)
+
+    @cached_property
+    def _overlaps(self) -> Array:
+        return self._sums(self._shares)
 
     @property
     def is_possible(self) -> bool:
@@ -119,9 +129,7 @@ class Rerandomisation:
     def differences(self) -> list[tuple[int, float]]:
         """Of each block with both arms, its number and the difference of the means in it."""
         weights = information(self.sizes)
-        return [
-            (int(self.names[i]), float(self._scores[0, i] / weight)) for i, weight in enumerate(weights) if weight > 0
-        ]
+        return [(int(self.names[i]), float(self._scores[0, i] / weight)) for i, weight in enumerate(weights) if weight > 0]
 
     @cached_property
     def spread(self) -> float:
@@ -138,7 +146,8 @@ class Rerandomisation:
         :return: How far the difference is above this one, in standard errors up to a factor, of each shuffle and look, shape
             ``(1 + N_SHUFFLES, looks)``; the first row is what was drawn
         """
-        weights, scores = information(self.sizes), self._scores - difference * self._overlaps
+        weights = information(self.sizes)
+        scores = self._scores - difference * self._overlaps if difference else self._scores
         squares = self._squares - 2 * difference * self._products + difference**2 * weights
         columns = []
         for end in [int(self.names[-1]) + 1] if ends is None else ends:
@@ -149,13 +158,13 @@ class Rerandomisation:
                 continue
             part = scores[:, :n]
             above = part.sum(axis=1) / total
-            of_blocks = (part**2).sum(axis=1) - 2 * above * (part @ weights[:n]) + above**2 * float((weights[:n] ** 2).sum())
+            fitted = part - above[:, None] * weights[:n]
+            of_blocks = np.einsum("ij,ij->i", fitted, fitted)
             of_episodes = (float(squares[:n].sum()) - above**2 * total) / max(1, episodes - n - 1)
             variance = (of_blocks + POOLED * of_episodes * total / n) / (1 + POOLED / n)
             # Without any spread, the order of the shuffles is that of their differences
             columns.append(above * total / np.sqrt(np.maximum(variance, 1e-12 * (1e-300 + float(squares[:n].sum())))))
-        found: Array = np.round(np.stack(columns, axis=1), DECIMALS)
-        return found
+        return np.asarray(np.round(np.stack(columns, axis=1), DECIMALS), dtype=np.float64)
 
     def p_value(self, difference: float = 0.0) -> float:
         """Of "the candidate is not better by more than this"; of "not worse", it is that of the values with other signs."""

@@ -1,7 +1,7 @@
 """Go, no-go or not yet: the rules of a plan, applied to its trial."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -15,7 +15,6 @@ from sb3_offline_ft.trial.evidence import (
     GuardrailResult,
     amount,
     guardrail_result,
-    looks_of,
     margin_looks,
     quality_checks,
 )
@@ -28,30 +27,72 @@ Verdict = Literal["go", "no-go", "not yet"]
 @dataclass(frozen=True)
 class Decision:
     """
-    A decision with its reasons.
+    A decision with what it rests on; made by :func:`decide`.
 
-    :param decision: ``go``, ``no-go`` or ``not yet``
-    :param reasons: Why, the most important one first
-    :param comparison: The episodes of the comparison by the primary metric, None if there are none
-    :param confidence: Of the interval of :attr:`effect`
+    :param evidence: The episodes
+    :param comparison: Those of the comparison by the primary metric, None before the first block is complete
     :param looks: What each look so far showed of "the candidate is better"
-    :param n_looks: How many are planned
     :param guardrails: What is known of each guardrail
-    :param quality: The checks of quality
     :param deterioration_p: Of "the candidate is not worse", valid at any time
-    :param more_episodes: How many more it would take, None after a go or no-go
+    :param n_aborts: How many of the candidate's episodes were aborted
+    :param cut: Why the trial ended before its stages did; None if it did not
     """
 
-    decision: Verdict
-    reasons: list[str]
+    evidence: Evidence
     comparison: Rerandomisation | None
-    confidence: float
     looks: list[LookResult]
-    n_looks: int
     guardrails: list[GuardrailResult]
-    quality: list[Check]
     deterioration_p: float
-    more_episodes: int | None = None
+    n_aborts: int
+    cut: str | None
+
+    @property
+    def plan(self) -> TrialPlan:
+        """Its plan."""
+        return self.evidence.plan
+
+    @cached_property
+    def decision(self) -> Verdict:
+        """``go``, ``no-go`` or ``not yet``."""
+        if self._is_worse or self._is_aborted_too_often or self._is_violated or self._is_too_small:
+            return "no-go"
+        if not self.is_superior or self.cut is not None or not all(each.holds for each in self.guardrails):
+            return "not yet"
+        return "not yet" if any(check.fired and check.blocks_go for check in self.quality) else "go"
+
+    @property
+    def n_looks(self) -> int:
+        """How many looks are planned."""
+        return len(self.evidence.design.looks)
+
+    @property
+    def confidence(self) -> float:
+        """Of all intervals."""
+        return 1 - 2 * self.plan.error_rates.false_go
+
+    @property
+    def is_superior(self) -> bool:
+        """Whether the candidate is proved to be better."""
+        return any(look.is_crossed for look in self.looks)
+
+    @property
+    def _is_worse(self) -> bool:
+        return self.deterioration_p <= self.plan.error_rates.false_stop
+
+    @property
+    def _is_aborted_too_often(self) -> bool:
+        return self.n_aborts > self.plan.abort.most
+
+    @property
+    def _is_violated(self) -> bool:
+        return any(each.is_violated for each in self.guardrails)
+
+    @cached_property
+    def _is_too_small(self) -> bool:
+        """Whether all that was planned is there, and excludes the smallest effect worth having."""
+        if self.evidence.n_left or self.is_superior or self.comparison is None:
+            return False
+        return self.comparison.p_value_below(self.plan.primary.smallest_effect) <= self.plan.error_rates.false_go
 
     @cached_property
     def effect(self) -> Estimate:
@@ -59,6 +100,11 @@ class Decision:
         if self.comparison is None:
             return Estimate(math.nan, math.nan, math.nan, 0, "no block of the comparison is complete yet")
         return self.comparison.interval(self.confidence)
+
+    @cached_property
+    def quality(self) -> list[Check]:
+        """The checks of quality."""
+        return quality_checks(self.evidence, self.comparison)
 
     @property
     def p(self) -> float | None:
@@ -71,9 +117,88 @@ class Decision:
         return self.looks[-1].level if self.looks else None
 
     @property
-    def is_superior(self) -> bool:
-        """Whether the candidate is proved to be better."""
-        return any(look.is_crossed for look in self.looks)
+    def value_a_year(self) -> Estimate:
+        """What the effect is worth in a year, in the plan's currency."""
+        return value_a_year(self.plan, self.effect)
+
+    @cached_property
+    def more_episodes(self) -> int | None:
+        """How many more it takes: those that are planned, else those to see the smallest effect; None after go or no-go."""
+        if self.decision != "not yet":
+            return None
+        if self.evidence.n_left or self.comparison is None:
+            return self.evidence.n_left
+        needed = episodes_needed(self.plan, self.comparison.spread, self.plan.primary.smallest_effect)
+        return max(self.plan.blocks.episodes, needed - len(self.evidence.compared))
+
+    @cached_property
+    def reasons(self) -> list[str]:
+        """Why, in words, the most important reason first."""
+        return {"go": self._for, "no-go": self._against, "not yet": self._open}[self.decision]()
+
+    def _unit(self) -> str:
+        return self.plan.metric(self.plan.primary.metric).unit
+
+    def _found(self) -> str:
+        """The effect with its interval."""
+        effect, confidence = self.effect, 100 * self.confidence
+        way = "better" if effect.value >= 0 else "worse"
+        text = f"By {self.plan.primary.metric}, the candidate is {way} by {amount(abs(effect.value), self._unit())}"
+        if effect.has_interval:
+            text += f" ({confidence:g} % interval of the improvement: {effect.low:.4g} to {effect.high:.4g})"
+        return text
+
+    def _at(self, index: int) -> str:
+        look = self.looks[index]
+        n = f"{index % len(self.looks) + 1} of {self.n_looks}"
+        return f"p = {look.p:.2g} at look {n}, where {look.level:.2g} was needed"
+
+    def _for(self) -> list[str]:
+        crossed = [look.is_crossed for look in self.looks].index(True)
+        smallest = self.plan.primary.smallest_effect
+        reasons = [f"{self._found()}: proved, {self._at(crossed)}."]
+        if self.effect.value < smallest:
+            reasons.append(f"That may be less than the smallest effect worth having, {amount(smallest, self._unit())}.")
+        reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in self.guardrails]
+        aborts = f"{self.n_aborts} aborts of at most {self.plan.abort.most}" if self.n_aborts else "no abort"
+        reasons.append(f"Nothing speaks against it: no deterioration, {aborts}, the checks of quality passed.")
+        return reasons + [f"To be known, {check.name}: {check.text}" for check in self.quality if check.fired]
+
+    def _against(self) -> list[str]:
+        reasons, rates, smallest = [], self.plan.error_rates, self.plan.primary.smallest_effect
+        if self._is_worse:
+            reasons.append(
+                f"The candidate is worse than the baseline: p = {self.deterioration_p:.2g}, and {rates.false_stop:.2g} is "
+                "enough to stop at any episode."
+            )
+        if self._is_aborted_too_often:
+            reasons.append(f"{self.n_aborts} of the candidate's episodes were aborted, at most {self.plan.abort.most} may be.")
+        reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in self.guardrails if each.is_violated]
+        if self._is_too_small:
+            reasons.append(
+                f"All {len(self.evidence.compared)} planned episodes are there, and exclude the smallest effect worth having, "
+                f"{amount(smallest, self._unit())}. {self._found()}."
+            )
+        return reasons
+
+    def _open(self) -> list[str]:
+        if self.comparison is None:
+            reasons = ["No block of the comparison is complete yet."]
+        elif not self.looks:
+            reasons = [f"{self._found()}: the first of {self.n_looks} looks is still to come."]
+        else:
+            reasons = [f"{self._found()}: {'proved' if self.is_superior else 'not proved'}, {self._at(-1)}."]
+        if self.is_superior:
+            reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in self.guardrails if not each.holds]
+        reasons += [f"Quality, {one.name}: {one.text}" for one in self.quality if one.fired and one.blocks_go]
+        if self.cut is not None:
+            reasons.append(f"The trial was cut short. {self.cut}")
+        elif self.evidence.n_left == 0:
+            reasons.append(
+                f"All {len(self.evidence.compared)} planned episodes are there, and leave it open. To go on, amend the plan, "
+                "and know that going on because a result is open raises the chance of a false go."
+            )
+        return reasons
 
 
 def review(plan: TrialPlan, machine: TrialMachine, deterioration: Deterioration | None = None) -> Decision | None:
@@ -97,130 +222,26 @@ def decide(plan: TrialPlan, machine: TrialMachine, deterioration: Deterioration 
     """
     Decide by the rules of the plan, at any time; the evidence is looked at where the plan says so.
 
-    *Go*, if at a planned look the candidate is better by the primary metric, all guardrails hold, and nothing speaks against it.
-    *No-go*, if it is worse at any episode, was aborted too often, a guardrail is violated, or all that was planned is there and
-    excludes the smallest effect worth having. Else *not yet*.
+    *Go*, if at a planned look the candidate is better by the primary metric, all guardrails hold, and nothing speaks against
+    it. *No-go*, if it is worse at any episode, was aborted too often, violates a guardrail, or all that was planned is there
+    and excludes the smallest effect worth having. Else *not yet*.
 
     :param plan: The plan
     :param machine: The trial
     :param deterioration: What the episodes say about "worse: stop now", if it is known already
     :return: The decision
     """
-    evidence = Evidence(plan, machine.episodes)
-    deterioration = deterioration or evidence.deterioration()
+    evidence, upcoming = Evidence(plan, machine.episodes), machine.next()
     comparison = evidence.comparison(plan.primary.metric)
-    found = Decision(
-        decision="not yet",
-        reasons=[],
+    return Decision(
+        evidence=evidence,
         comparison=comparison,
-        confidence=1 - 2 * plan.error_rates.false_go,
         looks=margin_looks(comparison, 0.0, evidence.looks),
-        n_looks=len(looks_of(plan)),
         guardrails=[guardrail_result(evidence, guardrail) for guardrail in plan.guardrails],
-        quality=quality_checks(evidence),
-        deterioration_p=deterioration.p,
+        deterioration_p=(deterioration or evidence.deterioration()).p,
+        n_aborts=len(machine.aborts),
+        cut=upcoming.reason if isinstance(upcoming, Finished) and upcoming.is_cut else None,
     )
-    if against := _against(evidence, machine, found, deterioration):
-        return replace(found, decision="no-go", reasons=against)
-    missing = _missing(machine, found)
-    if found.is_superior and not missing:
-        return replace(found, decision="go", reasons=_for_go(plan, machine, found))
-    return replace(found, reasons=_not_yet(evidence, found, missing), more_episodes=_more_episodes(evidence, found))
-
-
-def _against(evidence: Evidence, machine: TrialMachine, found: Decision, deterioration: Deterioration) -> list[str]:
-    """What makes it a no-go."""
-    plan, reasons = evidence.plan, []
-    if deterioration.is_proved:
-        reasons.append(
-            f"The candidate is worse than the baseline: p = {deterioration.p:.2g}, and {plan.error_rates.false_stop:.2g} is enough "
-            "to stop at any episode."
-        )  # fmt: skip
-    if len(machine.aborts) > plan.abort.most:
-        reasons.append(f"{len(machine.aborts)} episodes of the candidate were aborted, at most {plan.abort.most} may be.")
-    reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in found.guardrails if each.is_violated]
-    if evidence.n_left == 0 and not found.is_superior and found.comparison is not None:
-        smallest = plan.primary.smallest_effect
-        if (p := found.comparison.p_value_below(smallest)) <= plan.error_rates.false_go:
-            reasons.append(
-                f"All {len(evidence.compared)} planned episodes are there, and the smallest effect worth having is excluded: "
-                f"{_effect(plan, found)}, {amount(smallest, _unit(plan))} would be needed (p = {p:.2g})."
-            )
-    return reasons
-
-
-def _missing(machine: TrialMachine, found: Decision) -> list[str]:
-    """What keeps a better candidate from a go."""
-    reasons = [f"Guardrail {each.guardrail.metric}: {each.text}" for each in found.guardrails if not each.holds]
-    reasons += [f"Quality, {check.name}: {check.text}" for check in found.quality if check.fired and check.blocks_go]
-    upcoming = machine.next()
-    if isinstance(upcoming, Finished) and upcoming.is_cut:
-        reasons.append(f"The trial was cut short. {upcoming.reason}")
-    return reasons
-
-
-def _unit(plan: TrialPlan) -> str:
-    return plan.metric(plan.primary.metric).unit
-
-
-def _effect(plan: TrialPlan, found: Decision) -> str:
-    """The effect with its interval, in words."""
-    effect, unit = found.effect, _unit(plan)
-    way = "better" if effect.value >= 0 else "worse"
-    interval = f" ({100 * found.confidence:g} % interval of the improvement {effect.low:.4g} to {effect.high:.4g})"
-    text = f"by {plan.primary.metric}, the candidate is {way} by {amount(abs(effect.value), unit)}"
-    return text + interval * effect.has_interval
-
-
-def _look(found: Decision) -> str:
-    last = found.looks[-1]
-    return f"p = {last.p:.2g} at look {len(found.looks)} of {found.n_looks}, where {last.level:.2g} was needed"
-
-
-def _for_go(plan: TrialPlan, machine: TrialMachine, found: Decision) -> list[str]:
-    effect = _effect(plan, found)
-    crossed = next(i for i, look in enumerate(found.looks) if look.is_crossed)
-    at = replace(found, looks=found.looks[: crossed + 1])
-    reasons = [f"{effect[0].upper()}{effect[1:]}; {_look(at)}."]
-    if found.effect.value < plan.primary.smallest_effect:
-        reasons.append(
-            "It is better, but perhaps by less than the smallest effect worth having, "
-            f"{amount(plan.primary.smallest_effect, _unit(plan))}."
-        )
-    reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in found.guardrails]
-    said = [f"{check.name}: {check.text}" for check in found.quality if check.fired]
-    n = len(machine.aborts)
-    aborts = f"{n} of its episodes {'was' if n == 1 else 'were'} aborted, and {plan.abort.most} may be" if n else "no abort"
-    reasons.append(f"Nothing speaks against it: no deterioration, {aborts}, checks of quality passed.")
-    return reasons + [f"To be known, {one}" for one in said]
-
-
-def _not_yet(evidence: Evidence, found: Decision, missing: list[str]) -> list[str]:
-    plan = evidence.plan
-    if found.comparison is None:
-        return ["No block of the comparison is complete yet.", *missing]
-    effect = _effect(plan, found)
-    state = "this is proved" if found.is_superior else "not proved yet"
-    look = f"; {_look(found)}" if found.looks else f"; the first of {found.n_looks} looks is still to come"
-    reasons = [f"{effect[0].upper()}{effect[1:]}: {state}{look}."]
-    if found.is_superior:
-        reasons += missing
-    else:
-        reasons += [reason for reason in missing if not reason.startswith("Guardrail")]
-    if evidence.n_left == 0:
-        reasons.append(
-            f"All {len(evidence.compared)} planned episodes are there, and leave it open. For more, amend the plan, and know "
-            "that going on because a result is open raises the chance of a false go."
-        )  # fmt: skip
-    return reasons
-
-
-def _more_episodes(evidence: Evidence, found: Decision) -> int:
-    """Those that are planned still; if none, those that it would take to see the smallest effect."""
-    if evidence.n_left or found.comparison is None:
-        return evidence.n_left
-    needed = episodes_needed(evidence.plan, found.comparison.spread, evidence.plan.primary.smallest_effect)
-    return max(evidence.plan.blocks.episodes, needed - len(evidence.compared))
 
 
 def episodes_needed(plan: TrialPlan, spread: float, effect: float) -> int:

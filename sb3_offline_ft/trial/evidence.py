@@ -1,9 +1,11 @@
 """What the episodes of a trial say so far: the comparison, its planned looks, guardrails, checks of quality."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 from scipy.stats import binomtest, fisher_exact, kendalltau, t
@@ -29,21 +31,32 @@ QUALITY_LEVEL = 0.01
 """Of each check of quality: probability that it fires if nothing is wrong."""
 
 
+@dataclass(frozen=True)
+class Design:
+    """
+    What a plan says about its comparison.
+
+    :param sizes: Episodes of each block, and how many of them are the candidate's
+    :param ends: Episodes of the comparison up to the end of each block
+    :param looks: When the evidence is looked at
+    """
+
+    sizes: list[tuple[int, int]]
+    ends: list[int]
+    looks: list[Look]
+
+
 @lru_cache(maxsize=16)
-def planned_sizes(plan: TrialPlan) -> list[tuple[int, int]]:
-    """Episodes of each block of the comparison, and how many of them are the candidate's."""
-    sizes: dict[int, tuple[int, int]] = {}
+def design_of(plan: TrialPlan) -> Design:
+    """The design of a plan's comparison."""
+    found: dict[int, tuple[int, int]] = {}
     for slot in (slot for i, stage in enumerate(plan.stages) if stage.compares for slot in schedule(plan, i)):
         if slot.block is not None:
-            episodes, candidates = sizes.get(slot.block, (0, 0))
-            sizes[slot.block] = (episodes + 1, candidates + (slot.arm == CANDIDATE))
-    return [sizes[block] for block in sorted(sizes)]
-
-
-@lru_cache(maxsize=16)
-def looks_of(plan: TrialPlan) -> list[Look]:
-    """All looks that the plan has."""
-    return planned_looks(planned_sizes(plan), plan.error_rates.false_go)
+            episodes, candidates = found.get(slot.block, (0, 0))
+            found[slot.block] = (episodes + 1, candidates + (slot.arm == CANDIDATE))
+    sizes = [found[block] for block in sorted(found)]
+    ends = list(accumulate(episodes for episodes, _ in sizes))
+    return Design(sizes, ends, planned_looks(sizes, plan.error_rates.false_go))
 
 
 @dataclass
@@ -57,35 +70,33 @@ class Evidence:
 
     plan: TrialPlan
     episodes: Sequence[EpisodeRecord]
+    design: Design = field(init=False)
     compared: list[EpisodeRecord] = field(init=False)
     """Those of the comparison, measured or not."""
     n_complete: int = field(init=False)
     """How many planned blocks are complete, from the first."""
 
     def __post_init__(self) -> None:
+        self.episodes = list(self.episodes)
+        self.design = design_of(self.plan)
         self.compared = [record for record in self.episodes if record.block is not None]
-        self.n_complete = int(np.searchsorted(self.ends, len(self.compared), side="right"))
-
-    @property
-    def ends(self) -> Array:
-        """Episodes of the comparison up to the end of each planned block."""
-        return np.cumsum([episodes for episodes, _ in planned_sizes(self.plan)])
+        self.n_complete = bisect_right(self.design.ends, len(self.compared))
 
     @property
     def looks(self) -> list[Look]:
         """Those that are due."""
-        return [look for look in looks_of(self.plan) if look.blocks <= self.n_complete]
+        return [look for look in self.design.looks if look.blocks <= self.n_complete]
 
     @property
     def is_at_look(self) -> bool:
         """Whether the last episode was the last one before a look."""
-        at = len(self.compared) in [self.ends[look.blocks - 1] for look in looks_of(self.plan)]
-        return at and bool(self.episodes) and self.episodes[-1] is self.compared[-1]
+        at = len(self.compared) in [self.design.ends[look.blocks - 1] for look in self.design.looks]
+        return at and self.episodes[-1] is self.compared[-1]
 
     @property
     def n_left(self) -> int:
         """Episodes of the comparison that are planned and not there yet."""
-        return max(0, int(self.ends[-1]) - len(self.compared))
+        return max(0, self.design.ends[-1] - len(self.compared))
 
     def value(self, record: EpisodeRecord, metric: str) -> float | None:
         """What counts for an episode, higher is better; an aborted one counts as the worst that can be. None if missing."""
@@ -102,7 +113,7 @@ class Evidence:
         """Of the episodes in complete blocks that have a value, None if there are none."""
         rows = [
             (value, record.arm == CANDIDATE, record.block)
-            for record in self.compared[: self.ends[self.n_complete - 1] if self.n_complete else 0]
+            for record in self.compared[: self.design.ends[self.n_complete - 1] if self.n_complete else 0]
             if (value := self.value(record, metric)) is not None
         ]
         return Rerandomisation(*map(np.array, zip(*rows, strict=True))) if rows else None
@@ -220,7 +231,7 @@ class Check:
     blocks_go: bool = True
 
 
-def quality_checks(evidence: Evidence) -> list[Check]:
+def quality_checks(evidence: Evidence, comparison: Rerandomisation | None) -> list[Check]:
     """Whether the episodes are what was planned, and whether time plays a part."""
     metric = evidence.plan.primary.metric
     arms = [record.arm == CANDIDATE for record in evidence.compared]
@@ -229,16 +240,16 @@ def quality_checks(evidence: Evidence) -> list[Check]:
     counts.append([sum(a is arm for a in arms) - n for arm, n in zip((True, False), counts[0], strict=True)])
     n, n_measured = len(arms), sum(counts[0])
     differs = bool(n_measured < n and fisher_exact(counts).pvalue < QUALITY_LEVEL)
-    share = f"{n_measured} of {n} episodes of the comparison are measured"
+    text = f"{n_measured} of {n} episodes of the comparison are measured, {counts[0][0]} of them the candidate's."
     checks = [
-        Check("missing data", f"{share}, {counts[0][0]} of them the candidate's.", n_measured < FEWEST_MEASURED * n or differs),
+        Check("missing data", text, n_measured < FEWEST_MEASURED * n or differs),
         _shares(evidence, counts[0]),
     ]
-    served = [(record.episode, value) for record in evidence.episodes if (value := _baseline_value(evidence, record)) is not None]
+    baseline = [record for record in evidence.episodes if record.arm == BASELINE and record.excluded is None]
+    served = [(record.episode, value) for record in baseline if (value := record.metrics.get(metric)) is not None]
     tau, p = _trend(served)
     text = f"Kendall's tau {tau:.2f}, p = {p:.2g}; blocks take care of it." if served else "no episode yet."
     checks.append(Check("drift of the baseline", text, p < QUALITY_LEVEL, blocks_go=False))
-    comparison = evidence.comparison(metric)
     tau, p = _trend([] if comparison is None else comparison.differences)
     text = f"Kendall's tau {tau:.2f}, p = {p:.2g} of the blocks' differences in time."
     checks.append(Check("fading of the difference", text, tau < 0 and p < QUALITY_LEVEL))
@@ -247,16 +258,12 @@ def quality_checks(evidence: Evidence) -> list[Check]:
 
 def _shares(evidence: Evidence, measured: list[int]) -> Check:
     """Whether the candidate had its share, as far as blocks are complete."""
-    sizes, n = planned_sizes(evidence.plan)[: evidence.n_complete], sum(measured)
+    sizes, n = evidence.design.sizes[: evidence.n_complete], sum(measured)
     if not sizes or not n:
         return Check("shares as planned", "no block is complete yet.", False)
     share = sum(candidates for _, candidates in sizes) / sum(episodes for episodes, _ in sizes)
     text = f"the candidate has {measured[0]} of {n} measured episodes, {100 * share:.0f} % were planned."
     return Check("shares as planned", text, bool(binomtest(measured[0], n, share).pvalue < QUALITY_LEVEL))
-
-
-def _baseline_value(evidence: Evidence, record: EpisodeRecord) -> float | None:
-    return record.metrics.get(evidence.plan.primary.metric) if record.arm == BASELINE and record.excluded is None else None
 
 
 def _trend(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
