@@ -124,7 +124,8 @@ class TestInterrupts:
         assert [record.excluded for record in trial.machine.episodes] == [None] * 5 + ["missing: interrupted"]
         again = runner.invoke(app, ["trial", "run", str(trial.folder), "--until", "pilot"])
         assert again.exit_code == 0, again.output
-        assert [record.is_missing for record in Trial.open(trial.folder).machine.episodes] == [False] * 5 + [True] + [False] * 5
+        records = Trial.open(trial.folder).machine.episodes
+        assert [record.is_missing for record in records] == [False] * 5 + [True] + [False] * 5
 
     def test_an_environment_that_fails_is_noted(self, tmp_path: Path) -> None:
         trial = tank_trial(tmp_path / "trial", env_kwargs={"breaks_at": 3})
@@ -164,18 +165,20 @@ def test_kill_9_at_50_random_moments_loses_at_most_the_episode_under_way(tmp_pat
     for kill in range(60):
         process = context.Process(target=run_it, args=(trial.folder,))
         process.start()
-        begun = time.monotonic()
-        while process.is_alive() and _size(journal) <= sum(map(len, lines)) and time.monotonic() < begun + 60:
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0.0, 0.15))
+        until, patience = len(lines) + chance.randint(1, 7), time.monotonic() + 60
+        while process.is_alive() and _lines(journal) < until and time.monotonic() < patience:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.05))
         seen = journal.read_bytes().splitlines(keepends=True)
-        # Ctrl-C at some moments too, which may be within a write
-        os.kill(process.pid, signal.SIGINT if kill % 6 == 5 else signal.SIGKILL)  # type: ignore[arg-type]
+        # Ctrl-C at some moments too: an event that was being written then is taken back, and none that was written
+        is_interrupt = kill % 6 == 5
+        os.kill(process.pid, signal.SIGINT if is_interrupt else signal.SIGKILL)  # type: ignore[arg-type]
         process.join(60)
         assert process.exitcode not in (0, None)
         lines = journal.read_bytes().splitlines(keepends=True)
         whole = [line for line in seen if line.endswith(b"\n")]
-        assert lines[: len(whole)] == whole, "what was in the journal before is there still"
+        kept_lines = whole[:-1] if is_interrupt else whole
+        assert lines[: len(kept_lines)] == kept_lines, "what was in the journal before is there still"
         Trial.open(trial.folder)
         process.close()
     assert len(lines) > 3 * 60, "it went on every time"
@@ -193,5 +196,5 @@ def test_kill_9_at_50_random_moments_loses_at_most_the_episode_under_way(tmp_pat
         assert dict(record.metrics) == measured_again(trial, record), "and it is what the episode was"
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
