@@ -123,12 +123,12 @@ def test_the_return_of_a_random_policy_is_measured() -> None:
 def test_what_is_measured_beside_the_return() -> None:
     env_id = f"{MADE}:RobustPendulum-v0"
     metrics = [InfoMetric.parse(f"{each}=info.energy:{each}") for each in ("sum", "mean", "min", "max", "last")]
-    result = swing_up(env=env_id, metrics=[*metrics, InfoMetric("all", "energy")])
+    metrics = [*metrics, InfoMetric("all", "energy")]
+    result = run_robustness({"candidate": "random"}, env_id, {"mass": [1.5]}, metrics=metrics, n_seeds=2)
     assert result.metrics == ("return", "sum", "mean", "min", "max", "last", "all")
     for values in result.responses[0].values["candidate"]:
         for total, mean, low, high, last, again in zip(*(values[name] for name in result.metrics[1:]), strict=True):
-            assert total == again == pytest.approx(50 * mean) and 0 <= low <= last <= high <= 2 and low <= mean <= high
-        assert min(values["min"]) < min(values["mean"]) and len({*values["min"], *values["last"], *values["max"]}) > 2
+            assert total == again == pytest.approx(50 * mean) and 0 <= low < mean < high <= 2 and low < last < high
     console = Console(file=StringIO(), width=200)
     print_tables(result, console)
     assert "Mean of energy" not in console.file.getvalue() and "Mean of sum" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -221,7 +221,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["zero", "--env", ENV, "--perturb", "friction"], "Pendulum-v1 has no friction that could be changed: it has mass,"),
         (
             ["zero", "--env", ENV, "--perturb", "mass=heavy"],
-            "Levels of mass must be numbers with commas between, found 'heavy'",
+            "Levels of mass must be numbers with commas between",
         ),
         (["zero", "--env", ENV, "--perturb", "mass=1", "--perturb", "mass=2"], "'mass' is named twice"),
         (["zero", "--env", ENV, "--perturb", "delay=0.5"], "A level of delay must be a whole number from 0 to inf"),
