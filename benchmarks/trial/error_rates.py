@@ -183,8 +183,8 @@ def report(results: dict[str, Cell]) -> str:
         f"The plan: {n} episodes in {len(sizes.sizes)} blocks and {looks} looks; stages {stages}; smallest effect worth "
         f"having {EFFECT:g}. Planned are a false go of at most {100 * rates.false_go:g} %, a false stop of at most "
         f"{100 * rates.false_stop:g} %, and {100 * (1 - rates.missed):g} % for a candidate that has the effect, if returns "
-        f"are normal. Each number is of {N_TRIALS:,} simulated trials, with the exact 95 % interval (Clopper-Pearson). They run "
-        "the state machine and the decision that real trials run.",
+        f"are normal. Each number is of {N_TRIALS:,} simulated trials, with the exact 95 % interval (Clopper-Pearson). They "
+        "run the state machine and the decision that real trials run.",
         "",
         "## False go and false stop",
         "",
