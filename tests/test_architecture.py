@@ -24,7 +24,7 @@ FLOORS = [
     {"controllers", "pretrained", "testing"},
     {"evaluation"},
     {"tuning"},
-    {"zoo", "study"},
+    {"zoo", "study", "trial"},
     {"doctor"},
     {"cli"},
     {"__main__"},

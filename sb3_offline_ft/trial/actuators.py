@@ -79,7 +79,8 @@ class Actuators:
 
     def _as_choice(self, action: Any) -> Any:
         array = np.asarray(action)
-        return int(array) if isinstance(self.space, spaces.Discrete) and array.shape in ((), (1,)) else array
+        is_one = isinstance(self.space, spaces.Discrete) and array.size == 1 and array.dtype.kind in "iu"
+        return int(array.item()) if is_one else array
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,6 +56,46 @@ def trial_init(
             "columns": None if columns is None else str(columns),
         }  # fmt: skip
         typer.echo(next_steps(init_trial(folder, sections, episodes)))
+
+
+@trial.command("run")
+def trial_run(
+    folder: Folder,
+    until: Annotated[str | None, typer.Option(help="Name of the last stage to run; all by default.")] = None,
+    drill: Annotated[
+        bool, typer.Option("--drill", help="A rollback drill instead: an episode in which the baseline has to take over.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Torch device of the policies.")] = "cpu",
+) -> None:
+    """Run the episodes in the environment, from where the trial is; report.html is rewritten after each."""
+    with reporting("trial run", "interrupted; all but the episode under way is kept, and the same command goes on"):
+        from sb3_offline_ft.trial.machine import Finished
+        from sb3_offline_ft.trial.running import run_trial
+        from sb3_offline_ft.trial.trial import Trial
+
+        opened = Trial.open(folder)
+        ended = run_trial(opened, until=until, drill=drill, device=device)
+        if drill and not isinstance(ended, Finished):
+            typer.echo(_drilled(opened.machine.drills[-1]))
+            return
+        n = len(opened.machine.episodes)
+        typer.echo(f"{n} episodes so far. {ended.reason if isinstance(ended, Finished) else f'The stage {until!r} is done.'}")
+        typer.echo(_decided(opened.decide()))
+
+
+@trial.command("report")
+def trial_report(
+    folder: Folder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; report.html in the folder by default.")
+    ] = None,
+) -> None:
+    """Write one HTML page with all that is known, to be read, printed and signed."""
+    with reporting("trial report"):
+        from sb3_offline_ft.trial.report import write_report
+        from sb3_offline_ft.trial.trial import Trial
+
+        typer.echo(str(write_report(Trial.open(folder), output)))
 
 
 @trial.command("next")
@@ -165,6 +206,13 @@ def trial_tick(
 
         Trial.open(folder).tick(item, by)
         typer.echo(f"Ticked: {item}, by {by}")
+
+
+def _drilled(drill: Mapping[str, Any]) -> str:
+    if not drill["baseline_took_over"]:
+        return f"Episode {drill['episode']}: the baseline did NOT take over in step {drill['step']}."
+    milliseconds = 1000 * drill["seconds_to_baseline"]
+    return f"Episode {drill['episode']}: the baseline took over in step {drill['step']}, after {milliseconds:.3g} ms."
 
 
 def _values(texts: list[str]) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from sb3_offline_ft.trial.plan import Metric, TrialPlan
 
 COLOURS = {BLUE: "var(--accent)"}
 """What the page calls the candidate's colour."""
-WIDTH, WIDE = 4.6, 8.4
+WIDTH, WIDE = 4.6, 10.5
 
 LOOKS: dict[Arm, dict[str, Any]] = {
     BASELINE: {"marker": "o", "color": INK, "markerfacecolor": "none", "markeredgewidth": 1.2},
@@ -54,7 +54,7 @@ def draw_episodes(plan: TrialPlan, machine: TrialMachine, metrics: Sequence[Metr
         "Each dot is an episode: circles the baseline, diamonds the candidate, crosses an abort. Shaded and white: the blocks "
         "within which both acted in random order; short lines: their means in each. Dotted lines part the stages."
     )
-    size = (WIDE, 1.1 + 2.0 * len(metrics))
+    size = (WIDE, 1.1 + 2.3 * len(metrics))
     return Drawing("episodes", "Every episode", caption, f"{listed(words, ';')}.", paint, size)
 
 
@@ -236,7 +236,7 @@ def draw_risk(spent: Sequence[tuple[int, float]], allowance: float, n_planned: i
 
     words = f"Lost {number(spent[-1][1])} of {number(allowance)} total losses; at most {number(max(one for _, one in spent))}"
     caption = (
-        "What the candidate's episodes returned less than the baseline is expected to. 1 is a total loss: an episode as bad as "
-        "a random policy's. Below 0 the candidate has gained."
+        "What the candidate's episodes returned less than the baseline is expected to. 1 is a total loss: an episode as bad "
+        "as a random policy's. Below 0 the candidate has gained."
     )
     return Drawing("risk", "Risk spent", caption, f"{words}.", paint, (WIDTH, 2.5))

@@ -76,12 +76,11 @@ class Journal:
     def refresh(self) -> None:
         """Read what is new in the file; ``ValueError`` as for the constructor."""
         content = self.path.read_bytes() if self.path.is_file() else b""
+        *lines, _ = content.split(b"\n")
         self.events, self._end = [], 0
-        for line in content.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            self.events.append(self._read(line[:-1]))
-            self._end += len(line)
+        for line in lines:
+            self.events.append(self._read(line))
+            self._end += len(line) + 1
 
     def append(self, event: str, **fields: Any) -> Event:
         """
@@ -110,7 +109,8 @@ class Journal:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:
+            except BaseException:
+                # A full disk, or Ctrl-C
                 file.truncate(self._end)
                 raise
 

@@ -165,7 +165,7 @@ class TrialMachine:
     risk: TrialBudget | None = None
     """The account of what the candidate's episodes have lost; None until one began, and if the plan has no ``risk``."""
     _place: _Place = field(default_factory=_Place)
-    _schedules: dict[int, list[Slot]] = field(default_factory=dict)
+    _schedules: dict[int, list[Slot]] = field(default_factory=dict, compare=False, repr=False)
 
     def apply(self, event: Mapping[str, Any]) -> None:
         """

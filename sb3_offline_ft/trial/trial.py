@@ -258,6 +258,30 @@ class Trial:
         self.refresh()
         return decide(self.machine.plan, self.machine)
 
+    def run(self, progress_bar: bool = True, **options: Any) -> Finished | None:
+        """
+        Run the episodes in the plan's environment, from where the trial is.
+
+        :param progress_bar: Whether to show the progress
+        :param options: Passed to :func:`~sb3_offline_ft.trial.run_trial`
+        :return: Why there is no next episode; None if there is one, after a drill or a stage
+        """
+        from sb3_offline_ft.trial.running import run_trial
+
+        return run_trial(self, progress_bar=progress_bar, **options)
+
+    def report(self, output: str | Path | None = None) -> Path:
+        """
+        Write the page of the trial.
+
+        :param output: The file, ``report.html`` in the folder by default
+        :return: The file
+        :raises OSError: It cannot be written
+        """
+        from sb3_offline_ft.trial.report import write_report
+
+        return write_report(self, output)
+
     def amend(self, reason: str) -> list[str]:
         """
         Let the plan of the file be in force from now on, after the first episode. That is marked as such wherever the trial is
