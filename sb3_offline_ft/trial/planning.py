@@ -1,5 +1,6 @@
 """Before anything runs: is a trial worth it, how long does it take, at what risk and cost?"""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm
 
+from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.json_form import json_form
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.trial.advice import Advice, recipe_for
@@ -22,7 +24,9 @@ from sb3_offline_ft.trial.simulation import Draw, Episodes, Outcomes, simulate
 
 if TYPE_CHECKING:
     from sb3_offline_ft.evaluation.off_policy import DataVerdict
+    from sb3_offline_ft.trial.trial import Trial
 
+PLAN_RESULT_FILE = "plan.json"
 FEWEST_VALUES = 5
 """Episodes of the baseline from which its spread is taken."""
 N_EPISODES = 20
@@ -114,6 +118,42 @@ class PlanResult:
         return form
 
 
+def plan_of(
+    trial: "Trial", *, ask_data: bool = True, n_trials: int = N_TRIALS, on_progress: Callable[[str], None] = lambda doing: None
+) -> PlanResult:
+    """
+    Say what to expect of a trial (:func:`plan_trial`), and keep it in its folder as ``plan.json``.
+
+    :param trial: The trial
+    :param ask_data: Whether to ask the plan's dataset what candidate and baseline return, which takes minutes
+    :param n_trials: Simulated trials for each chance
+    :param on_progress: Is told what is being done
+    :return: What to expect
+    :raises ValueError: Nothing is known of the primary metric, or something does not fit
+    :raises OSError: A policy or the data cannot be read
+    """
+    plan = trial.plan_in_force
+    on_progress("what is known of the baseline")
+    values = baseline_values(plan, trial.machine)
+    verdict = None
+    if ask_data and plan.data is not None and plan.env is not None:
+        on_progress("what the data say of both policies")
+        verdict = _asked_data(plan)
+    result = plan_trial(plan, values, verdict=verdict, n_trials=n_trials, on_progress=on_progress)
+    with atomic_write(trial.folder / PLAN_RESULT_FILE) as file:
+        file.write((json.dumps(result.as_mapping(), indent=1) + "\n").encode())
+    return result
+
+
+def _asked_data(plan: TrialPlan) -> "DataVerdict":
+    from sb3_offline_ft.controllers import load_controller
+    from sb3_offline_ft.evaluation.off_policy import data_suffices
+
+    assert plan.data is not None
+    candidate, baseline = (load_controller(spec, plan.env) for spec in (plan.candidate, plan.baseline))
+    return data_suffices(candidate, baseline, plan.data)
+
+
 def baseline_values(plan: TrialPlan, machine: TrialMachine | None = None, n_episodes: int = N_EPISODES) -> BaselineValues:
     """
     What is known of the baseline: its recorded episodes if there are enough; else some that it runs now, if there is an
@@ -146,11 +186,10 @@ def baseline_values(plan: TrialPlan, machine: TrialMachine | None = None, n_epis
 
 
 def dataset_returns(spec: str) -> Array:
-    """Returns of the complete episodes of a dataset."""
+    """Returns of the episodes of a dataset."""
     from sb3_offline_ft.datasets.sources import load_dataset
 
-    returns = load_dataset(spec).episode_returns
-    return np.asarray(returns[np.isfinite(returns)], dtype=np.float64)
+    return np.asarray(load_dataset(spec).episode_returns, dtype=np.float64)
 
 
 def _complete(metrics: list[Mapping[str, float | None]], plan: TrialPlan) -> dict[str, Array]:
