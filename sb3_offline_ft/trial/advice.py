@@ -15,13 +15,13 @@ LEVEL = 0.05
 
 SOURCE = (
     "This rule is that of The Three Regimes of Offline-to-Online RL (arXiv 2510.01460): it was right in 45 of the 63 cases "
-    "that were tried there, and the opposite was right in 3. Ours are fewer: see findings.md."
+    "that were tried there, and the opposite was right in 3. Our own runs are few: see docs/findings.md."
 )
 RECIPES = {
     "superior": (
         "The policy is better than the data, so the policy is what to keep: warm up with it before the first update, and keep "
         "what is learned near to it, as TD3C does, or TD3BC with its behavior cloning kept on. In our runs on Hopper, plain "
-        "TD3 lost more than half of what the policy was worth in each of nine; TD3C kept eight of nine."
+        "TD3 fell by more than half of the way to a random policy in each of nine; TD3C kept eight of nine."
     ),
     "inferior": (
         "The data are better than the policy, so the data are what to keep: let half of each batch be offline data, and do "

@@ -36,12 +36,10 @@ def plan_rows(result: PlanResult) -> Iterator[tuple[str, str]]:
     plan = result.plan
     metric, effect = plan.metric(plan.primary.metric), amount(plan.primary.smallest_effect, "")
     shown = amount(plan.primary.smallest_effect, metric.unit)
-    yield "Question", f"Is {plan.candidate} better than {plan.baseline} by {metric.name}, and is that worth {shown}?"
-    yield (
-        "Baseline",
-        f"mean {amount(result.baseline.value, metric.unit)}, spread {amount(result.spread, metric.unit)} from episode to episode; "
-        f"by {result.source}.",
-    )
+    question = f"Is {plan.candidate} better than {plan.baseline} by {metric.name}?"
+    yield "Question", f"{question} The smallest effect worth having is {shown}."
+    spread = f"{amount(result.spread, metric.unit)} from episode to episode"
+    yield "Baseline", f"mean {amount(result.baseline.value, metric.unit)}, spread {spread}; by {result.source}."
     yield "Is it long enough?", _length(result, shown)
     yield f"Better by {effect}", _chances(result.better)
     yield "As good", f"{_chances(result.equal)} A go is false here: {100 * plan.error_rates.false_go:g} % are planned."
@@ -68,18 +66,17 @@ def _percent(count: int, outcomes: Outcomes) -> str:
 
 
 def _chances(outcomes: Outcomes) -> str:
-    open_ones = outcomes.trials - outcomes.go - outcomes.no_go
-    return (
-        f"go {_percent(outcomes.go, outcomes)}, no-go {_percent(outcomes.no_go, outcomes)}, not yet "
-        f"{_percent(open_ones, outcomes)}, after {outcomes.episodes:.0f} episodes on average ({outcomes.trials} simulated trials)."
-    )
+    not_yet = outcomes.trials - outcomes.go - outcomes.no_go
+    shares = zip(("go", "no-go", "not yet"), (outcomes.go, outcomes.no_go, not_yet), strict=True)
+    words = ", ".join(f"{name} {_percent(count, outcomes)}" for name, count in shares)
+    return f"{words}, after {outcomes.episodes:.0f} episodes on average ({outcomes.trials} simulated trials)."
 
 
 def _length(result: PlanResult, shown: str) -> str:
     plan, wanted = result.plan, f"{100 * (1 - result.plan.error_rates.missed):g} %"
     facts = (
-        f"{plan.compared_episodes} episodes are compared; with equal shares about {result.needed} would show {shown} with a chance "
-        f"of {wanted}."
+        f"{plan.compared_episodes} episodes are compared; with equal shares about {result.needed} would show {shown} with a "
+        f"chance of {wanted}."
     )
     if result.reaches_power:
         return f"Yes. {facts}"
