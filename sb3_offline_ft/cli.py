@@ -68,6 +68,51 @@ def summary(
         show_run(run, figure, trust_pickle=trust_pickle)
 
 
+@app.command()
+def robustness(
+    policy: Annotated[
+        str, typer.Argument(help="The candidate: a .zip, a run's folder of rl-zoo3, a .onnx file or module:function.")
+    ],
+    env: Annotated[str, typer.Option(help="Gymnasium id of the environment; module:id imports the module first.")],
+    baseline: Annotated[str | None, typer.Option(help="A policy to set beside it, such as the one that runs today.")] = None,
+    perturb: Annotated[
+        list[str] | None,
+        typer.Option(help="What to change, with levels if you like: mass=0.8,1.2. May be repeated; all there is if omitted."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="What to measure beside the return: energy=info.energy:sum. May be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Episodes at each level.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed: the same one gives the same numbers.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
+    random_return: Annotated[float | None, typer.Option(help="Mean return of a random policy; measured if omitted.")] = None,
+    device: Annotated[str, typer.Option(help="Torch device of the policies.")] = "cpu",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder that gets robustness.json, .png and .svg.")] = Path(),
+) -> None:
+    """Try a policy in an environment that is changed: other masses, delays, noise and more."""
+    with reporting("robustness"):
+        from rich.console import Console
+
+        from sb3_offline_ft.evaluation.robustness import InfoMetric, print_tables, run_robustness, write_files
+        from sb3_offline_ft.evaluation.robustness.running import parse_grid
+
+        result = run_robustness(
+            {"candidate": policy} | ({} if baseline is None else {"baseline": baseline}),
+            env,
+            parse_grid(perturb) if perturb else None,
+            metrics=[InfoMetric.parse(text) for text in metric or []],
+            n_seeds=seeds,
+            seed=seed,
+            n_jobs=jobs,
+            random_return=random_return,
+            device=device,
+            console=Console(stderr=True),
+        )
+        print_tables(result, Console())
+        for path in write_files(result, output):
+            typer.echo(f"Written: {path}")
+
+
 @guard.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its collapse_events.jsonl.")],

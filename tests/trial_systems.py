@@ -1,5 +1,8 @@
 """A small system for trials, and policies for it."""
 
+import os
+import signal
+import time
 from typing import Any
 
 import gymnasium as gym
@@ -18,13 +21,19 @@ class Tank(gym.Env[np.ndarray, np.ndarray]):
     :param forgets: Key of the info that is left out, ...
     :param after: ... from this step on
     :param breaks_at: Step in which the environment raises an error
+    :param pause: Seconds that a step takes
+    :param interrupted_at: Number of the step of all episodes in which somebody presses Ctrl-C
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
-    def __init__(self, steps: int = 20, forgets: str | None = None, after: int = 0, breaks_at: int | None = None) -> None:
+    def __init__(
+        self, steps: int = 20, forgets: str | None = None, after: int = 0, breaks_at: int | None = None, pause: float = 0.0,
+        interrupted_at: int | None = None,
+    ) -> None:  # fmt: skip
         self.steps, self.forgets, self.after, self.breaks_at = steps, forgets, after, breaks_at
+        self.pause, self.interrupted_at, self.all_steps = pause, interrupted_at, 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
@@ -34,6 +43,10 @@ class Tank(gym.Env[np.ndarray, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if self.step_number == self.breaks_at:
             raise RuntimeError("the pump is gone")
+        self.all_steps += 1
+        if self.all_steps == self.interrupted_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(self.pause)
         inflow = float(action[0])
         self.level += 0.3 * inflow + float(self.np_random.normal(0, 0.02))
         self.step_number += 1

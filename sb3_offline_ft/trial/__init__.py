@@ -9,9 +9,22 @@ if TYPE_CHECKING:
     from sb3_offline_ft.trial.machine import EpisodeRecord, Finished, TrialMachine
     from sb3_offline_ft.trial.plan import TrialPlan
     from sb3_offline_ft.trial.reading import read_plan
+    from sb3_offline_ft.trial.report import write_report
+    from sb3_offline_ft.trial.running import run_trial
     from sb3_offline_ft.trial.trial import Recorded, Trial
 
-__all__ = ["Assignment", "EpisodeRecord", "Finished", "Recorded", "Trial", "TrialMachine", "TrialPlan", "read_plan"]
+__all__ = [
+    "Assignment",
+    "EpisodeRecord",
+    "Finished",
+    "Recorded",
+    "Trial",
+    "TrialMachine",
+    "TrialPlan",
+    "read_plan",
+    "run_trial",
+    "write_report",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -20,6 +33,8 @@ __getattr__, __dir__ = lazy_names(
         "machine": ("EpisodeRecord", "Finished", "TrialMachine"),
         "plan": ("TrialPlan",),
         "reading": ("read_plan",),
+        "report": ("write_report",),
+        "running": ("run_trial",),
         "trial": ("Recorded", "Trial"),
     },
 )

@@ -80,7 +80,7 @@ def run_trial(
 
 def _run_stages(trial: Trial, runner: EpisodeRunner, until: str | None, console: Console) -> Finished | None:
     total = sum(stage.episodes for stage in trial.plan_in_force.stages)
-    written = 0.0
+    written = time.monotonic()
     with bar(console, TextColumn("{task.fields[said]}")) as progress:
         task = progress.add_task("", total=total, completed=len(trial.machine.episodes), said="")
         while not isinstance(upcoming := trial.next(), Finished):

@@ -140,7 +140,6 @@ class Trial:
         """
         with self.locked():
             if self._start is None:
-                self._replay()
                 plan = self.machine.plan
                 update_checklist(self.folder, plan)
                 known = {arm: _hash_of_file(getattr(plan, arm)) for arm in ("baseline", "candidate")} | dict(files or {})
@@ -344,7 +343,8 @@ class Trial:
         self._seen = self.journal.last_hash
 
     def _catch_up(self) -> None:
-        if self.journal.last_hash != self._seen:
+        """Take in what others have written; before the first episode, the file of the plan may have been edited, too."""
+        if self._start is None or self.journal.last_hash != self._seen:
             self._replay()
 
     def _note_changed_plan(self) -> None:
