@@ -202,8 +202,9 @@ def dataset_convert(
     with reporting("dataset convert"):
         from rich.console import Console
 
+        from sb3_offline_ft.common.functions import load_function
         from sb3_offline_ft.datasets.files.column_map import ColumnMap
-        from sb3_offline_ft.datasets.tools.convert import convert_logs, load_function
+        from sb3_offline_ft.datasets.tools.convert import convert_logs
 
         given = {
             "observations": observations, "next_observations": next_observations, "actions": actions, "reward": reward,
@@ -221,7 +222,7 @@ def dataset_convert(
             action_high=_numbers(action_high, "--action-high"),
             join_files=join_files,
             clip_actions=clip_actions,
-            reward_function=None if reward_function is None else load_function(reward_function),
+            reward_function=None if reward_function is None else load_function(reward_function, "reward function"),
             random_score=random_score,
             expert_score=expert_score,
             facts={"algorithm_name": algorithm_name, "author": author, "description": description},
