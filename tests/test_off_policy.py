@@ -1,5 +1,6 @@
 """What logged data alone says of a policy: fitted Q evaluation, its intervals, coverage, and the verdict for a trial."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,13 @@ def test_one_episode_has_no_interval() -> None:
 def test_what_still_moves_has_not_settled(curve: np.ndarray) -> None:
     def found(clipped: float) -> OffPolicyEstimate:
         return OffPolicyEstimate(
-            Estimate(curve[-1], curve[-1] - 5, curve[-1] + 5, 9, ""), 0.9, curve[-1:], np.arange(41), curve[:, None], 0.0, clipped
+            Estimate(curve[-1], curve[-1] - 5, curve[-1] + 5, 9, ""),
+            0.9,
+            curve[-1:],
+            np.arange(41),
+            curve[:, None],
+            0.0,
+            clipped,
         )
 
     assert found(0.0).is_settled == (curve[-1] == 0)
@@ -168,15 +175,15 @@ def discounted_returns(policy: Any, gamma: float, n_episodes: int = 10, n_steps:
 
 
 def test_poor_medium_and_good_policies_are_told_apart_on_pendulum() -> None:
-    policies = [Swing(gain) for gain in (-1.0, 0.3, 1.0)]
+    policies = [Swing(gain) for gain in (-1.0, 0.2, 1.0)]
     truth = [discounted_returns(policy, 0.97).mean() for policy in policies]
     assert truth[0] + 20 < truth[1] < truth[2] - 20, truth
     found = [
-        fitted_q_evaluation(policy, "bundled:pendulum-medium", gamma=0.97, gradient_steps=900, n_bootstraps=5, net_arch=(64, 64))
+        fitted_q_evaluation(policy, "bundled:pendulum-medium", gamma=0.97, gradient_steps=900, net_arch=(64, 64))
         for policy in policies
     ]
     # Pairs by seed; two tests, each wrong with a probability of at most 0.01 where there is no difference in such estimates
-    for worse, better in zip(found[:-1], found[1:], strict=True):
+    for worse, better in itertools.pairwise(found):
         test = stats.ttest_rel(better.replicates, worse.replicates, alternative="greater")
         assert test.pvalue < 0.01, [one.replicates for one in found]
 
@@ -212,17 +219,18 @@ def test_algorithms_and_controllers_are_asked_alike() -> None:
 
 def test_dict_observations_and_images_have_critics_too() -> None:
     rng, n = np.random.default_rng(0), 24
-    pictures, numbers = rng.integers(0, 255, (n, 36, 36, 1), dtype=np.uint8), rng.normal(size=(n, 2))
+    pictures, numbers = rng.integers(0, 255, (n, 1, 36, 36), dtype=np.uint8), rng.normal(size=(n, 2))
     observations = {"camera": pictures, "joints": numbers}
     space = spaces.Dict(
-        {"camera": spaces.Box(0, 255, (36, 36, 1), np.uint8), "joints": spaces.Box(-np.inf, np.inf, (2,), np.float32)}
+        {"camera": spaces.Box(0, 255, (1, 36, 36), np.uint8), "joints": spaces.Box(-np.inf, np.inf, (2,), np.float32)}
     )
     data = OfflineDataset.from_columns(
         observations, rng.uniform(-1, 1, (n, 1)), np.ones(n), observations, np.zeros(n), episode_starts=[0, 8, 16],
         observation_space=space, action_space=ACTIONS,
     )  # fmt: skip
     found = fitted_q_evaluation(RIGHT, data, gamma=0.5, gradient_steps=3, n_bootstraps=2, batch_size=8, net_arch=(8,))
-    assert np.isfinite(found.replicates).all() and coverage(RIGHT, data).distances.shape == (8,) or 16
+    assert np.isfinite(found.replicates).all()
+    assert len(coverage(RIGHT, data).distances) == 16
 
 
 # Coverage
@@ -248,7 +256,7 @@ def test_a_policy_like_the_datas_is_covered_and_its_opposite_is_not() -> None:
     # Actions differ by the whole of an observation that is uniform from -1 to 1
     assert left.action_distance == pytest.approx(1 / np.sqrt(3), rel=0.1)
     assert np.mean(covered.own_distances > covered.limit) == pytest.approx(0.05, abs=0.01)
-    assert "5 % of" not in left.text and f"{100 * left.outside:.0f} % of its actions" in left.text
+    assert f"{100 * left.outside:.0f} % of its actions" in left.text
 
 
 def test_states_that_a_policy_visits_count_where_they_are_known() -> None:

@@ -63,9 +63,9 @@ TASKS = {
         (0.25, 0.5, 0.75, 1.0), n_episodes=200, n_steps=400, time_limit=200,
     ),
     "hopper": Task(
-        "Hopper-v5", "bundled:hopper-medium", 0.99, (128, 128), 1e-3, 3_000,
+        "Hopper-v5", "bundled:hopper-medium", 0.99, (64, 64), 1e-3, 2_500,
         {"seed 0": (0, 250, 500, 1000, 2000, 4000, 8000), "best episodes": (1000, 4000)},
-        (0.1, 0.3, 1.0), n_episodes=50, n_steps=1000, time_limit=1000, best="?min_return=2500",
+        (0.1, 0.3, 1.0), n_episodes=30, n_steps=1000, time_limit=1000, best="?min_return=2500",
     ),
 }  # fmt: skip
 
@@ -220,7 +220,8 @@ def table(name: str, result: Cell) -> list[str]:
         f"{result['settings']['data']}, discount factor {result['settings']['gamma']}; the logged episodes are worth "
         f"{result['data_value']:.0f}. {len(cells)} policies, in the order of their true values.",
         "",
-        "| policy | true return | true value | estimate | 95 % interval | covers | own critics | actions outside | states outside |",
+        "| policy | true return | true value | estimate | 95 % interval | covers | own critics | actions outside | states "
+        "outside |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
@@ -288,10 +289,10 @@ def report() -> None:
     lines = [
         "# How well fitted Q evaluation tells what policies return",
         "",
-        "Made by `python benchmarks/off_policy/accuracy.py`. Values are discounted returns of the task without its time limit, returns",
-        "are sums of rewards of an episode. Errors are in units of the value. Intervals of rank correlations are by a bootstrap over",
-        "policies, those of shares are exact. *Outside* is the share beyond 95 % of the data's own distances; a policy *leaves the data*",
-        "if more than half of its actions or of its states are outside.",
+        "Made by `python benchmarks/off_policy/accuracy.py`. Values are discounted returns of the task without a time limit,",
+        "returns are sums of rewards of an episode. Errors are in units of the value. Intervals of rank correlations are by",
+        "a bootstrap over policies, those of shares are exact. *Outside* is the share beyond 95 % of the data's own",
+        "distances; a policy *leaves the data* if more than half of its actions or of its states are outside.",
         "",
     ]
     for name, result in read_results().items():

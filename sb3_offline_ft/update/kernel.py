@@ -148,8 +148,8 @@ class UpdateKernel(ABC):
         """
         One step of the critics' optimizer on the sum over critics of the mean squared error.
 
-        :param targets: What the values of the batch should be, shape ``(batch, 1)``, or ``(batch, n_critics)`` for critics that
-            learn different things
+        :param targets: What the values of the batch should be, shape ``(batch, 1)``, or ``(batch, n_critics)`` for critics
+            that learn different things
         :param weights: Weights of the squared errors in each critic's mean, shape ``(batch, n_critics)``; None for 1
         :return: The loss before the step, a scalar
         """

@@ -34,8 +34,8 @@ class PolicyCoverage:
     :param own_distances: Of the same states with the logged actions, shape ``(n,)``
     :param action_distance: Root mean square difference of the policy's actions to the logged ones at the same states, in half
         ranges
-    :param states_outside: Share of the states that the policy visited, if they were given, which are farther from logged states
-        than 95 % of logged ones are
+    :param states_outside: Share of the states that the policy visited, if they were given, which are farther from logged
+        states than 95 % of logged ones are
     """
 
     distances: Array
@@ -65,8 +65,8 @@ class PolicyCoverage:
         if self.states_outside is not None:
             states = f", and {100 * self.states_outside:.0f} % of the states that it visits"
         return (
-            f"{100 * self.outside:.0f} % of its actions at logged states{states} are farther from the data than 95 % of the data "
-            f"itself; it differs from the logged actions by {self.action_distance:.2f} of half their range."
+            f"{100 * self.outside:.0f} % of its actions at logged states{states} are farther from the data than 95 % of the "
+            f"data itself; it differs from the logged actions by {self.action_distance:.2f} of half their range."
         )
 
 
@@ -132,7 +132,7 @@ def _flat(observations: Observations) -> npt.NDArray[Any]:
 
 def _per_dimension(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """So that Euclidean distances are root mean squares, and a few actions count as much as many states."""
-    return rows / np.sqrt(max(1, rows.shape[1]))
+    return np.asarray(rows / np.sqrt(max(1, rows.shape[1])))
 
 
 class _Scale:

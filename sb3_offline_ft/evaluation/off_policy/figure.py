@@ -34,8 +34,8 @@ def _draw_training(found: OffPolicyEstimate, axes: Axes) -> None:
     one = found.estimate
     if one.has_interval:
         axes.errorbar(
-            found.steps[-1], one.value, yerr=[[one.value - one.low], [one.high - one.value]], color=BLUE, capsize=4, linewidth=2,
-            label="interval", gid="interval",
+            found.steps[-1], one.value, yerr=[[one.value - one.low], [one.high - one.value]], color=BLUE, capsize=4,
+            linewidth=2, label="interval", gid="interval",
         )  # fmt: skip
     axes.set(xlabel="gradient steps", ylabel=f"return, discounted by {found.gamma:g}")
     axes.set_title("settled" if found.is_settled else "not settled: do not rely on it", loc="left", fontsize=10)

@@ -1,6 +1,7 @@
 """Fitted Q evaluation: critics of a policy that does not change, learned from logged data."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import number, whole_number
-from sb3_offline_ft.common.observations import map_observations, take_rows
+from sb3_offline_ft.common.observations import Observations, map_observations, take_rows
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.datasets import DatasetSpec
 from sb3_offline_ft.evaluation.off_policy.logged import LoggedData, Policy, PolicyActions
@@ -32,15 +33,16 @@ class OffPolicyEstimate:
     """
     What a policy returns, as far as logged data says.
 
-    :param estimate: The discounted return from the logged initial states with its interval; see :func:`fitted_q_evaluation` for
-        what the interval covers
+    :param estimate: The discounted return from the logged initial states with its interval; see :func:`fitted_q_evaluation`
+        for what the interval covers
     :param gamma: The discount factor
     :param replicates: What each replicate of the bootstrap estimates, shape ``(n_bootstraps,)``
     :param steps: Gradient steps at which the estimate was looked at, shape ``(points,)``
     :param curve: What each replicate estimated there, shape ``(points, n_bootstraps)``
     :param data_value: Mean discounted sum of the rewards of the logged episodes themselves, nothing added where they were cut
-    :param clipped: Share of the targets in the last part of the training that were far beyond what any policy could return with
-        the rewards in the data, by more than a standard deviation of the logged values: more than a few mean that the critics diverge
+    :param clipped: Share of the targets in the last part of the training that were far beyond what any policy could return
+        with the rewards in the data, by more than a standard deviation of the logged values: more than a few mean that the
+        critics diverge
     """
 
     estimate: Estimate
@@ -85,23 +87,24 @@ def fitted_q_evaluation(
     Estimate what a policy returns from logged data alone, by fitted Q evaluation (Le et al. 2019, "Batch Policy Learning under
     Constraints", algorithm 3) with a bootstrap over episodes (Hao et al. 2021, "Bootstrapping Fitted Q-Evaluation").
 
-    Critics learn ``Q(s, a) = r + gamma Q'(s', pi(s'))`` on the data's transitions, with target networks ``Q'`` that follow them;
-    the estimate is the mean of ``Q'(s, pi(s))`` over the first states of the logged episodes. It is the *discounted* return of a
-    task without a time limit, since states do not tell the time: compare it with discounted returns. A discount factor of 1 is
-    not possible here, and an undiscounted return is not derived from it.
+    Critics learn ``Q(s, a) = r + gamma Q'(s', pi(s'))`` on the data's transitions, with target networks ``Q'`` that follow
+    them; the estimate is the mean of ``Q'(s, pi(s))`` over the first states of the logged episodes. It is the *discounted*
+    return of a task without a time limit, since states do not tell the time: compare it with discounted returns. A discount
+    factor of 1 is not possible here, and an undiscounted return is not derived from it.
 
-    Each replicate of the bootstrap has a critic of its own, with its own initial weights, whose errors and initial states count
-    by weights of whole episodes (Rubin 1981, "The Bayesian Bootstrap"). The interval is ``mean ± t * standard deviation`` of the
-    replicates, with Student's t of ``n_bootstraps - 1`` degrees of freedom. It covers which episodes happened to be logged, and
-    the chance in initial weights and batches. It does **not** cover what all replicates share: errors where the policy
-    leaves the data (see :func:`coverage`), a network that cannot represent the values, training that is too short, or a system that is
-    not the one that was logged. So it is too narrow; by how much was measured in ``benchmarks/off_policy``.
+    Each replicate of the bootstrap has a critic of its own, with its own initial weights, whose errors and initial states
+    count by weights of whole episodes (Rubin 1981, "The Bayesian Bootstrap"). The interval is ``mean ± t * standard
+    deviation`` of the replicates, with Student's t of ``n_bootstraps - 1`` degrees of freedom. It covers which episodes
+    happened to be logged, and the chance in initial weights and batches. It does **not** cover what all replicates share:
+    errors where the policy leaves the data (see :func:`coverage`), a network that cannot represent the values, training that
+    is too short, or a system that is not the one that was logged. So it is too narrow; by how much was measured in
+    ``benchmarks/off_policy``.
 
     :param policy: An SB3 algorithm or policy with continuous actions, or an object with ``act``; its deterministic actions
     :param dataset: The data or its spec; all episodes, since their first rows are taken for initial states
     :param gamma: The discount factor, at least 0 and less than 1
-    :param gradient_steps: Gradient steps of the critics; times ``tau``, they should be several times ``1 / (1 - gamma)``, the number
-        of steps that a value is made of
+    :param gradient_steps: Gradient steps of the critics; times ``tau``, they should be several times ``1 / (1 - gamma)``,
+        the number of steps that a value is made of
     :param n_bootstraps: Number of replicates, at least 2
     :param batch_size: Transitions in a batch
     :param learning_rate: Of Adam
@@ -195,9 +198,9 @@ class _Critics:
         self._starts = self._tensors(take_rows(dataset.observations, dataset.episode_starts))
         self._start_actions = self._tensors(actions.now[dataset.episode_starts])
 
-    def _tensors(self, rows: object) -> th.Tensor:
-        tensors: th.Tensor = map_observations(lambda array: th.as_tensor(array, device=self._device), rows)  # type: ignore[arg-type]
-        return tensors
+    def _tensors(self, rows: Observations) -> th.Tensor:
+        # For Dict observations a dictionary of tensors, which SB3's types do not tell either
+        return cast(th.Tensor, map_observations(lambda array: th.as_tensor(array, device=self._device), rows))
 
     @th.no_grad()
     def estimates(self) -> Array:
@@ -207,7 +210,7 @@ class _Critics:
 
     def train(self, gradient_steps: int, batch_size: int, tau: float) -> float:
         """Do gradient steps; which share of the targets was beyond what rewards allow by more than values spread."""
-        dataset, n_beyond, n_targets = self._data.dataset, 0.0, 0
+        dataset, n_beyond, n_targets = self._data.dataset, th.zeros((), device=self._device), 0
         for start in range(0, gradient_steps, BATCHES_AT_ONCE):
             rows = self._data.draw(min(BATCHES_AT_ONCE, gradient_steps - start), batch_size)
             flat = rows.reshape(-1)
@@ -228,7 +231,7 @@ class _Critics:
         return float(n_beyond / n_targets)
 
 
-def _critic_class(observation_space: spaces.Space[object]) -> type[OfflinePolicy]:
+def _critic_class(observation_space: spaces.Space[Any]) -> type[OfflinePolicy]:
     if isinstance(observation_space, spaces.Dict):
         return MultiInputPolicy
     return CnnPolicy if is_image_space(observation_space) else MlpPolicy

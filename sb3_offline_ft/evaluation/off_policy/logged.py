@@ -44,17 +44,18 @@ class LoggedData:
 
     def __init__(self, dataset: DatasetSpec, policy: Policy, seed: int = 0) -> None:
         given = load_dataset(dataset)
-        self.observation_space = getattr(policy, "observation_space", None) or given.observation_space
+        observation_space = getattr(policy, "observation_space", None) or given.observation_space
         action_space = getattr(policy, "action_space", None) or given.action_space
-        if self.observation_space is None or action_space is None:
+        if observation_space is None or action_space is None:
             raise ValueError(
                 f"Dataset {given.name!r} does not say what its spaces are, and neither does the policy: give the data as a "
                 "Minari dataset, or to `OfflineDataset.from_columns` with `observation_space` and `action_space`."
             )
+        self.observation_space: spaces.Space[Any] = observation_space
         self.action_space: spaces.Box = action_space
         self._part = OfflinePart(None)
         self._part.seed(derive_seed(seed, stream=10))
-        self._part.set(given, self.observation_space, action_space, handle_timeout_termination=True, gamma=0.99)
+        self._part.set(given, observation_space, action_space, handle_timeout_termination=True, gamma=0.99)
         assert self._part.dataset is not None and self._part.transitions is not None
         self.dataset: OfflineDataset = self._part.dataset
         self.actions: Array = self._part.transitions.actions
@@ -91,10 +92,10 @@ class LoggedData:
             behind = data.episode_ends + 1 + np.arange(data.n_episodes)
             now, last = np.delete(both, behind, axis=0), both[behind]
         if now.shape[1:] != self.action_space.shape or not (np.isfinite(now).all() and np.isfinite(last).all()):
+            not_finite = ", some of them not finite" if now.shape[1:] == self.action_space.shape else ""
             raise ValueError(
                 f"The policy's actions must be finite and have the shape {self.action_space.shape}, found {now.shape[1:]}"
-                f"{', some of them not finite' if now.shape[1:] == self.action_space.shape else ''}: check that it is a policy "
-                f"for the environment of dataset {data.name!r}."
+                f"{not_finite}: check that it is a policy for the environment of dataset {data.name!r}."
             )
         now, last = (scale_actions(each, self.action_space).reshape(len(each), -1) for each in (now, last))
         after = np.empty_like(now)

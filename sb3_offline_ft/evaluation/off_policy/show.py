@@ -101,6 +101,7 @@ def _facts(found: OffPolicyEstimate, covered: PolicyCoverage, own: float | None)
 
 def _table(found: OffPolicyEstimate, covered: PolicyCoverage, own: float | None, policy: Policy, title: str) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
     one = found.estimate
     table.add_row(f"return, discounted by {found.gamma:g} a step", f"{one.value:.1f}")
     table.add_row("95 % interval", f"{one.low:.1f} to {one.high:.1f}")
@@ -118,7 +119,7 @@ def _warnings(found: OffPolicyEstimate, covered: PolicyCoverage) -> list[str]:
         warnings.append("the policy leaves the data: the estimate is a guess, and the interval does not say so.")
     if not found.is_settled:
         warnings.append(
-            f"the estimate has not settled: it moved by {found.moved:.1f} in the last fifth, and {100 * found.clipped:.0f} % of the "
-            "targets were beyond what rewards allow. Take more --steps."
+            f"the estimate has not settled: it moved by {found.moved:.1f} in the last fifth, and {100 * found.clipped:.0f} % "
+            "of the targets were beyond what rewards allow. Take more --steps."
         )
     return warnings

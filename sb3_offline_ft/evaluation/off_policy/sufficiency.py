@@ -109,8 +109,8 @@ def _text(estimates: dict[str, OffPolicyEstimate], found: dict[str, PolicyCovera
     else:
         share = float(np.mean(difference > 0))
         sentences.append(
-            f"This is no gross failure ({100 * share:.0f} % of the replicates put the candidate first), and no evidence that the "
-            "candidate is good: only episodes are."
+            f"This is no gross failure ({100 * share:.0f} % of the replicates put the candidate first), and no evidence that "
+            "the candidate is good: only episodes are."
         )
     for who in WHO:
         if found[who].leaves_data:
