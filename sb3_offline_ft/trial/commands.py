@@ -58,6 +58,29 @@ def trial_init(
         typer.echo(next_steps(init_trial(folder, sections, episodes)))
 
 
+@trial.command("plan")
+def trial_plan(
+    folder: Folder,
+    ask_data: Annotated[
+        bool, typer.Option(help="Whether to ask the plan's dataset what both policies return, which takes minutes.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what to expect before anything runs: how long, at what risk and cost, with which chances."""
+    with reporting("trial plan"):
+        from rich.console import Console
+
+        from sb3_offline_ft.trial.plan_shown import show_plan
+        from sb3_offline_ft.trial.trial import Trial
+
+        with Console(stderr=True).status("reading") as status:
+            result = Trial.open(folder).plan(ask_data=ask_data, on_progress=status.update)
+        if as_json:
+            typer.echo(json.dumps(result.as_mapping()))
+        else:
+            show_plan(result, Console())
+
+
 @trial.command("run")
 def trial_run(
     folder: Folder,

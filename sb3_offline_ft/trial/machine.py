@@ -210,7 +210,7 @@ class TrialMachine:
         stage = self.plan.stages[place.stage]
         if stage.kind == "full" and self.decision != "go":
             return Finished(f"The comparison is done; the stage {stage.name!r} needs a decision for go.", awaits_go=True)
-        if stage.kind != "shadow" and self.n_counted >= self.plan.budget:
+        if stage.kind != "shadow" and len(self.episodes) >= self.plan.budget <= self.n_counted:
             return Finished(f"The budget of {self.plan.budget} episodes is used up.", is_cut=True)
         slot = self._slots(place.stage)[place.slot]
         if slot.share > 0 and self.plan.risk is not None:

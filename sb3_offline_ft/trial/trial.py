@@ -3,7 +3,7 @@
 import hashlib
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,7 @@ from sb3_offline_ft.trial.reading import parse_plan, read_plan
 if TYPE_CHECKING:
     from sb3_offline_ft.evaluation.robustness import RobustnessResult
     from sb3_offline_ft.trial.decision import Decision
+    from sb3_offline_ft.trial.planning import PlanResult
 
 PACKAGES = ("sb3-offline-ft", "stable-baselines3", "gymnasium", "numpy", "scipy", "torch")
 """Whose versions the journal notes."""
@@ -246,6 +247,21 @@ class Trial:
                 raise ValueError(f"Episode {number} has been recorded already.")
             self.append("missing", episode=number, reason=reason)
             return Recorded(self.machine.episodes[-1], is_new=True, decision=self._review())
+
+    def plan(self, *, ask_data: bool = True, on_progress: Callable[[str], None] = lambda doing: None) -> "PlanResult":
+        """
+        Say what to expect: how long, at what risk and cost, with which chances. It is kept in the folder as ``plan.json``.
+
+        :param ask_data: Whether to ask the plan's dataset what candidate and baseline return, which takes minutes
+        :param on_progress: Is told what is being done
+        :return: What to expect
+        :raises ValueError: Nothing is known of the primary metric, or something does not fit
+        :raises OSError: A policy or the data cannot be read
+        """
+        from sb3_offline_ft.trial.planning import plan_of
+
+        self.refresh()
+        return plan_of(self, ask_data=ask_data, on_progress=on_progress)
 
     def decide(self) -> "Decision":
         """
