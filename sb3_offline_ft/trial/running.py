@@ -15,15 +15,13 @@ from sb3_offline_ft.datasets.tools.show import progress_bar as bar
 from sb3_offline_ft.pages.words import number
 from sb3_offline_ft.trial.assignment import BASELINE, Assignment
 from sb3_offline_ft.trial.episodes import EpisodeRunner, LastSteps, Outcome
-from sb3_offline_ft.trial.machine import ABORTED, Finished
+from sb3_offline_ft.trial.machine import ABORTED, DRILL, Finished
 from sb3_offline_ft.trial.pilot import Takeover
 from sb3_offline_ft.trial.report import write_report
 from sb3_offline_ft.trial.trial import Trial
 
 STEPS_FOLDER = "steps"
 """Has the last steps before each abort."""
-DRILL = "drill"
-"""Why the episode of a drill is excluded."""
 DRILL_STEPS = 100
 """A drill is triggered within the first steps, so many if the environment does not say how long an episode lasts at most."""
 PAGE_SECONDS = 2.0
