@@ -1,5 +1,6 @@
 """A trial of a system without an environment: who drives, what came of it, and what is decided; from Python and typed."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -344,6 +345,28 @@ class TestLogs:
         trial.next()
         with pytest.raises(ValueError, match="has 10 steps, all of which belong to the wash-in"):
             trial.record(csv=log_of(tmp_path, kwh=30, rewards=5))
+
+
+class TestRobustness:
+    def test_what_the_plan_asks_for_comes_before_the_first_episode_and_once(self, tmp_path: Path) -> None:
+        asked = {"seeds": 1, "perturb": {"delay": [1]}}
+        trial = Trial.create(
+            tmp_path / "swing", env="Pendulum-v1", baseline="zero", candidate="random", episodes=9, robustness=asked
+        )
+        trial.run(progress_bar=False, until="shadow")
+        kinds = [event["event"] for event in trial.journal.events]
+        assert kinds.index("robustness") < kinds.index("stage")
+        noted = trial.machine.robustness
+        assert noted is not None
+        content = (trial.folder / noted["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == noted["sha256"]
+        assert set(json.loads(content)["policies"]) == {"candidate", "baseline"}
+        trial.run(progress_bar=False, until="pilot")
+        assert [event["event"] for event in trial.journal.events].count("robustness") == 1
+
+    def test_a_system_without_environment_cannot_be_changed(self, make: Callable[..., Trial]) -> None:
+        with pytest.raises(ValueError, match="has no environment to change"):
+            make(**PLANT).robustness()
 
 
 class TestCommands:

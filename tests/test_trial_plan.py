@@ -35,6 +35,12 @@ EVERYTHING: dict[str, Any] = {
     "sign_off": ["Ann", "Bob"],
 }
 
+ENV: dict[str, Any] = {
+    "env": "Pendulum-v1",
+    "metrics": {"x": {"from": "info.x"}},
+    "robustness": {"seeds": 2, "perturb": {"mass": [0.8, 1.2], "delay": []}},
+}
+
 
 def test_a_plan_that_says_everything_is_kept_as_it_is() -> None:
     plan = plan_of(**EVERYTHING)
@@ -98,6 +104,11 @@ def test_the_digest_is_that_of_what_is_said() -> None:
         ({"abort": {"limits": {"column.x": {"min": 1, "max": 0}}}}, "the min not above the max"),
         ({"risk": {"budget": 0.1, "random_return": -10}}, "`risk.worst_return` is missing"),
         ({"risk": {"budget": 0.1, "random_return": -10, "worst_return": -5}}, "`risk.worst_return` must be at most the other"),
+        ({"robustness": {}}, "`robustness` needs an environment"),
+        (
+            {"env": "Pendulum-v1", "robustness": {"perturb": {"mass": 1.2}}},
+            "`robustness.perturb.mass` must be a list",
+        ),
         ({"seed": -1}, "`seed` must be a whole number of at least 0"),
         ({"sign_off": "Ann"}, "`sign_off` must be a list, found 'Ann'"),
     ],
@@ -127,7 +138,7 @@ def test_a_folder_without_a_plan_says_how_to_begin(tmp_path: Path) -> None:
         Trial.open(tmp_path / "pump")
 
 
-@pytest.mark.parametrize("sections", [{}, EVERYTHING, {"env": "Pendulum-v1", "metrics": {"x": {"from": "info.x"}}}])
+@pytest.mark.parametrize("sections", [{}, EVERYTHING, ENV])
 def test_the_file_that_is_written_says_what_was_asked_for(tmp_path: Path, sections: dict[str, Any]) -> None:
     sections = {"sign_off": ["Ann"], **sections}
     file = init_trial(tmp_path / "pump", plan_content(**sections))

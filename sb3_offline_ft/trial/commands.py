@@ -107,6 +107,23 @@ def trial_run(
         typer.echo(_decided(opened.decide()))
 
 
+@trial.command("robustness")
+def trial_robustness(
+    folder: Folder,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
+    device: Annotated[str, typer.Option(help="Torch device of the policies.")] = "cpu",
+) -> None:
+    """Try both policies in the environment as it might be. `trial run` does it first if the plan says so."""
+    with reporting("trial robustness"):
+        from rich.console import Console
+
+        from sb3_offline_ft.evaluation.robustness import print_tables
+        from sb3_offline_ft.trial.trial import Trial
+
+        result = Trial.open(folder).robustness(n_jobs=jobs, device=device, console=Console(stderr=True))
+        print_tables(result, Console())
+
+
 @trial.command("report")
 def trial_report(
     folder: Folder,

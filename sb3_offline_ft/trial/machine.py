@@ -156,6 +156,8 @@ class TrialMachine:
     """Events of aborts, without those of drills."""
     drills: list[Mapping[str, Any]] = field(default_factory=list)
     """Events of drills."""
+    robustness: Mapping[str, Any] | None = None
+    """The event of the last try of both policies in changed environments."""
     open: Assignment | None = None
     """The episode under way."""
     decision: str | None = None
@@ -183,6 +185,8 @@ class TrialMachine:
                 self._record(event, {}, f"{MISSING}: {event['reason']}")
             case "abort":
                 self.aborts.append(event)
+            case "robustness":
+                self.robustness = event
             case "drill":
                 self.drills.append(event)
             case "decision":

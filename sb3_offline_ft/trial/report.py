@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.io import atomic_write, naming_damage
+from sb3_offline_ft.evaluation.robustness import result as robustness
+from sb3_offline_ft.evaluation.robustness.show import drawing
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.html import Picture, render_page
 from sb3_offline_ft.pages.pictures import Drawing
@@ -25,7 +27,7 @@ from sb3_offline_ft.trial.plan import TrialPlan
 if TYPE_CHECKING:
     from sb3_offline_ft.trial.trial import Trial
 
-REPORT_FILE = "report.html"
+REPORT_FILE, PLAN_RESULT_FILE = "report.html", "plan.json"
 REFRESH_SECONDS = 5
 """How often the page of a running trial loads itself again."""
 HEADLINES = {
@@ -81,7 +83,7 @@ def _page(folder: Path, plan: TrialPlan, machine: TrialMachine, events: Sequence
         _stages_part(plan, machine, events),
         _system_part(plan, machine),
         Part("regimes", "By regime", tables=_filled(tables.regimes_table(plan, machine))),
-        _robustness_part(folder),
+        _robustness_part(folder, _files(events)),
         _tests_part(plan, decision),
         _checklist_part(folder, events),
         _expected_part(folder, plan, machine),
@@ -263,8 +265,16 @@ def _system_part(plan: TrialPlan, machine: TrialMachine) -> Part:
     return Part("system", "What the system went through", texts, tables=numbers if machine.episodes else [])
 
 
-def _robustness_part(folder: Path) -> Part:
-    return Part("robustness", "Robustness before exposure")
+def _robustness_part(folder: Path, files: Mapping[str, str | None]) -> Part:
+    """What the policies stand, if it was tried; it is marked if that was with other files than those of the trial."""
+    title, path = "Robustness before exposure", folder / robustness.FILE
+    if not path.is_file():
+        told = f"It was not tried: `sb3-offline-ft robustness CANDIDATE --env ... --baseline BASELINE --output {folder}` does."
+        return Part("robustness", title, [told])
+    result = robustness.RobustnessResult.read(path)
+    others = [role for role, policy in result.policies.items() if files and policy.sha256 != files.get(role)]
+    texts = [f"Tried with ANOTHER file of the {role} than that of the trial." for role in others]
+    return Part("robustness", title, texts, [drawing(result)], [tables.robustness_table(result)])
 
 
 def _tests_part(plan: TrialPlan, decision: Decision) -> Part:
@@ -292,7 +302,31 @@ def _expected_part(folder: Path, plan: TrialPlan, machine: TrialMachine) -> Part
         [f"cost ({plan.currency})", number(planned_cost), number(cost)],
         ["duration (hours)", number(planned * hours), number(len(machine.episodes) * hours)],
     ]
-    return Part("expected", "Planned and spent", tables=[TextTable("expected", ["", "planned", "so far"], rows)])
+    table = TextTable("expected", ["", "planned", "so far"], rows)
+    return Part("expected", "Planned and spent", _expected(folder, plan), tables=[table])
+
+
+def _expected(folder: Path, plan: TrialPlan) -> list[str]:
+    """What `trial plan` said before the start."""
+    path = folder / PLAN_RESULT_FILE
+    if not path.is_file():
+        return ["`trial plan` was not asked what this plan can show."]
+    with naming_damage(path, "written by `sb3-offline-ft trial plan`"):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        chances = [(f"{100 * said[kind]['go'] / said[kind]['trials']:.3g}", kind) for kind in ("better", "equal", "worse")]
+        effect = f"{plan.primary.smallest_effect:g}"
+        words = {"better": f"better by {effect}", "equal": "as good as the baseline", "worse": f"worse by {effect}"}
+        told = [f"{share}{NBSP}% for one that is {words[kind]}" for share, kind in chances]
+        texts = [f"Chance of a go, by simulation of this procedure before the start: {listed(told)}."]
+        if said["digest"] != plan.digest:
+            texts.append("That was said of ANOTHER plan than the one in force.")
+        return texts + ([said["verdict"]] if said["verdict"] else [])
+
+
+def _files(events: Sequence[Event]) -> Mapping[str, str | None]:
+    """Hashes of the policies' files that the trial began with."""
+    start = next(iter(kinds(list(events), "start")), None)
+    return {} if start is None else start["files"]
 
 
 def _provenance_part(plan: TrialPlan, events: Sequence[Event]) -> Part:
@@ -300,7 +334,7 @@ def _provenance_part(plan: TrialPlan, events: Sequence[Event]) -> Part:
     rows = [["seed", str(plan.seed)], ["digest of the plan in force", plan.digest]]
     if start is not None:
         rows.append(["plan frozen", f"{_when(start)}, before the first episode; digest {start['digest']}"])
-        rows += [[f"file of the {arm} (SHA-256)", str(sha or "none: it has no file")] for arm, sha in start["files"].items()]
+        rows += [[f"file of the {arm} (SHA-256)", str(sha or "none: it has no file")] for arm, sha in _files(events).items()]
         rows.append(["versions", listed(f"{name} {version}" for name, version in start["versions"].items())])
     if events:
         last = events[-1]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from sb3_offline_ft.evaluation.robustness.result import KEPT, RobustnessResult
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.tables import TextTable
 from sb3_offline_ft.pages.words import NBSP, NONE, counted, listed, number, ranged
@@ -289,3 +290,24 @@ def episodes_table(plan: TrialPlan, machine: TrialMachine) -> TextTable:
     names = [titled(metric) for metric in plan.metrics]
     columns = ["episode", "stage", "policy", "block", "share", *names, "steps", "excluded", "recorded (UTC)"]
     return TextTable("episodes", columns, rows, "Every episode in numbers")
+
+
+def robustness_table(result: RobustnessResult) -> TextTable:
+    """At which levels of what was changed each policy keeps its return."""
+    rows = []
+    for response in result.responses:
+        row = [response.name, response.what, f"{response.nominal:g}"]
+        for role in result.policies:
+            kept, means = result.kept(role, response), response.means(role)
+            row += [NONE if kept is None else str(kept), number(float(np.nanmin(means)))]
+        rows.append(row)
+    columns = ["changed", "level", "nominal"]
+    for role in result.policies:
+        columns += [f"{role} keeps its return", "lowest mean return"]
+    nominal = [f"{role} {number(result.nominal_return(role))}" for role in result.policies]
+    note = (
+        f"Kept: at least {100 * KEPT:g} % of the mean return without a change ({listed(nominal)}) above that of a random "
+        f"policy, {number(result.random_return)}. {counted(result.n_seeds, 'episode')} at each level; arrows: nothing beyond "
+        "was tried."
+    )
+    return TextTable("robustness", columns, rows, "Where the return is kept", note)

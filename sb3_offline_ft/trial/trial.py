@@ -21,6 +21,7 @@ from sb3_offline_ft.trial.plan import RETURN, TrialPlan, differences
 from sb3_offline_ft.trial.reading import parse_plan, read_plan
 
 if TYPE_CHECKING:
+    from sb3_offline_ft.evaluation.robustness import RobustnessResult
     from sb3_offline_ft.trial.decision import Decision
     from sb3_offline_ft.trial.planning import PlanResult
 
@@ -287,6 +288,17 @@ class Trial:
         from sb3_offline_ft.trial.running import run_trial
 
         return run_trial(self, progress_bar=progress_bar, **options)
+
+    def robustness(self, **options: Any) -> "RobustnessResult":
+        """
+        Try both policies in the plan's environment, changed in the ways that the plan names.
+
+        :param options: Passed to :func:`~sb3_offline_ft.trial.robustness.try_robustness`
+        :return: What came of it, which is also in the folder as ``robustness.json``
+        """
+        from sb3_offline_ft.trial.robustness import try_robustness
+
+        return try_robustness(self, **options)
 
     def report(self, output: str | Path | None = None) -> Path:
         """
