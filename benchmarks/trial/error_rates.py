@@ -146,10 +146,13 @@ def cells() -> dict[str, Callable[[], Cell]]:
 
 def code() -> str:
     """Of what is measured: cells of other code are measured again."""
-    parts = (comparison, evidence, decision, machine, assignment, simulation, promotion, budget)
-    sources = [inspect.getsource(part) for part in parts]
-    sources += [inspect.getsource(world.draw) for world in WORLDS.values()]
-    sources += [repr(PLAN), inspect.getsource(guarded), inspect.getsource(with_risk)]
+    state = machine.TrialMachine
+    parts = (
+        comparison, evidence, decision, simulation, promotion, budget, machine.TrialBudget, state.next, state._assign,
+        state._record, state._risk_now, assignment.schedule, assignment.block_sizes, guarded, with_risk,
+        *(world.draw for world in WORLDS.values()),
+    )  # fmt: skip
+    sources = [repr(PLAN), *map(inspect.getsource, parts)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 from sb3_offline_ft.common.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from sb3_offline_ft.trial.advice import recipe_for
     from sb3_offline_ft.trial.assignment import Assignment
+    from sb3_offline_ft.trial.decision import Decision, decide
     from sb3_offline_ft.trial.machine import EpisodeRecord, Finished, TrialMachine
     from sb3_offline_ft.trial.plan import TrialPlan
+    from sb3_offline_ft.trial.planning import PlanResult, plan_trial
     from sb3_offline_ft.trial.reading import read_plan
     from sb3_offline_ft.trial.report import write_report
     from sb3_offline_ft.trial.running import run_trial
@@ -15,23 +18,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Assignment",
+    "Decision",
     "EpisodeRecord",
     "Finished",
+    "PlanResult",
     "Recorded",
     "Trial",
     "TrialMachine",
     "TrialPlan",
+    "decide",
+    "plan_trial",
     "read_plan",
-    "run_trial",
-    "write_report",
+    "recipe_for",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "advice": ("recipe_for",),
         "assignment": ("Assignment",),
+        "decision": ("Decision", "decide"),
         "machine": ("EpisodeRecord", "Finished", "TrialMachine"),
         "plan": ("TrialPlan",),
+        "planning": ("PlanResult", "plan_trial"),
         "reading": ("read_plan",),
         "report": ("write_report",),
         "running": ("run_trial",),

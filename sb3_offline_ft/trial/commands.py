@@ -64,6 +64,7 @@ def trial_plan(
     ask_data: Annotated[
         bool, typer.Option(help="Whether to ask the plan's dataset what both policies return, which takes minutes.")
     ] = True,
+    trials: Annotated[int, typer.Option(help="Simulated trials for each chance.", min=1)] = 400,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what to expect before anything runs: how long, at what risk and cost, with which chances."""
@@ -74,7 +75,7 @@ def trial_plan(
         from sb3_offline_ft.trial.trial import Trial
 
         with Console(stderr=True).status("reading") as status:
-            result = Trial.open(folder).plan(ask_data=ask_data, on_progress=status.update)
+            result = Trial.open(folder).plan(ask_data=ask_data, n_trials=trials, on_progress=status.update)
         if as_json:
             typer.echo(json.dumps(result.as_mapping()))
         else:

@@ -307,13 +307,14 @@ def _draw(plan: TrialPlan, values: BaselineValues, effect: float) -> Draw:
     primary = names.index(plan.primary.metric)
     shift = plan.sign(plan.primary.metric) * effect
 
+    levels = np.unique(table[:, primary])
+
     def shifted(rng: np.random.Generator, column: Array) -> Array:
-        levels = np.unique(table[:, primary])
         if len(levels) != 2:
             return column + shift
         # Success or failure: the candidate succeeds more often
         share = np.clip((means[primary] + shift - levels[0]) / (levels[1] - levels[0]), 0.0, 1.0)
-        return np.where(rng.random(len(column)) < share, levels[1], levels[0]).astype(np.float64)
+        return np.asarray(levels[(rng.random(len(column)) < share).astype(int)], dtype=np.float64)
 
     def draw(rng: np.random.Generator, n_episodes: int) -> Episodes:
         drawn = table[rng.integers(n, size=(n_episodes, 2))]

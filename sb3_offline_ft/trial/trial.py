@@ -259,11 +259,14 @@ class Trial:
             self.append("missing", episode=number, reason=reason)
             return Recorded(self.machine.episodes[-1], is_new=True, decision=self._review())
 
-    def plan(self, *, ask_data: bool = True, on_progress: Callable[[str], None] = lambda doing: None) -> "PlanResult":
+    def plan(
+        self, *, ask_data: bool = True, n_trials: int = 400, on_progress: Callable[[str], None] = lambda doing: None
+    ) -> "PlanResult":
         """
         Say what to expect: how long, at what risk and cost, with which chances. It is kept in the folder as ``plan.json``.
 
         :param ask_data: Whether to ask the plan's dataset what candidate and baseline return, which takes minutes
+        :param n_trials: Simulated trials for each chance
         :param on_progress: Is told what is being done
         :return: What to expect
         :raises ValueError: Nothing is known of the primary metric, or something does not fit
@@ -274,7 +277,7 @@ class Trial:
         self.refresh()
         if not self.is_begun:
             update_checklist(self.folder, self.machine.plan)
-        return plan_of(self, ask_data=ask_data, on_progress=on_progress)
+        return plan_of(self, ask_data=ask_data, n_trials=n_trials, on_progress=on_progress)
 
     def decide(self) -> "Decision":
         """
