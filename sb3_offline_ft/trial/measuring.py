@@ -1,7 +1,7 @@
 """What is measured of an episode, step by step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,12 @@ from sb3_offline_ft.trial.plan import TrialPlan
 
 INFO = "info."
 REWARD = "reward"
-_AGGREGATE = {"sum": math.fsum, "mean": lambda values: math.fsum(values) / len(values), "min": min, "max": max}
+_AGGREGATE: dict[str, Callable[[list[float]], float]] = {
+    "sum": math.fsum,
+    "mean": lambda values: math.fsum(values) / len(values),
+    "min": min,
+    "max": max,
+}
 
 
 def check_sources(plan: TrialPlan) -> None:
@@ -52,7 +57,8 @@ class EpisodeMeter:
     def __init__(self, plan: TrialPlan, known: set[str | None]) -> None:
         self._plan, self._known = plan, known
         self._series: dict[str, list[float]] = {metric.name: [] for metric in plan.metrics}
-        self._sources = dict.fromkeys(one.source for one in (*plan.metrics, *plan.abort.limits) if one.source is not None)
+        sources = [*(metric.source for metric in plan.metrics), *(limit.source for limit in plan.abort.limits)]
+        self._sources = dict.fromkeys(source for source in sources if source is not None)
         self._steps, self._keys = 0, set[str]()
         self.watch = LimitWatch(plan.abort.limits)
         self.values: dict[str, float | None] = {}
