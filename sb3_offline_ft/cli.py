@@ -167,6 +167,40 @@ def dataset_report(
         typer.echo(f"Report: {output}")
 
 
+@dataset.command("evaluate-policy")
+def dataset_evaluate_policy(
+    spec: Annotated[str, typer.Argument(help="The data: a Minari id, a folder, a file or bundled:<name>.")],
+    agent: Annotated[str, typer.Option(help="The policy: an agent's .zip, or another controller.")],
+    gamma: Annotated[float | None, typer.Option(help="Discount factor; the learner's own if omitted.")] = None,
+    steps: Annotated[int, typer.Option("--steps", "-n", help="Gradient steps of the critics.")] = 5_000,
+    bootstraps: Annotated[int, typer.Option(help="Replicates of the bootstrap over episodes.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed: the same one gives the same numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    figure: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG); none is drawn if omitted.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Estimate from data alone what a policy returns, and say whether the data can tell."""
+    with reporting("dataset evaluate-policy"):
+        import sb3_offline_ft.zoo
+        from sb3_offline_ft.evaluation.off_policy.show import show_estimate
+
+        sb3_offline_ft.zoo.register()
+        show_estimate(
+            spec,
+            agent,
+            gamma=gamma,
+            gradient_steps=steps,
+            n_bootstraps=bootstraps,
+            seed=seed,
+            device=device,
+            figure=figure,
+            as_json=as_json,
+            trust_pickle=trust_pickle,
+            progress_bar=sys.stderr.isatty(),
+        )
+
+
 @dataset.command("convert")
 def dataset_convert(
     logs: Annotated[

@@ -58,6 +58,29 @@ def trial_init(
         typer.echo(next_steps(init_trial(folder, sections, episodes)))
 
 
+@trial.command("plan")
+def trial_plan(
+    folder: Folder,
+    ask_data: Annotated[
+        bool, typer.Option(help="Whether to ask the plan's dataset what both policies return, which takes minutes.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what to expect before anything runs: how long, at what risk and cost, with which chances."""
+    with reporting("trial plan"):
+        from rich.console import Console
+
+        from sb3_offline_ft.trial.plan_shown import show_plan
+        from sb3_offline_ft.trial.trial import Trial
+
+        with Console(stderr=True).status("reading") as status:
+            result = Trial.open(folder).plan(ask_data=ask_data, on_progress=status.update)
+        if as_json:
+            typer.echo(json.dumps(result.as_mapping()))
+        else:
+            show_plan(result, Console())
+
+
 @trial.command("run")
 def trial_run(
     folder: Folder,
@@ -81,6 +104,23 @@ def trial_run(
         n = len(opened.machine.episodes)
         typer.echo(f"{n} episodes so far. {ended.reason if isinstance(ended, Finished) else f'The stage {until!r} is done.'}")
         typer.echo(_decided(opened.decide()))
+
+
+@trial.command("robustness")
+def trial_robustness(
+    folder: Folder,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
+    device: Annotated[str, typer.Option(help="Torch device of the policies.")] = "cpu",
+) -> None:
+    """Try both policies in the environment as it might be. `trial run` does it first if the plan says so."""
+    with reporting("trial robustness"):
+        from rich.console import Console
+
+        from sb3_offline_ft.evaluation.robustness import print_tables
+        from sb3_offline_ft.trial.trial import Trial
+
+        result = Trial.open(folder).robustness(n_jobs=jobs, device=device, console=Console(stderr=True))
+        print_tables(result, Console())
 
 
 @trial.command("report")

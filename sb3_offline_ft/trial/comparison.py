@@ -149,22 +149,19 @@ class Rerandomisation:
         weights = information(self.sizes)
         scores = self._scores - difference * self._overlaps if difference else self._scores
         squares = self._squares - 2 * difference * self._products + difference**2 * weights
-        columns = []
-        for end in [int(self.names[-1]) + 1] if ends is None else ends:
-            n = int(np.searchsorted(self.names, end))
-            total, episodes = float(weights[:n].sum()), sum(size for size, _ in self.sizes[:n])
-            if total == 0:
-                columns.append(np.zeros(len(scores)))
-                continue
-            part = scores[:, :n]
-            above = part.sum(axis=1) / total
-            fitted = part - above[:, None] * weights[:n]
-            of_blocks = np.einsum("ij,ij->i", fitted, fitted)
-            of_episodes = (float(squares[:n].sum()) - above**2 * total) / max(1, episodes - n - 1)
-            variance = (of_blocks + POOLED * of_episodes * total / n) / (1 + POOLED / n)
-            # Without any spread, the order of the shuffles is that of their differences
-            columns.append(above * total / np.sqrt(np.maximum(variance, 1e-12 * (1e-300 + float(squares[:n].sum())))))
-        return np.asarray(np.round(np.stack(columns, axis=1), DECIMALS), dtype=np.float64)
+        n = np.searchsorted(self.names, [int(self.names[-1]) + 1] if ends is None else ends)
+        is_before = (np.arange(len(weights))[:, None] < n).astype(float)
+        episodes = np.array([size for size, _ in self.sizes]) @ is_before
+        total = np.maximum(weights @ is_before, 1e-300)
+        sums = scores @ is_before
+        above = sums / total
+        of_blocks = scores**2 @ is_before - 2 * above * (scores * weights @ is_before) + above**2 * (weights**2 @ is_before)
+        of_episodes = (squares @ is_before - above**2 * total) / np.maximum(1, episodes - n - 1)
+        pooled = POOLED / np.maximum(n, 1)
+        variance = (np.maximum(of_blocks, 0.0) + pooled * of_episodes * total) / (1 + pooled)
+        # Without any spread, the order of the shuffles is that of their differences
+        least = 1e-12 * (squares @ is_before) + 1e-300
+        return np.asarray(np.round(sums / np.sqrt(np.maximum(variance, least)), DECIMALS), dtype=np.float64)
 
     def p_value(self, difference: float = 0.0) -> float:
         """Of "the candidate is not better by more than this"; of "not worse", it is that of the values with other signs."""

@@ -13,13 +13,13 @@ from sb3_offline_ft.trial.evidence import (
     Check,
     Evidence,
     GuardrailResult,
-    amount,
     guardrail_result,
     margin_looks,
     quality_checks,
 )
 from sb3_offline_ft.trial.machine import Finished, TrialMachine
 from sb3_offline_ft.trial.plan import TrialPlan
+from sb3_offline_ft.trial.reasons import reasons_of
 
 Verdict = Literal["go", "no-go", "not yet"]
 
@@ -54,7 +54,7 @@ class Decision:
     @cached_property
     def decision(self) -> Verdict:
         """``go``, ``no-go`` or ``not yet``."""
-        if self._is_worse or self._is_aborted_too_often or self._is_violated or self._is_too_small:
+        if self.is_worse or self.is_aborted_too_often or self.is_violated or self.is_too_small:
             return "no-go"
         if not self.is_superior or self.cut is not None or not all(each.holds for each in self.guardrails):
             return "not yet"
@@ -76,19 +76,22 @@ class Decision:
         return any(look.is_crossed for look in self.looks)
 
     @property
-    def _is_worse(self) -> bool:
+    def is_worse(self) -> bool:
+        """Whether the candidate is proved to be worse."""
         return self.deterioration_p <= self.plan.error_rates.false_stop
 
     @property
-    def _is_aborted_too_often(self) -> bool:
+    def is_aborted_too_often(self) -> bool:
+        """Whether there were more aborts than the plan allows."""
         return self.n_aborts > self.plan.abort.most
 
     @property
-    def _is_violated(self) -> bool:
+    def is_violated(self) -> bool:
+        """Whether a guardrail is proved to be violated."""
         return any(each.is_violated for each in self.guardrails)
 
     @cached_property
-    def _is_too_small(self) -> bool:
+    def is_too_small(self) -> bool:
         """Whether all that was planned is there, and excludes the smallest effect worth having."""
         if self.evidence.n_left or self.is_superior or self.comparison is None:
             return False
@@ -134,71 +137,7 @@ class Decision:
     @cached_property
     def reasons(self) -> list[str]:
         """Why, in words, the most important reason first."""
-        return {"go": self._for, "no-go": self._against, "not yet": self._open}[self.decision]()
-
-    def _unit(self) -> str:
-        return self.plan.metric(self.plan.primary.metric).unit
-
-    def _found(self) -> str:
-        """The effect with its interval."""
-        effect, confidence = self.effect, 100 * self.confidence
-        way = "better" if effect.value >= 0 else "worse"
-        text = f"By {self.plan.primary.metric}, the candidate is {way} by {amount(abs(effect.value), self._unit())}"
-        if effect.has_interval:
-            text += f" ({confidence:g} % interval of the improvement: {effect.low:.4g} to {effect.high:.4g})"
-        return text
-
-    def _at(self, index: int) -> str:
-        look = self.looks[index]
-        n = f"{index % len(self.looks) + 1} of {self.n_looks}"
-        return f"p = {look.p:.2g} at look {n}, where {look.level:.2g} was needed"
-
-    def _for(self) -> list[str]:
-        crossed = [look.is_crossed for look in self.looks].index(True)
-        smallest = self.plan.primary.smallest_effect
-        reasons = [f"{self._found()}: proved, {self._at(crossed)}."]
-        if self.effect.value < smallest:
-            reasons.append(f"That may be less than the smallest effect worth having, {amount(smallest, self._unit())}.")
-        reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in self.guardrails]
-        aborts = f"{self.n_aborts} aborts of at most {self.plan.abort.most}" if self.n_aborts else "no abort"
-        reasons.append(f"Nothing speaks against it: no deterioration, {aborts}, the checks of quality passed.")
-        return reasons + [f"To be known, {check.name}: {check.text}" for check in self.quality if check.fired]
-
-    def _against(self) -> list[str]:
-        reasons, rates, smallest = [], self.plan.error_rates, self.plan.primary.smallest_effect
-        if self._is_worse:
-            reasons.append(
-                f"The candidate is worse than the baseline: p = {self.deterioration_p:.2g}, and {rates.false_stop:.2g} is "
-                "enough to stop at any episode."
-            )
-        if self._is_aborted_too_often:
-            reasons.append(f"{self.n_aborts} of the candidate's episodes were aborted, at most {self.plan.abort.most} may be.")
-        reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in self.guardrails if each.is_violated]
-        if self._is_too_small:
-            reasons.append(
-                f"All {len(self.evidence.compared)} planned episodes are there, and exclude the smallest effect worth having, "
-                f"{amount(smallest, self._unit())}. {self._found()}."
-            )
-        return reasons
-
-    def _open(self) -> list[str]:
-        if self.comparison is None:
-            reasons = ["No block of the comparison is complete yet."]
-        elif not self.looks:
-            reasons = [f"{self._found()}: the first of {self.n_looks} looks is still to come."]
-        else:
-            reasons = [f"{self._found()}: {'proved' if self.is_superior else 'not proved'}, {self._at(-1)}."]
-        if self.is_superior:
-            reasons += [f"Guardrail {each.guardrail.metric}: {each.text}" for each in self.guardrails if not each.holds]
-        reasons += [f"Quality, {one.name}: {one.text}" for one in self.quality if one.fired and one.blocks_go]
-        if self.cut is not None:
-            reasons.append(f"The trial was cut short. {self.cut}")
-        elif self.evidence.n_left == 0:
-            reasons.append(
-                f"All {len(self.evidence.compared)} planned episodes are there, and leave it open. To go on, amend the plan, "
-                "and know that going on because a result is open raises the chance of a false go."
-            )
-        return reasons
+        return reasons_of(self)
 
 
 def review(plan: TrialPlan, machine: TrialMachine, deterioration: Deterioration | None = None) -> Decision | None:

@@ -79,7 +79,7 @@ class Evidence:
     def __post_init__(self) -> None:
         self.episodes = list(self.episodes)
         self.design = design_of(self.plan)
-        self.compared = [record for record in self.episodes if record.block is not None]
+        self.compared = [record for record in self.episodes if record.assignment.block is not None]
         self.n_complete = bisect_right(self.design.ends, len(self.compared))
 
     @property

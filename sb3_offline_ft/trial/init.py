@@ -90,6 +90,12 @@ blocks: {blocks}
 # metric is missing. most: so many aborts are allowed; one more is a no-go.
 abort: {abort}
 
+# Before the first episode `trial run` tries both policies in env as it might be: other masses, delays, noise. null: not so.
+#   {{seeds: 10, perturb: null}}                               in all ways that this environment has
+#   {{seeds: 10, perturb: {{mass: [0.8, 1.2], delay: []}}}}     in these, at these levels; []: at the usual ones
+# `sb3-offline-ft robustness --help` says more.
+robustness: {robustness}
+
 sign_off: {sign_off}  # who signs: each gets a line in the checklist and in the report
 """
 

@@ -156,6 +156,8 @@ class TrialMachine:
     """Events of aborts, without those of drills."""
     drills: list[Mapping[str, Any]] = field(default_factory=list)
     """Events of drills."""
+    robustness: Mapping[str, Any] | None = None
+    """The event of the last try of both policies in changed environments."""
     open: Assignment | None = None
     """The episode under way."""
     decision: str | None = None
@@ -183,6 +185,8 @@ class TrialMachine:
                 self._record(event, {}, f"{MISSING}: {event['reason']}")
             case "abort":
                 self.aborts.append(event)
+            case "robustness":
+                self.robustness = event
             case "drill":
                 self.drills.append(event)
             case "decision":
@@ -206,7 +210,7 @@ class TrialMachine:
         stage = self.plan.stages[place.stage]
         if stage.kind == "full" and self.decision != "go":
             return Finished(f"The comparison is done; the stage {stage.name!r} needs a decision for go.", awaits_go=True)
-        if stage.kind != "shadow" and self.n_counted >= self.plan.budget:
+        if stage.kind != "shadow" and len(self.episodes) >= self.plan.budget <= self.n_counted:
             return Finished(f"The budget of {self.plan.budget} episodes is used up.", is_cut=True)
         slot = self._slots(place.stage)[place.slot]
         if slot.share > 0 and self.plan.risk is not None:

@@ -187,6 +187,19 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Robustness:
+    """
+    What both policies are tried in before the candidate acts.
+
+    :param seeds: Episodes at each level
+    :param perturb: What is changed, each with its levels, none for its usual ones; None for all that the environment has
+    """
+
+    seeds: int = 10
+    perturb: tuple[tuple[str, tuple[float, ...]], ...] | None = None
+
+
+@dataclass(frozen=True)
 class AbortRules:
     """
     When the baseline takes over within an episode of the candidate.
@@ -225,6 +238,7 @@ class TrialPlan:
     :param risk: What the candidate may lose, None for any loss
     :param blocks: How the policies alternate
     :param abort: When the baseline takes over
+    :param robustness: What both policies are tried in first, None for nothing
     :param sign_off: Who signs
     """
 
@@ -247,6 +261,7 @@ class TrialPlan:
     risk: Risk | None = None
     blocks: Blocks = Blocks()
     abort: AbortRules = AbortRules()
+    robustness: Robustness | None = None
     sign_off: tuple[str, ...] = ()
 
     def metric(self, name: str) -> Metric:
@@ -292,6 +307,8 @@ class TrialPlan:
             limit.source: {key: bound for key in ("min", "max") if (bound := getattr(limit, key)) is not None}
             for limit in self.abort.limits
         }
+        if self.robustness is not None and self.robustness.perturb is not None:
+            content["robustness"]["perturb"] = dict(self.robustness.perturb)
         form: dict[str, Any] = json_form(content)
         return form
 

@@ -24,6 +24,7 @@ from sb3_offline_ft.trial.plan import (
     Metric,
     Primary,
     Risk,
+    Robustness,
     Stage,
     TrialPlan,
     kind_of,
@@ -99,6 +100,7 @@ class _PlanReader(Reader):
             risk=self.risk(given.get("risk")),
             blocks=self.blocks(given.get("blocks")),
             abort=self.abort(given.get("abort"), env),
+            robustness=self.robustness(given.get("robustness"), env),
             sign_off=self.texts(given.get("sign_off"), "sign_off"),
         )
         planned = sum(stage.episodes for stage in plan.stages if stage.kind != "shadow")
@@ -261,6 +263,24 @@ class _PlanReader(Reader):
         return Blocks(
             self.whole(given.get("episodes", 4), "blocks.episodes", 2),
             self.whole(given.get("wash_in_steps", 0), "blocks.wash_in_steps", 0),
+        )
+
+    def robustness(self, value: Any, env: str | None) -> Robustness | None:
+        if value is None:
+            return None
+        if env is None:
+            self.fail("robustness", "needs an environment that can be changed: name `env`, or leave it out.")
+        given = self.section(value, "robustness", [one.name for one in fields(Robustness)])
+        perturb = None if (named := given.get("perturb")) is None else self.mapping(named, "robustness.perturb")
+        for name, levels in (perturb or {}).items():
+            if not isinstance(levels, list):
+                self.fail(f"robustness.perturb.{name}", f"must be a list of levels, found {levels!r}: [] for the usual ones.")
+        levels = {
+            name: tuple(self.number(level, f"robustness.perturb.{name}[{i}]") for i, level in enumerate(of))
+            for name, of in (perturb or {}).items()
+        }
+        return Robustness(
+            self.whole(given.get("seeds", 10), "robustness.seeds"), None if perturb is None else tuple(levels.items())
         )
 
     def abort(self, value: Any, env: str | None) -> AbortRules:

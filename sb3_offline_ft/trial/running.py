@@ -41,7 +41,8 @@ def run_trial(
     console: Console | None = None,
 ) -> Finished | None:
     """
-    Run the episodes of a trial from where it is to its end, and write its page after each.
+    Run the episodes of a trial from where it is to its end, and write its page after each. What the plan asks of robustness
+    comes first, if it has not been done.
 
     Each episode is in the journal, and on disk, before the next one begins: whatever ends the process, only the episode under
     way is lost, and noted as such.
@@ -68,7 +69,10 @@ def run_trial(
                 _close_open_episode(trial, ENDED)
                 if drill:
                     return _run_drill(trial, runner)
-                return _run_stages(trial, runner, until, console or Console(stderr=True, quiet=not progress_bar))
+                shown = console or Console(stderr=True, quiet=not progress_bar)
+                if plan.robustness is not None and trial.machine.robustness is None:
+                    trial.robustness(device=device, console=shown)
+                return _run_stages(trial, runner, until, shown)
     except (Exception, KeyboardInterrupt) as error:
         # A write may have been cut short: the journal is read again, and the first error is the one to tell
         with suppress(Exception), trial.locked():

@@ -48,7 +48,7 @@ def simulate_trial(plan: TrialPlan, episodes: Episodes) -> SimulatedTrial:
     while not isinstance(upcoming := machine.next(), Finished):
         column = int(upcoming.arm == CANDIDATE)
         metrics = {name: float(values[upcoming.episode, column]) for name, values in episodes.items()}
-        machine.apply({"event": "assignment", **upcoming.as_event()})
+        machine.apply({"event": "assignment", **vars(upcoming)})
         machine.apply({"event": "episode", "episode": upcoming.episode, "metrics": metrics})
         if upcoming.block is not None:
             value = plan.sign(plan.primary.metric) * metrics[plan.primary.metric]

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,9 @@ from sb3_offline_ft.trial.plan import RETURN, TrialPlan, differences
 from sb3_offline_ft.trial.reading import parse_plan, read_plan
 
 if TYPE_CHECKING:
+    from sb3_offline_ft.evaluation.robustness import RobustnessResult
     from sb3_offline_ft.trial.decision import Decision
+    from sb3_offline_ft.trial.planning import PlanResult
 
 PACKAGES = ("sb3-offline-ft", "stable-baselines3", "gymnasium", "numpy", "scipy", "torch")
 """Whose versions the journal notes."""
@@ -139,7 +141,6 @@ class Trial:
         """
         with self.locked():
             if self._start is None:
-                self._replay()
                 plan = self.machine.plan
                 update_checklist(self.folder, plan)
                 known = {arm: _hash_of_file(getattr(plan, arm)) for arm in ("baseline", "candidate")} | dict(files or {})
@@ -247,6 +248,21 @@ class Trial:
             self.append("missing", episode=number, reason=reason)
             return Recorded(self.machine.episodes[-1], is_new=True, decision=self._review())
 
+    def plan(self, *, ask_data: bool = True, on_progress: Callable[[str], None] = lambda doing: None) -> "PlanResult":
+        """
+        Say what to expect: how long, at what risk and cost, with which chances. It is kept in the folder as ``plan.json``.
+
+        :param ask_data: Whether to ask the plan's dataset what candidate and baseline return, which takes minutes
+        :param on_progress: Is told what is being done
+        :return: What to expect
+        :raises ValueError: Nothing is known of the primary metric, or something does not fit
+        :raises OSError: A policy or the data cannot be read
+        """
+        from sb3_offline_ft.trial.planning import plan_of
+
+        self.refresh()
+        return plan_of(self, ask_data=ask_data, on_progress=on_progress)
+
     def decide(self) -> "Decision":
         """
         Decide by the rules of the plan. Nothing is written.
@@ -269,6 +285,17 @@ class Trial:
         from sb3_offline_ft.trial.running import run_trial
 
         return run_trial(self, progress_bar=progress_bar, **options)
+
+    def robustness(self, **options: Any) -> "RobustnessResult":
+        """
+        Try both policies in the plan's environment, changed in the ways that the plan names.
+
+        :param options: Passed to :func:`~sb3_offline_ft.trial.robustness.try_robustness`
+        :return: What came of it, which is also in the folder as ``robustness.json``
+        """
+        from sb3_offline_ft.trial.robustness import try_robustness
+
+        return try_robustness(self, **options)
 
     def report(self, output: str | Path | None = None) -> Path:
         """
@@ -328,7 +355,8 @@ class Trial:
         self._seen = self.journal.last_hash
 
     def _catch_up(self) -> None:
-        if self.journal.last_hash != self._seen:
+        """Take in what others have written; before the first episode, the file of the plan may have been edited, too."""
+        if self._start is None or self.journal.last_hash != self._seen:
             self._replay()
 
     def _note_changed_plan(self) -> None:

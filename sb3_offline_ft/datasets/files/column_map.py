@@ -137,7 +137,7 @@ class ColumnMap:
                 raise ValueError(_missing(key, _VECTORS[key], columns, where))
         for key in ("reward", "terminated", "truncated", "done", "episode", "time"):
             given = getattr(self, key)
-            found[key] = _one(given, columns, key, where) if given is not None else _guess_scalar(key, columns, where)
+            found[key] = one_column(given, columns, key, where) if given is not None else _guess_scalar(key, columns, where)
         if self.terminated is not None and self.truncated is not None and self.done is None:
             # Both were named, so a column that happens to be called done adds nothing
             found["done"] = None
@@ -199,7 +199,8 @@ def _matches(pattern: str, columns: Sequence[str]) -> list[str]:
     return []
 
 
-def _one(name: str, columns: Sequence[str], key: str, where: str) -> str:
+def one_column(name: str, columns: Sequence[str], key: str, where: str) -> str:
+    """A column's name; ``ValueError`` with near matches if there is no such column."""
     if name not in columns:
         raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
     return name

@@ -1,7 +1,7 @@
 """CSV and Parquet files as datasets: their values are checked on the way in."""
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from packaging.version import Version
 from sb3_offline_ft.common.observations import Array
 from sb3_offline_ft.datasets.columns import FloatArray, frozen, split_ends
 from sb3_offline_ft.datasets.files.arrays import dataset_from_arrays
-from sb3_offline_ft.datasets.files.column_map import VECTORS, ColumnMap
+from sb3_offline_ft.datasets.files.column_map import VECTORS, ColumnMap, one_column
 from sb3_offline_ft.datasets.files.reading import Source, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.validation import ACTION_TOLERANCE
@@ -139,8 +139,8 @@ def read_signals(
     :raises ValueError: Something in it is wrong: the message names the file, the column and the row
     """
     given = columns or ColumnMap()
-    asked = ColumnMap(observations=(*numbers, *texts), reward=given.reward, episode=given.episode, time=given.time)
-    table = _Table(path, asked, needs_reward, vectors=("observations",) if numbers or texts else ())
+    asked = ColumnMap(reward=given.reward, episode=given.episode, time=given.time)
+    table = _Table(path, asked, needs_reward, others=[*numbers, *texts])
     table.load()
     reward, episode = table.columns.reward, table.columns.episode
     return Signals(
@@ -173,12 +173,15 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
 class _Table:
     """One table with the columns that were found in it."""
 
-    def __init__(self, path: Path, columns: ColumnMap, needs_reward: bool, vectors: Collection[str] = VECTORS) -> None:
+    def __init__(self, path: Path, columns: ColumnMap, needs_reward: bool, others: Sequence[str] | None = None) -> None:
         self.path, self.where = path, f"Table {str(path)!r}"
         self.is_parquet = path.suffix.lower() in _PARQUET
         self.separator = ""
         self.names = self._column_names()
+        # Other columns are asked for in place of the vectors
+        vectors = VECTORS if others is None else ()
         self.columns = columns.resolve(self.names, self.where, needs_reward, vectors)
+        self.others = [one_column(name, self.names, "the plan", self.where) for name in others or ()]
         self.frame: Any = None
         self.rows = np.arange(0)
         self.episodes: tuple[Any, Any] = (None, None)
@@ -240,7 +243,7 @@ class _Table:
         return names
 
     def _read_frame(self) -> Any:
-        wanted = self.columns.columns()
+        wanted = list(dict.fromkeys([*self.columns.columns(), *self.others]))
         with reading(self.where, self.path), warnings.catch_warnings():
             if self.is_parquet:
                 return _parquet().read_table(self.path, columns=wanted).to_pandas()
