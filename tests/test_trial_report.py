@@ -92,9 +92,9 @@ class TestPage:
             "Stages, risk and aborts", "No episode was aborted.", "Rollback drills", "baseline took over",
             "share of all steps in which the candidate acted", "hand-backs to the baseline (aborts) 0",
             "Limits within episodes", "info.level at most 1.5 candidate", "travel a step", "saturated", "latency",
-            "distance of actions", "Nobody has tried what the policies stand", "look 1 of", "worse: stop now", "fading of the difference",
-            "by M. Curie", "digest of the plan in force", go.plan_in_force.digest, "before the first episode",
-            "stable-baselines3", "plant manager", "control engineer", "name, signature",
+            "distance of actions", "Nobody has tried what the policies stand", "look 1 of", "worse: stop now",
+            "fading of the difference", "by M. Curie", "digest of the plan in force", go.plan_in_force.digest,
+            "before the first episode", "stable-baselines3", "plant manager", "control engineer", "name, signature",
         ):  # fmt: skip
             assert expected in text, expected
         assert not re.search(r"\bnan\b|\bNone\b|\binf\b", text)
