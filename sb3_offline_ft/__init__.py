@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sb3_offline_ft.rebrac import ReBRAC
     from sb3_offline_ft.td3bc import TD3BC
     from sb3_offline_ft.td3c import TD3C
+    from sb3_offline_ft.trial import Trial
     from sb3_offline_ft.zoo import register
 
     __version__: str
@@ -41,6 +42,7 @@ __all__ = [
     "OfflineTD3",
     "OfflineToOnlineReplayBuffer",
     "ReBRAC",
+    "Trial",
     "__version__",
     "load_dataset",
     "register",
@@ -75,6 +77,7 @@ __getattr__, __dir__ = lazy_names(
         "rebrac": ("ReBRAC",),
         "td3bc": ("TD3BC",),
         "td3c": ("TD3C",),
+        "trial": ("Trial",),
         "zoo": ("register",),
     },
     {"__version__": _version},

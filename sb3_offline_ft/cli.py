@@ -9,6 +9,7 @@ import typer
 
 from sb3_offline_ft.common.reporting import reporting
 from sb3_offline_ft.study.commands import TrustPickle, study
+from sb3_offline_ft.trial.commands import trial
 
 app = typer.Typer(
     name="sb3-offline-ft",
@@ -21,6 +22,7 @@ app.add_typer(guard, name="guard")
 dataset = typer.Typer(help="Make datasets, look into them and report on them.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
 app.add_typer(study, name="study")
+app.add_typer(trial, name="trial")
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,6 +66,51 @@ def summary(
         from sb3_offline_ft.evaluation.run_summary import show_run
 
         show_run(run, figure, trust_pickle=trust_pickle)
+
+
+@app.command()
+def robustness(
+    policy: Annotated[
+        str, typer.Argument(help="The candidate: a .zip, a run's folder of rl-zoo3, a .onnx file or module:function.")
+    ],
+    env: Annotated[str, typer.Option(help="Gymnasium id of the environment; module:id imports the module first.")],
+    baseline: Annotated[str | None, typer.Option(help="A policy to set beside it, such as the one that runs today.")] = None,
+    perturb: Annotated[
+        list[str] | None,
+        typer.Option(help="What to change, with levels if you like: mass=0.8,1.2. May be repeated; all there is if omitted."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="What to measure beside the return: energy=info.energy:sum. May be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Episodes at each level.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed: the same one gives the same numbers.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
+    random_return: Annotated[float | None, typer.Option(help="Mean return of a random policy; measured if omitted.")] = None,
+    device: Annotated[str, typer.Option(help="Torch device of the policies.")] = "cpu",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder that gets robustness.json, .png and .svg.")] = Path(),
+) -> None:
+    """Try a policy in an environment that is changed: other masses, delays, noise and more."""
+    with reporting("robustness"):
+        from rich.console import Console
+
+        from sb3_offline_ft.evaluation.robustness import InfoMetric, print_tables, run_robustness, write_files
+        from sb3_offline_ft.evaluation.robustness.running import parse_grid
+
+        result = run_robustness(
+            {"candidate": policy} | ({} if baseline is None else {"baseline": baseline}),
+            env,
+            parse_grid(perturb) if perturb else None,
+            metrics=[InfoMetric.parse(text) for text in metric or []],
+            n_seeds=seeds,
+            seed=seed,
+            n_jobs=jobs,
+            random_return=random_return,
+            device=device,
+            console=Console(stderr=True),
+        )
+        print_tables(result, Console())
+        for path in write_files(result, output):
+            typer.echo(f"Written: {path}")
 
 
 @guard.command()
@@ -120,6 +167,40 @@ def dataset_report(
         typer.echo(f"Report: {output}")
 
 
+@dataset.command("evaluate-policy")
+def dataset_evaluate_policy(
+    spec: Annotated[str, typer.Argument(help="The data: a Minari id, a folder, a file or bundled:<name>.")],
+    agent: Annotated[str, typer.Option(help="The policy: an agent's .zip, or another controller.")],
+    gamma: Annotated[float | None, typer.Option(help="Discount factor; the learner's own if omitted.")] = None,
+    steps: Annotated[int, typer.Option("--steps", "-n", help="Gradient steps of the critics.")] = 5_000,
+    bootstraps: Annotated[int, typer.Option(help="Replicates of the bootstrap over episodes.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed: the same one gives the same numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    figure: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG); none is drawn if omitted.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Estimate from data alone what a policy returns, and say whether the data can tell."""
+    with reporting("dataset evaluate-policy"):
+        import sb3_offline_ft.zoo
+        from sb3_offline_ft.evaluation.off_policy.show import show_estimate
+
+        sb3_offline_ft.zoo.register()
+        show_estimate(
+            spec,
+            agent,
+            gamma=gamma,
+            gradient_steps=steps,
+            n_bootstraps=bootstraps,
+            seed=seed,
+            device=device,
+            figure=figure,
+            as_json=as_json,
+            trust_pickle=trust_pickle,
+            progress_bar=sys.stderr.isatty(),
+        )
+
+
 @dataset.command("convert")
 def dataset_convert(
     logs: Annotated[
@@ -168,8 +249,9 @@ def dataset_convert(
     with reporting("dataset convert"):
         from rich.console import Console
 
+        from sb3_offline_ft.common.functions import load_function
         from sb3_offline_ft.datasets.files.column_map import ColumnMap
-        from sb3_offline_ft.datasets.tools.convert import convert_logs, load_function
+        from sb3_offline_ft.datasets.tools.convert import convert_logs
 
         given = {
             "observations": observations, "next_observations": next_observations, "actions": actions, "reward": reward,
@@ -187,7 +269,7 @@ def dataset_convert(
             action_high=_numbers(action_high, "--action-high"),
             join_files=join_files,
             clip_actions=clip_actions,
-            reward_function=None if reward_function is None else load_function(reward_function),
+            reward_function=None if reward_function is None else load_function(reward_function, "reward function"),
             random_score=random_score,
             expert_score=expert_score,
             facts={"algorithm_name": algorithm_name, "author": author, "description": description},

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from stable_baselines3 import TD3
 
 from sb3_offline_ft import OfflineDataset, load_dataset
+from sb3_offline_ft.common.functions import load_function
 from sb3_offline_ft.datasets.files.column_map import ColumnMap
 from sb3_offline_ft.datasets.files.minari_writing import FailsafeFile, write_episodes, write_minari
 from sb3_offline_ft.datasets.files.tables import read_tables
-from sb3_offline_ft.datasets.tools.convert import ConvertedDataset, convert_logs, load_function
+from sb3_offline_ft.datasets.tools.convert import ConvertedDataset, convert_logs
 
 pytestmark = pytest.mark.usefixtures("minari_root")
 
@@ -617,7 +618,7 @@ class TestRewards:
     def test_it_is_imported_from_the_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "my_rewards_of_test.py").write_text("def cost(obs, act, new):\n    return -act[:, 0]\nlimit = 3\n")
         monkeypatch.chdir(tmp_path)
-        assert load_function("my_rewards_of_test:cost")(None, np.ones((2, 1)), None).tolist() == [-1, -1]
+        assert load_function("my_rewards_of_test:cost", "reward function")(None, np.ones((2, 1)), None).tolist() == [-1, -1]
         for name, message in (
             ("my_rewards_of_test", "must be given as module:function"),
             ("my_rewards_of_test:nothing", "Cannot import the reward function"),
@@ -625,7 +626,7 @@ class TestRewards:
             ("my_rewards_of_test:limit", "is a int, expected a function"),
         ):
             with pytest.raises(ValueError, match=message):
-                load_function(name)
+                load_function(name, "reward function")
 
 
 class TestDatasetsWritten:

@@ -22,6 +22,7 @@ import sb3_offline_ft.zoo  # noqa: F401  # so that the tables are complete befor
 from sb3_offline_ft import ChampionChallenger
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.study import Protocol
+from sb3_offline_ft.trial.reading import parse_plan
 from tests.conftest import RunPython
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -83,7 +84,19 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".datasets", ".buffers", ".collapse", ".deployment", ".evaluation", ".study", ".update", ".testing", ".zoo"],
+    [
+        "",
+        ".datasets",
+        ".buffers",
+        ".collapse",
+        ".deployment",
+        ".evaluation",
+        ".study",
+        ".update",
+        ".testing",
+        ".trial",
+        ".zoo",
+    ],
 )
 def test_public_names_are_described_and_listed(module: str) -> None:
     pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts]
@@ -105,6 +118,18 @@ def test_study_files_that_are_shown_are_valid(tmp_path: Path) -> None:
         protocol = Protocol.parse(yaml.safe_dump(study | part, sort_keys=False), tmp_path / "study.yml")
         assert len(protocol.cells()) >= 25
         protocol.check(label for label, spec in protocol.datasets.items() if "logs/" not in spec)
+
+
+def test_the_plan_of_a_trial_that_is_shown_is_valid_and_complete() -> None:
+    text = (DOCS / "trial.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    content = load_yaml(block, Path("trial.yml"))
+    plan = parse_plan(content, Path("trial.yml"))
+    assert content.keys() == plan.as_mapping().keys()
+    for section in ("error_rates", "budget", "costs", "risk", "blocks", "abort"):
+        assert content[section].keys() == plan.as_mapping()[section].keys()
+    # Each key is explained in the table
+    assert set(content) <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_the_callback_that_is_shown_in_yaml_can_be_made() -> None:

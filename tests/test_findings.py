@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sb3_offline_ft.evaluation import finetuning_metrics
+from sb3_offline_ft.pages.words import NONE
 from sb3_offline_ft.study import study_results, write_report
 from sb3_offline_ft.study.engine.folder import read_result
-from sb3_offline_ft.study.report.words import NONE
 from tests.conftest import REPOSITORY
 from tests.made_up_study import COLLAPSED_TO, write_runs, write_study
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from sb3_offline_ft.evaluation.served import WINDOW
+from sb3_offline_ft.pages.words import NONE
 from sb3_offline_ft.study import Cell, Protocol, write_report
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.runs import Group
-from sb3_offline_ft.study.report.words import NONE
 from tests.made_up_study import (
     COLLAPSED_TO,
     EPISODES,

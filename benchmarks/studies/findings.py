@@ -21,11 +21,11 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from sb3_offline_ft.pages.words import NONE, number
 from sb3_offline_ft.study import Protocol, StudyResults, study_results
 from sb3_offline_ft.study.engine.folder import RUNS
 from sb3_offline_ft.study.engine.results import remember_data_of_runs
 from sb3_offline_ft.study.report.looks import looks_of
-from sb3_offline_ft.study.report.words import NONE, number
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

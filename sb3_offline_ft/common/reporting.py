@@ -11,12 +11,13 @@ import typer
 
 
 @contextmanager
-def reporting(command: str, interrupted: str = "interrupted, nothing was written") -> Iterator[None]:
+def reporting(command: str, interrupted: str = "interrupted, nothing was written", exit_code: int = 1) -> Iterator[None]:
     """
-    Report errors in one line with exit code 1, warnings as notes, and Ctrl-C or SIGTERM with exit code 130.
+    Report errors in one line, warnings as notes, and Ctrl-C or SIGTERM with exit code 130.
 
     :param command: The command's name after ``sb3-offline-ft``
     :param interrupted: What is said after Ctrl-C
+    :param exit_code: The exit code after an error
     :raises typer.Exit: There was an error, or Ctrl-C
     """
 
@@ -31,7 +32,7 @@ def reporting(command: str, interrupted: str = "interrupted, nothing was written
             yield
     except (OSError, ValueError, TypeError, ImportError) as error:
         typer.echo(f"sb3-offline-ft {command}: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(exit_code) from None
     except KeyboardInterrupt:
         typer.echo(f"sb3-offline-ft {command}: {interrupted}", err=True)
         raise typer.Exit(130) from None

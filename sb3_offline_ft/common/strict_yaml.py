@@ -50,6 +50,23 @@ def load_yaml(text: str, file: Path) -> Any:
         raise ValueError(f"{file}{where}: {problem or error}.") from None
 
 
+def flow(value: Any) -> str:
+    """A value as YAML in one line, which :func:`load_yaml` reads as the same value."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
+    text = text.removesuffix("...\n").strip()
+    # Our reader takes more for numbers than PyYAML does
+    quoted = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True).strip()
+    return text if load_yaml(text, Path()) == value else quoted
+
+
+def listed(entries: Mapping[str, Any]) -> str:
+    """A mapping as YAML, indented, with one entry a line."""
+    keys = [f"{flow(name)}:" for name in entries]
+    width = max(map(len, keys), default=0)
+    lines = (f"  {key:{width}} {flow(entry)}" for key, entry in zip(keys, entries.values(), strict=True))
+    return "\n".join(lines) or "  {}"
+
+
 class Reader:
     """
     Checks what a file says under a key, whose path is such as ``methods.td3c.guard``.

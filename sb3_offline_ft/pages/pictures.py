@@ -119,9 +119,9 @@ def _draw_svg(name: str, paint: Paint, size: tuple[float, float], style: dict[An
     return stream.getvalue().decode("utf-8")
 
 
-def panels(figure: Figure, n: int, n_columns: int = 1, sharey: bool = False) -> list[Axes]:
-    """The first panels of a grid with so many columns and one x axis; the rest of the last row is left empty."""
-    grid = list(figure.subplots(-(-n // n_columns), n_columns, squeeze=False, sharex=True, sharey=sharey).flat)
+def panels(figure: Figure, n: int, n_columns: int = 1, sharey: bool = False, sharex: bool = True) -> list[Axes]:
+    """The first panels of a grid with so many columns, by default with one x axis; the rest of the last row is left empty."""
+    grid = list(figure.subplots(-(-n // n_columns), n_columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for axes in grid[n:]:
         axes.set_visible(False)
     return grid[:n]

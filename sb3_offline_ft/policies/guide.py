@@ -114,7 +114,7 @@ def _policy_from_zip(
         raise FileNotFoundError(f"{name} does not exist: expected 'pretrained' or a zip file that an algorithm saved.")
     try:
         with naming_damage(name, "a zip file saved by a Stable-Baselines3 algorithm"):
-            settings, weights = _read_zip(file, device)
+            settings, weights = read_zip(file, device)
         _check_recorded_spaces(settings, name, observation_space, action_space)
         with naming_damage(name, "a zip file saved by a Stable-Baselines3 algorithm"):
             return _make_policy(settings, weights, observation_space, action_space).to(device)
@@ -127,8 +127,8 @@ def _policy_from_zip(
         ) from None
 
 
-def _read_zip(file: Path, device: th.device) -> tuple[dict[str, Any], dict[str, Any]]:
-    # SB3's own reader unpickles all settings, whatever they hold
+def read_zip(file: Path, device: th.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a model as JSON has them, none unpickled as SB3's own reader does with all, and its policy's weights."""
     with zipfile.ZipFile(file) as archive:
         settings: dict[str, Any] = json.loads(archive.read("data"))
         if not all(isinstance(settings[key], dict) for key in ("observation_space", "action_space")):

@@ -40,10 +40,18 @@ class AutogradKernel(UpdateKernel):
         q_values = th.cat(self.policy.critic_target(next_observations, self.next_actions), dim=1)
         return q_values if critics is None else q_values[:, critics]
 
-    def update_critics(self, targets: th.Tensor) -> th.Tensor:
+    @th.no_grad()
+    def q_values_of_next(self, actions: th.Tensor) -> th.Tensor:
+        return th.cat(self.policy.critic_target(self._batch.next_observations, actions), dim=1)
+
+    def update_critics(self, targets: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
         critic = self.policy.critic
         q_values = critic(self._batch.observations, self._batch.actions)
-        loss = th.stack([F.mse_loss(values, targets) for values in q_values]).sum()
+        if weights is None and targets.shape[1] == 1:
+            loss = th.stack([F.mse_loss(values, targets) for values in q_values]).sum()
+        else:
+            errors = (th.cat(q_values, dim=1) - targets).square()
+            loss = (errors if weights is None else errors * weights).mean(dim=0).sum()
         critic.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         critic.optimizer.step()

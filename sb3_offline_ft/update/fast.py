@@ -208,15 +208,30 @@ class FastKernel(UpdateKernel):
         return q_values if critics is None else q_values[:, critics]
 
     @th.no_grad()
-    def update_critics(self, targets: th.Tensor) -> th.Tensor:
+    def q_values_of_next(self, actions: th.Tensor) -> th.Tensor:
+        passes, now = self._passes, self._now
+        assert passes is not None
+        self._is_disturbed = True
+        now.next_actions.copy_(actions)
+        # Copies, since the critics take turns in one memory
+        return th.cat([critic.forward(now.next_input).clone() for critic in passes.critics_target], dim=1)
+
+    @th.no_grad()
+    def update_critics(self, targets: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
         passes = self._passes
         assert passes is not None
         error, scale = passes.error, 1 / len(targets)
         flat_error = error.view(-1)
         loss = th.zeros((), device=targets.device)
-        for critic in passes.critics:
-            th.sub(critic.forward(self._now.input), targets, out=error)
-            loss += th.dot(flat_error, flat_error)
+        for index, critic in enumerate(passes.critics):
+            own = targets if targets.shape[1] == 1 else targets[:, index : index + 1]
+            th.sub(critic.forward(self._now.input), own, out=error)
+            if weights is None:
+                loss += th.dot(flat_error, flat_error)
+            else:
+                squares = error * error
+                error.mul_(weights[:, index : index + 1])
+                loss += th.dot(squares.view(-1), weights[:, index])
             critic.backward(error.mul_(2 * scale))
         self.critic_adam.step()
         return loss.mul_(scale)

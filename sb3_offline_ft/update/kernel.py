@@ -135,11 +135,22 @@ class UpdateKernel(ABC):
         """
 
     @abstractmethod
-    def update_critics(self, targets: th.Tensor) -> th.Tensor:
+    def q_values_of_next(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Values of the target critics at the next observations and actions of anybody; without gradient.
+
+        :param actions: The actions, shape ``(batch, action_dim)``, in [-1, 1]
+        :return: Shape ``(batch, n_critics)``
+        """
+
+    @abstractmethod
+    def update_critics(self, targets: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
         """
         One step of the critics' optimizer on the sum over critics of the mean squared error.
 
-        :param targets: What the values of the batch should be, shape ``(batch, 1)``
+        :param targets: What the values of the batch should be, shape ``(batch, 1)``, or ``(batch, n_critics)`` for critics
+            that learn different things
+        :param weights: Weights of the squared errors in each critic's mean, shape ``(batch, n_critics)``; None for 1
         :return: The loss before the step, a scalar
         """
 

@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_offline_ft.algorithms import preset_path
 from sb3_offline_ft.common.search_space import split_finetuning
 from sb3_offline_ft.datasets import check_spec, without_trust
+from sb3_offline_ft.datasets.files.zoo import LEARNER_STATISTICS
 from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL, STATISTICS
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.tuning.objective import split_tuning
@@ -27,8 +28,6 @@ from sb3_offline_ft.zoo.pretraining import Pretraining
 from sb3_offline_ft.zoo.trials import prepare_trial
 
 DEFAULT_EVALUATIONS = 10
-LEARNER_STATISTICS = "vecnormalize_learner.pkl"
-"""rl_zoo3 has one file of statistics for all models of a run, and the one to deploy is the champion."""
 
 
 class _RunWatch(BaseCallback):

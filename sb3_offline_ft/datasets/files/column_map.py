@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _VECTORS: dict[str, tuple[str, ...]] = {
     "next_observations": ("next_observations", "next_observation", "next_obs", "next_states", "next_state"),
     "actions": ("actions", "action", "act"),
 }
+VECTORS = tuple(_VECTORS)
 _SCALARS: dict[str, tuple[str, ...]] = {
     "reward": ("reward", "rewards", "rew", "next.reward"),
     "terminated": ("terminated", "terminations", "termination", "terminal", "terminals"),
@@ -119,10 +120,12 @@ class ColumnMap:
         given = [key for key, value in options.items() if value is not None]
         return replace(cls.from_file(file), **{key: getattr(chosen, key) for key in given})
 
-    def resolve(self, columns: Sequence[str], where: str, needs_reward: bool = True) -> "ColumnMap":
+    def resolve(
+        self, columns: Sequence[str], where: str, needs_reward: bool = True, vectors: Collection[str] = VECTORS
+    ) -> "ColumnMap":
         """Find the columns in a table that has these ones: the map with everything found, and no wildcards."""
-        found: dict[str, Any] = {}
-        for key in _VECTORS:
+        found: dict[str, Any] = dict.fromkeys(_VECTORS)
+        for key in vectors:
             given = getattr(self, key)
             if isinstance(given, dict):
                 found[key] = {name: _expand(one, columns, f"{key}[{name!r}]", where) for name, one in given.items()}
@@ -134,7 +137,7 @@ class ColumnMap:
                 raise ValueError(_missing(key, _VECTORS[key], columns, where))
         for key in ("reward", "terminated", "truncated", "done", "episode", "time"):
             given = getattr(self, key)
-            found[key] = _one(given, columns, key, where) if given is not None else _guess_scalar(key, columns, where)
+            found[key] = one_column(given, columns, key, where) if given is not None else _guess_scalar(key, columns, where)
         if self.terminated is not None and self.truncated is not None and self.done is None:
             # Both were named, so a column that happens to be called done adds nothing
             found["done"] = None
@@ -196,7 +199,8 @@ def _matches(pattern: str, columns: Sequence[str]) -> list[str]:
     return []
 
 
-def _one(name: str, columns: Sequence[str], key: str, where: str) -> str:
+def one_column(name: str, columns: Sequence[str], key: str, where: str) -> str:
+    """A column's name; ``ValueError`` with near matches if there is no such column."""
     if name not in columns:
         raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
     return name

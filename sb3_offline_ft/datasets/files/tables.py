@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from packaging.version import Version
 from sb3_offline_ft.common.observations import Array
 from sb3_offline_ft.datasets.columns import FloatArray, frozen, split_ends
 from sb3_offline_ft.datasets.files.arrays import dataset_from_arrays
-from sb3_offline_ft.datasets.files.column_map import ColumnMap
+from sb3_offline_ft.datasets.files.column_map import VECTORS, ColumnMap, one_column
 from sb3_offline_ft.datasets.files.reading import Source, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.validation import ACTION_TOLERANCE
@@ -104,6 +104,54 @@ def read_tables(
     return dataset if reward_function is None else with_rewards(dataset, reward_function)
 
 
+@dataclass(frozen=True)
+class Signals:
+    """
+    Columns of a table whose rows are steps.
+
+    :param rewards: The rewards, shape ``(steps,)``, None if no column was asked for or found
+    :param numbers: Other columns of numbers
+    :param texts: Columns of anything, as text
+    :param episodes: What the episode of each row is called, None without such a column
+    :param n_rows: Number of the rows
+    """
+
+    rewards: npt.NDArray[np.float64] | None
+    numbers: dict[str, npt.NDArray[np.float64]]
+    texts: dict[str, npt.NDArray[np.str_]]
+    episodes: npt.NDArray[np.str_] | None
+    n_rows: int
+
+
+def read_signals(
+    path: Path, columns: ColumnMap | None = None, *, needs_reward: bool, numbers: Sequence[str] = (), texts: Sequence[str] = ()
+) -> Signals:
+    """
+    Read single columns of a table, exactly, in order of time if there is such a column.
+
+    :param path: The file
+    :param columns: Which columns mean reward, episode and time
+    :param needs_reward: Whether there has to be a column of rewards
+    :param numbers: Names of other columns of numbers
+    :param texts: Names of columns of anything
+    :return: The columns
+    :raises OSError: The file cannot be opened
+    :raises ValueError: Something in it is wrong: the message names the file, the column and the row
+    """
+    given = columns or ColumnMap()
+    asked = ColumnMap(reward=given.reward, episode=given.episode, time=given.time)
+    table = _Table(path, asked, needs_reward, others=[*numbers, *texts])
+    table.load()
+    reward, episode = table.columns.reward, table.columns.episode
+    return Signals(
+        None if reward is None else table.exact_numbers(reward),
+        {name: table.exact_numbers(name) for name in numbers},
+        {name: table.values(name).astype(str).to_numpy(np.str_) for name in texts},
+        None if episode is None else table.values(episode).astype(str).to_numpy(np.str_),
+        len(table.rows),
+    )
+
+
 def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDataset:
     """A dataset with these rewards, which shares the other columns and has no spec."""
     where = f"Dataset {dataset.name!r}"
@@ -125,19 +173,22 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
 class _Table:
     """One table with the columns that were found in it."""
 
-    def __init__(self, path: Path, columns: ColumnMap, needs_reward: bool) -> None:
+    def __init__(self, path: Path, columns: ColumnMap, needs_reward: bool, others: Sequence[str] | None = None) -> None:
         self.path, self.where = path, f"Table {str(path)!r}"
         self.is_parquet = path.suffix.lower() in _PARQUET
         self.separator = ""
         self.names = self._column_names()
-        self.columns = columns.resolve(self.names, self.where, needs_reward)
+        # Other columns are asked for in place of the vectors
+        vectors = VECTORS if others is None else ()
+        self.columns = columns.resolve(self.names, self.where, needs_reward, vectors)
+        self.others = [one_column(name, self.names, "the plan", self.where) for name in others or ()]
         self.frame: Any = None
         self.rows = np.arange(0)
         self.episodes: tuple[Any, Any] = (None, None)
         """What the first and the last row's episode are called."""
 
-    def read(self, action_space: spaces.Box | None) -> dict[str, Array]:
-        """Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode."""
+    def load(self) -> npt.NDArray[np.bool_]:
+        """Read the rows, in order of time if there is such a column; returns whether each starts an episode."""
         names = self.columns
         self.frame = self._read_frame()
         self.rows = np.arange(len(self.frame))
@@ -149,10 +200,15 @@ class _Table:
         starts = np.diff(episodes, prepend=-1) != 0
         if names.episode is not None:
             self._check_contiguous(names.episode, episodes, np.flatnonzero(starts))
-            labels = self._values(names.episode)
+            labels = self.values(names.episode)
             self.episodes = (labels.iloc[0], labels.iloc[-1])
+        return np.asarray(starts, np.bool_)
+
+    def read(self, action_space: spaces.Box | None) -> dict[str, Array]:
+        """Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode."""
+        starts, names = self.load(), self.columns
         parts = [self._part(name, "actions") for name in names.actions or ()]
-        arrays = {"starts": starts, "actions": np.concatenate(parts, axis=1)}
+        arrays: dict[str, Any] = {"starts": starts, "actions": np.concatenate(parts, axis=1)}
         if action_space is not None:
             widths = [part.shape[1] for part in parts]
             self._check_bounds(arrays["actions"], np.repeat(names.actions or (), widths), action_space)
@@ -187,7 +243,7 @@ class _Table:
         return names
 
     def _read_frame(self) -> Any:
-        wanted = self.columns.columns()
+        wanted = list(dict.fromkeys([*self.columns.columns(), *self.others]))
         with reading(self.where, self.path), warnings.catch_warnings():
             if self.is_parquet:
                 return _parquet().read_table(self.path, columns=wanted).to_pandas()
@@ -207,19 +263,24 @@ class _Table:
     def _wrong(self, name: str, index: Any, problem: str) -> ValueError:
         return ValueError(f"{self.where}, column {name!r}, {self._row(index)}: {problem}")
 
-    def _values(self, name: str) -> Any:
+    def values(self, name: str) -> Any:
+        """The values of a column, as pandas reads them."""
         series = self.frame[name]
         return series if self.columns.time is None else series.iloc[self.rows]
 
     def _part(self, name: str, meaning: str) -> FloatArray:
         """Read a column of a vector: one of lists gives as many numbers as a list holds, any other one."""
-        is_of_lists = _are(_LISTS, self._values(name)).any()
+        is_of_lists = _are(_LISTS, self.values(name)).any()
         return self._lists(name, meaning) if is_of_lists else self._numbers(name)[:, None]
 
     def _numbers(self, name: str) -> FloatArray:
+        return self._as_float32(name, self.exact_numbers(name))
+
+    def exact_numbers(self, name: str) -> npt.NDArray[np.float64]:
+        """The values of a column, all of which have to be numbers."""
         import pandas as pd
 
-        series = self._values(name)
+        series = self.values(name)
         if len(bad := np.flatnonzero(_are(_NESTED, series))):
             found = type(series.iloc[bad[0]]).__name__
             raise self._wrong(name, bad[0], f"expected a number, found a {found}. Is this the right column?")
@@ -237,10 +298,10 @@ class _Table:
             found = f"the text {cell!r}" if is_text else "an empty cell or NaN" if pd.isna(cell) else str(cell)
             more = f"; {len(bad):,} of {len(values):,} rows are like that" if len(bad) > 1 else ""
             raise self._wrong(name, bad[0], f"expected a number, found {found}{more}. {advice}")
-        return self._as_float32(name, values)
+        return np.asarray(values, np.float64)
 
     def _lists(self, name: str, meaning: str) -> FloatArray:
-        cells = list(self._values(name))
+        cells = list(self.values(name))
         length = len(cells[0]) if isinstance(cells[0], _LISTS) else 0
         for index, cell in enumerate(cells):
             is_typed = isinstance(cell, np.ndarray) and cell.dtype != object
@@ -279,7 +340,7 @@ class _Table:
         return numbers
 
     def _flags(self, name: str) -> npt.NDArray[np.bool_]:
-        series = self._values(name)
+        series = self.values(name)
         if series.dtype == np.bool_:
             return np.asarray(series.to_numpy(), np.bool_)
         texts = series.astype(str).str.strip().str.lower()
@@ -333,7 +394,7 @@ class _Table:
         _, first = np.unique(episodes[starts], return_index=True)
         for start in np.delete(starts, first)[:1]:
             problem = (
-                f"the episode {self._values(name).iloc[start]!s} goes on here after another. Expected the rows of an "
+                f"the episode {self.values(name).iloc[start]!s} goes on here after another. Expected the rows of an "
                 "episode one after the other: sort the file, or name the column of time with --time."
             )
             raise self._wrong(name, start, problem)

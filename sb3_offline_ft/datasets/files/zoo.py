@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 CONFIG, ARGUMENTS = "config.yml", "args.yml"
+LEARNER_STATISTICS = "vecnormalize_learner.pkl"
+"""rl_zoo3 has one file of statistics for all models of a run, and the one to deploy is the champion."""
 OF_ENVIRONMENT = ("env_wrapper", "vec_env_wrapper", "frame_stack", "normalize", "env_kwargs")
 """Hyperparameters without which an environment would be another one than the agent's."""
 _PYTHON = "tag:yaml.org,2002:python/"

@@ -86,7 +86,20 @@ class SavedAgent:
                 )
         return model
 
-    def _load(self, file: Path, venv: VecEnv, seed: int, device: str) -> BaseAlgorithm:
+    def load_alone(self, device: str) -> BaseAlgorithm | None:
+        """The agent without an environment; None if it needs one, or wrappers or statistics that change what it sees."""
+        beside = ("normalize", "env_wrapper", "vec_env_wrapper", "frame_stack")
+        if self.file is None or any(self.hyperparams.get(name) for name in beside):
+            return None
+        try:
+            return self._load(self.file, None, 0, device)
+        except (OSError, MemoryError):
+            raise
+        # Libraries raise anything about a file that they cannot read
+        except Exception:
+            return None
+
+    def _load(self, file: Path, venv: VecEnv | None, seed: int, device: str) -> BaseAlgorithm:
         from rl_zoo3 import ALGOS
 
         algorithm: type[BaseAlgorithm] = ALGOS[self.algorithm]
@@ -102,7 +115,7 @@ class SavedAgent:
         try:
             return algorithm.load(file, custom_objects=objects, **options)
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] != "gym":
+            if venv is None or error.name is None or error.name.partition(".")[0] != "gym":
                 raise
             # Agents from the time of gym have its spaces inside
             objects |= {"observation_space": venv.observation_space, "action_space": venv.action_space}

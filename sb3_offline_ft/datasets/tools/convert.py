@@ -1,10 +1,7 @@
 """Logs of any kind as a Minari dataset."""
 
 import glob
-import importlib
-import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -181,23 +178,6 @@ def find_logs(logs: Sequence[Log]) -> tuple[list[Path], list[Log]]:
     if not tables and not others:
         raise ValueError("There are no logs to convert.")
     return tables, others
-
-
-def load_function(name: str) -> RewardFunction:
-    """Import a reward function ``module:function``; the module may lie in the working directory."""
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"The reward function must be given as module:function, found {name!r}.")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function: RewardFunction = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"Cannot import the reward function {name!r}: {error}.") from None
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise ValueError(f"The reward function {name!r} is a {type(function).__name__}, expected a function.")
-    return function
 
 
 # Reading

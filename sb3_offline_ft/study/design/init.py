@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sb3_offline_ft.algorithms import ALGORITHMS
 from sb3_offline_ft.common.io import atomic_write
-from sb3_offline_ft.common.strict_yaml import load_yaml
+from sb3_offline_ft.common.strict_yaml import flow, listed
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.study.design.learners import algorithm_class
@@ -135,15 +133,15 @@ def init_study(
     def text(specs: Mapping[str, str]) -> str:
         return _TEMPLATE.format(
             folder=shlex.quote(str(folder)),
-            name=_scalar(folder.absolute().name if name is None else name),
-            env=_scalar(env),
-            datasets=_listed({label: without_trust(spec) for label, spec in specs.items()}),
+            name=flow(folder.absolute().name if name is None else name),
+            env=flow(env),
+            datasets=listed({label: without_trust(spec) for label, spec in specs.items()}),
             pretraining=PRETRAINING,
-            seeds=_scalar(seeds if isinstance(seeds, int) else list(seeds)),
-            interactions=_scalar(interactions),
+            seeds=flow(seeds if isinstance(seeds, int) else list(seeds)),
+            interactions=flow(interactions),
             every=default_every(interactions) if isinstance(interactions, int) else 1000,
-            hyperparams=_scalar(_shorter_warmup(algorithms, env, interactions)),
-            methods=_listed(chosen),
+            hyperparams=flow(_shorter_warmup(algorithms, env, interactions)),
+            methods=listed(chosen),
             presets=_presets(algorithms, env),
             reference=f"\nreference_method: {REFERENCE}  # the others are compared with it\n" if REFERENCE in chosen else "",
         )
@@ -221,20 +219,5 @@ def _presets(algorithms: Sequence[str], env: str) -> str:
     lines: list[str] = []
     for each in algorithms:
         hyperparams, callbacks = preset(each, env)
-        lines += [f"  {each}:", *(f"    {name}: {_scalar(value)}" for name, value in (hyperparams | callbacks).items())]
+        lines += [f"  {each}:", *(f"    {name}: {flow(value)}" for name, value in (hyperparams | callbacks).items())]
     return "\n".join(lines)
-
-
-def _listed(entries: Mapping[str, Any]) -> str:
-    keys = [f"{_scalar(name)}:" for name in entries]
-    width = max(map(len, keys), default=0)
-    lines = (f"  {key:{width}} {_scalar(entry)}" for key, entry in zip(keys, entries.values(), strict=True))
-    return "\n".join(lines) or "  {}"
-
-
-def _scalar(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
-    text = text.removesuffix("...\n").strip()
-    # Our reader takes more for numbers than PyYAML does
-    quoted = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True).strip()
-    return text if load_yaml(text, Path(STUDY_FILE)) == value else quoted

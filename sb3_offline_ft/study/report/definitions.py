@@ -1,9 +1,9 @@
 """What the words and numbers of a study's report mean."""
 
 from sb3_offline_ft.evaluation.finetuning_metrics import BAND_SHARE, COLLAPSE_SHARE, CONSECUTIVE, LAST
+from sb3_offline_ft.pages.words import counted
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.runs import last_evaluations
-from sb3_offline_ft.study.report.words import counted
 
 J0 = "J\N{SUBSCRIPT ZERO}"
 SCALE = f"|{J0} - J_random|"

@@ -10,13 +10,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.pictures import INK, Drawing, label_rows, level, panels, shade
+from sb3_offline_ft.pages.words import listed, number, percent, ranged
 from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
 from sb3_offline_ft.study.report.comparisons import COLLAPSED
 from sb3_offline_ft.study.report.factors import Levels
 from sb3_offline_ft.study.report.looks import Look
 from sb3_offline_ft.study.report.runs import Group, last_evaluations
-from sb3_offline_ft.study.report.words import listed, number, percent, ranged
 
 WIDTH = 4.6
 FACTOR_METRICS = {"last_return": "last {last} evaluations", "dip_depth": "dip depth", COLLAPSED: "collapsed (%)"}

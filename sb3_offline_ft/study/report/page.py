@@ -7,6 +7,8 @@ from pathlib import Path
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.pages.html import Picture, render_page
 from sb3_offline_ft.pages.pictures import Drawing
+from sb3_offline_ft.pages.tables import TextTable
+from sb3_offline_ft.pages.words import counted, listed
 from sb3_offline_ft.study.design.protocol import STUDY_FILE
 from sb3_offline_ft.study.engine.folder import MANIFEST, RUNS, run_folder
 from sb3_offline_ft.study.engine.results import StudyResults, study_results
@@ -23,9 +25,7 @@ from sb3_offline_ft.study.report.provenance import (
     missing_table,
     provenance,
 )
-from sb3_offline_ft.study.report.tables import TextTable
 from sb3_offline_ft.study.report.verdict import Sections, verdict
-from sb3_offline_ft.study.report.words import counted, listed
 
 FORMATS = ("html", "figures", "csv", "md")
 COMBINED = (

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from sb3_offline_ft.datasets import load_dataset
+from sb3_offline_ft.pages.tables import TextTable
+from sb3_offline_ft.pages.words import MOST_NAMED, NONE, counted, listed, number
 from sb3_offline_ft.study.design.protocol import STUDY_FILE, Protocol
 from sb3_offline_ft.study.engine.results import Run
 from sb3_offline_ft.study.report.analysis import StudyNumbers
-from sb3_offline_ft.study.report.tables import TextTable
-from sb3_offline_ft.study.report.words import MOST_NAMED, NONE, counted, listed, number
 
 OWN = "sb3-offline-ft"
 NOT_RECORDED = "not recorded"

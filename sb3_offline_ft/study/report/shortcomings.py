@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sb3_offline_ft.study.report.words import counted, some
+from sb3_offline_ft.pages.words import counted, some
 
 FEW = 0.75
 """Batches with less than this share of distinct rows repeat a few transitions."""

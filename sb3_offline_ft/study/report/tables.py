@@ -4,17 +4,14 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from sb3_offline_ft.evaluation.served import AT, WINDOW
-from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
-from sb3_offline_ft.study.report.comparisons import COLLAPSED, Comparison
-from sb3_offline_ft.study.report.factors import Levels
-from sb3_offline_ft.study.report.runs import Group, RunNumbers, last_evaluations
-from sb3_offline_ft.study.report.words import (
+from sb3_offline_ft.pages.tables import TextTable
+from sb3_offline_ft.pages.words import (
     NBSP,
     NONE,
     capital,
@@ -26,6 +23,10 @@ from sb3_offline_ft.study.report.words import (
     probability,
     ranged,
 )
+from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
+from sb3_offline_ft.study.report.comparisons import COLLAPSED, Comparison
+from sb3_offline_ft.study.report.factors import Levels
+from sb3_offline_ft.study.report.runs import Group, RunNumbers, last_evaluations
 
 TEST_WORDS = (
     "Pairs are runs with the same data and seed, which start from the same pretrained policy; a run without data is paired "
@@ -36,30 +37,6 @@ TEST_WORDS = (
     "over time, which begins with its first step, while that of pretrained methods begins after the warm-up."
 )
 GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation", "warning")
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table of texts, whose rows begin with their own heading; the title stands above it, the note below."""
-
-    name: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    note: str = ""
-
-    def untitled(self) -> "TextTable":
-        return replace(self, name=self.title or self.name, title="")
-
-    def as_markdown(self) -> str:
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-        parts = [f"### {self.title}\n"] if self.title else []
-        parts.append("\n".join([line(self.columns), "|" + " --- |" * len(self.columns), *map(line, self.rows)]))
-        if self.note:
-            parts.append(f"\n{self.note}")
-        return "\n".join(parts) + "\n"
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,7 @@ import numpy as np
 from sb3_offline_ft.evaluation.finetuning_metrics import CONSECUTIVE
 from sb3_offline_ft.evaluation.served import EXPLORE, TRIAL
 from sb3_offline_ft.evaluation.statistics import Estimate
-from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
-from sb3_offline_ft.study.report.comparisons import COLLAPSED, SIGNIFICANT, Comparison
-from sb3_offline_ft.study.report.runs import Group, last_evaluations
-from sb3_offline_ft.study.report.shortcomings import shortcomings
-from sb3_offline_ft.study.report.words import (
+from sb3_offline_ft.pages.words import (
     LEVEL,
     NBSP,
     capital,
@@ -24,6 +20,10 @@ from sb3_offline_ft.study.report.words import (
     probability,
     some,
 )
+from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
+from sb3_offline_ft.study.report.comparisons import COLLAPSED, SIGNIFICANT, Comparison
+from sb3_offline_ft.study.report.runs import Group, last_evaluations
+from sb3_offline_ft.study.report.shortcomings import shortcomings
 
 FEW_SEEDS = 10
 """With fewer seeds the report says that they are few."""

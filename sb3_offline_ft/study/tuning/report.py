@@ -22,11 +22,11 @@ from rich.text import Text
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.pages.html import Picture, render_page
 from sb3_offline_ft.pages.pictures import Drawing, inline_svg
+from sb3_offline_ft.pages.tables import TextTable
+from sb3_offline_ft.pages.words import some
 from sb3_offline_ft.study.design.methods import Method
 from sb3_offline_ft.study.engine.queue import CELL
 from sb3_offline_ft.study.report.shortcomings import shortcomings
-from sb3_offline_ft.study.report.tables import TextTable
-from sb3_offline_ft.study.report.words import some
 from sb3_offline_ft.study.tuning.entry import write_entry, zoo_command
 from sb3_offline_ft.study.tuning.plan import FEWEST_TO_SHOW, TuningPlan
 from sb3_offline_ft.study.tuning.queue import GIVEN_UP, SCORES, SEARCH, TuningQueue, trial_note

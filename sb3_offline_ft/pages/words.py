@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-
-from sb3_offline_ft.evaluation.statistics import Estimate
+from typing import Protocol
 
 NONE = "\N{EN DASH}"
 """Stands where there is no number."""
@@ -11,6 +10,19 @@ NBSP = "\N{NO-BREAK SPACE}"
 LEVEL = f"95{NBSP}%"
 NO_INTERVAL = "no interval"
 MOST_NAMED = 8
+
+
+class Estimate(Protocol):
+    """What is written as a number with its interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def has_interval(self) -> bool: ...
 
 
 def number(value: float | None, digits: int | None = None) -> str:

@@ -1,0 +1,78 @@
+"""Models in ONNX's format."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from sb3_offline_ft.common.io import naming_damage
+
+
+class OnnxController:
+    """
+    A model whose inputs are the observation, or one an input for the keys of a Dict, and whose first output is the action.
+
+    With one dimension more than the observation the first one is that of a batch.
+
+    :param name: As the user gave it
+    :param file: The file
+    :raises ImportError: onnxruntime is not installed
+    """
+
+    def __init__(self, name: str, file: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ImportError(
+                f"{name!r} needs onnxruntime, which is not installed: pip install 'sb3-offline-ft[onnx]'.", name="onnxruntime"
+            ) from None
+        if not file.is_file():
+            raise FileNotFoundError(f"No model {str(file.absolute())!r}: expected a file in ONNX's format.")
+        self.name = name
+        self.sha256: str | None = hashlib.sha256(file.read_bytes()).hexdigest()
+        options = onnxruntime.SessionOptions()
+        # Small networks: more threads only wait for one another
+        options.intra_op_num_threads = 1
+        with naming_damage(f"The model {str(file)!r}", "a file in ONNX's format"):
+            self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._inputs = self._session.get_inputs()
+        self.observation_space: spaces.Space[Any] | None = self._declared_observations()
+        self.action_space: spaces.Space[Any] | None = _declared(self._session.get_outputs()[0])
+
+    def reset(self, seed: int | None = None) -> None:
+        """Nothing to begin."""
+
+    def act(self, observation: Any) -> npt.NDArray[Any]:
+        """Ask the model."""
+        parts = observation if isinstance(observation, dict) else {self._inputs[0].name: observation}
+        given, has_batch = {}, False
+        for wanted in self._inputs:
+            array = np.asarray(parts[wanted.name], _dtype(wanted.type))
+            has_batch = len(wanted.shape) == array.ndim + 1
+            given[wanted.name] = array[None] if has_batch else array
+        action: npt.NDArray[Any] = self._session.run(None, given)[0]
+        return action[0] if has_batch else action
+
+    def _declared_observations(self) -> spaces.Space[Any] | None:
+        declared = {each.name: _declared(each) for each in self._inputs}
+        if len(declared) == 1:
+            return next(iter(declared.values()))
+        known = {name: space for name, space in declared.items() if space is not None}
+        return spaces.Dict(known) if len(known) == len(declared) else None
+
+
+def _declared(value: Any) -> spaces.Space[Any] | None:
+    """What a model says of an input or output but for its batch; None if it leaves a size open."""
+    sizes = value.shape[1:]
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        return None
+    return spaces.Box(-np.inf, np.inf, tuple(sizes), np.float32)
+
+
+def _dtype(declared: str) -> npt.DTypeLike:
+    """NumPy's name of a type such as ``tensor(float)``."""
+    name = declared.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)

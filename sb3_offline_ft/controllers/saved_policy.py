@@ -1,0 +1,128 @@
+"""Policies that SB3, sb3-contrib or this package saved, alone or in a run's folder of rl-zoo3."""
+
+import hashlib
+import inspect
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch as th
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import json_to_data
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.datasets.files.zoo import CONFIG, LEARNER_STATISTICS, saved_hyperparams
+from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL, STATISTICS
+from sb3_offline_ft.policies.guide import read_zip
+
+CHAMPION, CHECKPOINTS = "champion.zip", "rl_model_"
+NEEDED = ("policy_class", "policy_kwargs", "observation_space", "action_space", "use_sde")
+
+
+class PolicyController:
+    """
+    A policy whose deterministic actions are taken.
+
+    :param name: As the user gave it
+    :param file: The zip file of an algorithm
+    :param device: Torch device of the policy
+    """
+
+    def __init__(self, name: str, file: Path, device: str) -> None:
+        if not file.is_file():
+            raise FileNotFoundError(f"No policy {str(file.absolute())!r}: expected a .zip saved by an algorithm's save().")
+        self.name = name
+        statistics = _statistics_for(file)
+        files = [file] if statistics is None else [file, statistics]
+        self.sha256: str | None = hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
+        self._policy = _load_policy(file, device)
+        self.observation_space, self.action_space = self._policy.observation_space, self._policy.action_space
+        self._normalize: Callable[[Any], Any] = _normalization(statistics) if statistics is not None else lambda seen: seen
+        self._memory: Any = None
+
+    def reset(self, seed: int | None = None) -> None:
+        """Begin without memory."""
+        self._memory = None
+
+    def act(self, observation: Any) -> npt.NDArray[Any]:
+        """Ask the policy. SB3's policies keep their actions within the bounds that they were trained with."""
+        action, self._memory = self._policy.predict(self._normalize(observation), self._memory, deterministic=True)
+        return action
+
+
+def policy_file(folder: Path) -> Path:
+    """
+    :param folder: A run's folder of rl-zoo3
+    :return: The best model if there is one, else the last one
+    :raises ValueError: There is none, or it is not clear which one is meant
+    """
+    found = sorted(path for path in folder.glob("*.zip") if not path.name.startswith(CHECKPOINTS))
+    of_run = [path for path in found if path.name == BEST_MODEL] or [path for path in found if (folder / path.stem).is_dir()]
+    chosen = of_run or found
+    if len(chosen) != 1:
+        what = f"several policies, {', '.join(path.name for path in chosen)}" if chosen else "no policy"
+        raise ValueError(
+            f"The folder {str(folder)!r} has {what}: expected a run's folder such as logs/td3c/Pendulum-v1_1, with "
+            f"{BEST_MODEL} or <environment>.zip. A file can be named itself."
+        )
+    return chosen[0]
+
+
+def _load_policy(file: Path, device: str) -> BasePolicy:
+    with naming_damage(f"The policy {str(file)!r}", "a zip file saved by a Stable-Baselines3 algorithm"):
+        settings, weights = read_zip(file, th.device(device))
+        found = json_to_data(json.dumps({key: settings[key] for key in NEEDED if key in settings}))
+        policy_class, kwargs = found["policy_class"], dict(found["policy_kwargs"])
+        known = inspect.signature(policy_class).parameters
+        if found.get("use_sde"):
+            # On-policy algorithms pass it beside
+            kwargs.setdefault("use_sde", True)
+        if "lr_schedule" in known:
+            # Nothing is learned here
+            kwargs["lr_schedule"] = lambda _: 0.0
+        with th.random.fork_rng(devices=[]):
+            policy: BasePolicy = policy_class(found["observation_space"], found["action_space"], **kwargs)
+        policy.load_state_dict(weights)
+        policy.set_training_mode(False)
+        return policy.to(device)
+
+
+def _statistics_for(file: Path) -> Path | None:
+    """The statistics that the policy's observations were normalized with, where rl-zoo3 and champions have them."""
+    folder = file.parent
+    runs = [path.parent for path in folder.glob(f"*/{CONFIG}")]
+    settings = next((path for path in runs if path.name == file.stem), runs[0] if len(runs) == 1 else None)
+    places = [folder / STATISTICS]
+    is_normalized = False
+    if settings is not None:
+        hyperparams, _ = saved_hyperparams(settings)
+        for wrapper in ("env_wrapper", "vec_env_wrapper", "frame_stack"):
+            if hyperparams.get(wrapper):
+                raise ValueError(
+                    f"The policy {str(file)!r} was trained with {wrapper}: {hyperparams[wrapper]}, which changes what it sees "
+                    "or does. Register an environment with these wrappers inside, or give a module:function that applies them."
+                )
+        is_normalized = bool(hyperparams["normalize"]) and hyperparams["normalize_kwargs"].get("norm_obs", True)
+        if file.name in (BEST_MODEL, CHAMPION):
+            places = [folder / STATISTICS, settings / STATISTICS]
+        else:
+            places = [settings / LEARNER_STATISTICS, settings / STATISTICS]
+    found = next((path for path in places if path.is_file()), None)
+    if is_normalized and found is None:
+        raise FileNotFoundError(
+            f"The policy {str(file)!r} was trained on normalized observations, but {str(places[-1])!r} with their statistics "
+            "is missing."
+        )
+    return found
+
+
+def _normalization(statistics: Path) -> Callable[[Any], Any]:
+    with naming_damage(statistics, "a VecNormalize that Stable-Baselines3 saved"):
+        normalize = pickle.loads(statistics.read_bytes())
+        if not isinstance(normalize, VecNormalize):
+            raise TypeError(f"found a {type(normalize).__name__}")
+    return normalize.normalize_obs

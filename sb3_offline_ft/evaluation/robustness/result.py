@@ -1,0 +1,187 @@
+"""What perturbations do to policies: the numbers, and the range in which a policy keeps what it is worth."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sb3_offline_ft.common.io import atomic_write, naming_damage
+
+RETURN = "return"
+FILE = "robustness.json"
+FORMAT = 1
+KEPT = 0.9
+"""Share of the nominal return, above that of a random policy, that counts as kept."""
+
+Values = Mapping[str, tuple[float, ...]]
+"""Of each metric, one number an episode."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who was tried: the name that the user gave, and the SHA-256 of the file."""
+
+    name: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Range:
+    """
+    Levels around the nominal one at which a policy keeps its return.
+
+    :param low: The lowest
+    :param high: The highest
+    :param low_is_last: Whether no lower one was tried
+    :param high_is_last: Whether no higher one was tried
+    """
+
+    low: float
+    high: float
+    low_is_last: bool
+    high_is_last: bool
+
+    def __str__(self) -> str:
+        """With a bracket where the range ends, and an arrow where nothing beyond it was tried."""
+        below, above = "\u2190" if self.low_is_last else "", "\u2192" if self.high_is_last else ""
+        return f"{below}{self.low:g} to {self.high:g}{above}"
+
+
+@dataclass(frozen=True)
+class Response:
+    """
+    What one perturbation does.
+
+    :param name: Its name
+    :param what: What its level is, in words
+    :param nominal: The level that changes nothing
+    :param levels: All levels, this one included, ascending
+    :param values: By role, at each level, of each metric, one number an episode
+    """
+
+    name: str
+    what: str
+    nominal: float
+    levels: tuple[float, ...]
+    values: Mapping[str, tuple[Values, ...]]
+
+    def means(self, role: str, metric: str = RETURN) -> np.ndarray:
+        """
+        :param role: A policy's role
+        :param metric: A metric
+        :return: Its mean at each level; nan where an episode has none
+        """
+        return np.array([np.mean(values[metric]) for values in self.values[role]])
+
+    def kept(self, role: str, threshold: float) -> Range:
+        """
+        :param role: A policy's role
+        :param threshold: Mean return that counts as kept
+        :return: The levels around the nominal one at which it is
+        """
+        enough = [bool(mean >= threshold) for mean in self.means(role)]
+        first = last = self.levels.index(self.nominal)
+        while first > 0 and enough[first - 1]:
+            first -= 1
+        while last < len(enough) - 1 and enough[last + 1]:
+            last += 1
+        return Range(self.levels[first], self.levels[last], first == 0, last == len(enough) - 1)
+
+
+@dataclass(frozen=True)
+class RobustnessResult:
+    """
+    Policies in an environment that was changed in many ways.
+
+    :param env_id: The environment
+    :param env_kwargs: Its arguments
+    :param seed: The number that all seeds were derived from
+    :param random_return: Mean return of a random policy
+    :param policies: Who was tried, by role
+    :param responses: What came of it
+    :param versions: Of the packages that matter
+    """
+
+    env_id: str
+    env_kwargs: Mapping[str, Any]
+    seed: int
+    random_return: float
+    policies: Mapping[str, Policy]
+    responses: tuple[Response, ...]
+    versions: Mapping[str, str]
+
+    def nominal_return(self, role: str) -> float:
+        """Mean return of a policy where nothing is changed."""
+        first = self.responses[0]
+        return float(first.means(role)[first.levels.index(first.nominal)])
+
+    def threshold(self, role: str) -> float | None:
+        """The mean return that counts as kept; None if the policy is no better than a random one."""
+        above = self.nominal_return(role) - self.random_return
+        return self.random_return + KEPT * above if above > 0 else None
+
+    def kept(self, role: str, response: Response) -> Range | None:
+        """The levels of a perturbation at which a policy keeps its return; None if it has none to keep."""
+        threshold = self.threshold(role)
+        return None if threshold is None else response.kept(role, threshold)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The return, and what was measured beside it."""
+        first = next(iter(self.responses[0].values.values()))
+        return tuple(first[0])
+
+    @property
+    def n_seeds(self) -> int:
+        """Number of episodes at each level."""
+        first = next(iter(self.responses[0].values.values()))
+        return len(first[0][RETURN])
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all; what is not a number is null. For people, it has what is derived too."""
+        derived = {
+            role: {
+                "nominal_return": _finite(self.nominal_return(role)),
+                "threshold": self.threshold(role),
+                "kept": {each.name: (kept := self.kept(role, each)) and asdict(kept) for each in self.responses},
+            }
+            for role in self.policies
+        }
+        content = {"format": FORMAT, **_finite(asdict(self)), "derived": derived}
+        with atomic_write(path) as file:
+            file.write(json.dumps(content, indent=1, allow_nan=False).encode("ascii") + b"\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "RobustnessResult":
+        """
+        :param path: What :meth:`save` wrote
+        :raises ValueError: It is damaged, or written by a later version
+        """
+        with naming_damage(path, "written by `sb3-offline-ft robustness`"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ValueError(f"it has another format than {FORMAT}, which this version reads")
+            content.pop("derived")
+            policies = {role: Policy(**facts) for role, facts in content.pop("policies").items()}
+            responses = tuple(_response(**response) for response in content.pop("responses"))
+            return cls(policies=policies, responses=responses, **content)
+
+
+def _response(values: Any, levels: Any, **facts: Any) -> Response:
+    read = {
+        role: tuple({name: tuple(math.nan if x is None else x for x in row) for name, row in at.items()} for at in rows)
+        for role, rows in values.items()
+    }
+    return Response(levels=tuple(levels), values=read, **facts)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
