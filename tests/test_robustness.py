@@ -48,6 +48,10 @@ def broken(observation):
     return np.array([np.nan])
 
 
+def stumbling(observation):
+    return {}["action"]
+
+
 def strong(observation):
     return np.array([100.0])
 
@@ -236,6 +240,10 @@ def test_the_command(tmp_path: Path) -> None:
         (["zero", "--env", ENV, "--metric", "return=info.energy"], "A metric cannot be called 'return'"),
         (["zero", "--env", ENV, "--seeds", "0"], "`n_seeds` must be a whole number of at least 1"),
         ([f"{MADE}:broken", "--env", ENV], "The action of the candidate, with nothing changed, in episode 0 is [nan]"),
+        (
+            [f"{MADE}:stumbling", "--env", ENV],
+            "An error in the candidate, with nothing changed, in episode 0 (KeyError: 'action')",
+        ),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
