@@ -83,7 +83,20 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".datasets", ".buffers", ".collapse", ".deployment", ".evaluation", ".study", ".update", ".testing", ".zoo"],
+    [
+        "",
+        ".datasets",
+        ".buffers",
+        ".collapse",
+        ".deployment",
+        ".controllers",
+        ".evaluation",
+        ".evaluation.robustness",
+        ".study",
+        ".update",
+        ".testing",
+        ".zoo",
+    ],
 )
 def test_public_names_are_described_and_listed(module: str) -> None:
     pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts]
