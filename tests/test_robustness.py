@@ -19,6 +19,7 @@ from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.evaluation.robustness import (
     InfoMetric,
     Policy,
+    Range,
     Response,
     RobustnessResult,
     drawing,
@@ -167,6 +168,12 @@ def test_where_a_policy_keeps_its_return(means: list[float], kept: tuple[Any, ..
     found = result.kept("candidate", result.responses[0])
     assert found is not None
     assert (found.low, found.high, found.low_is_last, found.high_is_last) == kept and str(found) == words
+
+
+def test_nothing_goes_on_where_nothing_was_tried() -> None:
+    result = made_up((0.0, 1.0, 2.0), [100, 95, 91], nominal=0.0)
+    kept = result.kept("candidate", result.responses[0])
+    assert kept == Range(0.0, 2.0, False, True) and str(kept) == "0 to 2→"
 
 
 def test_the_share_that_is_kept_is_above_that_of_a_random_policy() -> None:
