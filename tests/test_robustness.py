@@ -19,6 +19,7 @@ from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.evaluation.robustness import (
     InfoMetric,
     Policy,
+    Range,
     Response,
     RobustnessResult,
     drawing,
@@ -46,6 +47,10 @@ def weak(observation):
 
 def broken(observation):
     return np.array([np.nan])
+
+
+def stumbling(observation):
+    return {}["action"]
 
 
 def strong(observation):
@@ -165,6 +170,12 @@ def test_where_a_policy_keeps_its_return(means: list[float], kept: tuple[Any, ..
     assert (found.low, found.high, found.low_is_last, found.high_is_last) == kept and str(found) == words
 
 
+def test_nothing_goes_on_where_nothing_was_tried() -> None:
+    result = made_up((0.0, 1.0, 2.0), [100, 95, 91], nominal=0.0)
+    kept = result.kept("candidate", result.responses[0])
+    assert kept == Range(0.0, 2.0, False, True) and str(kept) == "0 to 2→"
+
+
 def test_the_share_that_is_kept_is_above_that_of_a_random_policy() -> None:
     result = replace(made_up((1.0,), [-200.0]), random_return=-1200.0)
     assert result.threshold("candidate") == pytest.approx(-300)
@@ -236,6 +247,10 @@ def test_the_command(tmp_path: Path) -> None:
         (["zero", "--env", ENV, "--metric", "return=info.energy"], "A metric cannot be called 'return'"),
         (["zero", "--env", ENV, "--seeds", "0"], "`n_seeds` must be a whole number of at least 1"),
         ([f"{MADE}:broken", "--env", ENV], "The action of the candidate, with nothing changed, in episode 0 is [nan]"),
+        (
+            [f"{MADE}:stumbling", "--env", ENV],
+            "An error in the candidate, with nothing changed, in episode 0 (KeyError: 'action')",
+        ),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:

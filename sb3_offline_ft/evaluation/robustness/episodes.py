@@ -131,7 +131,7 @@ class Stage:
         ended = False
         while not ended:
             seen.append(map_observations(np.array, observation))
-            action = self._checked(controller.act(observation), job)
+            action = self._action(controller, observation, job)
             observation, reward, terminated, truncated, info = env.step(action)
             rewards.append(float(reward))
             infos.append({metric.key: self._value(metric, info) for metric in self.setting.metrics})
@@ -142,7 +142,11 @@ class Stage:
         is_nominal = job.perturbation is None
         return Outcome(values, map_observations(lambda *rows: np.stack(rows), *seen) if is_nominal else None)
 
-    def _checked(self, action: Any, job: Job) -> Any:
+    def _action(self, controller: Controller, observation: Any, job: Job) -> Any:
+        try:
+            action = controller.act(observation)
+        except Exception as error:
+            raise ValueError(f"An error in {job.in_words()} ({type(error).__name__}: {error}).") from error
         space = self.env.action_space
         if not isinstance(space, spaces.Box):
             return action

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -17,6 +17,7 @@ from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.evaluation.robustness import wrappers
 
 Env = gym.Env[Any, Any]
+Applied = AbstractContextManager[Env]
 ATTRIBUTE = "attribute."
 FACTORS = (0.5, 0.7, 0.85, 1.15, 1.3, 1.5)
 
@@ -61,7 +62,7 @@ class Perturbation(ABC):
         """Whether the environment has what is changed."""
 
     @abstractmethod
-    def applied(self, env: Env, level: float, conditions: Conditions) -> Any:
+    def applied(self, env: Env, level: float, conditions: Conditions) -> Applied:
         """
         Change an environment for the duration of a ``with`` block, in which episodes begin with a reset.
 
@@ -105,9 +106,12 @@ class Scaling(Perturbation):
             return [(model.opt if field == "gravity" else model, field) for field in self.fields]
         return [(env.unwrapped, self.attribute)] if self.attribute in numbers_of(env) else []
 
-    @contextmanager
-    def applied(self, env: Env, level: float, conditions: Conditions) -> Iterator[Env]:
+    def applied(self, env: Env, level: float, conditions: Conditions) -> Applied:
         """As declared."""
+        return self._multiplied(env, level)
+
+    @contextmanager
+    def _multiplied(self, env: Env, level: float) -> Iterator[Env]:
         parts = self._parts(env)
         before = [np.copy(getattr(owner, field)) for owner, field in parts]
         try:
@@ -145,10 +149,9 @@ class Wrapping(Perturbation):
     def fits(self, env: Env) -> bool:
         return self.needs(env)
 
-    @contextmanager
-    def applied(self, env: Env, level: float, conditions: Conditions) -> Iterator[Env]:
+    def applied(self, env: Env, level: float, conditions: Conditions) -> Applied:
         """As declared."""
-        yield self.wrap(env, level, conditions)
+        return nullcontext(self.wrap(env, level, conditions))
 
 
 @dataclass(frozen=True)
@@ -169,25 +172,17 @@ class Wind(Perturbation):
             windy.push(0.0)
 
 
-@dataclass(frozen=True)
-class FirstStates(Perturbation):
-    """Environments that draw their first states from a range, which is multiplied."""
+class FirstStates(Scaling):
+    """The range that an environment draws its first states from."""
 
     def fits(self, env: Env) -> bool:
-        return self._range(env).fits(env) or _draws_as_pendulum(env)
+        return super().fits(env) or _draws_as_pendulum(env)
 
-    def _range(self, env: Env) -> Scaling:
-        # The argument `reset_noise_scale` of Gymnasium's MuJoCo environments
-        return Scaling(self.name, self.what, self.nominal, self.levels, attribute="_reset_noise_scale")
-
-    @contextmanager
-    def applied(self, env: Env, level: float, conditions: Conditions) -> Iterator[Env]:
+    def applied(self, env: Env, level: float, conditions: Conditions) -> Applied:
         """As declared."""
         if _draws_as_pendulum(env):
-            yield wrappers.WiderStart(env, level)
-            return
-        with self._range(env).applied(env, level, conditions) as changed:
-            yield changed
+            return nullcontext(wrappers.WiderStart(env, level))
+        return super().applied(env, level, conditions)
 
 
 def mujoco_model(env: Env) -> Any:
@@ -237,7 +232,8 @@ _ALL: tuple[Perturbation, ...] = (
         "actuator_gain", "times the forces of all actuators", 1.0, FACTORS, fields=("actuator_gainprm", "actuator_biasprm")
     ),
     Wind("wind", "constant force along x, in weights of all bodies", 0.0, (-0.1, -0.05, 0.05, 0.1), least=-math.inf),
-    FirstStates("initial_state", "times the range of the first states", 1.0, (2.0, 4.0, 8.0)),
+    # The argument `reset_noise_scale` of Gymnasium's MuJoCo environments
+    FirstStates("initial_state", "times the range of the first states", 1.0, (2.0, 4.0, 8.0), attribute="_reset_noise_scale"),
     Wrapping(
         "random_start", "random actions at the beginning", 0.0, (5.0, 10.0, 20.0), is_whole=True, needs=_has_actions,
         wrap=lambda env, level, its: wrappers.RandomStart(env, level, its.seed),

@@ -36,8 +36,8 @@ class Range:
 
     :param low: The lowest
     :param high: The highest
-    :param low_is_last: Whether no lower one was tried
-    :param high_is_last: Whether no higher one was tried
+    :param low_is_last: Whether that is below the nominal one, and no lower one was tried
+    :param high_is_last: Whether that is above the nominal one, and no higher one was tried
     """
 
     low: float
@@ -46,7 +46,7 @@ class Range:
     high_is_last: bool
 
     def __str__(self) -> str:
-        """With a bracket where the range ends, and an arrow where nothing beyond it was tried."""
+        """With an arrow where it may go on, as nothing beyond was tried."""
         below, above = "\u2190" if self.low_is_last else "", "\u2192" if self.high_is_last else ""
         return f"{below}{self.low:g} to {self.high:g}{above}"
 
@@ -84,12 +84,13 @@ class Response:
         :return: The levels around the nominal one at which it is
         """
         enough = [bool(mean >= threshold) for mean in self.means(role)]
-        first = last = self.levels.index(self.nominal)
+        nominal, end = self.levels.index(self.nominal), len(self.levels) - 1
+        first = last = nominal
         while first > 0 and enough[first - 1]:
             first -= 1
-        while last < len(enough) - 1 and enough[last + 1]:
+        while last < end and enough[last + 1]:
             last += 1
-        return Range(self.levels[first], self.levels[last], first == 0, last == len(enough) - 1)
+        return Range(self.levels[first], self.levels[last], first == 0 < nominal, last == end > nominal)
 
 
 @dataclass(frozen=True)

@@ -64,15 +64,14 @@ def _headlines(result: RobustnessResult) -> Iterator[str]:
 
 def _table_of_returns(result: RobustnessResult) -> Table:
     table = Table(title="Where the mean return is kept", title_justify="left", caption_justify="left")
-    table.caption = "\u2190 and \u2192: nothing beyond was tried. Levels are those that were tried, nothing is in between."
+    table.caption = "\u2190 and \u2192: nothing beyond was tried. Nothing is known of what lies between levels."
     table.add_column("changed")
     table.add_column("level")
-    table.add_column("nominal", justify="right")
     for role in result.policies:
         table.add_column(f"{role} keeps it", justify="right")
         table.add_column("lowest", justify="right")
     for response in result.responses:
-        cells = [response.name, response.what, f"{response.nominal:g}"]
+        cells = [response.name, response.what]
         for role in result.policies:
             kept, means = result.kept(role, response), response.means(role)
             lowest = int(np.argmin(np.where(np.isnan(means), -np.inf, means)))
