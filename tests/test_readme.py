@@ -27,7 +27,7 @@ def shortened(code: str) -> str:
     return re.sub(r"\b\d+(?:_\d{3})+\b", lambda number: str(max(60, int(number[0].replace("_", "")) // 1000)), code)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["finetuning", "guard", "champion", "data"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["champion", "guard", "data"])
 def test_python(code: str, run_python: RunPython) -> None:
     process = run_python("-W", "error", "-W", "ignore:rich is experimental/alpha", "-c", shortened(code))
     assert process.returncode == 0, process.stderr
