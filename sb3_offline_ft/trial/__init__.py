@@ -30,6 +30,8 @@ __all__ = [
     "plan_trial",
     "read_plan",
     "recipe_for",
+    "run_trial",
+    "write_report",
 ]
 
 __getattr__, __dir__ = lazy_names(
