@@ -174,6 +174,5 @@ class TestRecipe:
         assert "in each of nine; TD3C kept eight of nine" in said["superior"]
         assert "kept the policy in eight of nine runs" in page
         assert "fell in each of them, by more than half of the way to a random policy" in page
-        assert "learned far more" in said["inferior"] and re.search(
-            r"medium-replay data it learned far more than the others", page
-        )
+        assert "learned far more" in said["inferior"]
+        assert "On medium-replay data it learned far more than the others" in page
