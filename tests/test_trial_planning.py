@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def expected(n_trials: int = 60, spread: float = 1.0, **sections: Any) -> PlanRe
 
 
 def shown(result: PlanResult) -> str:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=StringIO())
     show_plan(result, console)
     return " ".join(console.export_text().split())
 
