@@ -84,7 +84,19 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".datasets", ".buffers", ".collapse", ".deployment", ".evaluation", ".study", ".update", ".testing", ".trial", ".zoo"],
+    [
+        "",
+        ".datasets",
+        ".buffers",
+        ".collapse",
+        ".deployment",
+        ".evaluation",
+        ".study",
+        ".update",
+        ".testing",
+        ".trial",
+        ".zoo",
+    ],
 )
 def test_public_names_are_described_and_listed(module: str) -> None:
     pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts]

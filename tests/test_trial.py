@@ -174,6 +174,30 @@ class TestRecording:
         assert trial.machine.episodes[0].excluded == "missing: power cut"
         assert isinstance(trial.next(), Assignment)
 
+    def test_a_drill_is_no_abort_and_not_compared(self, make: Callable[..., Trial]) -> None:
+        trial = make(**PLANT)
+        for reason in ("on purpose", None):
+            drill = trial.next(drill=True)
+            assert isinstance(drill, Assignment) and drill.is_drill
+            trial.record(9, metrics={"energy": 31}, aborted=reason, seconds_to_baseline=0.4)
+        assert [event["baseline_took_over"] for event in trial.machine.drills] == [True, False]
+        assert trial.machine.drills[0]["seconds_to_baseline"] == 0.4
+        assert not trial.machine.aborts
+        assert {record.excluded for record in trial.machine.episodes} == {"drill"}
+        upcoming = trial.next()
+        assert isinstance(upcoming, Assignment) and not upcoming.is_drill and upcoming.slot == 0
+
+    def test_an_event_that_cannot_follow_is_not_written(self, make: Callable[..., Trial]) -> None:
+        trial = make(**PLANT)
+        trial.next()
+        before = trial.journal.path.read_bytes()
+        with pytest.raises(ValueError, match="Episode 3 cannot be recorded"):
+            trial.append("missing", episode=3, reason="x")
+        with pytest.raises(ValueError, match="JSON"):
+            trial.append("episode", episode=0, metrics={"energy": float("inf")})
+        assert trial.journal.path.read_bytes() == before
+        assert trial.machine == Trial.open(trial.folder).machine
+
     def test_a_process_that_ends_at_any_moment_loses_nothing_that_was_recorded(self, make: Callable[..., Trial]) -> None:
         trial = make(**PLANT)
         for _ in range(8):

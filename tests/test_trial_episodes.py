@@ -71,6 +71,11 @@ class TestMeasures:
         with pytest.raises(ValueError, match=r"abort.limits.info.torque: the environment reports no 'info.torque'"):
             run(replace(PLAN, abort=AbortRules((Limit("info.torque", max=1.0),))))
 
+    def test_the_regime_is_that_of_most_steps(self) -> None:
+        plan = replace(PLAN, regime="info.season")
+        assert run(PLAN).regime is None and run(plan).regime == "summer"
+        assert run(replace(plan, env_kwargs={"steps": 7})).regime == "winter"
+
     def test_columns_do_not_come_from_an_environment(self) -> None:
         plan = replace(PLAN, metrics=(*PLAN.metrics, Metric("heat", "column.heat")))
         with pytest.raises(ValueError, match=r"metrics.heat: 'column.heat' does not come from an environment"):

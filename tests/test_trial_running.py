@@ -138,6 +138,7 @@ class TestInterrupts:
         trial = tank_trial(tmp_path / "trial")
         with Trial.open(trial.folder).locked(), pytest.raises(ValueError, match="Another process works on the trial"):
             run_trial(trial, progress_bar=False)
+        assert not (trial.folder / "report.html").exists(), "the page is the other one's"
 
 
 def run_it(folder: Path) -> None:

@@ -15,7 +15,7 @@ STEADY, BETTER, WORSE = (f"tests.trial_systems:{name}" for name in ("steady", "b
 
 class Tank(gym.Env[np.ndarray, np.ndarray]):
     """
-    A tank whose level shall be at 1; the action is the inflow. Its info has the energy and the level.
+    A tank whose level shall be at 1; the action is the inflow. Its info has the energy, the level and the season.
 
     :param steps: Of an episode
     :param forgets: Key of the info that is left out, ...
@@ -50,7 +50,8 @@ class Tank(gym.Env[np.ndarray, np.ndarray]):
         inflow = float(action[0])
         self.level += 0.3 * inflow + float(self.np_random.normal(0, 0.02))
         self.step_number += 1
-        info = {"energy": abs(inflow), "level": self.level}
+        season = "winter" if self.step_number < 8 else "summer"
+        info: dict[str, Any] = {"energy": abs(inflow), "level": self.level, "season": season}
         if self.forgets is not None and self.step_number > self.after:
             info.pop(self.forgets)
         reward = -abs(self.level - 1)

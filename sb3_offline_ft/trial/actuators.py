@@ -64,7 +64,7 @@ class Actuators:
         a, b = (np.asarray(action, np.float64).ravel() for action in (one, other))
         if isinstance(self.space, spaces.Box):
             return np.asarray(np.abs(a - b) / self._range)
-        return (a != b).astype(np.float64)
+        return np.asarray(a != b, np.float64)
 
     def saturated(self, action: Any) -> npt.NDArray[np.bool_]:
         """Which actuators are at a bound, shape ``(actuators,)``."""
@@ -93,8 +93,8 @@ class ActionLog:
     seconds: list[float] = field(default_factory=list)
     """How long it took to decide."""
     _last: Any = None
-    _travel: Array | float = 0.0
-    _saturated: Array | float = 0.0
+    _travel: Any = 0.0
+    _saturated: Any = 0.0
 
     def timed(self, act: Callable[[Any], Any], observation: Any) -> Any:
         """Ask for an action, and note how long it takes."""

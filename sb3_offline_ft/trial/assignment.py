@@ -41,6 +41,11 @@ class Assignment:
         """Kind of the stage."""
         return kind_of(self.stage)
 
+    @property
+    def is_drill(self) -> bool:
+        """Whether it is a rollback drill."""
+        return self.arm == CANDIDATE and self.slot is None
+
     def as_event(self) -> dict[str, Any]:
         """The fields of an ``assignment`` in the journal."""
         return asdict(self)

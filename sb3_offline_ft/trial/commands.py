@@ -179,6 +179,7 @@ def trial_record(
     ] = None,
     regime: Annotated[str | None, typer.Option(help="The operating regime that it was in.")] = None,
     aborted: Annotated[str | None, typer.Option(help="Why the baseline took over within it, if it did.")] = None,
+    seconds_to_baseline: Annotated[float | None, typer.Option(help="How long that took.")] = None,
     missing: Annotated[str | None, typer.Option(help="Why there is no result, if there is none.")] = None,
 ) -> None:
     """Record what came of the episode that `trial next` named."""
@@ -191,7 +192,10 @@ def trial_record(
                 raise ValueError("Give either --missing or a result, not both.")
             done = opened.give_up(missing, episode)
         else:
-            done = opened.record(returns, metrics=values, episode=episode, csv=csv, regime=regime, aborted=aborted)
+            done = opened.record(
+                returns, metrics=values, episode=episode, csv=csv, regime=regime, aborted=aborted,
+                seconds_to_baseline=seconds_to_baseline,
+            )  # fmt: skip
         typer.echo(_recorded(done))
         if done.decision is not None:
             typer.echo(_decided(done.decision))
@@ -275,7 +279,8 @@ def _values(texts: list[str]) -> dict[str, float | None]:
 def _recorded(done: "Recorded") -> str:
     record = done.record
     words = ", ".join(f"{name} {value:g}" for name, value in record.metrics.items() if value is not None)
-    what = record.excluded if record.is_missing else f"{words or 'no values'}{', aborted' if record.is_aborted else ''}"
+    kind = f", {record.excluded}" if record.excluded is not None else ""
+    what = record.excluded if record.is_missing else f"{words or 'no values'}{kind}"
     said = "recorded" if done.is_new else "the same was recorded before, nothing was changed"
     return f"Episode {record.episode} ({record.stage}, {record.arm}): {what}; {said}."
 

@@ -59,6 +59,7 @@ class Outcome:
     shadow: dict[str, Any] | None
     """What the candidate would have done, in the stage ``shadow``: :meth:`ShadowLog.summary`."""
     violations: dict[str, dict[str, Any]]
+    regime: str | None
     takeover: Takeover | None
 
 
@@ -147,7 +148,8 @@ class EpisodeRunner:
         shadow = None if pilot.shadow is None else pilot.shadow.summary()
         seconds = time.perf_counter() - begin
         return Outcome(
-            metrics, step, seconds, pilot.steps, pilot.log.summary(), shadow, meter.watch.summary(), pilot.takeover
+            metrics, step, seconds, pilot.steps, pilot.log.summary(), shadow, meter.watch.summary(), meter.regime,
+            pilot.takeover,
         )  # fmt: skip
 
     def _ask(self, assignment: Assignment, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

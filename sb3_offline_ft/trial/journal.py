@@ -93,15 +93,22 @@ class Journal:
         :raises OSError: The disk does not take it; the journal is as it was
         """
         with self.locked():
-            time = datetime.now(UTC).isoformat(timespec="milliseconds")
-            entry = {"n": len(self.events), "time": time, "event": event, **json_form(fields), "previous": self.last_hash}
-            body = json.dumps(entry, allow_nan=False)
-            seal = hashlib.sha256(body.encode()).hexdigest()
-            line = f'{body[:-1]}, "hash": "{seal}"}}\n'.encode()
-            self._write(line)
-            self._end += len(line)
-            self.events.append(json.loads(line))
-            return self.events[-1]
+            return self.write(self.draft(event, **fields))
+
+    def draft(self, event: str, **fields: Any) -> Event:
+        """The next event, as :meth:`write` will write it."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        return {"n": len(self.events), "time": time, "event": event, **json_form(fields), "previous": self.last_hash}
+
+    def write(self, draft: Event) -> Event:
+        """Write what :meth:`draft` made; errors as of :meth:`append`. The journal has to be locked."""
+        body = json.dumps(draft, allow_nan=False)
+        seal = hashlib.sha256(body.encode()).hexdigest()
+        line = f'{body[:-1]}, "hash": "{seal}"}}\n'.encode()
+        self._write(line)
+        self._end += len(line)
+        self.events.append(json.loads(line))
+        return self.events[-1]
 
     def _write(self, line: bytes) -> None:
         with open(self.path, "ab") as file:

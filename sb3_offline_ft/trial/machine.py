@@ -12,6 +12,8 @@ from sb3_offline_ft.trial.reading import parse_plan
 
 ABORTED = "aborted"
 """Why an episode is excluded in which the baseline took over."""
+DRILL = "drill"
+"""Why the episode of a rollback drill is excluded."""
 MISSING = "missing"
 BASELINE_EPISODES = 3
 """Returns of the baseline that must be known before the candidate may act, if the plan does not say what it returns."""

@@ -1,7 +1,8 @@
 """What is measured of an episode, step by step."""
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ from sb3_offline_ft.trial.plan import TrialPlan
 
 INFO = "info."
 REWARD = "reward"
-_AGGREGATE = {"sum": math.fsum, "mean": lambda values: math.fsum(values) / len(values), "min": min, "max": max}
+_AGGREGATE: dict[str, Callable[[list[float]], float]] = {
+    "sum": math.fsum,
+    "mean": lambda values: math.fsum(values) / len(values),
+    "min": min,
+    "max": max,
+}
 
 
 def check_sources(plan: TrialPlan) -> None:
@@ -22,6 +28,7 @@ def check_sources(plan: TrialPlan) -> None:
     :raises ValueError: One comes from a column, or from nowhere
     """
     sources = {f"metrics.{metric.name}": metric.source or metric.name for metric in plan.metrics}
+    sources |= {} if plan.regime is None else {"regime": plan.regime}
     for key, source in (sources | {f"abort.limits.{limit.source}": limit.source for limit in plan.abort.limits}).items():
         if source != REWARD and not source.startswith(INFO):
             raise ValueError(
@@ -52,8 +59,9 @@ class EpisodeMeter:
     def __init__(self, plan: TrialPlan, known: set[str | None]) -> None:
         self._plan, self._known = plan, known
         self._series: dict[str, list[float]] = {metric.name: [] for metric in plan.metrics}
-        self._sources = dict.fromkeys(one.source for one in (*plan.metrics, *plan.abort.limits) if one.source is not None)
-        self._steps, self._keys = 0, set[str]()
+        sources = [*(metric.source for metric in plan.metrics), *(limit.source for limit in plan.abort.limits)]
+        self._sources = dict.fromkeys(source for source in sources if source is not None)
+        self._steps, self._keys, self._regimes = 0, set[str](), Counter[str]()
         self.watch = LimitWatch(plan.abort.limits)
         self.values: dict[str, float | None] = {}
         """Of the last step, by source."""
@@ -68,6 +76,8 @@ class EpisodeMeter:
         self.values = {source: _value(source, reward, info) for source in self._sources}
         self._known.update(source for source, value in self.values.items() if value is not None)
         self._keys.update(info)
+        if self._plan.regime is not None and (regime := info.get(self._plan.regime.removeprefix(INFO))) is not None:
+            self._regimes[str(regime)] += 1
         for limit in self._plan.abort.limits:
             self._check_known(f"abort.limits.{limit.source}", limit.source)
         if self._steps >= self._plan.blocks.wash_in_steps:
@@ -76,6 +86,11 @@ class EpisodeMeter:
                 self._series[metric.name] += [] if value is None else [value]
         self._steps += 1
         return self.watch.take(self.values)
+
+    @property
+    def regime(self) -> str | None:
+        """The operating regime that most steps were in, if the plan says where it is named."""
+        return self._regimes.most_common(1)[0][0] if self._regimes else None
 
     def metrics(self) -> dict[str, float | None]:
         """

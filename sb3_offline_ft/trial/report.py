@@ -269,8 +269,7 @@ def _robustness_part(folder: Path, files: Mapping[str, str | None]) -> Part:
     """What the policies stand, if it was tried; it is marked if that was with other files than those of the trial."""
     title, path = "Robustness before exposure", folder / robustness.FILE
     if not path.is_file():
-        told = f"It was not tried: `sb3-offline-ft robustness CANDIDATE --env ... --baseline BASELINE --output {folder}` does."
-        return Part("robustness", title, [told])
+        return Part("robustness", title, [f"Nobody has tried what the policies stand: there is no {robustness.FILE}."])
     result = robustness.RobustnessResult.read(path)
     others = [role for role, policy in result.policies.items() if files and policy.sha256 != files.get(role)]
     texts = [f"Tried with ANOTHER file of the {role} than that of the trial." for role in others]
@@ -310,7 +309,7 @@ def _expected(folder: Path, plan: TrialPlan) -> list[str]:
     """What `trial plan` said before the start."""
     path = folder / PLAN_RESULT_FILE
     if not path.is_file():
-        return ["`trial plan` was not asked what this plan can show."]
+        return ["What this plan can show was not asked before the start (trial plan)."]
     with naming_damage(path, "written by `sb3-offline-ft trial plan`"):
         said = json.loads(path.read_text(encoding="utf-8"))
         chances = [(f"{100 * said[kind]['go'] / said[kind]['trials']:.3g}", kind) for kind in ("better", "equal", "worse")]

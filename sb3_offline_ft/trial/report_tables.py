@@ -47,6 +47,8 @@ def metrics_table(plan: TrialPlan, machine: TrialMachine, improvements: Mapping[
     rows = []
     for metric in plan.metrics:
         means = [mean_text(values_of(compared, metric.name, arm)) for arm in ARMS]
+        if metric.name not in roles and means == [NONE, NONE]:
+            continue
         improvement = ranged(improvements.get(metric.name))
         rows.append([titled(metric), f"{metric.better} is better", *means, improvement, roles.get(metric.name, NONE)])
     columns = ["metric", "", "baseline", "candidate", f"better by ({level} interval)", "in the plan"]

@@ -15,15 +15,13 @@ from sb3_offline_ft.datasets.tools.show import progress_bar as bar
 from sb3_offline_ft.pages.words import number
 from sb3_offline_ft.trial.assignment import BASELINE, Assignment
 from sb3_offline_ft.trial.episodes import EpisodeRunner, LastSteps, Outcome
-from sb3_offline_ft.trial.machine import ABORTED, Finished
+from sb3_offline_ft.trial.machine import ABORTED, DRILL, Finished
 from sb3_offline_ft.trial.pilot import Takeover
 from sb3_offline_ft.trial.report import write_report
 from sb3_offline_ft.trial.trial import Trial
 
 STEPS_FOLDER = "steps"
 """Has the last steps before each abort."""
-DRILL = "drill"
-"""Why the episode of a drill is excluded."""
 DRILL_STEPS = 100
 """A drill is triggered within the first steps, so many if the environment does not say how long an episode lasts at most."""
 PAGE_SECONDS = 2.0
@@ -68,18 +66,20 @@ def run_trial(
                 trial.begin({arm: controller.sha256 for arm, controller in runner.controllers.items()})
                 _close_open_episode(trial, ENDED)
                 if drill:
-                    return _run_drill(trial, runner)
-                shown = console or Console(stderr=True, quiet=not progress_bar)
-                if plan.robustness is not None and trial.machine.robustness is None:
-                    trial.robustness(device=device, console=shown)
-                return _run_stages(trial, runner, until, shown)
+                    ended = _run_drill(trial, runner)
+                else:
+                    shown = console or Console(stderr=True, quiet=not progress_bar)
+                    if plan.robustness is not None and trial.machine.robustness is None:
+                        trial.robustness(device=device, console=shown)
+                    ended = _run_stages(trial, runner, until, shown)
+            _write_page(trial, running=False)
+            return ended
     except (Exception, KeyboardInterrupt) as error:
         # A write may have been cut short: the journal is read again, and the first error is the one to tell
         with suppress(Exception), trial.locked():
             _close_open_episode(trial, "interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+            _write_page(trial, running=False)
         raise
-    finally:
-        _write_page(trial, running=False)
 
 
 def _run_stages(trial: Trial, runner: EpisodeRunner, until: str | None, console: Console) -> Finished | None:
@@ -107,7 +107,9 @@ def _run_stages(trial: Trial, runner: EpisodeRunner, until: str | None, console:
 
 def _record(trial: Trial, assignment: Assignment, outcome: Outcome, excluded: str | None) -> Any:
     details = {name: getattr(outcome, name) for name in ("steps", "seconds", "acted", "travel", "shadow", "violations")}
-    return trial.record(metrics=outcome.metrics, episode=assignment.episode, excluded=excluded, **details)
+    return trial.record(
+        metrics=outcome.metrics, episode=assignment.episode, regime=outcome.regime, excluded=excluded, **details
+    )  # fmt: skip
 
 
 def _noting_abort(trial: Trial, assignment: Assignment) -> Callable[[Takeover, LastSteps], None]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from sb3_offline_ft.common.suggestions import hint
 from sb3_offline_ft.common.warning import warn
+from sb3_offline_ft.trial.amending import check_amendment
 from sb3_offline_ft.trial.assignment import CANDIDATE, Assignment
 from sb3_offline_ft.trial.checklist import tick, update_checklist
 from sb3_offline_ft.trial.init import EPISODES, init_trial
 from sb3_offline_ft.trial.journal import JOURNAL_FILE, Event, Journal
-from sb3_offline_ft.trial.machine import ABORTED, EpisodeRecord, Finished, TrialMachine
+from sb3_offline_ft.trial.machine import ABORTED, DRILL, EpisodeRecord, Finished, TrialMachine
 from sb3_offline_ft.trial.plan import RETURN, TrialPlan, differences
 from sb3_offline_ft.trial.reading import parse_plan, read_plan
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("sb3-offline-ft", "stable-baselines3", "gymnasium", "numpy", "scipy", "torch")
 """Whose versions the journal notes."""
-FIXED = ("env", "env_kwargs", "baseline", "candidate", "seed", "blocks")
-"""What an amendment cannot change: what has been drawn and measured would not belong to the plan any more."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,14 @@ class Trial:
         :return: The event as it was written
         """
         with self.locked():
-            written = self.journal.append(event, **fields)
-            self.machine.apply(written)
+            draft = self.journal.draft(event, **fields)
+            try:
+                # What cannot follow is not written
+                self.machine.apply(draft)
+                written = self.journal.write(draft)
+            except BaseException:
+                self._replay()
+                raise
             self._seen = self.journal.last_hash
             return written
 
@@ -186,6 +191,7 @@ class Trial:
         csv: str | Path | None = None,
         regime: str | None = None,
         aborted: str | None = None,
+        seconds_to_baseline: float | None = None,
         excluded: str | None = None,
         **details: Any,
     ) -> Recorded:
@@ -200,6 +206,7 @@ class Trial:
         :param csv: Its log, a CSV or Parquet file, for the metrics that are not given
         :param regime: The operating regime that it was in
         :param aborted: Why the baseline took over within it, if it did
+        :param seconds_to_baseline: How long that took, if it is known
         :param excluded: Why it shall not be part of the comparison, if so
         :param details: What else is known: steps, seconds, shadow, travel, violations, acted
         :return: What was done, and whether it led to a decision
@@ -222,10 +229,14 @@ class Trial:
                 return Recorded(done, is_new=False)
             assignment = self.machine.open
             assert assignment is not None
-            if aborted is not None or (crossed is not None and assignment.arm == CANDIDATE and excluded is None):
-                step, reason = (None, aborted) if aborted is not None else crossed or (None, None)
-                where = {name: getattr(assignment, name) for name in ("episode", "stage", "arm")}
-                self.append("abort", **where, step=step, reason=reason, seconds_to_baseline=None, steps_file=None)
+            step, reason = (None, aborted) if aborted is not None or crossed is None else crossed
+            takeover = {"episode": number, "step": step, "seconds_to_baseline": seconds_to_baseline}
+            if assignment.is_drill and excluded is None:
+                self.append("drill", **takeover, baseline_took_over=reason is not None)
+                excluded = DRILL
+            elif aborted is not None or (crossed is not None and assignment.arm == CANDIDATE and excluded is None):
+                whose = {"stage": assignment.stage, "arm": assignment.arm, "reason": reason}
+                self.append("abort", **takeover, **whose, steps_file=None)
                 excluded = ABORTED
             where = {name: getattr(assignment, name) for name in ("episode", "stage", "arm", "block")}
             self.append("episode", **where, metrics=values, regime=regime, excluded=excluded, **details)
@@ -264,6 +275,8 @@ class Trial:
         from sb3_offline_ft.trial.planning import plan_of
 
         self.refresh()
+        if not self.is_begun:
+            update_checklist(self.folder, self.machine.plan)
         return plan_of(self, ask_data=ask_data, n_trials=n_trials, on_progress=on_progress)
 
     def decide(self) -> "Decision":
@@ -327,7 +340,7 @@ class Trial:
             before, after = self.machine.plan, read_plan(self.folder)
             if not (changed := differences(before, after)):
                 raise ValueError(f"The plan in {str(self.folder)!r} is the one in force: edit it first.")
-            _check_amendment(self.machine, before, after)
+            check_amendment(self.machine, after)
             self.append("amendment", plan=after.as_mapping(), digest=after.digest, reason=reason, difference=changed)
             return changed
 
@@ -443,24 +456,6 @@ class Trial:
         effect = {name: getattr(decision.effect, name) for name in ("value", "low", "high")}
         effect = {name: value if math.isfinite(value) else None for name, value in effect.items()}
         self.append("decision", decision=decision.decision, reasons=decision.reasons, effect=effect)
-
-
-def _check_amendment(machine: TrialMachine, before: TrialPlan, after: TrialPlan) -> None:
-    """Refuse changes after which the episodes so far would not belong to the plan."""
-    advice = "begin a new trial for that."
-    for name in FIXED:
-        if getattr(before, name) != getattr(after, name):
-            raise ValueError(f"`{name}` cannot be amended after the first episode: {advice}")
-    begun = before.stages[: machine.begun_stages]
-    if after.stages[: machine.begun_stages] != begun:
-        raise ValueError(f"Stages that have begun ({', '.join(stage.name for stage in begun)}) cannot be amended: {advice}")
-    for metric in before.metrics:
-        found = next((one for one in after.metrics if one.name == metric.name), None)
-        measured = ("source", "aggregate", "better")
-        if found is None or any(getattr(found, name) != getattr(metric, name) for name in measured):
-            raise ValueError(f"`metrics.{metric.name}` was measured in another way, and cannot be amended: {advice}")
-    if after.budget < machine.n_counted:
-        raise ValueError(f"`budget.episodes` must be at least {machine.n_counted}: so many have been used.")
 
 
 def _in_words(metrics: Mapping[str, float | None], regime: str | None) -> str:
