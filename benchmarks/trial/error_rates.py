@@ -236,7 +236,7 @@ def guardrails(results: dict[str, Cell]) -> list[str]:
 
 
 def risks(results: dict[str, Cell]) -> list[str]:
-    lines = ["", "## With a risk budget that is tight", ""]
+    lines = ["", "## With a risk budget", ""]
     lines += [
         "Normal returns, as above; the trial ends when the budget does not cover another episode of the candidate.",
         "",
