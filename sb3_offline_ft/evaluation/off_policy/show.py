@@ -117,7 +117,10 @@ def _table(found: OffPolicyEstimate, covered: PolicyCoverage, own: float | None,
 def _warnings(found: OffPolicyEstimate, covered: PolicyCoverage) -> list[str]:
     warnings = []
     if covered.leaves_data:
-        warnings.append("the policy leaves the data: the estimate is a guess, and the interval does not say so.")
+        warnings.append(
+            "the policy leaves the data more than twice as often as the data itself: the estimate is a guess, and the "
+            "interval does not say so."
+        )
     if not found.is_settled:
         warnings.append(
             f"the estimate has not settled: the training was {found.horizons:.1f} horizons long, it moved {found.moved:.1f} "
