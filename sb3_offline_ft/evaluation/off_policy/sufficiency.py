@@ -109,8 +109,8 @@ def _text(estimates: dict[str, OffPolicyEstimate], found: dict[str, PolicyCovera
     else:
         share = float(np.mean(difference > 0))
         sentences.append(
-            f"No gross failure is seen ({100 * share:.0f} % of the replicates put the candidate first). That is no evidence that "
-            "the candidate is good, or that it does not fail: only episodes are."
+            f"No gross failure is seen ({100 * share:.0f} % of the replicates put the candidate first). That is no evidence "
+            "that the candidate is good, or that it does not fail: only episodes are."
         )
     for who in WHO:
         if found[who].leaves_data:
