@@ -16,8 +16,8 @@ Array = npt.NDArray[np.float64]
 
 OWN_QUANTILE = 0.95
 """Of the data's own distances: what is farther counts as outside."""
-MOST_OUTSIDE = 0.5
-"""Share outside above which a policy is said to leave the data."""
+MOST_OUTSIDE = 0.1
+"""Share outside above which a policy is said to leave the data: twice that of the data itself."""
 MOST_REFERENCES, MOST_QUERIES = 50_000, 2_000
 
 
@@ -55,7 +55,7 @@ class PolicyCoverage:
 
     @property
     def leaves_data(self) -> bool:
-        """Whether so much is outside that an estimate from this data is a guess."""
+        """Whether more than twice as much is outside as of the data itself: then an estimate is a guess."""
         return max(self.outside, self.states_outside or 0.0) > MOST_OUTSIDE
 
     @property

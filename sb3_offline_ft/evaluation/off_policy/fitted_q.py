@@ -43,6 +43,8 @@ class OffPolicyEstimate:
     :param clipped: Share of the targets in the last part of the training that were far beyond what any policy could return
         with the rewards in the data, by more than a standard deviation of the logged values: more than a few mean that the
         critics diverge
+    :param horizons: How often the training went through the steps that a value is made of, ``gradient_steps * tau * (1 -
+        gamma)``: of the error at the start about ``exp(-horizons)`` is left
     """
 
     estimate: Estimate
@@ -52,6 +54,7 @@ class OffPolicyEstimate:
     curve: Array
     data_value: float
     clipped: float
+    horizons: float
 
     @property
     def moved(self) -> float:
@@ -61,9 +64,9 @@ class OffPolicyEstimate:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it changed by less than the half width of its interval, and the critics do not diverge."""
+        """Whether the training was long enough, moved by less than half the interval at its end, and did not diverge."""
         half_width = (self.estimate.high - self.estimate.low) / 2
-        return self.moved <= half_width and self.clipped <= 0.05
+        return self.horizons >= 2 and self.moved <= half_width and self.clipped <= 0.05
 
 
 def fitted_q_evaluation(
@@ -139,7 +142,8 @@ def fitted_q_evaluation(
             bar.close()
     first_rewards = data.dataset.monte_carlo_returns(gamma)[data.dataset.episode_starts]
     estimate = _interval(curve[-1], data.dataset.n_episodes, confidence)
-    return OffPolicyEstimate(estimate, gamma, curve[-1], steps, np.stack(curve), float(first_rewards.mean()), clipped)
+    value, horizons = float(first_rewards.mean()), gradient_steps * tau * (1 - gamma)
+    return OffPolicyEstimate(estimate, gamma, curve[-1], steps, np.stack(curve), value, clipped, horizons)
 
 
 def _interval(replicates: Array, n_episodes: int, confidence: float) -> Estimate:

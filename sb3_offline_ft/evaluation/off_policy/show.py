@@ -1,6 +1,7 @@
 """The command ``sb3-offline-ft dataset evaluate-policy``."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,11 @@ def _learner(agent: str, env_id: str | None, device: str) -> BaseAlgorithm | Non
     file = Path(agent).expanduser()
     if file.suffix != ".zip" or not file.is_file():
         return None
-    try:
-        return find_agent(env_id or "", None, Path(), file, 0, False).load_alone(device)
-    except ValueError:
-        # It does not say which algorithm it is
-        return None
+    # Files of this package's algorithms do not say of which, and load into one another
+    for algorithm in (None, "td3bc"):
+        with suppress(ValueError):
+            return find_agent(env_id or "", algorithm, Path(), file, 0, False).load_alone(device)
+    return None
 
 
 def _facts(found: OffPolicyEstimate, covered: PolicyCoverage, own: float | None) -> dict[str, Any]:
@@ -116,10 +117,13 @@ def _table(found: OffPolicyEstimate, covered: PolicyCoverage, own: float | None,
 def _warnings(found: OffPolicyEstimate, covered: PolicyCoverage) -> list[str]:
     warnings = []
     if covered.leaves_data:
-        warnings.append("the policy leaves the data: the estimate is a guess, and the interval does not say so.")
+        warnings.append(
+            "the policy leaves the data more than twice as often as the data itself: the estimate is a guess, and the "
+            "interval does not say so."
+        )
     if not found.is_settled:
         warnings.append(
-            f"the estimate has not settled: it moved by {found.moved:.1f} in the last fifth, and {100 * found.clipped:.0f} % "
-            "of the targets were beyond what rewards allow. Take more --steps."
+            f"the estimate has not settled: the training was {found.horizons:.1f} horizons long, it moved {found.moved:.1f} "
+            f"at the end, and {100 * found.clipped:.0f} % of the targets were beyond what rewards allow. Take more steps."
         )
     return warnings

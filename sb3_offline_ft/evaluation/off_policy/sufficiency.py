@@ -109,8 +109,8 @@ def _text(estimates: dict[str, OffPolicyEstimate], found: dict[str, PolicyCovera
     else:
         share = float(np.mean(difference > 0))
         sentences.append(
-            f"This is no gross failure ({100 * share:.0f} % of the replicates put the candidate first), and no evidence that "
-            "the candidate is good: only episodes are."
+            f"No gross failure is seen ({100 * share:.0f} % of the replicates put the candidate first). That is no evidence "
+            "that the candidate is good, or that it does not fail: only episodes are."
         )
     for who in WHO:
         if found[who].leaves_data:
@@ -118,5 +118,5 @@ def _text(estimates: dict[str, OffPolicyEstimate], found: dict[str, PolicyCovera
         if not estimates[who].is_settled:
             sentences.append(f"The estimate of the {who} has not settled: take more gradient steps, or do not rely on it.")
     if _suffices(estimates, found):
-        sentences.append("The data covers what both do.")
+        sentences.append("The data covers what both do at logged states; which states they would reach, it cannot say.")
     return " ".join(sentences)
