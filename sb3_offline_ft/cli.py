@@ -172,7 +172,7 @@ def dataset_evaluate_policy(
     spec: Annotated[str, typer.Argument(help="The data: a Minari id, a folder, a file or bundled:<name>.")],
     agent: Annotated[str, typer.Option(help="The policy: an agent's .zip, or another controller.")],
     gamma: Annotated[float | None, typer.Option(help="Discount factor; the learner's own if omitted.")] = None,
-    steps: Annotated[int, typer.Option("--steps", "-n", help="Gradient steps of the critics.")] = 5_000,
+    steps: Annotated[int, typer.Option("--steps", "-n", help="Gradient steps of the critics.")] = 2_500,
     bootstraps: Annotated[int, typer.Option(help="Replicates of the bootstrap over episodes.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed: the same one gives the same numbers.")] = 0,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",

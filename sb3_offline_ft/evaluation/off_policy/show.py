@@ -27,7 +27,7 @@ def show_estimate(
     agent: str,
     *,
     gamma: float | None = None,
-    gradient_steps: int = 5_000,
+    gradient_steps: int = 2_500,
     n_bootstraps: int = 8,
     seed: int = 0,
     device: str = "cpu",

@@ -51,9 +51,9 @@ def data_suffices(
     spec: DatasetSpec,
     *,
     gamma: float = 0.99,
-    gradient_steps: int = 5_000,
+    gradient_steps: int = 2_500,
     n_bootstraps: int = 8,
-    net_arch: tuple[int, ...] = (256, 256),
+    net_arch: tuple[int, ...] = (64, 64),
     seed: int = 0,
     progress_bar: bool = False,
 ) -> DataVerdict:
