@@ -246,6 +246,26 @@ def test_onnx_files(is_dict: bool, tmp_path: Path) -> None:
         load_controller("missing.onnx")
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "made_for"),
+    [
+        ("INT64", ["batch", 3], r"Box\(-9223372036854775808, 9223372036854775807, \(3,\), int64\)"),
+        ("FLOAT", [2], r"Box\(-inf, inf, \(2,\), float32\)"),
+        ("FLOAT", [8, 3], r"Box\(-inf, inf, \(8, 3\), float32\)"),
+    ],
+)
+def test_an_onnx_file_that_takes_something_else(kind: str, shape: list[Any], made_for: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    make, number = onnx.helper, getattr(onnx.TensorProto, kind)
+    ends = [make.make_tensor_value_info(name, number, shape) for name in ("obs", "action")]
+    graph = make.make_graph([make.make_node("Identity", ["obs"], ["action"])], "controller", ends[:1], ends[1:])
+    path = tmp_path / "controller.onnx"
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    with pytest.raises(ValueError, match=f"does not fit {ENV}: it was made for observations {made_for}"):
+        check_fits(load_controller(str(path)), gym.make(ENV))
+
+
 def test_an_actor_that_torch_exports(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -281,6 +281,10 @@ def test_random_actions_at_the_beginning() -> None:
         with applied(inner, "random_start", 7) as again:
             again.reset(seed=0)
         np.testing.assert_array_equal(inner.actions, first)
+    with applied(gym.make(PENDULUM, max_episode_steps=30), "random_start", 7) as started:
+        started.reset(seed=0)
+        cut = [started.step(np.zeros(1, np.float32))[3] for _ in range(30)]
+    assert cut == [False] * 29 + [True], "an episode is as long as any other, so that returns can be compared"
     ends = Recorder(gym.make(PENDULUM, max_episode_steps=4))
     with applied(ends, "random_start", 7) as started:
         started.reset(seed=0)

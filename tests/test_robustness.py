@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -51,6 +53,18 @@ def broken(observation):
 
 def stumbling(observation):
     return {}["action"]
+
+
+def number(observation):
+    return 0.5
+
+
+class Unready:
+    def reset(self):
+        raise RuntimeError("no connection")
+
+    def __call__(self, observation):
+        return np.zeros(1)
 
 
 def strong(observation):
@@ -260,6 +274,21 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
     assert result.exit_code == 1 and result.exception.__class__ is SystemExit, result.output
     assert message in result.output and len(result.output.strip().splitlines()) == 1
     assert not list(tmp_path.glob("robustness.*"))
+
+
+def test_a_number_will_do_for_a_single_actuator() -> None:
+    result = run_robustness({"candidate": f"{MADE}:number"}, ENV, {"delay": [1]}, n_seeds=1, random_return=-1300.0)
+    assert np.isfinite(result.nominal_return("candidate"))
+
+
+def test_a_policy_that_cannot_begin_is_named() -> None:
+    with pytest.raises(ValueError, match=r"An error in the candidate, .* \(RuntimeError: no connection\)"):
+        run_robustness({"candidate": f"{MADE}:Unready"}, ENV, {"delay": [1]}, n_seeds=1, random_return=-1300.0)
+
+
+def test_processes_do_not_wait_for_what_they_do_not_use() -> None:
+    code = "import sys, sb3_offline_ft.evaluation.robustness.running as _; print('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_a_policy_that_fails_in_another_process() -> None:

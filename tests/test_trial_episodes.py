@@ -102,6 +102,7 @@ class TestTakeover:
             ("overflowing", r"info.level was 1\.\d+, above its limit 1.5"),
             ("silent_after_a_while", "the candidate cannot act: its action is not finite"),
             ("failing_after_a_while", "the candidate cannot act: it failed with ZeroDivisionError: division by zero"),
+            ("exiting_after_a_while", "the candidate cannot act: it failed with SystemExit: 3"),
         ],
     )
     def test_the_baseline_takes_over_at_once(self, name: str, reason: str) -> None:
@@ -122,6 +123,27 @@ class TestTakeover:
         assert outcome.takeover.reason == "the candidate cannot act: its action has the shape (2,), not (1,)"
         assert outcome.acted == {CANDIDATE: 0, BASELINE: 20} and outcome.travel is None
         assert outcome.metrics == run(PLAN, BASELINE).metrics, "the baseline acted as if it always had"
+
+    def test_a_candidate_that_cannot_begin_never_acts(self) -> None:
+        outcome = run(candidate("Unready"))
+        assert outcome.takeover is not None and outcome.takeover.step == 0
+        assert outcome.takeover.reason == "the candidate cannot begin: it failed with RuntimeError: no connection"
+        assert outcome.acted == {CANDIDATE: 0, BASELINE: 20}
+        assert run(candidate("Unready"), BASELINE).metrics == run(PLAN, BASELINE).metrics
+        shadow = run(candidate("Unready"), BASELINE, "shadow").shadow
+        assert shadow is not None and shadow["faults"] == {"it failed with RuntimeError: no connection": 1}
+
+    def test_an_abort_is_told_even_if_the_environment_fails_then(self, tmp_path: Path) -> None:
+        told: list[Takeover] = []
+
+        def keep(takeover: Takeover, steps: LastSteps) -> None:
+            steps.write(tmp_path / "steps.npz")
+            told.append(takeover)
+
+        with pytest.raises(ValueError, match="the pump is gone"):
+            run(replace(candidate("two_valves"), env_kwargs={"breaks_at": 0}), on_takeover=keep)
+        (takeover,) = told
+        assert takeover.step == 0 and "(2,)" in takeover.reason
 
     def test_actions_may_lie_beyond_their_bounds_as_far_as_the_plan_says(self) -> None:
         assert run(PLAN).takeover is None
@@ -153,6 +175,13 @@ class TestTakeover:
     def test_a_baseline_that_cannot_act_ends_the_run(self) -> None:
         with pytest.raises(ValueError, match=r"The baseline .*two_valves' cannot act in step 0: its action has the shape"):
             run(replace(PLAN, baseline="tests.trial_systems:two_valves"), BASELINE)
+
+    def test_a_baseline_that_fails_is_named(self) -> None:
+        failing, unready = (f"tests.trial_systems:{name}" for name in ("failing_after_a_while", "Unready"))
+        with pytest.raises(ValueError, match=r"The baseline .* cannot act in step \d: it failed with ZeroDivisionError"):
+            run(replace(PLAN, baseline=failing), BASELINE)
+        with pytest.raises(ValueError, match=r"The baseline .* cannot begin: it failed with RuntimeError: no connection"):
+            run(replace(PLAN, baseline=unready), BASELINE)
 
     def test_a_drill_is_a_takeover_on_purpose(self) -> None:
         outcome = run(PLAN, drill_at=7)
@@ -192,6 +221,12 @@ class TestShadow:
     def test_the_same_policy_is_at_no_distance(self) -> None:
         shadow = run(replace(PLAN, candidate=STEADY), BASELINE, "shadow").shadow
         assert shadow is not None and shadow["distance"] == {"mean": 0.0, "p95": 0.0, "max": 0.0}
+
+    def test_what_the_candidate_writes_into_its_observation_reaches_nobody(self) -> None:
+        plan = replace(PLAN, env_kwargs={"shares_state": True})
+        assert run(replace(plan, candidate="tests.trial_systems:scribbling"), BASELINE, "shadow").metrics == (
+            run(plan, BASELINE, "shadow").metrics
+        )
 
     def test_faults_are_counted_and_hurt_nobody(self) -> None:
         outcome = run(candidate("two_valves"), BASELINE, "shadow")

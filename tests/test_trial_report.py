@@ -17,6 +17,7 @@ from sb3_offline_ft.trial.equal_guardrails import effect_at_equal_guardrails
 from sb3_offline_ft.trial.evidence import Evidence
 from sb3_offline_ft.trial.journal import kinds
 from tests.test_dataset_report import SVG, Page
+from tests.trial_systems import BETTER, STEADY
 from tests.trials import tank_trial
 
 NASTY = '<script>alert("1")</script> & $x_1$'
@@ -184,6 +185,23 @@ class TestContent:
         assert "Where the return is kept" in text and "mass factor 1 1 to 1.5" in text and "ANOTHER" not in text
         replace(result, policies=policies | {CANDIDATE: Policy("new", "abc")}).save(trial.folder / "robustness.json")
         assert "Tried with ANOTHER file of the candidate" in plain(page_of(trial)[1])
+
+    def test_robustness_of_something_else_is_marked(self, tmp_path: Path) -> None:
+        trial = tank_trial(tmp_path / "tank")
+        trial.begin()
+        values = tuple({"return": (level,)} for level in (5.0, 10.0))
+        response = Response("mass", "factor", 1.0, (0.5, 1.0), {CANDIDATE: values, BASELINE: values})
+        policies = {CANDIDATE: Policy(BETTER, None), BASELINE: Policy(STEADY, None)}
+        result = RobustnessResult("Tank-v0", {}, 0, 0.0, policies, (response,), {})
+        result.save(trial.folder / "robustness.json")
+        assert "ANOTHER" not in plain(page_of(trial)[1])
+        others = policies | {CANDIDATE: Policy("zero", None)}
+        replace(result, env_id="Pendulum-v1", policies=others, random_return=float("nan")).save(
+            trial.folder / "robustness.json"
+        )
+        text = plain(page_of(trial)[1])
+        assert "Tried with ANOTHER candidate than that of the trial, zero." in text
+        assert "Tried in ANOTHER environment than that of the trial, Pendulum-v1." in text
 
 
 class TestEqualGuardrails:

@@ -1,5 +1,6 @@
 """Trials run in an environment: to a decision, through aborts, drills, Ctrl-C and kill -9."""
 
+import io
 import multiprocessing
 import os
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sb3_offline_ft.cli import app
@@ -47,6 +49,12 @@ class TestDecisions:
         assert finished(trial).awaits_go or trial.machine.stopped
         assert trial.decide().decision in ("no-go", "not yet")
         assert not any(record.arm == CANDIDATE for record in trial.machine.episodes if record.stage == "full")
+
+    def test_brackets_in_names_are_no_markup(self, tmp_path: Path) -> None:
+        trial = tank_trial(tmp_path / "trial", stages=[{"name": "pilot [/b]", "episodes": 8, "share": 0.5}])
+        stream = io.StringIO()
+        run_trial(trial, console=Console(file=stream, force_terminal=True, width=120))
+        assert "pilot [/b]: candidate" in stream.getvalue()
 
     def test_the_stage_to_stop_after_is_named(self, tmp_path: Path) -> None:
         trial = tank_trial(tmp_path / "trial")
@@ -133,6 +141,17 @@ class TestInterrupts:
         assert result.exit_code == 1 and "the pump is gone" in result.output
         (record,) = Trial.open(trial.folder).machine.episodes
         assert record.is_missing and "the pump is gone" in str(record.excluded)
+
+    def test_files_that_a_killed_process_left_half_written_are_removed(self, tmp_path: Path) -> None:
+        trial = tank_trial(tmp_path / "trial")
+        (trial.folder / "steps").mkdir()
+        left = [trial.folder / ".report.html.a1b2c3d4.tmp", trial.folder / "steps" / ".3.npz.a1b2c3d4.tmp"]
+        for path in left:
+            path.write_bytes(b"half")
+        mine = trial.folder / "notes.tmp"
+        mine.write_bytes(b"mine")
+        Trial.open(trial.folder).next()
+        assert not any(path.exists() for path in left) and mine.exists()
 
     def test_a_second_process_is_told_to_wait(self, tmp_path: Path) -> None:
         trial = tank_trial(tmp_path / "trial")

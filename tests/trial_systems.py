@@ -22,6 +22,7 @@ class Tank(gym.Env[np.ndarray, np.ndarray]):
     :param after: ... from this step on
     :param breaks_at: Step in which the environment raises an error
     :param pause: Seconds that a step takes
+    :param shares_state: Whether it returns the array that it keeps its state in
     :param interrupted_at: Number of the step of all episodes in which somebody presses Ctrl-C
     """
 
@@ -30,15 +31,17 @@ class Tank(gym.Env[np.ndarray, np.ndarray]):
 
     def __init__(
         self, steps: int = 20, forgets: str | None = None, after: int = 0, breaks_at: int | None = None, pause: float = 0.0,
-        interrupted_at: int | None = None,
+        interrupted_at: int | None = None, shares_state: bool = False,
     ) -> None:  # fmt: skip
         self.steps, self.forgets, self.after, self.breaks_at = steps, forgets, after, breaks_at
         self.pause, self.interrupted_at, self.all_steps = pause, interrupted_at, 0
+        self.shares_state, self.state = shares_state, np.zeros(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.level, self.step_number = float(self.np_random.uniform(0, 0.5)), 0
-        return np.array([self.level, 0.0]), {}
+        self.state = np.array([self.level, 0.0])
+        return self.state, {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if self.step_number == self.breaks_at:
@@ -47,6 +50,8 @@ class Tank(gym.Env[np.ndarray, np.ndarray]):
         if self.all_steps == self.interrupted_at:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(self.pause)
+        if self.shares_state:
+            self.level = float(self.state[0])
         inflow = float(action[0])
         self.level += 0.3 * inflow + float(self.np_random.normal(0, 0.02))
         self.step_number += 1
@@ -55,7 +60,8 @@ class Tank(gym.Env[np.ndarray, np.ndarray]):
         if self.forgets is not None and self.step_number > self.after:
             info.pop(self.forgets)
         reward = -abs(self.level - 1)
-        return np.array([self.level, inflow]), reward, False, self.step_number >= self.steps, info
+        self.state = np.array([self.level, inflow])
+        return self.state, reward, False, self.step_number >= self.steps, info
 
 
 gym.register("Tank-v0", entry_point=Tank)
@@ -96,3 +102,26 @@ def failing_after_a_while(observation: np.ndarray) -> np.ndarray:
 def two_valves(observation: np.ndarray) -> np.ndarray:
     """Was made for another tank."""
     return np.zeros(2)
+
+
+def exiting_after_a_while(observation: np.ndarray) -> np.ndarray:
+    """Ends the process for high levels."""
+    if observation[0] > 1:
+        raise SystemExit(3)
+    return np.ones(1)
+
+
+def scribbling(observation: np.ndarray) -> np.ndarray:
+    """Writes into what it gets."""
+    observation *= 0
+    return np.zeros(1)
+
+
+class Unready:
+    """Cannot begin an episode."""
+
+    def reset(self) -> None:
+        raise RuntimeError("no connection")
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        return np.zeros(1)

@@ -37,6 +37,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Remove what :func:`atomic_write` left in a folder when its process was killed. No other may be writing there."""
+    for path in folder.glob(".*.????????.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def replace_synced(temporary: pathlib.Path, target: pathlib.Path) -> None:
     """
     Give a file or a folder of files its name when the disk has what is in it, so that no crash leaves a name without content.

@@ -52,7 +52,7 @@ def check_fits(controller: Controller, env: gym.Env[Any, Any]) -> None:
 
     :param controller: The controller; one that does not say what it was made for passes
     :param env: The environment
-    :raises ValueError: Kinds, shapes, keys or numbers of choices differ
+    :raises ValueError: Kinds, shapes, keys or numbers of choices differ, or one has whole numbers only
     """
     for what in ("observation", "action"):
         made_for, found = getattr(controller, f"{what}_space"), getattr(env, f"{what}_space")
@@ -66,6 +66,8 @@ def check_fits(controller: Controller, env: gym.Env[Any, Any]) -> None:
 
 def _are_alike(made_for: spaces.Space[Any], found: spaces.Space[Any]) -> bool:
     if isinstance(made_for, spaces.Box) and isinstance(found, spaces.Box):
+        if found.dtype.kind == "f" and made_for.dtype.kind in "iu":
+            return False
         # SB3's policies turn images themselves
         return maybe_transpose(np.zeros(found.shape, np.uint8), made_for).shape == made_for.shape
     if isinstance(made_for, spaces.Dict) and isinstance(found, spaces.Dict):

@@ -46,12 +46,19 @@ def load_controller(
         return PolicyController(spec, path, device)
     if ":" in spec and not path.exists():
         function = load_function(spec, "controller")
-        return FunctionController(spec, function() if isinstance(function, type) else function)
+        return FunctionController(spec, _constructed(spec, function) if isinstance(function, type) else function)
     meant = "".join(f" Did you mean {name!r}?" for name in nearest(spec, WITHOUT_FILE))
     raise ValueError(
         f"{spec!r} is no controller: expected a .zip that an algorithm saved, a run's folder of rl-zoo3, a .onnx file, "
         f"module:function, 'zero' or 'random'.{meant}"
     )
+
+
+def _constructed(spec: str, of_class: Callable[[], Any]) -> Any:
+    try:
+        return of_class()
+    except Exception as error:
+        raise ValueError(f"The controller {spec!r} cannot be constructed ({type(error).__name__}: {error}).") from error
 
 
 def _action_space(spec: str, env_id: str | None) -> spaces.Space[Any]:

@@ -38,9 +38,9 @@ class OnnxController:
         options.intra_op_num_threads = 1
         with naming_damage(f"The model {str(file)!r}", "a file in ONNX's format"):
             self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        self._inputs = self._session.get_inputs()
-        self.observation_space: spaces.Space[Any] | None = self._declared_observations()
-        self.action_space: spaces.Space[Any] | None = _declared(self._session.get_outputs()[0])
+            self._inputs = self._session.get_inputs()
+            self.observation_space: spaces.Space[Any] | None = self._declared_observations()
+            self.action_space: spaces.Space[Any] | None = _declared_actions(self._session.get_outputs()[0])
 
     def reset(self, seed: int | None = None) -> None:
         """Nothing to begin."""
@@ -66,10 +66,20 @@ class OnnxController:
 
 def _declared(value: Any) -> spaces.Space[Any] | None:
     """What a model says of an input or output but for its batch; None if it leaves a size open."""
-    sizes = value.shape[1:]
+    dtype = np.dtype(_dtype(value.type))
+    has_batch = bool(value.shape) and (value.shape[0] == 1 or not isinstance(value.shape[0], int))
+    sizes = value.shape[has_batch:]
     if not sizes or not all(isinstance(size, int) for size in sizes):
         return None
+    if dtype.kind in "iu":
+        return spaces.Box(np.iinfo(dtype).min, np.iinfo(dtype).max, tuple(sizes), dtype)
     return spaces.Box(-np.inf, np.inf, tuple(sizes), np.float32)
+
+
+def _declared_actions(value: Any) -> spaces.Space[Any] | None:
+    """Whole numbers may be choices, of which a model does not say between how many."""
+    declared = _declared(value)
+    return None if declared is None or declared.dtype != np.float32 else declared
 
 
 def _dtype(declared: str) -> npt.DTypeLike:

@@ -40,7 +40,8 @@ class LastSteps:
 
     def write(self, path: Path) -> None:
         """Write an ``.npz`` with an array for each part, whose first axis is that of the steps."""
-        arrays: dict[str, Any] = {name: np.stack([step[name] for step in self._steps]) for name in self._steps[0]}
+        names = self._steps[0] if self._steps else ()
+        arrays: dict[str, Any] = {name: np.stack([step[name] for step in self._steps]) for name in names}
         with atomic_write(path) as file:
             np.savez(file, **arrays)
 
@@ -126,13 +127,17 @@ class EpisodeRunner:
         tell = on_takeover or (lambda takeover, steps: None)
         seed = derive_seed(self._plan.seed, assignment.episode)
         observation, _ = self._ask(assignment, self._env.reset, seed=seed)
-        for controller in self.controllers.values():
-            controller.reset(seed)
+        pilot.reset(seed)
         while not is_over:
             if step == drill_at:
                 pilot.take_over(step, "rollback drill", is_drill=True)
             action = pilot.act(observation, step)
-            after, reward, terminated, truncated, info = self._ask(assignment, self._env.step, action)
+            try:
+                after, reward, terminated, truncated, info = self._ask(assignment, self._env.step, action)
+            except ValueError:
+                if pilot.takeover is not None and pilot.takeover.n_after == 1:
+                    tell(pilot.takeover, last_steps)
+                raise
             problem = meter.take(float(reward), info)
             last_steps.add(observation, action, float(reward), pilot.actor, meter.values)
             if pilot.takeover is not None and pilot.takeover.n_after == 1:

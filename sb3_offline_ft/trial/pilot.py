@@ -1,5 +1,6 @@
 """Who acts in an episode of a trial, and how the baseline takes over."""
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from sb3_offline_ft.controllers import Controller
 from sb3_offline_ft.trial.actuators import ActionLog, Actuators
 from sb3_offline_ft.trial.assignment import BASELINE, CANDIDATE, Arm, Assignment
 from sb3_offline_ft.trial.shadow import ShadowLog
+
+CANDIDATES_FAILURES = (Exception, SystemExit)
+"""Whatever a candidate raises, the baseline can act; Ctrl-C is not the candidate's."""
 
 
 @dataclass
@@ -57,6 +61,24 @@ class Pilot:
         self.steps: dict[str, int] = {BASELINE: 0, CANDIDATE: 0}
         """In which each has acted."""
 
+    def reset(self, seed: int) -> None:
+        """
+        Begin the episode.
+
+        :param seed: Seed of policies that draw numbers
+        :raises ValueError: The baseline cannot begin
+        """
+        try:
+            self._baseline.reset(seed)
+        except Exception as error:
+            raise ValueError(f"The baseline {self._baseline.name!r} cannot begin: {_failure(error)}.") from error
+        try:
+            self._candidate.reset(seed)
+        except CANDIDATES_FAILURES as error:
+            self.take_over(0, f"the candidate cannot begin: {_failure(error)}")
+            if self.shadow is not None:
+                self.shadow.faults[_failure(error)] += 1
+
     @property
     def actor(self) -> Arm:
         """Who acts now."""
@@ -72,10 +94,10 @@ class Pilot:
         :param observation: The present one
         :param step: Number of the step
         :return: The action to send
-        :raises ValueError: It is the baseline's, and cannot be sent
+        :raises ValueError: The baseline failed, or its action is to be sent and cannot be
         """
         action = self._candidates_action(observation, step) if self.actor == CANDIDATE else None
-        standby = self._baselines_action(observation)
+        standby = self._baselines_action(observation, step)
         if self.actor == BASELINE:
             action = standby
             if (fault := self._actuators.fault(action)) is not None:
@@ -89,10 +111,13 @@ class Pilot:
         self.steps[self.actor] += 1
         return self._actuators.command(action)
 
-    def _baselines_action(self, observation: Any) -> Any:
-        if self._arm == BASELINE:
-            return self.log.timed(self._baseline.act, observation)
-        return self._baseline.act(observation)
+    def _baselines_action(self, observation: Any, step: int) -> Any:
+        try:
+            if self._arm == BASELINE:
+                return self.log.timed(self._baseline.act, observation)
+            return self._baseline.act(observation)
+        except Exception as error:
+            raise ValueError(f"The baseline {self._baseline.name!r} cannot act in step {step}: {_failure(error)}.") from error
 
     def _candidates_action(self, observation: Any, step: int) -> Any:
         action, fault = self._try_candidate(self.log, observation)
@@ -110,8 +135,12 @@ class Pilot:
     def _try_candidate(self, log: ActionLog, observation: Any) -> tuple[Any, str | None]:
         """Its action, and what is wrong with it."""
         try:
-            action = log.timed(self._candidate.act, observation)
+            # It may write into what it gets, which can be the environment's own state
+            action = log.timed(self._candidate.act, copy.deepcopy(observation))
             return action, self._actuators.fault(action)
-        # Whatever a candidate raises, the baseline can act
-        except Exception as error:
-            return None, f"it failed with {type(error).__name__}: {error}"
+        except CANDIDATES_FAILURES as error:
+            return None, _failure(error)
+
+
+def _failure(error: BaseException) -> str:
+    return f"it failed with {type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ from sb3_offline_ft.pages.tables import TextTable
 from sb3_offline_ft.pages.words import NBSP, counted, listed, number, ranged
 from sb3_offline_ft.trial import figures
 from sb3_offline_ft.trial import report_tables as tables
+from sb3_offline_ft.trial.assignment import BASELINE, CANDIDATE
 from sb3_offline_ft.trial.checklist import read_checklist
 from sb3_offline_ft.trial.decision import Decision, decide, value_a_year
 from sb3_offline_ft.trial.equal_guardrails import effect_at_equal_guardrails
@@ -83,7 +84,7 @@ def _page(folder: Path, plan: TrialPlan, machine: TrialMachine, events: Sequence
         _stages_part(plan, machine, events),
         _system_part(plan, machine),
         Part("regimes", "By regime", tables=_filled(tables.regimes_table(plan, machine))),
-        _robustness_part(folder, _files(events)),
+        _robustness_part(folder, plan, _files(events)),
         _tests_part(plan, decision),
         _checklist_part(folder, events),
         _expected_part(folder, plan, machine),
@@ -265,14 +266,23 @@ def _system_part(plan: TrialPlan, machine: TrialMachine) -> Part:
     return Part("system", "What the system went through", texts, tables=numbers if machine.episodes else [])
 
 
-def _robustness_part(folder: Path, files: Mapping[str, str | None]) -> Part:
-    """What the policies stand, if it was tried; it is marked if that was with other files than those of the trial."""
+def _robustness_part(folder: Path, plan: TrialPlan, files: Mapping[str, str | None]) -> Part:
+    """What the policies stand, if it was tried; it is marked if that was with others than those of the trial, or elsewhere."""
     title, path = "Robustness before exposure", folder / robustness.FILE
     if not path.is_file():
         return Part("robustness", title, [f"Nobody has tried what the policies stand: there is no {robustness.FILE}."])
     result = robustness.RobustnessResult.read(path)
     others = [role for role, policy in result.policies.items() if files and policy.sha256 != files.get(role)]
     texts = [f"Tried with ANOTHER file of the {role} than that of the trial." for role in others]
+    specs: dict[str, str] = {CANDIDATE: plan.candidate, BASELINE: plan.baseline}
+    without_file = {role: policy.name for role, policy in result.policies.items() if policy.sha256 is None}
+    texts += [
+        f"Tried with ANOTHER {role} than that of the trial, {name}."
+        for role, name in without_file.items()
+        if plan.env is not None and role not in others and name != specs.get(role)
+    ]
+    if plan.env is not None and plan.env.split(":")[-1] != result.env_id.split(":")[-1]:
+        texts.append(f"Tried in ANOTHER environment than that of the trial, {result.env_id}.")
     return Part("robustness", title, texts, [drawing(result)], [tables.robustness_table(result)])
 
 

@@ -18,10 +18,8 @@ from sb3_offline_ft.trial.episodes import EpisodeRunner, LastSteps, Outcome
 from sb3_offline_ft.trial.machine import ABORTED, DRILL, Finished
 from sb3_offline_ft.trial.pilot import Takeover
 from sb3_offline_ft.trial.report import write_report
-from sb3_offline_ft.trial.trial import Trial
+from sb3_offline_ft.trial.trial import STEPS_FOLDER, Trial
 
-STEPS_FOLDER = "steps"
-"""Has the last steps before each abort."""
 DRILL_STEPS = 100
 """A drill is triggered within the first steps, so many if the environment does not say how long an episode lasts at most."""
 PAGE_SECONDS = 2.0
@@ -85,7 +83,7 @@ def run_trial(
 def _run_stages(trial: Trial, runner: EpisodeRunner, until: str | None, console: Console) -> Finished | None:
     total = sum(stage.episodes for stage in trial.plan_in_force.stages)
     written = time.monotonic()
-    with bar(console, TextColumn("{task.fields[said]}")) as progress:
+    with bar(console, TextColumn("{task.fields[said]}", markup=False)) as progress:
         task = progress.add_task("", total=total, completed=len(trial.machine.episodes), said="")
         while not isinstance(upcoming := trial.next(), Finished):
             progress.update(task, description=f"{upcoming.stage}: {upcoming.arm}")

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from sb3_offline_ft.common.io import remove_unfinished
 from sb3_offline_ft.common.suggestions import hint
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.trial.amending import check_amendment
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("sb3-offline-ft", "stable-baselines3", "gymnasium", "numpy", "scipy", "torch")
 """Whose versions the journal notes."""
+STEPS_FOLDER = "steps"
+"""Has the last steps before each abort."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Trial:
         self.machine: TrialMachine
         """The state, by the events so far."""
         self._start: Event | None
+        self._is_tidy = False
         self._replay()
 
     @classmethod
@@ -109,6 +113,10 @@ class Trial:
         :raises ValueError: Another process has locked it
         """
         with self.journal.locked():
+            if not self._is_tidy:
+                for folder in (self.folder, self.folder / STEPS_FOLDER):
+                    remove_unfinished(folder)
+                self._is_tidy = True
             self._catch_up()
             yield
 

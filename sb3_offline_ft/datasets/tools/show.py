@@ -359,5 +359,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def progress_bar(console: Console, *columns: TextColumn) -> Progress:
     """A progress bar that leaves nothing behind, with more columns at the end."""
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *columns)
+    shown = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *columns,
+    )
     return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)

@@ -127,7 +127,7 @@ class Stage:
         seed = self._seed(job)
         rewards, infos, seen = list[float](), list[dict[str, Any]](), list[Any]()
         observation, _ = env.reset(seed=seed)
-        controller.reset(seed)
+        self._asked(controller.reset, seed, job)
         ended = False
         while not ended:
             seen.append(map_observations(np.array, observation))
@@ -143,19 +143,23 @@ class Stage:
         return Outcome(values, map_observations(lambda *rows: np.stack(rows), *seen) if is_nominal else None)
 
     def _action(self, controller: Controller, observation: Any, job: Job) -> Any:
-        try:
-            action = controller.act(observation)
-        except Exception as error:
-            raise ValueError(f"An error in {job.in_words()} ({type(error).__name__}: {error}).") from error
-        space = self.env.action_space
+        action, space = self._asked(controller.act, observation, job), self.env.action_space
         if not isinstance(space, spaces.Box):
             return action
-        action = np.asarray(action)
+        action = self._asked(lambda given: np.asarray(given, np.float64), action, job)
+        if action.shape == () and math.prod(space.shape) == 1:
+            action = action.reshape(space.shape)
         if action.shape != space.shape or not np.isfinite(action).all():
             raise ValueError(
                 f"The action of {job.in_words()} is {action}: expected finite numbers of shape {space.shape}, within {space}."
             )
         return np.clip(action, space.low, space.high).astype(space.dtype)
+
+    def _asked(self, function: Callable[[Any], Any], argument: Any, job: Job) -> Any:
+        try:
+            return function(argument)
+        except Exception as error:
+            raise ValueError(f"An error in {job.in_words()} ({type(error).__name__}: {error}).") from error
 
     def _value(self, metric: InfoMetric, info: dict[str, Any]) -> float:
         if metric.key not in info:

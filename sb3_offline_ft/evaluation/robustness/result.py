@@ -169,6 +169,8 @@ class RobustnessResult:
             content.pop("derived")
             policies = {role: Policy(**facts) for role, facts in content.pop("policies").items()}
             responses = tuple(_response(**response) for response in content.pop("responses"))
+            if content["random_return"] is None:
+                content["random_return"] = math.nan
             return cls(policies=policies, responses=responses, **content)
 
 

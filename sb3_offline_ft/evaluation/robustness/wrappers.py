@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 
 from sb3_offline_ft.common.observations import Observations, map_observations
 
@@ -151,7 +152,10 @@ class WiderStart(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class RandomStart(gym.Wrapper[Any, Any, Any, Any]):
-    """Episodes begin with so many uniformly random actions, whose rewards do not count; an end among them begins again."""
+    """
+    Episodes begin with so many uniformly random actions, which count neither as rewards nor as steps; an end among them begins
+    again.
+    """
 
     def __init__(self, env: Env, steps: float, seed: int) -> None:
         super().__init__(env)
@@ -166,4 +170,12 @@ class RandomStart(gym.Wrapper[Any, Any, Any, Any]):
             observation, _, terminated, truncated, info = self.env.step(action)
             if terminated or truncated:
                 return self.env.reset()
+        self._count_steps_from_here()
         return observation, info
+
+    def _count_steps_from_here(self) -> None:
+        env: Env = self.env
+        while isinstance(env, gym.Wrapper):
+            if isinstance(env, TimeLimit):
+                env._elapsed_steps = 0  # type: ignore[assignment]  # Gymnasium infers it from the None of its constructor
+            env = env.env
