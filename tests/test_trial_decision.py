@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from sb3_offline_ft.cli import app
 from sb3_offline_ft.trial import Decision, Finished, TrialMachine, TrialPlan, decide
 from sb3_offline_ft.trial.assignment import Assignment
 from sb3_offline_ft.trial.decision import review
@@ -249,3 +251,8 @@ def test_value_a_year() -> None:
     _, decision = run(trial, better_by(2.0))
     value, effect = decision.value_a_year, decision.effect
     assert (value.value, value.low, value.high) == (500 * effect.value, 500 * effect.low, 500 * effect.high)
+
+
+@pytest.mark.parametrize("arguments", [[], ["there is none"], [".", "--no-such-option"]])
+def test_an_error_is_no_decision(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, ["trial", "decide", *arguments]).exit_code == 3

@@ -152,7 +152,8 @@ def code() -> str:
         state._record, state._risk_now, assignment.schedule, assignment.block_sizes, guarded, with_risk,
         *(world.draw for world in WORLDS.values()),
     )  # fmt: skip
-    sources = [repr(PLAN), *map(inspect.getsource, parts)]
+    said = (PLAN.primary, PLAN.budget, PLAN.stages, PLAN.error_rates, PLAN.blocks, PLAN.abort.most)
+    sources = [repr(said), *map(inspect.getsource, parts)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
@@ -236,7 +237,7 @@ def guardrails(results: dict[str, Cell]) -> list[str]:
 
 
 def risks(results: dict[str, Cell]) -> list[str]:
-    lines = ["", "## With a risk budget that is tight", ""]
+    lines = ["", "## With a risk budget", ""]
     lines += [
         "Normal returns, as above; the trial ends when the budget does not cover another episode of the candidate.",
         "",
