@@ -246,7 +246,7 @@ def two_levels(values: Array) -> tuple[float, float] | None:
     """Lower and upper level, if values are failures and successes; of 0 and 1, one may not have been seen yet."""
     found = {float(value) for value in values}
     if len(found) == 1:
-        found |= {-1.0: {0.0}, 0.0: {-1.0}, 1.0: {0.0}}.get(*found, set())
+        found.update({-1.0: (0.0,), 0.0: (-1.0,), 1.0: (0.0,)}.get(min(found), ()))
     return (min(found), max(found)) if len(found) == 2 else None
 
 
@@ -264,8 +264,8 @@ def exact_p(candidate: tuple[int, int], baseline: tuple[int, int], difference: f
     if abs(difference) > 1:
         return float(difference > 0)
 
-    def above(of_candidate: Array | int, of_baseline: Array | int) -> Array:
-        one, other = ((k + 1) / (n + 2) for k, (_, n) in ((of_candidate, candidate), (of_baseline, baseline)))
+    def above(of_candidate: npt.ArrayLike, of_baseline: npt.ArrayLike) -> Array:
+        one, other = ((np.asarray(k) + 1) / (n + 2) for k, (_, n) in ((of_candidate, candidate), (of_baseline, baseline)))
         spread = np.sqrt(one * (1 - one) / (candidate[1] + 2) + other * (1 - other) / (baseline[1] + 2))
         return np.asarray((one - other - difference) / spread)
 
