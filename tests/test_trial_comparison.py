@@ -11,6 +11,7 @@ from sb3_offline_ft.trial.comparison import (
     Deterioration,
     Look,
     Rerandomisation,
+    exact_p,
     limit_test,
     planned_looks,
     sequential_test,
@@ -67,6 +68,16 @@ class TestRerandomisation:
         assert test.p_value() == 1.0 and test.spread == pytest.approx(0.0, abs=1e-12)
         # ... but that the candidate is not worse by a margin
         assert test.p_value(-0.5) < 0.01
+
+    @pytest.mark.parametrize("scale", [0.1, 1e5 / 3])
+    def test_a_difference_that_explains_all_values_is_not_rejected(self, scale: float) -> None:
+        """A system without noise."""
+        arms = drawn(np.random.default_rng(0))
+        test = Rerandomisation(7 * scale + scale * arms, arms, BLOCKS)
+        assert test.p_value(scale) == test.p_value_below(scale) == 1.0
+        assert test.p_value(0.999 * scale) < 0.01 and test.p_value_below(1.001 * scale) < 0.01
+        found = test.interval(0.9)
+        assert (found.value, found.low, found.high) == pytest.approx((scale, scale, scale))
 
     def test_a_block_of_one_arm_tells_nothing(self) -> None:
         test = Rerandomisation([1.0, 2.0], [True, True], [0, 0])
@@ -151,6 +162,37 @@ class TestLooks:
         assert [look.p for look in kept] == [0.25, 0.5**5] and [look.is_crossed for look in kept] == [False, True]
         assert limit_test([np.zeros(5), np.zeros(50)], 1.0, looks)[1].p == 1.0
         assert limit_test([np.zeros(0), np.zeros(1)], 0.0, looks)[1].p == 1.0
+
+
+class TestSuccesses:
+    def test_no_failure_proves_little(self) -> None:
+        """Without one in 21 episodes, a rate of failures of 0.1 has a probability of 0.9^21, and none is above 0."""
+        looks = [Look(1, 0.05)]
+        for limit, p in ((-0.1, 0.9**21), (-0.5, 0.5**21), (0.0, 1.0)):
+            assert limit_test([np.zeros(21)], limit, looks)[0].p == pytest.approx(p)
+        assert limit_test([np.ones(21)], 0.9, looks)[0].p == pytest.approx(0.9**21)
+        assert exact_p((21, 21), (41, 41), -0.1) == pytest.approx(0.9**21)
+
+    @pytest.mark.parametrize("rate", [0.5, 0.8, 0.95])
+    def test_a_rate_at_its_limit_is_hardly_ever_proved_above_it(self, rate: float) -> None:
+        rng, looks, passed = np.random.default_rng(0), [Look(1, 0.02), Look(2, 0.1)], 0
+        for _ in range(400):
+            values = (rng.random(20) < rate) - 1.0
+            passed += any(look.is_crossed for look in limit_test([values[:10], values], rate - 1.0, looks))
+        assert binomtest(passed, 400, 0.1, "greater").pvalue > UNLIKELY
+
+    @pytest.mark.parametrize(("baseline", "difference"), [(1.0, -0.2), (0.5, -0.1), (0.5, 0.2)])
+    def test_rates_that_differ_by_just_this_are_hardly_ever_proved_to_differ_by_more(
+        self, baseline: float, difference: float
+    ) -> None:
+        rng, passed = np.random.default_rng(0), 0
+        for _ in range(300):
+            candidate = int(rng.binomial(21, baseline + difference))
+            passed += exact_p((candidate, 21), (int(rng.binomial(41, baseline)), 41), difference) <= 0.1
+        assert binomtest(passed, 300, 0.1, "greater").pvalue > UNLIKELY
+
+    def test_what_cannot_differ_by_more_does_not(self) -> None:
+        assert exact_p((0, 5), (5, 5), -1.5) == 0.0 and exact_p((5, 5), (0, 5), 1.5) == 1.0
 
 
 def watched(rng: np.random.Generator, worse_by: float, level: float) -> tuple[bool, int]:

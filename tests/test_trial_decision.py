@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from sb3_offline_ft.cli import app
 from sb3_offline_ft.trial import Decision, Finished, TrialMachine, TrialPlan, decide
 from sb3_offline_ft.trial.assignment import Assignment
 from sb3_offline_ft.trial.decision import review
@@ -79,8 +81,9 @@ class TestOutcomes:
     def test_not_yet_at_the_end_says_how_many_more(self) -> None:
         _, decision = run(plan(primary={"metric": "return", "smallest_effect": 0.6}), better_by(0.4))
         assert decision.decision == "not yet" and "leave it open" in decision.reasons[-1]
-        # Twice the errors' quantiles (1.64 + 0.84), squared, times two arms' spreads of 1 / 0.6
-        assert decision.more_episodes == pytest.approx(4 * (2.486 * decision.comparison.spread / 0.6) ** 2 - 40, abs=1)  # type: ignore[union-attr]
+        # Twice the errors' quantiles (1.64 + 0.84), squared, times two arms' spreads of 1 / 0.6; the pilot tells as much as 6
+        # episodes at equal shares
+        assert decision.more_episodes == pytest.approx(4 * (2.486 * decision.comparison.spread / 0.6) ** 2 - 38, abs=1)  # type: ignore[union-attr]
 
     def test_nothing_is_decided_before_the_first_block(self) -> None:
         _, decision = run(plan(), better_by(9.0), n=2)
@@ -115,6 +118,12 @@ class TestAborts:
     def test_too_many_end_the_trial(self) -> None:
         machine, decision = run(plan(), but(better_by(3.0), candidates, {"excluded": "aborted"}))
         assert decision.decision == "no-go" and len(machine.aborts) == 2 and "aborted" in decision.reasons[0]
+
+    def test_those_of_the_baseline_say_nothing_against_the_candidate(self) -> None:
+        stopped = but(better_by(3.0), lambda one: not candidates(one) and one.episode % 4 == 0, {"excluded": "aborted"})
+        machine, decision = run(plan(), stopped)
+        assert decision.decision == "go" and not machine.aborts and decision.n_aborts == 0
+        assert sum(record.is_aborted for record in machine.episodes) > 1
 
     def test_one_that_may_be_counts_as_the_worst_return(self) -> None:
         trial = plan(risk={"budget": 100.0, "random_return": -10.0, "worst_return": -50.0, "baseline_return": 5.0})
@@ -159,6 +168,36 @@ class TestGuardrails:
     def test_a_limit_holds(self) -> None:
         _, decision = run(plan(metrics=ENERGY, guardrails={"energy": {"limit": 33.0}}), better_by(3.0, energy=1.0))
         assert decision.decision == "go" and decision.guardrails[0].estimate.value == pytest.approx(31, abs=0.7)
+
+    @pytest.mark.parametrize(("guardrail", "verdict"), [
+        ({"limit": 0.05}, "not yet"), ({"margin": 0.05}, "not yet"), ({"limit": 0.0}, "not yet"),
+        ({"limit": 0.3}, "go"), ({"margin": 0.3}, "go"),
+    ])  # fmt: skip
+    def test_no_failure_in_few_episodes_proves_that_they_are_not_frequent(
+        self, guardrail: dict[str, float], verdict: str
+    ) -> None:
+        trial = plan(metrics={"failures": {"better": "lower"}}, guardrails={"failures": guardrail})
+        never = better_by(3.0)
+        _, decision = run(trial, lambda one, rng: {"metrics": {**never(one, rng)["metrics"], "failures": 0.0}})
+        assert decision.is_superior and decision.decision == verdict
+
+    @pytest.mark.parametrize("guardrail", [{"margin": 0.1}, {"limit": 0.1}])
+    def test_a_candidate_that_fails_often_is_no_go(self, guardrail: dict[str, float]) -> None:
+        trial = plan(metrics={"failures": {"better": "lower"}}, guardrails={"failures": guardrail})
+        never = better_by(0.8)
+        failing: Metrics = lambda one, rng: {  # noqa: E731
+            "metrics": {**never(one, rng)["metrics"], "failures": float(candidates(one) and rng.random() < 0.9)}
+        }
+        _, decision = run(trial, failing)
+        assert decision.decision == "no-go" and "violated" in decision.reasons[0]
+
+    def test_an_open_one_says_how_many_more(self) -> None:
+        trial = plan(metrics=ENERGY, guardrails={"energy": {"margin": 0.2}})
+        _, decision = run(trial, better_by(3.0))
+        assert decision.is_superior and decision.evidence.n_left == 0
+        spread = decision.guardrails[0].comparison.spread  # type: ignore[union-attr]
+        # What is there is worth 2 blocks of 4 x 0.75, and 32 episodes at equal shares
+        assert decision.more_episodes == pytest.approx(4 * (2.486 * spread / 0.2) ** 2 - 38, rel=0.01)
 
     def test_the_metric_of_one_that_was_never_measured_is_named(self) -> None:
         trial = plan(metrics=ENERGY, guardrails={"energy": {"margin": 2.0}})
@@ -212,3 +251,8 @@ def test_value_a_year() -> None:
     _, decision = run(trial, better_by(2.0))
     value, effect = decision.value_a_year, decision.effect
     assert (value.value, value.low, value.high) == (500 * effect.value, 500 * effect.low, 500 * effect.high)
+
+
+@pytest.mark.parametrize("arguments", [[], ["there is none"], [".", "--no-such-option"]])
+def test_an_error_is_no_decision(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, ["trial", "decide", *arguments]).exit_code == 3

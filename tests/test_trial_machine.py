@@ -190,6 +190,21 @@ def test_the_budget_of_episodes_ends_the_trial() -> None:
     assert end == Finished("The budget of 7 episodes is used up.", is_cut=True)
 
 
+def test_episodes_besides_those_of_the_stages_take_none_away_from_them() -> None:
+    """Those in which the baseline acts until it is known what is at risk, and drills."""
+    stages = [{"name": "ramp", "episodes": 8, "share": 0.5}]
+    risk = {"budget": 1.0, "random_return": -10, "worst_return": -10}
+    machine = TrialMachine(plan_of(stages=stages, budget={"episodes": 8}, risk=risk))
+    for is_drill in (False, False, False, True):
+        upcoming = machine.drill() if is_drill else machine.next()
+        assert isinstance(upcoming, Assignment)
+        machine.apply({"event": "assignment", **upcoming.as_event()})
+        machine.apply({"event": "episode", "episode": upcoming.episode, "metrics": {"return": 0.0}})
+    _, end = drive(machine, lambda _: 0.0)
+    assert end == Finished("All stages are done.")
+    assert sum(record.is_compared for record in machine.episodes) == machine.n_counted == 8
+
+
 def test_a_drill_is_an_episode_of_the_candidate_besides_those_of_the_stage() -> None:
     machine = TrialMachine(plan_of())
     drill = machine.drill()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sb3_offline_ft.cli import app
 from sb3_offline_ft.trial import PlanResult, Trial, TrialMachine, TrialPlan, plan_trial, recipe_for
 from sb3_offline_ft.trial.plan_shown import show_plan
-from sb3_offline_ft.trial.planning import BaselineValues, baseline_values
+from sb3_offline_ft.trial.planning import BaselineValues, _draw, baseline_values
 from tests.conftest import REPOSITORY
 from tests.trial_plans import plan_content, plan_of
 
@@ -82,6 +82,14 @@ class TestChances:
         assert expected(5).as_mapping() == expected(5).as_mapping()
 
 
+@pytest.mark.parametrize("n", [5, 20])
+def test_simulated_episodes_spread_as_the_baseline_does(n: int) -> None:
+    values = known(n, spread=2.0)
+    drawn = _draw(plan_of(), values, 1.0)(np.random.default_rng(0), 20_000)["return"]
+    # The second is the candidate's; 5 standard errors of the mean, and as many of the spread
+    assert drawn.mean(axis=0) == pytest.approx([5.0, 6.0], abs=0.08) and drawn.std(axis=0) == pytest.approx([2, 2], abs=0.08)
+
+
 class TestNumbers:
     def test_cost_risk_and_value(self) -> None:
         result = expected(2)
@@ -99,6 +107,11 @@ class TestNumbers:
         result = plan_trial(plan_of(stages=STAGES, budget={"episodes": 40}), known(), n_trials=2)
         assert result.worst_loss is None and result.payback_days is None
         assert "not bounded" in shown(result) and "set `value_per_unit`" in shown(result)
+
+    def test_what_may_be_lost_is_not_known_without_a_return(self) -> None:
+        plan = plan_of(**{**SECTIONS, "primary": {"metric": "energy", "smallest_effect": 1.0}})
+        result = plan_trial(plan, BaselineValues({"energy": np.arange(6.0)}, "a log"), n_trials=2)
+        assert result.worst_loss is None and "nothing is known of the baseline's return" in shown(result)
 
     def test_more_spread_needs_more_episodes(self) -> None:
         needed = [expected(2, spread=spread).needed for spread in (1.0, 2.0)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sb3_offline_ft.common.reporting import reporting
 
@@ -217,7 +218,19 @@ def trial_status(folder: Folder) -> None:
         Console().print(table)
 
 
-@trial.command("decide")
+class _DecideCommand(TyperCommand):
+    """Wrong arguments are an error, and no `not yet`, which has click's exit code for them."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **options)
+        except Exception as error:
+            if getattr(error, "exit_code", 0) == EXIT_CODES["not yet"]:
+                vars(error)["exit_code"] = UNDECIDED
+            raise
+
+
+@trial.command("decide", cls=_DecideCommand)
 def trial_decide(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say go, no-go or not yet, with reasons; the exit code is 0, 1 or 2, and 3 after an error."""
     with reporting("trial decide", exit_code=UNDECIDED):

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, ttest_1samp
+from scipy.stats import binom, binomtest, norm, ttest_1samp
 
 from sb3_offline_ft.deployment.promotion import ConcurrentTest
 from sb3_offline_ft.evaluation.statistics import Estimate
@@ -20,6 +20,8 @@ N_LOOKS = 4
 """How often the evidence is looked at, at most."""
 POOLED = 4.0
 """Blocks that the pooled spread of the episodes counts as, beside the spread of the blocks: few blocks tell little of it."""
+N_RATES = 101
+"""Rates of success that are tried for the largest p-value."""
 DECIMALS = 9
 """Of a statistic, whose order is around 1: what is less is rounding, and equal values have to be equal."""
 
@@ -159,8 +161,8 @@ class Rerandomisation:
         of_episodes = (squares @ is_before - above**2 * total) / np.maximum(1, episodes - n - 1)
         pooled = POOLED / np.maximum(n, 1)
         variance = (np.maximum(of_blocks, 0.0) + pooled * of_episodes * total) / (1 + pooled)
-        # Without any spread, the order of the shuffles is that of their differences
-        least = 1e-12 * (squares @ is_before) + 1e-300
+        # Without any spread, the order of the shuffles is that of their differences; what the difference explains is rounding
+        least = 1e-12 * ((self._squares + difference**2 * weights) @ is_before) + 1e-300
         return np.asarray(np.round(sums / np.sqrt(np.maximum(variance, least)), DECIMALS), dtype=np.float64)
 
     def p_value(self, difference: float = 0.0) -> float:
@@ -240,9 +242,45 @@ def sequential_test(statistics: Array, looks: Sequence[Look]) -> list[LookResult
     return results
 
 
+def two_levels(values: Array) -> tuple[float, float] | None:
+    """Lower and upper level, if values are failures and successes; of 0 and 1, one may not have been seen yet."""
+    found = {float(value) for value in values}
+    if len(found) == 1:
+        found.update({-1.0: (0.0,), 0.0: (-1.0,), 1.0: (0.0,)}.get(min(found), ()))
+    return (min(found), max(found)) if len(found) == 2 else None
+
+
+@lru_cache(maxsize=4096)
+def exact_p(candidate: tuple[int, int], baseline: tuple[int, int], difference: float) -> float:
+    """
+    Of "the candidate's rate of success is not higher by more than a difference": exact for the baseline's rate at which it is
+    largest (unconditional test; Chan 1998). Shuffling does not do here: where rates differ, the arms spread differently.
+
+    :param candidate: Successes and episodes of the candidate
+    :param baseline: Those of the baseline
+    :param difference: The difference in question
+    :return: The p-value
+    """
+    if abs(difference) > 1:
+        return float(difference > 0)
+
+    def above(of_candidate: npt.ArrayLike, of_baseline: npt.ArrayLike) -> Array:
+        one, other = ((np.asarray(k) + 1) / (n + 2) for k, (_, n) in ((of_candidate, candidate), (of_baseline, baseline)))
+        spread = np.sqrt(one * (1 - one) / (candidate[1] + 2) + other * (1 - other) / (baseline[1] + 2))
+        return np.asarray((one - other - difference) / spread)
+
+    counts = [np.arange(n + 1) for _, n in (candidate, baseline)]
+    is_above = above(counts[0][:, None], counts[1][None, :]) >= above(candidate[0], baseline[0]) - 1e-9
+    rates = np.linspace(max(0.0, -difference), min(1.0, 1.0 - difference), N_RATES)[:, None]
+    of_candidate = binom.pmf(counts[0], candidate[1], np.clip(rates + difference, 0.0, 1.0))
+    of_baseline = binom.pmf(counts[1], baseline[1], rates)
+    return float(min(1.0, np.einsum("ri,ij,rj->r", of_candidate, is_above.astype(float), of_baseline).max()))
+
+
 def limit_test(values: Sequence[Array], limit: float, looks: Sequence[Look]) -> list[LookResult]:
     """
-    Whether the candidate's mean is above a limit: Student's t at each look, at what is newly spent there (union bound).
+    Whether the candidate's mean is above a limit: Student's t at each look, at what is newly spent there (union bound);
+    binomial, if values are failures and successes.
 
     :param values: The candidate's values up to each look, higher is better
     :param limit: The limit
@@ -251,12 +289,15 @@ def limit_test(values: Sequence[Array], limit: float, looks: Sequence[Look]) -> 
     """
     results, before = [], 0.0
     for look, sample in zip(looks, values, strict=True):
-        p = 1.0
-        if len(sample) > 1:
+        p, levels, is_still = 1.0, two_levels(sample), len(sample) > 1 and float(np.ptp(sample)) == 0
+        if len(sample) > 1 and levels is not None:
+            share = min(1.0, max(0.0, (limit - levels[0]) / (levels[1] - levels[0])))
+            p = float(binomtest(int((sample == levels[1]).sum()), len(sample), share, "greater").pvalue)
+        elif len(sample) > 1:
+            p = 0.0 if is_still else float(ttest_1samp(sample, limit, alternative="greater").pvalue)
+        if is_still:
             # Equal values show no noise, but are as many heads of a coin
-            is_still = float(np.ptp(sample)) == 0
-            p = float(ttest_1samp(sample, limit, alternative="greater").pvalue) if not is_still else 1.0
-            p = 0.5 ** len(sample) if is_still and sample[0] >= limit else p
+            p = max(p, 0.5 ** len(sample)) if sample[0] >= limit else 1.0
         results.append(LookResult(look, p, look.spent - before))
         before = look.spent
     return results

@@ -8,7 +8,7 @@ from typing import Literal
 from scipy.stats import norm
 
 from sb3_offline_ft.evaluation.statistics import Estimate
-from sb3_offline_ft.trial.comparison import Deterioration, LookResult, Rerandomisation
+from sb3_offline_ft.trial.comparison import Deterioration, LookResult, Rerandomisation, information
 from sb3_offline_ft.trial.evidence import (
     Check,
     Evidence,
@@ -126,13 +126,24 @@ class Decision:
 
     @cached_property
     def more_episodes(self) -> int | None:
-        """How many more it takes: those that are planned, else those to see the smallest effect; None after go or no-go."""
+        """
+        How many more it takes, in equal shares: those that are planned, else those to see what is still open, which is the
+        smallest effect, or that a guardrail holds if the candidate is as good in it as it seems to be or as the baseline;
+        None after go or no-go.
+        """
         if self.decision != "not yet":
             return None
         if self.evidence.n_left or self.comparison is None:
             return self.evidence.n_left
-        needed = episodes_needed(self.plan, self.comparison.spread, self.plan.primary.smallest_effect)
-        return max(self.plan.blocks.episodes, needed - len(self.evidence.compared))
+        missing = [] if self.is_superior else [self._missing(self.comparison, self.plan.primary.smallest_effect)]
+        for each in self.guardrails:
+            if not each.holds and each.comparison is not None and (distance := each.distance) > 0:
+                missing.append(self._missing(each.comparison, distance))
+        return max(self.plan.blocks.episodes, *missing, 0)
+
+    def _missing(self, comparison: Rerandomisation, effect: float) -> int:
+        there = 4 * float(information(comparison.sizes).sum())
+        return math.ceil(episodes_needed(self.plan, comparison.spread, effect) - there)
 
     @cached_property
     def reasons(self) -> list[str]:

@@ -18,9 +18,11 @@ from sb3_offline_ft.trial.comparison import (
     Look,
     LookResult,
     Rerandomisation,
+    exact_p,
     limit_test,
     planned_looks,
     sequential_test,
+    two_levels,
 )
 from sb3_offline_ft.trial.machine import EpisodeRecord
 from sb3_offline_ft.trial.plan import RETURN, Guardrail, TrialPlan
@@ -131,7 +133,20 @@ def margin_looks(comparison: Rerandomisation | None, margin: float, looks: list[
     """What each look showed of "the candidate is better than minus the margin"; with sign -1, of "it is worse than that"."""
     if comparison is None or not looks:
         return []
-    return sequential_test(sign * comparison.statistics(-margin, [look.blocks for look in looks]), looks)
+    results = sequential_test(sign * comparison.statistics(-margin, [look.blocks for look in looks]), looks)
+    levels = two_levels(comparison.values)
+    if not margin or levels is None:
+        return results
+    # Rates that differ spread differently, which no shift of the values does: both tests have to agree
+    height, before, exact = levels[1] - levels[0], 0.0, list[LookResult]()
+    successes = comparison.values == levels[1] if sign > 0 else comparison.values == levels[0]
+    for look, result in zip(looks, results, strict=True):
+        arms = [arm & (comparison.blocks < look.blocks) for arm in (comparison.is_candidate, ~comparison.is_candidate)]
+        counts = [(int(successes[arm].sum()), int(arm.sum())) for arm in arms]
+        p = exact_p(counts[0], counts[1], -sign * margin / height)
+        exact.append(LookResult(look, max(p, result.p), min(look.spent - before, result.level)))
+        before = look.spent
+    return exact
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,13 @@ class GuardrailResult:
         if self.guardrail.limit is None:
             return self.comparison.interval(self.confidence)
         return mean_of(self.sign * self.comparison.values[self.comparison.is_candidate], self.confidence)
+
+    @property
+    def distance(self) -> float:
+        """How far the candidate is from violating it: from the limit as it was seen, from the margin if it is as good."""
+        if self.guardrail.limit is None:
+            return self.guardrail.margin or 0.0
+        return self.estimate.value - self.sign * self.guardrail.limit
 
     @property
     def text(self) -> str:

@@ -155,7 +155,7 @@ class TrialMachine:
     episodes: list[EpisodeRecord] = field(default_factory=list)
     """All that were assigned and are over, in order."""
     aborts: list[Mapping[str, Any]] = field(default_factory=list)
-    """Events of aborts, without those of drills."""
+    """Events of aborts of the candidate, without those of drills."""
     drills: list[Mapping[str, Any]] = field(default_factory=list)
     """Events of drills."""
     robustness: Mapping[str, Any] | None = None
@@ -186,7 +186,9 @@ class TrialMachine:
             case "missing":
                 self._record(event, {}, f"{MISSING}: {event['reason']}")
             case "abort":
-                self.aborts.append(event)
+                # Whoever stops an episode of the baseline says nothing against the candidate
+                if self.open is None or self.open.arm == CANDIDATE:
+                    self.aborts.append(event)
             case "robustness":
                 self.robustness = event
             case "drill":
@@ -258,8 +260,8 @@ class TrialMachine:
 
     @property
     def n_counted(self) -> int:
-        """How many episodes count against ``budget.episodes``."""
-        return sum(kind_of(record.stage) != "shadow" for record in self.episodes)
+        """How many episodes count against ``budget.episodes``: those of the stages, not those besides, such as drills."""
+        return sum(kind_of(one.stage) != "shadow" and one.assignment.slot is not None for one in self.episodes)
 
     @property
     def is_compared_fully(self) -> bool:

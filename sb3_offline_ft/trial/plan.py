@@ -222,7 +222,7 @@ class TrialPlan:
     :param baseline: Spec of the policy that runs today
     :param candidate: Spec of the policy that is tried
     :param primary: What decides
-    :param budget: The largest number of episodes of both, in all stages but shadow
+    :param budget: The largest number of episodes of both, in all stages but shadow, without those besides, such as drills
     :param stages: The stages in order
     :param metrics: All metrics, the return first
     :param guardrails: What must not become worse

@@ -99,6 +99,8 @@ def _length(result: PlanResult, shown: str) -> str:
 
 def _worst_loss(result: PlanResult) -> str:
     plan = result.plan
+    if result.worst_loss is None and plan.risk is not None:
+        return "bounded by `risk`, but nothing is known of the baseline's return yet: set `risk.baseline_return`."
     if result.worst_loss is None:
         return "not bounded: set `risk` in the plan, to have a budget of it."
     unit, money = plan.metric(RETURN).unit, f", or {number(result.worst_cost)} {plan.currency}" if result.worst_cost else ""

@@ -69,7 +69,8 @@ class PlanResult:
     :param enough: If the plan is too short: how many episodes of its last ramp or pilot would be enough, and the chance then
     :param hours: Duration of all episodes
     :param cost: Of all episodes, in the currency
-    :param worst_loss: What the candidate can lose at most during the trial, of the return; None if the plan has no ``risk``
+    :param worst_loss: What the candidate can lose at most during the trial, of the return; None if the plan has no
+        ``risk``, or nothing is known of the return yet
     :param worst_cost: The same in the currency
     :param value: What the smallest effect is worth a year, with the interval that a trial will leave
     :param payback_days: Days of service until trial and deployment are paid for; None if there is no value
@@ -300,10 +301,11 @@ def _draw(plan: TrialPlan, values: BaselineValues, effect: float) -> Draw:
     """Episodes like the baseline's, smoothed where values are continuous; the candidate is better by an effect."""
     names = list(values.metrics)
     table = np.stack([values.metrics[name] for name in names], axis=1)
-    means, spreads, n = table.mean(axis=0), table.std(axis=0), len(table)
+    means, spreads, n = table.mean(axis=0), table.std(axis=0, ddof=1), len(table)
     is_continuous = np.array([len(np.unique(column)) == n for column in table.T])
     noise = np.where(is_continuous, spreads * n**-0.2, 0.0)
-    shrink = np.sqrt(spreads**2 / np.maximum(spreads**2 + noise**2, 1e-300))
+    # Few values differ less from their own mean than from the true one
+    shrink = spreads / np.sqrt(np.maximum((1 - 1 / n) * spreads**2 + noise**2, 1e-300))
     primary = names.index(plan.primary.metric)
     shift = plan.sign(plan.primary.metric) * effect
 
@@ -351,8 +353,10 @@ def _worst_loss(plan: TrialPlan, values: BaselineValues) -> float | None:
     if plan.risk is None:
         return None
     expected = plan.risk.baseline_return
+    if expected is None and RETURN in values.metrics:
+        expected = float(np.mean(values.metrics[RETURN]))
     if expected is None:
-        expected = float(np.mean(values.metrics.get(RETURN, plan.risk.random_return)))
+        return None
     return plan.risk.budget * plan.budget * abs(expected - plan.risk.random_return)
 
 
