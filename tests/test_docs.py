@@ -148,7 +148,7 @@ def test_commands_of_the_quickstart(run_python: RunPython, tmp_path: Path) -> No
     )
     _, commands, other_data = [[shlex.split(line) for line in block.splitlines()] for block in blocks]
     budget = ["-n", "300", "--eval-freq", "150", "-params", "offline_steps:30", "warmup_steps:100"]
-    for arguments, said in zip(commands, ("Saving to", "dip depth", "alarm"), strict=True):
+    for arguments, said in zip(commands, ("Saving to", "baseline"), strict=True):
         if arguments[0] == "python":
             process = run_python(*arguments[1:], *budget)
         else:

@@ -38,7 +38,7 @@ def level_words(returns: Sequence[float], what: str = "episodes") -> str:
     if not returns:
         return f"not known (no {what})"
     low, high = mean_interval(returns)
-    interval = f"95 % interval {low:.1f} to {high:.1f}, " if len(returns) > 1 else ""
+    interval = f"95 % interval {low:.1f} to {high:.1f}, " if len(returns) > 2 else ""
     return f"{np.mean(returns):.1f} ({interval}{counted(len(returns), what)})"
 
 
