@@ -126,13 +126,16 @@ class Decision:
 
     @cached_property
     def more_episodes(self) -> int | None:
-        """How many more it takes: those that are planned, else those to see the smallest effect; None after go or no-go."""
+        """
+        How many more it takes: those that are planned, else those to see the smallest effect, and as many as make up for the
+        missing ones; None after go or no-go.
+        """
         if self.decision != "not yet":
             return None
         if self.evidence.n_left or self.comparison is None:
-            return self.evidence.n_left
+            return max(self.evidence.n_left, self.evidence.n_to_measure)
         needed = episodes_needed(self.plan, self.comparison.spread, self.plan.primary.smallest_effect)
-        return max(self.plan.blocks.episodes, needed - len(self.evidence.compared))
+        return max(self.plan.blocks.episodes, needed - len(self.evidence.compared), self.evidence.n_to_measure)
 
     @cached_property
     def reasons(self) -> list[str]:

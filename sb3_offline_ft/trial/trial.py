@@ -433,7 +433,7 @@ class Trial:
         if number == len(self.machine.episodes):
             return None
         there = self.machine.episodes[number]
-        if dict(there.metrics) != dict(values) or there.regime != regime:
+        if {name: there.metrics.get(name) for name in values} != dict(values) or there.regime != regime:
             raise ValueError(
                 f"Episode {number} was recorded with {_in_words(there.metrics, there.regime)}, and cannot be changed to "
                 f"{_in_words(values, regime)}. If the record is wrong, the episode counts as it is; say so in the report."
