@@ -14,13 +14,19 @@ def run_on_the_plant(who: str, log: Path) -> None:
     """Stands for your plant: an hour with one of the controllers, whose log has a row for each minute."""
     pressure = 4 + generator.normal(0, 0.1, size=60)
     power = generator.normal(11.0 if who == "candidate" else 12.0, 1.0, size=60)
-    pd.DataFrame({"minute": range(60), "pressure": pressure, "power_kw": power}).to_csv(log, index=False)
+    load, valve = ["day"] * 60, 0.5 + generator.normal(0, 0.1, size=60).clip(-0.5, 0.5)
+    columns = {"minute": range(60), "load": load, "valve": valve, "pressure": pressure, "power_kw": power}
+    pd.DataFrame(columns).to_csv(log, index=False)
 
 
+Path("columns.yml").write_text("actions: [valve]\ntime: minute\n", encoding="utf-8")
 trial = Trial.create(
     "pump",
     baseline="PID on the PLC, parameters of March",
     candidate="policy.onnx on the edge computer",
+    columns="columns.yml",  # which columns are what
+    action_bounds={"low": 0, "high": 1},
+    regime="column.load",
     metrics={
         "power": {"from": "column.power_kw", "aggregate": "mean", "better": "lower", "unit": "kW", "value_per_unit": 0.12},
         "pressure": {"from": "column.pressure", "aggregate": "mean", "better": "higher", "unit": "bar"},

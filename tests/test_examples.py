@@ -47,7 +47,7 @@ def test_script(name: str) -> None:
 
 def test_all_scripts_are_shown_in_the_documentation() -> None:
     page = (REPOSITORY / "docs" / "examples.md").read_text(encoding="utf-8")
-    assert len(SCRIPTS) == 7
+    assert len(SCRIPTS) == 8
     assert [name for name in SCRIPTS if f"../examples/{name}" not in page] == []
 
 

@@ -320,6 +320,39 @@ class TestLogs:
         assert record.metrics == pytest.approx(expected)
         assert (record.steps, record.regime) == (4, "high")
 
+    @pytest.mark.parametrize(("ended", "known"), [({}, 6), ({"pressure": [4.0, 4.0, 9.0, 4.0, 4.0, 4.0]}, 3)])
+    def test_the_report_of_a_plant_has_its_actuators_and_who_acted(
+        self, tmp_path: Path, make: Callable[..., Trial], ended: dict[str, list[float]], known: int
+    ) -> None:
+        columns = tmp_path / "columns.yml"
+        columns.write_text("actions: [valve_*]\nreward: reward\n", encoding="utf-8")
+        limits = {"limits": {"column.pressure": {"max": 5.0}}}
+        trial = make(**PLANT | {"abort": limits}, columns=str(columns), action_bounds={"low": 0, "high": [1, 100]})
+        # At its upper bound in half of the steps; from bound to bound at each
+        valves = {"valve_1": [0.5, 0.5, 0.5, 1.0, 1.0, 1.0], "valve_2": [0.0, 100.0] * 3, "pressure": [4.0] * 6}
+        baseline = log_of(tmp_path, kwh=30, rewards=5, n_steps=6, **valves)
+        while isinstance(upcoming := trial.next(), Assignment) and upcoming.arm != CANDIDATE:
+            trial.record(csv=baseline)
+        trial.record(csv=log_of(tmp_path, kwh=30, rewards=5, n_steps=6, **valves | ended))
+        first, last = trial.machine.episodes[0], trial.machine.episodes[-1]
+        assert first.travel == {"steps": 6, "travel": [0.5, 5.0], "saturation": [0.5, 1.0], "beyond": 0.0, "latency_ms": None}
+        assert first.acted == {"baseline": 6, "candidate": 0}
+        # What the baseline did after it took over is not the candidate's
+        assert last.is_aborted == bool(ended) and last.acted == {"baseline": 6 - known, "candidate": known}
+        assert last.travel is not None and last.travel["travel"] == ([0.5, 5.0] if known == 6 else [0.0, 2.0])
+        page = trial.report().read_text(encoding="utf-8")
+        assert "Actuators" in page and "share of all steps in which the candidate acted" in page
+
+    def test_actions_without_a_column_or_with_other_bounds_are_errors(
+        self, tmp_path: Path, make: Callable[..., Trial]
+    ) -> None:
+        trial = make(**PLANT, action_bounds={"low": [0, 0], "high": [1, 1]})
+        trial.next()
+        with pytest.raises(ValueError, match=r"no column was recognised as actions .* Name it with the key `actions` of"):
+            trial.record(csv=log_of(tmp_path, kwh=30, rewards=5))
+        with pytest.raises(ValueError, match="has 1 actions, and `action_bounds` of the plan 2"):
+            trial.record(csv=log_of(tmp_path, kwh=30, rewards=5, action_0=0.5))
+
     def test_values_that_are_given_come_before_those_of_the_log(self, tmp_path: Path, make: Callable[..., Trial]) -> None:
         trial = make(**PLANT)
         trial.next()
@@ -346,7 +379,11 @@ class TestLogs:
         [
             ({"kwh": "x"}, r"column 'kwh', row 1 \(line 2\): expected a number, found the text 'x'"),
             ({"kwh": None, "kWh": 3.0}, r"has no column 'kwh' for the plan. Did you mean kWh"),
-            ({"reward": None}, "no column was recognised as reward"),
+            (
+                {"reward": None},
+                r"no column was recognised as reward .* Name it with the key `reward` of the column map, .*kwh, torque\.$",
+            ),
+            ({"Reward": 1.0}, "reward could be reward or Reward. Say which with the key `reward` of the column map"),
             ({"episode": [7, 8] * 5}, "none of its rows is of episode 0; it has the episodes 7, 8"),
         ],
     )

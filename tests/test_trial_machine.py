@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from sb3_offline_ft.trial import decide
 from sb3_offline_ft.trial.assignment import BASELINE, CANDIDATE, Assignment, schedule
 from sb3_offline_ft.trial.machine import BASELINE_EPISODES, Finished, TrialMachine, replay
 from sb3_offline_ft.trial.plan import Blocks, Risk, Stage, TrialPlan
@@ -239,3 +240,18 @@ def test_an_episode_that_is_under_way_is_the_next_one() -> None:
     assert machine.next() == first
     with pytest.raises(ValueError, match="Episode 1 cannot be recorded: episode 0 is under way"):
         machine.apply({"event": "episode", "episode": 1, "metrics": {}})
+
+
+@pytest.mark.parametrize(("missing", "more"), [(7, None), (12, 48)])
+def test_missing_episodes_cost_the_go_and_it_is_said_how_many_make_up_for_them(missing: int, more: int | None) -> None:
+    stages = [{"name": "ramp 50 %", "episodes": 72, "share": 0.5}]
+    plan = plan_of(stages=stages, budget={"episodes": 72}, primary={"metric": "return", "smallest_effect": 5.0})
+    machine = TrialMachine(plan)
+    lost = {6 * i for i in range(missing)}
+    returns = {arm: float(arm == CANDIDATE) for arm in (BASELINE, CANDIDATE)}
+    drive(
+        machine,
+        lambda upcoming: None if upcoming.episode in lost else returns[upcoming.arm] + 0.1 * math.sin(upcoming.episode),
+    )
+    decision = decide(plan, machine)
+    assert (decision.decision, decision.more_episodes) == ("go" if more is None else "not yet", more)

@@ -118,15 +118,15 @@ class ActionLog:
         """
         In the form of JSON: ``steps``; ``travel``, the way of each actuator, the sum of :meth:`Actuators.distance` from step
         to step; ``saturation``, the share of the steps that each was at a bound; ``beyond``, the share of the steps with an
-        action beyond its bounds; ``latency_ms``. None if there was no action.
+        action beyond its bounds; ``latency_ms``, None if nobody measured it. None if there was no action.
         """
         if not self.steps:
             return None
-        milliseconds = 1e3 * np.array(self.seconds)
+        ms = 1e3 * np.array(self.seconds)
         return {
             "steps": self.steps,
             "travel": (np.zeros_like(self._saturated) + self._travel).tolist(),
             "saturation": (np.asarray(self._saturated) / self.steps).tolist(),
             "beyond": self.n_beyond / self.steps,
-            "latency_ms": {"median": float(np.median(milliseconds)), "p99": float(np.quantile(milliseconds, 0.99))},
+            "latency_ms": {"median": float(np.median(ms)), "p99": float(np.quantile(ms, 0.99))} if self.seconds else None,
         }

@@ -3,7 +3,7 @@
 from sb3_offline_ft.trial.machine import TrialMachine
 from sb3_offline_ft.trial.plan import TrialPlan
 
-FIXED = ("env", "env_kwargs", "baseline", "candidate", "seed", "blocks")
+FIXED = ("env", "env_kwargs", "baseline", "candidate", "seed", "blocks", "action_bounds")
 """What an amendment cannot change: what has been drawn and measured would not belong to the plan any more."""
 
 

@@ -128,18 +128,18 @@ class Decision:
     def more_episodes(self) -> int | None:
         """
         How many more it takes, in equal shares: those that are planned, else those to see what is still open, which is the
-        smallest effect, or that a guardrail holds if the candidate is as good in it as it seems to be or as the baseline;
-        None after go or no-go.
+        smallest effect, or that a guardrail holds if the candidate is as good in it as it seems to be or as the baseline; and
+        as many as make up for the missing ones. None after go or no-go.
         """
         if self.decision != "not yet":
             return None
         if self.evidence.n_left or self.comparison is None:
-            return self.evidence.n_left
+            return max(self.evidence.n_left, self.evidence.n_to_measure)
         missing = [] if self.is_superior else [self._missing(self.comparison, self.plan.primary.smallest_effect)]
         for each in self.guardrails:
             if not each.holds and each.comparison is not None and (distance := each.distance) > 0:
                 missing.append(self._missing(each.comparison, distance))
-        return max(self.plan.blocks.episodes, *missing, 0)
+        return max(self.plan.blocks.episodes, self.evidence.n_to_measure, *missing)
 
     def _missing(self, comparison: Rerandomisation, effect: float) -> int:
         there = 4 * float(information(comparison.sizes).sum())

@@ -100,6 +100,14 @@ class Evidence:
         """Episodes of the comparison that are planned and not there yet."""
         return max(0, self.design.ends[-1] - len(self.compared))
 
+    @property
+    def n_to_measure(self) -> int:
+        """How many more episodes it takes, if all are measured, until enough of them are."""
+        metric = self.plan.primary.metric
+        n_measured = sum(self.value(record, metric) is not None for record in self.compared)
+        short = (FEWEST_MEASURED * len(self.compared) - n_measured) / (1 - FEWEST_MEASURED)
+        return max(0, math.ceil(round(short, 6)))
+
     def value(self, record: EpisodeRecord, metric: str) -> float | None:
         """What counts for an episode, higher is better; an aborted one counts as the worst that can be. None if missing."""
         sign = self.plan.sign(metric)
@@ -262,7 +270,8 @@ def quality_checks(evidence: Evidence, comparison: Rerandomisation | None) -> li
     counts.append([sum(a is arm for a in arms) - n for arm, n in zip((True, False), counts[0], strict=True)])
     n, n_measured = len(arms), sum(counts[0])
     differs = bool(n_measured < n and fisher_exact(counts).pvalue < QUALITY_LEVEL)
-    text = f"{n_measured} of {n} episodes of the comparison are measured, {counts[0][0]} of them the candidate's."
+    text = f"{n_measured} of {n} episodes of the comparison are measured, {counts[0][0]} of them the candidate's; "
+    text += f"{100 * FEWEST_MEASURED:g} % have to be, and of both policies alike."
     checks = [
         Check("missing data", text, n_measured < FEWEST_MEASURED * n or differs),
         _shares(evidence, counts[0]),

@@ -187,6 +187,19 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class ActionBounds:
+    """
+    Between which values the actions of a log lie.
+
+    :param low: Lower bound of each action, or one for all
+    :param high: Upper bound of each action, or one for all
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Robustness:
     """
     What both policies are tried in before the candidate acts.
@@ -231,6 +244,7 @@ class TrialPlan:
     :param seed: Seed of the order of policies, and of the environment's episodes
     :param data: Spec of a dataset of the baseline
     :param columns: File with the column map of logs, for ``trial record --csv``
+    :param action_bounds: Bounds of the actions in the logs, None if they have no actions
     :param regime: ``info.<key>`` or ``column.<name>`` that names the operating regime of an episode
     :param currency: Of all costs and values
     :param error_rates: Probabilities of wrong decisions
@@ -254,6 +268,7 @@ class TrialPlan:
     seed: int = 0
     data: str | None = None
     columns: str | None = None
+    action_bounds: ActionBounds | None = None
     regime: str | None = None
     currency: str = "EUR"
     error_rates: ErrorRates = ErrorRates()

@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from sb3_offline_ft.common.strict_yaml import Reader, load_yaml
 from sb3_offline_ft.common.suggestions import hint, suggestion
 from sb3_offline_ft.trial.plan import (
@@ -16,6 +18,7 @@ from sb3_offline_ft.trial.plan import (
     RETURN,
     STAGE_KINDS,
     AbortRules,
+    ActionBounds,
     Blocks,
     Costs,
     ErrorRates,
@@ -93,6 +96,7 @@ class _PlanReader(Reader):
             seed=self.whole(given.get("seed", 0), "seed", 0),
             data=self.optional_text(given.get("data"), "data"),
             columns=self.optional_text(given.get("columns"), "columns"),
+            action_bounds=self.action_bounds(given.get("action_bounds"), env),
             regime=None if given.get("regime") is None else self.source(given["regime"], "regime", env),
             currency=self.text(given.get("currency", "EUR"), "currency"),
             error_rates=self.numbers(given.get("error_rates"), "error_rates", ErrorRates, below=1.0),
@@ -264,6 +268,22 @@ class _PlanReader(Reader):
             self.whole(given.get("episodes", 4), "blocks.episodes", 2),
             self.whole(given.get("wash_in_steps", 0), "blocks.wash_in_steps", 0),
         )
+
+    def action_bounds(self, value: Any, env: str | None) -> ActionBounds | None:
+        if value is None:
+            return None
+        if env is not None:
+            self.fail("action_bounds", f"is for logs: the bounds of {env} are those of its actions. Leave it out.")
+        known = [one.name for one in fields(ActionBounds)]
+        given = self.section(value, "action_bounds", known, known)
+        sides = {side: one if isinstance(one, list) and one else [one] for side, one in given.items()}
+        bounds = ActionBounds(
+            **{side: tuple(self.number(one, f"action_bounds.{side}") for one in of) for side, of in sides.items()}
+        )
+        n = max(len(bounds.low), len(bounds.high))
+        if {len(bounds.low), len(bounds.high)} - {1, n} or np.any(np.less_equal(bounds.high, bounds.low)):
+            self.fail("action_bounds", f"must have a low below its high for each action, or one for all, found {value!r}.")
+        return bounds
 
     def robustness(self, value: Any, env: str | None) -> Robustness | None:
         if value is None:

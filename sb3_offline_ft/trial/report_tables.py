@@ -144,12 +144,13 @@ def actuators_table(machine: TrialMachine) -> TextTable:
         travel = np.array([one["travel"] for one in found]) / np.maximum(weights - 1, 1)[:, None]
         saturation = np.array([one["saturation"] for one in found])
         beyond = np.array([one["beyond"] for one in found])
-        latencies = [one["latency_ms"] for one in found]
+        latencies = [one["latency_ms"] for one in found if one["latency_ms"] is not None]
+        medians, p99s = ([one[name] for one in latencies] for name in ("median", "p99"))
         rows.append([
             arm, _per_actuator(np.average(travel, axis=0, weights=weights), number),
             _per_actuator(np.average(saturation, axis=0, weights=weights), percent),
             percent(float(np.average(beyond, weights=weights))),
-            milliseconds(float(np.median([one["median"] for one in latencies])), max(one["p99"] for one in latencies)),
+            milliseconds(float(np.median(medians)), max(p99s)) if latencies else NONE,
         ])  # fmt: skip
     columns = ["policy", "travel a step", "saturated", "beyond bounds", "latency, median / worst 99th percentile"]
     note = (

@@ -14,7 +14,7 @@ from sb3_offline_ft.common.io import remove_unfinished
 from sb3_offline_ft.common.suggestions import hint
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.trial.amending import check_amendment
-from sb3_offline_ft.trial.assignment import CANDIDATE, Assignment
+from sb3_offline_ft.trial.assignment import BASELINE, CANDIDATE, Assignment
 from sb3_offline_ft.trial.checklist import tick, update_checklist
 from sb3_offline_ft.trial.init import EPISODES, init_trial
 from sb3_offline_ft.trial.journal import JOURNAL_FILE, Event, Journal
@@ -225,18 +225,18 @@ class Trial:
             self._note_changed_plan()
             number = self._number(episode)
             values: dict[str, float | None] = dict(metrics or {}) if returns is None else {**(metrics or {}), RETURN: returns}
-            crossed = None
+            log = None
             if csv is not None:
                 from sb3_offline_ft.trial.logs import read_log
 
                 log = read_log(Path(csv), self.machine.plan, number, frozenset(values))
-                values, regime, crossed = {**log.metrics, **values}, regime or log.regime, log.crossed
-                details = {"steps": log.steps, "violations": log.violations, **details}
+                values, regime = {**log.metrics, **values}, regime or log.regime
             values = self._checked(values, number, is_needed=aborted is None and excluded is None)
             if (done := self._recorded(number, values, regime)) is not None:
                 return Recorded(done, is_new=False)
             assignment = self.machine.open
             assert assignment is not None
+            crossed = None if log is None else log.crossed
             step, reason = (None, aborted) if aborted is not None or crossed is None else crossed
             takeover = {"episode": number, "step": step, "seconds_to_baseline": seconds_to_baseline}
             if assignment.is_drill and excluded is None:
@@ -246,6 +246,10 @@ class Trial:
                 whose = {"stage": assignment.stage, "arm": assignment.arm, "reason": reason}
                 self.append("abort", **takeover, **whose, steps_file=None)
                 excluded = ABORTED
+            if log is not None:
+                is_whole = assignment.arm == BASELINE or reason is None
+                n_own = log.steps if is_whole else None if step is None else step + 1
+                details = {**log.details(assignment.arm, n_own), **details}
             where = {name: getattr(assignment, name) for name in ("episode", "stage", "arm", "block")}
             self.append("episode", **where, metrics=values, regime=regime, excluded=excluded, **details)
             return Recorded(self.machine.episodes[-1], is_new=True, decision=self._review())
@@ -437,7 +441,7 @@ class Trial:
         if number == len(self.machine.episodes):
             return None
         there = self.machine.episodes[number]
-        if dict(there.metrics) != dict(values) or there.regime != regime:
+        if {name: there.metrics.get(name) for name in values} != dict(values) or there.regime != regime:
             raise ValueError(
                 f"Episode {number} was recorded with {_in_words(there.metrics, there.regime)}, and cannot be changed to "
                 f"{_in_words(values, regime)}. If the record is wrong, the episode counts as it is; say so in the report."

@@ -16,6 +16,8 @@ Names = tuple[str, ...]
 VectorNames = Names | dict[str, Names]
 
 MOST_NAMED = 30
+OPTION = "--{}"
+"""How a column is named on the command line of `dataset convert`, with dashes in the name of the key."""
 _VECTORS: dict[str, tuple[str, ...]] = {
     "observations": ("observations", "observation", "obs", "states", "state"),
     "next_observations": ("next_observations", "next_observation", "next_obs", "next_states", "next_state"),
@@ -121,9 +123,17 @@ class ColumnMap:
         return replace(cls.from_file(file), **{key: getattr(chosen, key) for key in given})
 
     def resolve(
-        self, columns: Sequence[str], where: str, needs_reward: bool = True, vectors: Collection[str] = VECTORS
+        self,
+        columns: Sequence[str],
+        where: str,
+        needs_reward: bool = True,
+        vectors: Collection[str] = VECTORS,
+        named_by: str = OPTION,
     ) -> "ColumnMap":
-        """Find the columns in a table that has these ones: the map with everything found, and no wildcards."""
+        """
+        Find the columns in a table that has these ones: the map with everything found, and no wildcards. ``named_by`` is how
+        errors say that a column is named, with ``{}`` for the key.
+        """
         found: dict[str, Any] = dict.fromkeys(_VECTORS)
         for key in vectors:
             given = getattr(self, key)
@@ -132,20 +142,22 @@ class ColumnMap:
             elif given is not None:
                 found[key] = _expand(given, columns, key, where)
             else:
-                found[key] = _guess_vector(_VECTORS[key], columns, key, where)
+                found[key] = _guess_vector(_VECTORS[key], columns, key, where, named_by)
             if found[key] is None and key != "next_observations":
-                raise ValueError(_missing(key, _VECTORS[key], columns, where))
+                raise ValueError(_missing(key, _VECTORS[key], columns, where, named_by))
         for key in ("reward", "terminated", "truncated", "done", "episode", "time"):
             given = getattr(self, key)
-            found[key] = one_column(given, columns, key, where) if given is not None else _guess_scalar(key, columns, where)
+            is_named = given is not None
+            found[key] = one_column(given, columns, key, where) if is_named else _guess_scalar(key, columns, where, named_by)
         if self.terminated is not None and self.truncated is not None and self.done is None:
             # Both were named, so a column that happens to be called done adds nothing
             found["done"] = None
         if not needs_reward and self.reward is None:
             found["reward"] = None
         if needs_reward and found["reward"] is None:
-            message = _missing("reward", _SCALARS["reward"], columns, where)
-            raise ValueError(f"{message} Rewards that were not logged can be computed with --reward-function.")
+            message = _missing("reward", _SCALARS["reward"], columns, where, named_by)
+            computed = " Rewards that were not logged can be computed with --reward-function." if named_by == OPTION else ""
+            raise ValueError(message + computed)
         now, following = found["observations"], found["next_observations"]
         if isinstance(now, dict) and following is not None and (not isinstance(following, dict) or set(following) != set(now)):
             raise ValueError(f"{where}: next_observations must have the same keys as observations ({', '.join(now)}).")
@@ -213,7 +225,7 @@ def _by_number(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str) -> Names | None:
+def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str, named_by: str) -> Names | None:
     families: dict[str, Names] = {}
     for stem in stems:
         exact = [name for name in columns if name.lower() == stem]
@@ -225,29 +237,33 @@ def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str) ->
             left_out = first_of([name for kind in kinds[1:] for name in kind], MOST_NAMED)
             raise ValueError(
                 f"{where}: {key} could be {first_of(kinds[0], MOST_NAMED)}, but that leaves out {left_out}. Say which with "
-                f"--{key.replace('_', '-')}."
+                f"{_named(key, named_by)}."
             )
         if kinds:
             families[stem] = tuple(_by_number(kinds[0]))
     if len(families) > 1:
         found = " and ".join(", ".join(family) for family in families.values())
-        raise ValueError(f"{where}: {key} could be {found}. Say which with --{key.replace('_', '-')}.")
+        raise ValueError(f"{where}: {key} could be {found}. Say which with {_named(key, named_by)}.")
     return next(iter(families.values()), None)
 
 
-def _guess_scalar(key: str, columns: Sequence[str], where: str) -> str | None:
+def _guess_scalar(key: str, columns: Sequence[str], where: str, named_by: str) -> str | None:
     found = [name for name in columns if name.lower() in _SCALARS.get(key, ())]
     if len(found) > 1:
-        raise ValueError(f"{where}: {key} could be {' or '.join(found)}. Say which with --{key}.")
+        raise ValueError(f"{where}: {key} could be {' or '.join(found)}. Say which with {_named(key, named_by)}.")
     return found[0] if found else None
 
 
-def _missing(key: str, stems: Names, columns: Sequence[str], where: str) -> str:
+def _missing(key: str, stems: Names, columns: Sequence[str], where: str, named_by: str) -> str:
     examples = f"{stems[0]}, {stems[1]}" + (f", {stems[2]}_0 and the like" if key in _VECTORS else " and the like")
     return (
-        f"{where}: no column was recognised as {key} (looked for {examples}). Name it with --{key.replace('_', '-')}; "
+        f"{where}: no column was recognised as {key} (looked for {examples}). Name it with {_named(key, named_by)}; "
         f"there are {first_of(columns, MOST_NAMED)}."
     )
+
+
+def _named(key: str, named_by: str) -> str:
+    return named_by.format(key.replace("_", "-") if named_by == OPTION else key)
 
 
 def _near(name: str, columns: Sequence[str]) -> str:

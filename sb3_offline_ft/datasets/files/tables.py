@@ -1,7 +1,7 @@
 """CSV and Parquet files as datasets: their values are checked on the way in."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from packaging.version import Version
 from sb3_offline_ft.common.observations import Array
 from sb3_offline_ft.datasets.columns import FloatArray, frozen, split_ends
 from sb3_offline_ft.datasets.files.arrays import dataset_from_arrays
-from sb3_offline_ft.datasets.files.column_map import VECTORS, ColumnMap, one_column
+from sb3_offline_ft.datasets.files.column_map import OPTION, VECTORS, ColumnMap, one_column
 from sb3_offline_ft.datasets.files.reading import Source, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.validation import ACTION_TOLERANCE
@@ -110,6 +110,7 @@ class Signals:
     Columns of a table whose rows are steps.
 
     :param rewards: The rewards, shape ``(steps,)``, None if no column was asked for or found
+    :param actions: The actions, shape ``(steps, actuators)``, None if they were not asked for
     :param numbers: Other columns of numbers
     :param texts: Columns of anything, as text
     :param episodes: What the episode of each row is called, None without such a column
@@ -117,6 +118,7 @@ class Signals:
     """
 
     rewards: npt.NDArray[np.float64] | None
+    actions: FloatArray | None
     numbers: dict[str, npt.NDArray[np.float64]]
     texts: dict[str, npt.NDArray[np.str_]]
     episodes: npt.NDArray[np.str_] | None
@@ -124,27 +126,37 @@ class Signals:
 
 
 def read_signals(
-    path: Path, columns: ColumnMap | None = None, *, needs_reward: bool, numbers: Sequence[str] = (), texts: Sequence[str] = ()
+    path: Path,
+    columns: ColumnMap | None = None,
+    *,
+    needs_reward: bool,
+    needs_actions: bool = False,
+    numbers: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    named_by: str = OPTION,
 ) -> Signals:
     """
     Read single columns of a table, exactly, in order of time if there is such a column.
 
     :param path: The file
-    :param columns: Which columns mean reward, episode and time
+    :param columns: Which columns mean actions, reward, episode and time
     :param needs_reward: Whether there has to be a column of rewards
+    :param needs_actions: Whether there have to be columns of actions; they are read only then
     :param numbers: Names of other columns of numbers
     :param texts: Names of columns of anything
+    :param named_by: How errors say that a column is named, with ``{}`` for the key of the column map
     :return: The columns
     :raises OSError: The file cannot be opened
     :raises ValueError: Something in it is wrong: the message names the file, the column and the row
     """
     given = columns or ColumnMap()
-    asked = ColumnMap(reward=given.reward, episode=given.episode, time=given.time)
-    table = _Table(path, asked, needs_reward, others=[*numbers, *texts])
+    asked = ColumnMap(actions=given.actions, reward=given.reward, episode=given.episode, time=given.time)
+    table = _Table(path, asked, needs_reward, ("actions",) if needs_actions else (), [*numbers, *texts], named_by)
     table.load()
     reward, episode = table.columns.reward, table.columns.episode
     return Signals(
         None if reward is None else table.exact_numbers(reward),
+        table.actions()[0] if needs_actions else None,
         {name: table.exact_numbers(name) for name in numbers},
         {name: table.values(name).astype(str).to_numpy(np.str_) for name in texts},
         None if episode is None else table.values(episode).astype(str).to_numpy(np.str_),
@@ -173,15 +185,21 @@ def with_rewards(dataset: OfflineDataset, function: RewardFunction) -> OfflineDa
 class _Table:
     """One table with the columns that were found in it."""
 
-    def __init__(self, path: Path, columns: ColumnMap, needs_reward: bool, others: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        columns: ColumnMap,
+        needs_reward: bool,
+        vectors: Collection[str] = VECTORS,
+        others: Sequence[str] = (),
+        named_by: str = OPTION,
+    ) -> None:
         self.path, self.where = path, f"Table {str(path)!r}"
         self.is_parquet = path.suffix.lower() in _PARQUET
         self.separator = ""
         self.names = self._column_names()
-        # Other columns are asked for in place of the vectors
-        vectors = VECTORS if others is None else ()
-        self.columns = columns.resolve(self.names, self.where, needs_reward, vectors)
-        self.others = [one_column(name, self.names, "the plan", self.where) for name in others or ()]
+        self.columns = columns.resolve(self.names, self.where, needs_reward, vectors, named_by)
+        self.others = [one_column(name, self.names, "the plan", self.where) for name in others]
         self.frame: Any = None
         self.rows = np.arange(0)
         self.episodes: tuple[Any, Any] = (None, None)
@@ -207,11 +225,10 @@ class _Table:
     def read(self, action_space: spaces.Box | None) -> dict[str, Array]:
         """Columns by the names that they have in files of arrays, and ``starts``: whether a row starts an episode."""
         starts, names = self.load(), self.columns
-        parts = [self._part(name, "actions") for name in names.actions or ()]
-        arrays: dict[str, Any] = {"starts": starts, "actions": np.concatenate(parts, axis=1)}
+        actions, columns = self.actions()
+        arrays: dict[str, Any] = {"starts": starts, "actions": actions}
         if action_space is not None:
-            widths = [part.shape[1] for part in parts]
-            self._check_bounds(arrays["actions"], np.repeat(names.actions or (), widths), action_space)
+            self._check_bounds(actions, columns, action_space)
         flags = {"terminations": names.terminated, "truncations": names.truncated, "dones": names.done}
         called = {meaning: name for meaning, name in flags.items() if name is not None}
         arrays |= {"terminations": np.zeros(len(self.frame), np.bool_)}
@@ -224,6 +241,12 @@ class _Table:
                 column = np.concatenate([self._part(name, of) for name in one], axis=1)
                 arrays[meaning if key is None else f"{meaning}/{key}"] = column
         return arrays
+
+    def actions(self) -> tuple[FloatArray, npt.NDArray[np.str_]]:
+        """The actions, and the column that each of their dimensions is from."""
+        names = self.columns.actions or ()
+        parts = [self._part(name, "actions") for name in names]
+        return np.concatenate(parts, axis=1), np.repeat(names, [part.shape[1] for part in parts])
 
     def _column_names(self) -> list[str]:
         with reading(self.where, self.path):
