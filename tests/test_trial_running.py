@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,16 @@ class TestDrill:
         assert len(trial.machine.aborts) == 1 and not trial.machine.drills
 
 
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """What a shell runs in the background ignores it, and so would the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestInterrupts:
+    @pytest.mark.usefixtures("heeding_ctrl_c")
     def test_ctrl_c_loses_the_episode_under_way_and_nothing_else(self, tmp_path: Path) -> None:
         trial = tank_trial(tmp_path / "trial", env_kwargs={"interrupted_at": 110})
         result = runner.invoke(app, ["trial", "run", str(trial.folder)])
@@ -161,6 +171,7 @@ class TestInterrupts:
 
 
 def run_it(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_trial(Trial.open(folder), progress_bar=False)
 
 

@@ -1,43 +1,38 @@
-"""What came of a run, and what of many: metrics, estimates, tests. The names are imported on first use."""
+"""What came of a run, and what of many: metrics, estimates with their uncertainty, tests."""
 
-from typing import TYPE_CHECKING
-
-from sb3_offline_ft.common.lazy import lazy_names
-
-if TYPE_CHECKING:
-    from sb3_offline_ft.evaluation.comparisons import (
-        PairedComparison,
-        RateComparison,
-        compare_paired,
-        compare_paired_rates,
-        compare_rates,
-        holm,
-    )
-    from sb3_offline_ft.evaluation.finetuning_metrics import (
-        DipNoiseFloor,
-        FinetuningMetrics,
-        collapse_threshold,
-        dip_noise_floor,
-        finetuning_metrics,
-    )
-    from sb3_offline_ft.evaluation.run_summary import RunSummary, summarize_run
-    from sb3_offline_ft.evaluation.served import (
-        ActedEpisodes,
-        Losses,
-        ServedMetrics,
-        acted_episodes,
-        served_metrics,
-        shortfall,
-    )
-    from sb3_offline_ft.evaluation.statistics import (
-        Band,
-        Estimate,
-        aggregate,
-        curve_band,
-        performance_profile,
-        probability_of_improvement,
-        rate,
-    )
+from sb3_offline_ft.evaluation.comparisons import (
+    PairedComparison,
+    RateComparison,
+    compare_paired,
+    compare_paired_rates,
+    compare_rates,
+    holm,
+)
+from sb3_offline_ft.evaluation.finetuning_metrics import (
+    DipNoiseFloor,
+    FinetuningMetrics,
+    collapse_threshold,
+    dip_noise_floor,
+    finetuning_metrics,
+)
+from sb3_offline_ft.evaluation.run_summary import RunSummary, summarize_run
+from sb3_offline_ft.evaluation.served import (
+    ActedEpisodes,
+    Losses,
+    ServedMetrics,
+    acted_episodes,
+    served_metrics,
+    shortfall,
+)
+from sb3_offline_ft.evaluation.statistics import (
+    Band,
+    Estimate,
+    aggregate,
+    curve_band,
+    performance_profile,
+    probability_of_improvement,
+    rate,
+)
 
 __all__ = [
     "ActedEpisodes",
@@ -67,35 +62,3 @@ __all__ = [
     "shortfall",
     "summarize_run",
 ]
-
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "comparisons": (
-            "PairedComparison",
-            "RateComparison",
-            "compare_paired",
-            "compare_paired_rates",
-            "compare_rates",
-            "holm",
-        ),
-        "finetuning_metrics": (
-            "DipNoiseFloor",
-            "FinetuningMetrics",
-            "collapse_threshold",
-            "dip_noise_floor",
-            "finetuning_metrics",
-        ),
-        "run_summary": ("RunSummary", "summarize_run"),
-        "served": ("ActedEpisodes", "Losses", "ServedMetrics", "acted_episodes", "served_metrics", "shortfall"),
-        "statistics": (
-            "Band",
-            "Estimate",
-            "aggregate",
-            "curve_band",
-            "performance_profile",
-            "probability_of_improvement",
-            "rate",
-        ),
-    },
-)

@@ -38,9 +38,11 @@ candidate: {candidate}
 seed: {seed}  # of the order of the policies, and of the episodes in env
 data: {data}  # spec of a dataset of the baseline: its spread, what it covers, an off-policy estimate; null for none
 columns: {columns}  # for `trial record --csv`: a file with the column map of `dataset convert`; null: guessed from the names
+
 # Of logs: the bounds of their actions, one for all or one for each, such as  {{low: 0, high: [1, 2.5]}}. With them the report
 # says how far the actuators move and how often they are at a bound. The column map says which columns these are.
 action_bounds: {action_bounds}
+
 regime: {regime}  # info.<key> or column.<name> that names the operating regime of an episode; null for none
 
 # What is measured of each episode. `return`, the sum of rewards, is always there. Keys of the others:
