@@ -6,12 +6,12 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from sb3_offline_ft.common.io import remove_unfinished
 from sb3_offline_ft.common.suggestions import hint
+from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.trial.amending import check_amendment
 from sb3_offline_ft.trial.assignment import BASELINE, CANDIDATE, Assignment
@@ -158,7 +158,11 @@ class Trial:
                 update_checklist(self.folder, plan)
                 known = {arm: _hash_of_file(getattr(plan, arm)) for arm in ("baseline", "candidate")} | dict(files or {})
                 self._start = self.append(
-                    "start", plan=plan.as_mapping(), digest=plan.digest, files=known, versions=_versions()
+                    "start",
+                    plan=plan.as_mapping(),
+                    digest=plan.digest,
+                    files=known,
+                    versions={"python": platform.python_version(), **installed_versions(PACKAGES)},
                 )
                 return
             for arm, found in (files or {}).items():
@@ -479,13 +483,3 @@ def _hash_of_file(spec: str) -> str | None:
     """SHA-256 of a file; None if the spec is something else."""
     path = Path(spec).expanduser()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

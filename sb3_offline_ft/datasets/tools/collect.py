@@ -27,6 +27,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.datasets.files.minari_writing import check_new_id, write_minari
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.datasets.spaces import check_spaces_supported
@@ -323,11 +324,7 @@ def _description(
         digest = hashlib.sha256(agent.file.read_bytes()).hexdigest()
         who = f"the {agent.name} agent {agent.file.name} (SHA-256 {digest}), {behaviour.in_words()}"
     how = f" Command: {command}." if command else ""
-    installed = [f"Python {platform.python_version()}"]
-    for package in _VERSIONS:
-        try:
-            installed.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {"Python": platform.python_version(), **installed_versions(_VERSIONS)}
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items())
     cut = "" if n_steps is None else f", but the last one may be cut once there are {n_steps} steps"
-    return f"{env_id} driven by {who}; whole episodes{cut}, seed {seed}.{how} Versions: {', '.join(installed)}."
+    return f"{env_id} driven by {who}; whole episodes{cut}, seed {seed}.{how} Versions: {installed}."

@@ -4,7 +4,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from sb3_offline_ft.common.checks import whole_number
 from sb3_offline_ft.common.observations import Observations, map_observations
+from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.datasets.tools.show import progress_bar
 from sb3_offline_ft.evaluation.robustness.episodes import InfoMetric, Job, Outcome, Setting, Stage
 from sb3_offline_ft.evaluation.robustness.perturbations import Env, Perturbation, find_perturbation, possible
@@ -97,7 +97,7 @@ def run_robustness(
         random_return=float(np.mean(values(RANDOM, None, None)[RETURN])) if random_return is None else float(random_return),
         policies=shown,
         responses=tuple(response(each) for each in perturbations),
-        versions=_versions(),
+        versions=installed_versions(PACKAGES),
     )
 
 
@@ -134,16 +134,6 @@ def _spread(outcomes: Sequence[Outcome]) -> Observations:
     seen = [outcome.observations for outcome in outcomes if outcome.observations is not None]
     spread: Observations = map_observations(lambda *rows: np.concatenate(rows).astype(np.float64).std(axis=0), *seen)
     return spread
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 # Processes

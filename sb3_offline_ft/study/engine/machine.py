@@ -1,11 +1,11 @@
 """What computes: the machine, its Python and the versions of packages, as a run's manifest says it."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import sb3_offline_ft
+from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.pretrained.recipe import code_digest
 
 CPU_MODEL = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
@@ -15,14 +15,8 @@ PACKAGES = ("stable-baselines3", "sb3-contrib", "torch", "gymnasium", "mujoco", 
 
 def machine_facts() -> dict[str, Any]:
     """In the form of JSON."""
-    versions = {"sb3-offline-ft": sb3_offline_ft.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
-        "versions": versions,
+        "versions": {"sb3-offline-ft": sb3_offline_ft.__version__, **installed_versions(PACKAGES)},
         "code": code_digest(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
