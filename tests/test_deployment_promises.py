@@ -1,6 +1,7 @@
 """What was measured about the promises is what is said about them, and keeps them."""
 
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -59,3 +60,10 @@ def test_the_page_shows_the_tables() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert "```{include} ../benchmarks/deployment/promises.md" in page
     assert "a random policy 0." in (FOLDER / "promises.md").read_text()
+
+
+def test_the_demo_was_measured_with_its_present_command() -> None:
+    """If it fails, run benchmarks/deployment/demo.py."""
+    demo, content = load("demo"), json.loads((FOLDER / "demo.json").read_text())
+    assert content["command"] == shlex.join(demo.demo_command())
+    assert (FOLDER / "demo.md").read_text(encoding="utf-8") == demo.report(content["results"])
