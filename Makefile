@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	@touch $@
 
-demo: setup  ## pretrain on bundled data, finetune online while a champion serves, show what happened: about 4 minutes
+demo: setup  ## pretrain on bundled data, finetune online while a champion serves, show what happened: about 5 minutes
 	$(PY) -m rl_zoo3.train --algo td3c --env Hopper-v5 -P -n 24000 --eval-freq -1 --seed 0 -f logs/demo \
 		--verbose 0 --log-interval -2 -params offline_steps:20000 warmup_steps:3000 policy_kwargs:"dict(net_arch=[128,128])"
 	$(VENV)/bin/sb3-offline-ft summary $$(ls -td logs/demo/td3c/Hopper-v5_* | head -n 1)

@@ -4,7 +4,7 @@ Measure what ``make demo`` comes to with other seeds: its command as the Makefil
     python benchmarks/deployment/demo.py             # run what is missing, then write the table
     python benchmarks/deployment/demo.py --report    # write the table from the results that are there
 
-A run takes about four minutes on one core. Results are saved after each.
+A run takes about five minutes on one core. Results are saved after each.
 """
 
 import argparse
