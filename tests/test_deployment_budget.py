@@ -224,7 +224,7 @@ def test_episodes_that_are_cut_off(by_file: bool) -> None:
     # Promised all the same, and the test of the challenger has begun anew
     assert budget.lost <= budget.allowance
     assert contest.challenge is not None and contest.challenge.challenger.returns == [2.0]
-    assert contest.challenge.test is not None and contest.challenge.test.log_evidence == 0.0 and contest.n_tests == 2
+    assert contest.challenge.test is not None and contest.challenge.test.evidence == 0.0 and contest.n_tests == 2
 
 
 @given(

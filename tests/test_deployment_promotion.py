@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, HistoricalTest, Kind, Rules
 from sb3_offline_ft.deployment.contest import CONTROLS
-from sb3_offline_ft.deployment.promotion import RankBet
+from sb3_offline_ft.deployment.promotion import TrialEpisode
 from tests.simulated_contests import simulation
 
 CHAMPION = [9.0, 10.0, 11.0]
@@ -43,7 +43,7 @@ def test_better_challengers_are_promoted_soon(controls: str, n_most: int) -> Non
 def settled(test: ConcurrentTest, total: float, is_challenger: bool) -> float:
     """What a test's evidence becomes by an episode with this return."""
     test.bet(0.5, CHAMPION, [], 10.0).settle(total, is_challenger)
-    return test.log_evidence
+    return test.evidence
 
 
 def test_evidence() -> None:
@@ -75,9 +75,9 @@ def test_overlapping_episodes_count_in_the_order_of_their_coins() -> None:
     test = ConcurrentTest(0.05)
     first, second = (test.bet(0.5, CHAMPION, [], 10.0) for _ in range(2))
     second.settle(14.0, True)
-    assert test.log_evidence == 0.0
+    assert test.evidence == 0.0
     first.settle(14.0, True)
-    assert test.log_evidence == pytest.approx(2 * (first.log_gain or 0.0)) and test.log_evidence > 0
+    assert test.evidence == pytest.approx(2 * (first.log_gain or 0.0)) and test.evidence > 0
 
 
 def contest_in_a_test(n_places: int) -> Contest:
@@ -108,7 +108,7 @@ def test_episodes_of_an_earlier_challenge_do_not_count() -> None:
     for place in late:
         contest.end(place, 0.0)
     assert contest.challenge is not None and contest.challenge.test is not None
-    assert contest.n_tests == 2 and contest.challenge.test.log_evidence == 0.0
+    assert contest.n_tests == 2 and contest.challenge.test.evidence == 0.0
 
 
 def test_what_returns_while_an_episode_runs_does_not_change_its_bet() -> None:
@@ -139,44 +139,45 @@ def test_levels_of_all_tests_sum_to_the_rate() -> None:
 
 def settle(test: HistoricalTest, total: float) -> float:
     test.bet(0.5, CHAMPION, [], 10.0).settle(total, True)
-    return test.log_evidence
+    return test.evidence
 
 
 def test_evidence_of_ranks() -> None:
     reference = list(range(10))
-    test = HistoricalTest(0.05, reference, 10.0)
+    test = HistoricalTest(0.05, reference, 10.0, 9)
     evidence = [settle(test, 100.0) for _ in range(4)]
     assert evidence[0] > 0 and (np.diff(evidence) > 0).all() and test.is_proved
+    assert evidence[0] == pytest.approx((sum(1 / np.arange(1, 12)) - 1) / np.std(np.cumsum(1 / np.arange(11, 0, -1))))
     # Ranks, not distances, and one return among many says little
-    assert settle(HistoricalTest(0.05, reference, 10.0), 9.5) == pytest.approx(evidence[0])
-    test = HistoricalTest(0.05, reference, 10.0)
+    assert settle(HistoricalTest(0.05, reference, 10.0, 9), 9.5) == pytest.approx(evidence[0])
+    test = HistoricalTest(0.05, reference, 10.0, 9)
     assert settle(test, 4.5) < 0 and settle(test, -100.0) < 0
     # The probability that two more are above ten is 1 / 66
-    assert not HistoricalTest(0.005, reference, 10.0).is_proved
-    test = HistoricalTest(0.005, reference, 10.0)
-    assert all(settle(test, 100.0) < test.log_threshold for _ in range(2))
+    assert not HistoricalTest(0.005, reference, 10.0, 9).is_proved
+    test = HistoricalTest(0.005, reference, 10.0, 9)
+    assert all(settle(test, 100.0) < test.threshold for _ in range(2))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
 def test_overlapping_ranks_count_in_the_order_of_their_beginnings(order: list[int]) -> None:
-    totals, test = [100.0, 4.5, 9.5], HistoricalTest(0.05, list(range(10)), 10.0)
-    expected, evidence = [0.0], HistoricalTest(0.05, list(range(10)), 10.0)
+    totals, test = [100.0, 4.5, 9.5], HistoricalTest(0.05, list(range(10)), 10.0, 9)
+    expected, evidence = [0.0], HistoricalTest(0.05, list(range(10)), 10.0, 9)
     expected += [settle(evidence, total) for total in totals]
     bets, ended = [test.bet(0.5, CHAMPION, [], 10.0) for _ in totals], set()
-    assert all(isinstance(bet, RankBet) for bet in bets)
+    assert all(isinstance(bet, TrialEpisode) for bet in bets)
     for index in order:
         bets[index].settle(totals[index], True)
         ended.add(index)
         # None before those ahead of it
         n = next(n for n in range(4) if n not in ended)
-        assert test.log_evidence == pytest.approx(expected[n])
+        assert test.evidence == pytest.approx(expected[n])
 
 
 @pytest.mark.parametrize("champion", [[10.0] * 10, [0.0] * 10, [-1e6] * 5, [10.0] * 9 + [11.0]])
 def test_equal_returns_of_the_champion(champion: list[float]) -> None:
     """They are no proof of anything: what returns the same is not better, what returns much more is."""
     unit = max(abs(champion[0]), 1e-18)
-    same, better = (HistoricalTest(0.05, champion, unit) for _ in range(2))
+    same, better = (HistoricalTest(0.05, champion, unit, 9) for _ in range(2))
     for _ in range(9):
         settle(same, champion[0])
         settle(better, champion[0] + 2 * unit)
@@ -184,7 +185,7 @@ def test_equal_returns_of_the_champion(champion: list[float]) -> None:
 
 
 def test_equal_returns_are_ordered_otherwise_in_each_test() -> None:
-    evidence = {settle(HistoricalTest(0.05, [0.0, 1.0] * 5, 1.0, seed), 1.0) for seed in range(20)}
+    evidence = {settle(HistoricalTest(0.05, [0.0, 1.0] * 5, 1.0, 9, seed), 1.0) for seed in range(20)}
     assert len(evidence) > 2
 
 
@@ -205,8 +206,10 @@ def test_the_level_of_ranks(draw: Callable[[np.random.Generator], float], n_refe
     """It holds for exchangeable returns, discrete ones too: a true rate of at most the level fails once in 10,000 times."""
     rng, n_runs, n_proved = np.random.default_rng(n_reference), 2000, 0
     for seed in range(n_runs):
-        test = HistoricalTest(level, [draw(rng) for _ in range(n_reference)], 1.0, seed)
-        n_proved += any(settle(test, draw(rng)) >= test.log_threshold for _ in range(9))
+        test = HistoricalTest(level, [draw(rng) for _ in range(n_reference)], 1.0, 9, seed)
+        for _ in range(9):
+            settle(test, draw(rng))
+        n_proved += test.is_proved
     assert binomtest(n_proved, n_runs, level, "greater").pvalue > 1e-4
     # The level is used: what never proves anything keeps it too
     assert n_proved > 0.1 * level * n_runs or draw is not normal

@@ -61,8 +61,8 @@ class TestVerdict:
         protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3", "td3c") | {"seeds": 8})
         write_runs(protocol, curve=curve)
         text = words(protocol)
-        # Four numbers are compared
-        p = 4 * 2 / 2**8
+        # Five numbers are compared
+        p = 5 * 2 / 2**8
         assert re.search(rf"Mean of the last 10 evaluations: lower for plain TD3 \(-[\d.]+, p = {p:.3f}\)", text)
         assert text.count("These intervals overlap; that is no test.") == 2
         assert "certain" not in text.replace("uncertain", "")

@@ -11,7 +11,14 @@ import numpy as np
 from sb3_offline_ft.collapse.detectors import BettingDetector
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 from sb3_offline_ft.deployment.budget import Level, RiskBudget
-from sb3_offline_ft.deployment.promotion import Bet, ConcurrentTest, HistoricalTest, PromotionTest, RankBet, chance_of_lead
+from sb3_offline_ft.deployment.promotion import (
+    Bet,
+    ConcurrentTest,
+    HistoricalTest,
+    PromotionTest,
+    TrialEpisode,
+    chance_of_lead,
+)
 
 CONTROLS = ("historical", "concurrent")
 LEAST_KNOWN = 5
@@ -70,7 +77,7 @@ class Episode:
     """An episode, or a segment of one, that is running."""
 
     kind: Kind = Kind.SERVE
-    bet: Bet | RankBet | None = None
+    bet: Bet | TrialEpisode | None = None
     """The test's, if there is one."""
     counts: bool = True
     """Whether one policy acts in it from beginning to end."""
@@ -259,7 +266,8 @@ class Contest:
         level = self.rules.false_promotion_rate * share_of_test(self.n_tests)
         if self.rules.controls == "historical":
             ties = int(self._coin.integers(2**32))
-            challenge.test = HistoricalTest(level, self.champion.returns, self.unit, ties)
+            n_left = max(1, self.rules.max_trial_episodes - len(challenge.challenger.returns))
+            challenge.test = HistoricalTest(level, self.champion.returns, self.unit, n_left, ties)
         else:
             challenge.test = ConcurrentTest(level)
         self.n_tests += 1

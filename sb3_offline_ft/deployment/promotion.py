@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import expit, ndtr
-
-from sb3_offline_ft.collapse.detectors import BettingDetector
 
 LEAST_LEAD = 1.0
 """Standard deviations of the champion: to prove a smaller lead takes longer than trials last, so none is bet on."""
@@ -19,6 +19,10 @@ MOST_CERTAIN = 0.95
 """No bet is surer than this: it could not be recovered from when it is lost."""
 FARTHEST = 5.0
 """Standard deviations at which a return is cut off, so that a single one decides nothing."""
+TAKEN_A_LOOK, MOST_SHUFFLES = 20, 50_000
+"""Simulated, for thresholds: so many shuffles that each look takes a few, but of very small levels."""
+DECIMALS = 9
+"""Of a statistic, whose order is around 1: what is less is rounding, and equal values have to be equal."""
 SMALLEST_SPREAD = 0.01
 """Of a champion's returns, in total losses: equal returns of a few episodes do not mean that there is no noise."""
 
@@ -68,12 +72,8 @@ class Bet:
 
 class PromotionTest(ABC):
     """
-    A sequential test of "the challenger is not better than the champion" by betting.
-
-    A gambler with capital 1 bets on the challenger, at odds that are fair or worse if it is not better. The capital is then a
-    nonnegative supermartingale, so that it ever reaches ``1 / level`` with at most the probability ``level`` (Ville 1939;
-    testing by betting: Shafer 2021), whatever the number of episodes and the distribution of returns. "Not better" means:
-    there is no height that the challenger reaches more often than the champion (stochastic order).
+    A sequential test of "the challenger is not better than the champion": there is no height that it reaches more often
+    (stochastic order). It may be looked at after each episode.
 
     Episodes may overlap. They count in the order in which they began, none before those ahead of it: otherwise a challenger
     with short episodes would be judged by these alone for a while.
@@ -89,21 +89,21 @@ class PromotionTest(ABC):
 
     @property
     @abstractmethod
-    def log_evidence(self) -> float:
-        """Natural logarithm of the capital."""
+    def evidence(self) -> float:
+        """What speaks for the challenger, in a unit of the test's own."""
 
     @property
-    def log_threshold(self) -> float:
-        """What :attr:`log_evidence` has to reach."""
-        return -math.log(self.level)
+    @abstractmethod
+    def threshold(self) -> float:
+        """What :attr:`evidence` has to reach now."""
 
     @property
+    @abstractmethod
     def is_proved(self) -> bool:
         """Whether the challenger is better."""
-        return self.log_evidence >= self.log_threshold
 
     @abstractmethod
-    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> "Bet | RankBet":
+    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> "Bet | TrialEpisode":
         """
         Bet on an episode that is about to begin.
 
@@ -120,6 +120,10 @@ class ConcurrentTest(PromotionTest):
     The champion acts while the challenger is tested (*concurrent controls*): a coin decides for each episode who of the two
     acts, and bets are on who did, more on the challenger the higher the return (testing of independence: Podkopaev & Ramdas
     2023). Nothing but the coin has to be random: it holds while returns drift with time.
+
+    A gambler with capital 1 bets at odds that are fair or worse if the challenger is not better. The capital is then a
+    nonnegative supermartingale, so that it ever reaches ``1 / level`` with at most the probability ``level`` (Ville 1939;
+    testing by betting: Shafer 2021), whatever the number of episodes and the distribution of returns.
     """
 
     has_coin = True
@@ -129,9 +133,18 @@ class ConcurrentTest(PromotionTest):
         self._bets: list[Bet] = []
 
     @property
-    def log_evidence(self) -> float:
+    def evidence(self) -> float:
+        """Natural logarithm of the capital."""
         gains = (bet.log_gain for bet in self._bets)
         return sum(itertools.takewhile(lambda gain: gain is not None, gains))  # type: ignore[arg-type]
+
+    @property
+    def threshold(self) -> float:
+        return -math.log(self.level)
+
+    @property
+    def is_proved(self) -> bool:
+        return self.evidence >= self.threshold
 
     def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> Bet:
         spread, center = spread_of(champion, unit), sum(champion) / len(champion)
@@ -143,8 +156,8 @@ class ConcurrentTest(PromotionTest):
 
 
 @dataclass
-class RankBet:
-    """A bet on the rank of the return of an episode, which is fixed before it begins."""
+class TrialEpisode:
+    """An episode of the challenger that counts."""
 
     total: float | None = None
 
@@ -155,37 +168,113 @@ class RankBet:
 
 class HistoricalTest(PromotionTest):
     """
-    The challenger is compared with what the champion returned before (*historical controls*): bets are on high ranks of its
-    returns among the champion's, as those of the :class:`~sb3_offline_ft.collapse.BettingDetector` are on low ones. All
-    episodes are the challenger's, so it needs about half of those that a :class:`ConcurrentTest` needs; but it takes for
-    granted that the champion would return now what it returned before: the returns of both have to be exchangeable if the
-    challenger is as good as the champion.
+    The challenger is compared with what the champion returned before (*historical controls*) by a group-sequential rank test
+    with a look after each of its episodes. All episodes are the challenger's, so it needs about half of those that a
+    :class:`ConcurrentTest` needs; but it takes for granted that the champion would return now what it returned before: the
+    returns of both have to be exchangeable if the challenger is as good as the champion. Then its ranks are those of shuffled
+    returns, whatever their distribution.
 
+    Ranks among all returns of both count by their Savage scores (Savage 1956), the expected order statistics of an exponential
+    distribution: high ones count most, since a challenger that learns is often much better in some of its episodes and as good
+    in the others.
+
+    :param level: Probability of promoting a challenger that is not better, in (0, 1), which each episode spends as much of
     :param champion: Returns of the champion, at least five
     :param unit: A total loss, ``|J - J_random|``, above 0
+    :param max_episodes: Episodes of the challenger that count, at most
     :param seed: Seed of the order of equal returns
     """
 
     has_coin = False
 
-    def __init__(self, level: float, champion: Sequence[float], unit: float, seed: int = 0) -> None:
+    def __init__(self, level: float, champion: Sequence[float], unit: float, max_episodes: int, seed: int = 0) -> None:
         super().__init__(level)
-        self._bets: deque[RankBet] = deque()
         # Equal returns of a few episodes do not mean that there is no noise, and ranks need a scale
         spread = SMALLEST_SPREAD * unit if len({*champion}) == 1 else 0.0
-        self._detector = BettingDetector(level, horizon=1, seed=seed)
-        self._detector.calibrate(-np.asarray(champion) - np.linspace(0.0, spread, len(champion)))
+        self._returns = [float(total) for total in np.asarray(champion) + np.linspace(0.0, spread, len(champion))]
+        """Of the champion, then of the challenger."""
+        self._order = np.random.default_rng(seed)
+        self._ties = list(self._order.random(len(champion)))
+        self._n_champion = len(champion)
+        self._episodes: deque[TrialEpisode] = deque()
+        self._thresholds = _thresholds(level, len(champion), max_episodes)
+        self._evidence, self._was_proved = 0.0, False
 
     @property
-    def log_evidence(self) -> float:
-        while self._bets and (total := self._bets[0].total) is not None:
-            self._bets.popleft()
-            self._detector.update(-total)
-        return self._detector.statistic
+    def evidence(self) -> float:
+        """The sum of the challenger's scores, in standard deviations from what shuffled returns give."""
+        self._count()
+        return self._evidence
 
-    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> RankBet:
-        self._bets.append(bet := RankBet())
-        return bet
+    @property
+    def threshold(self) -> float:
+        self._count()
+        return float(self._thresholds[max(0, len(self._returns) - self._n_champion - 1)])
+
+    @property
+    def is_proved(self) -> bool:
+        self._count()
+        return self._was_proved
+
+    def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> TrialEpisode:
+        self._episodes.append(episode := TrialEpisode())
+        return episode
+
+    def _count(self) -> None:
+        """Count the episodes that have ended, none before those that began before it."""
+        while self._episodes and (total := self._episodes[0].total) is not None:
+            self._episodes.popleft()
+            if len(self._returns) - self._n_champion < len(self._thresholds):
+                self._returns.append(total)
+                self._ties.append(self._order.random())
+                self._look()
+
+    def _look(self) -> None:
+        n = len(self._returns)
+        ranks = np.argsort(np.lexsort((self._ties, self._returns)))
+        self._evidence = float(_statistic(_savage_scores(n)[ranks[self._n_champion :]], n))
+        self._was_proved |= self._evidence >= self._thresholds[n - self._n_champion - 1]
+
+
+@lru_cache(maxsize=1024)
+def _savage_scores(n: int) -> npt.NDArray[np.float64]:
+    """Of the ranks of as many returns from the lowest, less their mean, in standard deviations."""
+    scores = np.cumsum(1 / np.arange(n, 0, -1)) - 1
+    return np.asarray(scores / np.std(scores, ddof=1), dtype=np.float64)
+
+
+def _statistic(scores: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.float64]:
+    """The sum of a challenger's scores among n, in standard deviations from what shuffled returns give."""
+    n_trials = len(scores)
+    total = scores.sum(axis=0) / math.sqrt(n_trials * (n - n_trials) / n)
+    return np.asarray(np.round(total, DECIMALS), dtype=np.float64)
+
+
+@lru_cache(maxsize=4096)
+def _thresholds(level: float, n_champion: int, max_episodes: int) -> npt.NDArray[np.float64]:
+    """
+    What the statistic has to reach after each episode: of the simulated shuffles that no earlier look has taken, each look
+    takes those with the highest statistics, so that as many as may be wrong are taken up to it. So looks that depend on each
+    other cost nothing.
+
+    :return: Shape ``(max_episodes,)``, infinite where nothing can be proved yet
+    """
+    n_shuffles = min(MOST_SHUFFLES, math.ceil(TAKEN_A_LOOK * max_episodes / level))
+    rng, is_left, thresholds = np.random.default_rng(0), np.ones(n_shuffles, dtype=bool), []
+    ranks = np.zeros((max_episodes, n_shuffles), dtype=np.int32)
+    for k in range(1, max_episodes + 1):
+        n = n_champion + k
+        # The rank of the last of shuffled returns among all is uniform, whatever the ranks before
+        ranks[k - 1] = rng.integers(n, size=n_shuffles)
+        ranks[: k - 1] += ranks[: k - 1] >= ranks[k - 1]
+        statistics = _statistic(_savage_scores(n)[ranks[:k]], n)
+        left = np.sort(statistics[is_left])
+        n_allowed = int(level * k / max_episodes * n_shuffles + 1e-9) - (n_shuffles - len(left))
+        # With equal values at the border, none of them is taken
+        taken = left[left > left[-1 - n_allowed]]
+        thresholds.append(taken[0] if len(taken) else math.inf)
+        is_left &= statistics < thresholds[-1]
+    return np.array(thresholds)
 
 
 def chance_of_lead(champion: Sequence[float], challenger: Sequence[float], unit: float, least: float) -> float:

@@ -1,5 +1,6 @@
 """How a contest tells what happens."""
 
+import math
 import time
 from collections import Counter, deque
 from pathlib import Path
@@ -108,8 +109,8 @@ class Reporter:
             "counts": episode.counts,
             "champion": champion.name,
             "challenger": None if challenge is None else challenge.challenger.name,
-            "evidence": None if test is None else test.log_evidence,
-            "needed": None if test is None else test.log_threshold,
+            "evidence": None if test is None else test.evidence,
+            "needed": None if test is None else test.threshold if math.isfinite(test.threshold) else None,
         }
         if budget is not None:
             facts |= {"allowance": budget.allowance, "balance": budget.balance, "lost": budget.lost}

@@ -333,7 +333,7 @@ class Deterioration:
     @property
     def p(self) -> float:
         """Valid at any time."""
-        return min(1.0, math.exp(-self._test.log_evidence))
+        return min(1.0, math.exp(-self._test.evidence))
 
     @property
     def is_proved(self) -> bool:

@@ -14,7 +14,7 @@ from sb3_offline_ft.study.report.runs import RunNumbers
 
 SIGNIFICANT = 0.05
 COLLAPSED = "collapsed"
-COMPARED = ("last_return", "mean_return", "dip_depth", COLLAPSED)
+COMPARED = ("served_mean_return", "last_return", "mean_return", "dip_depth", COLLAPSED)
 
 Values = Mapping[tuple[str | None, int], float]
 """Of the runs of a method, by dataset and seed."""
@@ -134,7 +134,7 @@ class PairedTests:
         reference = self.reference
         if reference is None or method == reference:
             return {}, {}
-        if metric == "mean_return" and method.pretrained != reference.pretrained:
+        if metric in ("served_mean_return", "mean_return") and method.pretrained != reference.pretrained:
             # The first steps from scratch count, those of the warm-up do not
             return {}, {}
         if metric in ("dip_depth", COLLAPSED) and (method.frozen or reference.frozen):

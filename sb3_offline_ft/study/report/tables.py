@@ -224,6 +224,7 @@ def scores_table(numbers: StudyNumbers) -> TextTable:
 def comparison_table(numbers: StudyNumbers) -> TextTable:
     """The tests against the reference method."""
     titles = {column.name: column.title for column in (*RETURN_COLUMNS, *DIP_COLUMNS)} | {COLLAPSED: COLLAPSED}
+    titles["served_mean_return"] = "served"
     last = last_evaluations(numbers.runs)
 
     def difference(row: Comparison) -> list[str]:

@@ -285,6 +285,7 @@ def _selected(groups: Sequence[Group]) -> list[str]:
 
 
 MEASURES = {
+    "served_mean_return": ("what was served after the warm-up", "What was served after the warm-up", "more", "less"),
     "last_return": ("mean of the last {last} evaluations", "Ends", "higher", "lower"),
     "mean_return": (
         "mean over the whole run after the warm-up", "Means over the whole run after the warm-up", "higher", "lower"
