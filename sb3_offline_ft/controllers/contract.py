@@ -39,8 +39,8 @@ def read_contract(policy: Path) -> dict[str, Any] | None:
         sha256 = content["policy"]["sha256"]
     if sha256 != hashlib.sha256(policy.read_bytes()).hexdigest():
         raise ValueError(
-            f"{str(path)!r} is the contract of another file than {str(policy)!r}, whose contents have changed since: export the "
-            "policy again, or move the contract away."
+            f"{str(path)!r} is the contract of another file than {str(policy)!r}, whose contents have changed since: export "
+            "the policy again, or move the contract away."
         )
     return content
 

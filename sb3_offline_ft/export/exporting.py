@@ -65,10 +65,10 @@ def export_policy(
     Before anything is written, the new file is compared with the original on at least 1,000 real observations: of ``data``,
     else of the dataset that the model was trained on, else of the environment.
 
-    :param model: A zip file of SB3, sb3-contrib or this package with continuous actions, or a run's folder of rl-zoo3, of which
-        the best model is taken. It is unpickled: name only what you trust
-    :param file: What to write: ``.onnx``, ``.pt`` (TorchScript) or ``.pt2`` (``torch.export``); the contract gets the same name
-        with ``.json``
+    :param model: A zip file of SB3, sb3-contrib or this package with continuous actions, or a run's folder of rl-zoo3, of
+        which the best model is taken. It is unpickled: name only what you trust
+    :param file: What to write: ``.onnx``, ``.pt`` (TorchScript) or ``.pt2`` (``torch.export``); the contract gets the same
+        name with ``.json``
     :param data: Spec of a dataset
     :param env: Gymnasium id of the environment; that of the run or of the data if omitted
     :param format: ``"onnx"``, ``"torchscript"`` or ``"torch-export"``; by default, what the suffix says
@@ -95,8 +95,9 @@ def export_policy(
         parity = compare(policy, chosen.open(content), observations)
         if not parity.is_kept:
             raise ValueError(
-                f"{str(target)!r} is not written: on {len(observations):,} observations of {observations.source}, its actions differ "
-                f"from those of {policy.name!r} by up to {parity.difference:.2g} of their range, and {TOLERANCE:g} is allowed."
+                f"{str(target)!r} is not written: on {len(observations):,} observations of {observations.source}, its actions "
+                f"differ from those of {policy.name!r} by up to {parity.difference:.2g} of their range, and {TOLERANCE:g} is "
+                "allowed."
             )
         contract = {
             "contract": CONTRACT,
@@ -202,14 +203,12 @@ def _told(env: Env | None, what: str, key: str) -> dict[str, Any]:
 def _environment_facts(env: Env | None, run: RunFacts) -> dict[str, Any] | None:
     if env is None or env.spec is None:
         return None
+    kwargs = dict(run.env_kwargs) if env.spec.id == run.env_id else {}
+    # MuJoCo's environments have it, and some others
     seconds = getattr(env.unwrapped, "dt", None)
-    known = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0
-    return {
-        "id": env.spec.id,
-        "kwargs": dict(run.env_kwargs) if env.spec.id == run.env_id else {},
-        "step_seconds": seconds if known else None,
-        "steps_per_second": 1 / seconds if known else None,
-    }
+    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        return {"id": env.spec.id, "kwargs": kwargs, "step_seconds": None, "steps_per_second": None}
+    return {"id": env.spec.id, "kwargs": kwargs, "step_seconds": seconds, "steps_per_second": 1 / seconds}
 
 
 def _origin(policy: PolicyController, run: RunFacts, dataset: OfflineDataset | None) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def find_format(path: Path, name: str | None) -> Format:
     missing = [package for package in ONNX_PACKAGES if found.name == "onnx" and importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(
-            f"Exporting to ONNX needs {' and '.join(missing)}, not installed here: pip install 'sb3-offline-ft[onnx]'. Files that "
-            "end in .pt (TorchScript) or .pt2 (torch.export) need no more than torch.",
+            f"Exporting to ONNX needs {' and '.join(missing)}, not installed here: pip install 'sb3-offline-ft[onnx]'. Files "
+            "that end in .pt (TorchScript) or .pt2 (torch.export) need no more than torch.",
             name=missing[0],
         )
     return found
@@ -108,7 +108,7 @@ def _from_onnx(content: bytes) -> Run:
 def _to_torchscript(network: RawPolicy, inputs: Inputs) -> bytes:
     stream = io.BytesIO()
     with _quiet():
-        traced = th.jit.trace(network, _tensors(inputs), check_trace=False)
+        traced = th.jit.trace(network, _tensors(inputs), check_trace=False)  # type: ignore[no-untyped-call]
         # What the policy does not use, such as critics, is left out
         th.jit.save(th.jit.freeze(traced), stream)
     return stream.getvalue()
@@ -116,7 +116,7 @@ def _to_torchscript(network: RawPolicy, inputs: Inputs) -> bytes:
 
 def _from_torchscript(content: bytes) -> Run:
     with _quiet():
-        return _running(th.jit.load(io.BytesIO(content), map_location="cpu"))
+        return _running(th.jit.load(io.BytesIO(content), map_location="cpu"))  # type: ignore[no-untyped-call]
 
 
 def _to_torch_export(network: RawPolicy, inputs: Inputs) -> bytes:

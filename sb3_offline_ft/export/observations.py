@@ -57,7 +57,8 @@ def input_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
 def input_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
     """The same observations of one key, in the numbers that an exported policy takes."""
     if isinstance(space, spaces.Box):
-        return spaces.Box(space.low, space.high, space.shape, input_dtype(space.dtype).type)
+        dtype = input_dtype(space.dtype)
+        return spaces.Box(space.low.astype(dtype), space.high.astype(dtype), space.shape, dtype.type)
     return space
 
 
@@ -82,8 +83,8 @@ def gather(
     if missing > 0:
         found = f"{parts[0].source} has {len(parts[0])}" if parts else "there are none"
         raise ValueError(
-            f"An exported policy is compared with the original on {NEEDED:,} real observations, and {found}: name a dataset with "
-            "--data, or the environment with --env."
+            f"An exported policy is compared with the original on {NEEDED:,} real observations, and {found}: name a dataset "
+            "with --data, or the environment with --env."
         )
     columns = {key: np.concatenate([part.columns[key] for part in parts]) for key in parts[0].columns}
     words = [part.source if len(parts) == 1 else f"{len(part)} of {part.source}" for part in parts]

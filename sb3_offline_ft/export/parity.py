@@ -13,8 +13,8 @@ from sb3_offline_ft.export.observations import RealObservations
 TOLERANCE = 1e-5
 DEFINITION = (
     "The largest absolute difference between an action of the exported policy and one of SB3's predict, of any number of any "
-    "action, as a share of the range between the bounds of this number (without bounds: of the range of SB3's actions here, at "
-    "least 1). Each observation was given by itself, and all in one batch."
+    "action, as a share of the range between the bounds of this number (without bounds: of the range of SB3's actions here, "
+    "at least 1). Each observation was given by itself, and all in one batch."
 )
 
 
