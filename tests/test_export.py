@@ -64,9 +64,9 @@ gym.register("ImagesAndMore-v0", images_and_more)
 
 
 def saved(model: Any, folder: Path, name: str = "model.zip") -> Path:
-    # First policies hardly act
+    # Those that have not learned hardly act
     for parameter in model.policy.parameters():
-        parameter.data *= 3
+        parameter.data *= 2
     model.save(folder / name)
     return folder / name
 
@@ -86,7 +86,7 @@ def seen_in(env: gym.Env[Any, Any], n: int = 20) -> list[Any]:
 def acts_like(policy: Path, model: Any, observations: list[Any]) -> bool:
     controller, space = load_controller(str(policy)), model.action_space
     expected = np.stack([model.predict(each, deterministic=True)[0] for each in observations])
-    assert np.ptp(expected, axis=0).min() > 1e-2, "the actions say nothing"
+    assert np.ptp(expected, axis=0).min() > 5e-3, "the actions say nothing"
     found = np.stack([controller.act(each) for each in observations])
     assert found.shape == expected.shape and found.dtype == np.float32
     return bool((np.abs(found - expected) <= 1e-5 * (space.high - space.low)).all())
@@ -161,7 +161,7 @@ def test_images_turn_where_the_environment_was_not_known(tmp_path: Path) -> None
     frames = np.random.default_rng(0).integers(0, 255, (1000, 36, 40, 3), np.uint8)
     ends = np.arange(1000) % 100 == 99
     columns = {"rewards": np.zeros(1000), "terminations": ends, "truncations": np.zeros(1000, bool)}
-    np.savez(data, observations=frames, next_observations=frames, actions=np.zeros((1000, 2)), **columns)
+    np.savez(data, observations=frames, next_observations=np.roll(frames, -1, axis=0), actions=np.zeros((1000, 2)), **columns)
     export_policy(saved(model, tmp_path), path, data=str(data))
     assert contract_of(path)["observations"][0]["shape"] == [3, 36, 40] and contract_of(path)["environment"] is None
 

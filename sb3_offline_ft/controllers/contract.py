@@ -84,7 +84,7 @@ def _space(facts: dict[str, Any]) -> spaces.Space[Any]:
     if kind == "MultiDiscrete":
         return spaces.MultiDiscrete(np.subtract(high, low) + 1, start=np.array(low))
     if kind == "MultiBinary":
-        return spaces.MultiBinary(shape)
+        return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
     raise ValueError(f"{facts['name']!r} is a {kind}, expected a Box, Discrete, MultiDiscrete or MultiBinary")
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,15 +76,15 @@ def _guard(folder: Path) -> dict[str, Any] | None:
     starts, baselines = ([event for event in events if event["event"] == kind] for kind in ("start", "baseline"))
     if not starts:
         return None
-    facts: dict[str, Any] = {name: starts[-1].get(name) for name in GUARD_SETTINGS}
+    settings = {**starts[-1], **starts[-1].get("settings", {})}
+    facts: dict[str, Any] = {name: settings.get(name) for name in GUARD_SETTINGS}
     if not baselines:
         return facts | {"baseline": None, "least_mean_return": None}
     baseline = {name: baselines[-1].get(name) for name in GUARD_BASELINE}
-    with suppress(TypeError):
+    with naming_damage(path, "the events of a CollapseGuard"):
         # The tolerance is a share of the distance to a random policy
-        lost = facts["tolerance"] * (baseline["mean"] - facts["random_return"])
-        return facts | {"baseline": baseline, "least_mean_return": baseline["mean"] - lost}
-    return facts | {"baseline": baseline, "least_mean_return": None}
+        tolerated = facts["tolerance"] * (baseline["mean"] - facts["random_return"])
+    return facts | {"baseline": baseline, "least_mean_return": baseline["mean"] - tolerated}
 
 
 def _champion(folder: Path) -> dict[str, Any] | None:
