@@ -3,8 +3,8 @@ Measure how long one decision takes: SB3's predict, the exported policy in onnxr
 
     python benchmarks/export/latency.py     # about a minute on one core; writes latency.json and latency.md
 
-One observation at a time, one thread. In each of many rounds every way gets a turn, so that what else the machine does
-is shared by all; a turn counts by its median call, and a way by the median of its turns. Weights are random: they do not matter.
+One observation at a time, one thread. In each of many rounds every way gets a turn, so that what else the machine does is
+shared by all; a turn counts by its median call, a way by the median of its turns. Weights are random: they do not matter.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def cpu_name() -> str:
 def tables(results: dict[str, Any]) -> str:
     """The page of the results."""
     lines = [
-        "Made by `python benchmarks/export/latency.py`. Microseconds for one decision, one thread, batch 1: the median, with the",
-        "quartiles of the rounds. *controller* is the ONNX file as `robustness` and `trial` use it, with its Python around it.",
+        "Made by `python benchmarks/export/latency.py`. Microseconds for one decision, one thread, batch 1: the median, with",
+        "the quartiles of the rounds. *controller* is the ONNX file as `robustness` and `trial` use it, Python around it.",
         f"{results['cpu']}; load average {results['load']:.1f} on {results['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ".",
