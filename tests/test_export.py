@@ -288,6 +288,13 @@ def test_the_same_policy_gives_the_same_file(exported: Path, tmp_path: Path) -> 
     assert (tmp_path / "again.onnx").read_bytes() == exported.read_bytes()
 
 
+def test_a_contract_of_another_file_is_kept(exported: Path) -> None:
+    before = exported.with_suffix(".json").read_bytes()
+    with pytest.raises(ValueError, match=r"policy.json' would get the contract, but is the contract of policy.onnx: choose"):
+        export_policy(exported.with_name("model.zip"), exported.with_suffix(".pt"), data=DATA)
+    assert exported.with_suffix(".json").read_bytes() == before and not exported.with_suffix(".pt").exists()
+
+
 def test_robustness_takes_an_exported_policy(exported: Path) -> None:
     policies = {"candidate": str(exported), "baseline": str(exported.with_name("model.zip"))}
     result = run_robustness(policies, ENV, {"max_torque": [0.5]}, n_seeds=1, random_return=-1300)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def export_policy(
     """
     target = Path(file)
     chosen = find_format(target, format)
-    _check_replaceable(contract_file(target))
+    _check_replaceable(contract_file(target), target)
     policy = load_controller(str(model))
     if not isinstance(policy, PolicyController):
         raise ValueError(f"{str(model)!r} cannot be exported: expected a .zip that an algorithm saved, or a run's folder.")
@@ -119,15 +119,18 @@ def export_policy(
     return ExportedPolicy(target, contract_file(target), json.loads(text), parity.difference)
 
 
-def _check_replaceable(path: Path) -> None:
+def _check_replaceable(path: Path, target: Path) -> None:
     if not path.exists():
         return
-    try:
-        is_contract = json.loads(path.read_bytes())["contract"] == CONTRACT
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        is_contract = False
-    if not is_contract:
-        raise ValueError(f"{str(path)!r} would get the contract, but is something else: choose another name for the policy.")
+    found = "something else"
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        content = json.loads(path.read_bytes())
+        if content["contract"] == CONTRACT:
+            file = content["policy"]["file"]
+            if file == target.name or not path.with_name(file).exists():
+                return
+            found = f"the contract of {file}"
+    raise ValueError(f"{str(path)!r} would get the contract, but is {found}: choose another name for the policy.")
 
 
 def _dataset(policy: PolicyController, data: str | None, trust_pickle: bool) -> OfflineDataset | None:

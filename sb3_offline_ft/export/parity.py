@@ -59,4 +59,4 @@ def _row(inputs: Inputs, i: int) -> Inputs:
 
 def _ranges(space: spaces.Box, actions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     ranges = space.high.astype(np.float64) - space.low
-    return np.where(np.isfinite(ranges), ranges, np.maximum(1.0, np.ptp(actions, axis=0)))
+    return np.where(np.isfinite(ranges) & (ranges > 0), ranges, np.maximum(1.0, np.ptp(actions, axis=0)))
