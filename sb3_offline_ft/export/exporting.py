@@ -111,12 +111,14 @@ def export_policy(
             "champion": run.champion,
             "versions": installed_versions(PACKAGES),
         }
-    text = json.dumps(json_form(contract), indent=1, allow_nan=False) + "\n"
+    # JSON has neither NaN nor infinities: null, as for bounds that are not there
+    plain = json.loads(json.dumps(json_form(contract)), parse_constant=lambda _: None)
+    text = json.dumps(plain, indent=1) + "\n"
     # Both are on the disk before either gets its name
     with atomic_write(contract_file(target)) as contract_stream, atomic_write(target) as stream:
         contract_stream.write(text.encode())
         stream.write(content)
-    return ExportedPolicy(target, contract_file(target), json.loads(text), parity.difference)
+    return ExportedPolicy(target, contract_file(target), plain, parity.difference)
 
 
 def _check_replaceable(path: Path, target: Path) -> None:
