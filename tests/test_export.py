@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -44,6 +45,16 @@ class TwoFaced(FlattenExtractor):
     def forward(self, observations: th.Tensor) -> th.Tensor:
         features = super().forward(observations)
         return features if bool(features[0, 0] > 0) else -features
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
 
 
 def images_and_more() -> PointEnv:
@@ -240,6 +251,16 @@ def test_where_the_observations_come_from(tmp_path: Path, monkeypatch: pytest.Mo
         export_policy(model, path, data="bundled:hopper-medium", env=ENV)
     with pytest.raises(ValueError, match="does not fit MountainCarContinuous-v0"):
         export_policy(model, path, env="MountainCarContinuous-v0")
+
+
+def test_a_model_gives_no_consent_to_unpickle_its_data(tmp_path: Path) -> None:
+    model, marker = TD3("MlpPolicy", ENV, **small()), tmp_path / "marker"
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(Bomb(marker)))
+    model.dataset = f"{tmp_path}/data.pkl?trust_pickle=1"  # type: ignore[attr-defined]  # as our algorithms have it
+    path = saved(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"The dataset of the model, '.*data.pkl', cannot be read, so that observations are"):
+        export_policy(path, tmp_path / "policy.pt", env=ENV)
+    assert not marker.exists() and contract_of(tmp_path / "policy.pt")["parity"]["from"] == f"the environment {ENV}"
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from sb3_offline_ft.collapse.events import EVENTS_FILE, read_events
 from sb3_offline_ft.common.io import naming_damage
 from sb3_offline_ft.controllers.saved_policy import settings_folder
+from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.datasets.files.zoo import ARGUMENTS, read_zoo_yaml, saved_hyperparams
 from sb3_offline_ft.deployment.history import History
 
@@ -57,7 +58,8 @@ def dataset_of(model: Path) -> str | None:
         with zipfile.ZipFile(model) as archive:
             # SB3 writes texts as they are
             spec = json.loads(archive.read("data")).get("dataset")
-    return spec if isinstance(spec, str) else None
+    # A file cannot consent to unpickling
+    return without_trust(spec) if isinstance(spec, str) else None
 
 
 def _environment(settings: Path) -> tuple[str, dict[str, Any]]:
