@@ -113,6 +113,34 @@ def robustness(
             typer.echo(f"Written: {path}")
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="The model: a .zip that an algorithm saved, or a run's folder of rl-zoo3.")],
+    policy: Annotated[Path, typer.Argument(help="The file to write: .onnx, .pt (TorchScript) or .pt2 (torch.export).")],
+    data: Annotated[
+        str | None, typer.Option(help="Dataset whose observations the file is tested on; the model's own if omitted.")
+    ] = None,
+    env: Annotated[
+        str | None, typer.Option(help="Gymnasium id of the environment; that of the run or of the data if omitted.")
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="onnx, torchscript or torch-export; by default what the suffix says.")
+    ] = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Write a policy as a file for a controller: raw observations in, actions in the environment's units out."""
+    with reporting("export"):
+        from sb3_offline_ft.export import export_policy
+
+        made = export_policy(model, policy, data=data, env=env, format=format_, trust_pickle=trust_pickle)
+        parity = made.contract["parity"]
+        typer.echo(
+            f"{made.file}: differs from {model} by at most {made.difference:.1e} of the range of the actions, on "
+            f"{parity['observations']:,} observations of {parity['from']}"
+        )
+        typer.echo(f"Contract: {made.contract_file}")
+
+
 @guard.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its collapse_events.jsonl.")],

@@ -23,7 +23,7 @@ FLOORS = [
     {"td3bc", "td3c", "rebrac"},
     {"controllers", "pretrained", "testing"},
     {"evaluation"},
-    {"tuning"},
+    {"tuning", "export"},
     {"zoo", "study", "trial"},
     {"doctor"},
     {"cli"},

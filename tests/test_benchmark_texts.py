@@ -82,6 +82,19 @@ def test_finetuning() -> None:
     assert f"after 13,000 updates {', '.join(str(round(float(returns[-1]))) for returns in found['td3'])}" in page
 
 
+def test_latency_of_exported_policies() -> None:
+    results, page = read(BENCHMARKS / "export/latency.json"), text("docs/export.md")
+    ratios = []
+    for name, found in results["policies"].items():
+        ratios.append(found["SB3 predict"]["median"] / found["onnxruntime"]["median"])
+        ways = ("SB3 predict", "onnxruntime", "controller", "TorchScript")
+        cells = ["{median:.0f} ({low:.0f} to {high:.0f})".format(**found[way]) for way in ways]
+        row = f"| {name} | {' | '.join(cells)} | {ratios[-1]:.1f} |"
+        assert row in page and row in text("benchmarks/export/latency.md")
+    assert f"`onnxruntime` was {min(ratios):.0f} to {max(ratios):.0f} times as fast" in page
+    assert f"quartiles of {results['rounds']} rounds" in page
+
+
 def test_what_noise_costs_in_a_warmup() -> None:
     with (BENCHMARKS / "studies/hopper/results.csv").open(newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row["dataset"] == "medium-expert"]

@@ -7,15 +7,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space, maybe_transpose
 
 from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.observations import by_key
+from sb3_offline_ft.controllers.contract import contract_file, read_contract, spaces_of
 
 
 class OnnxController:
     """
     A model whose inputs are the observation, or one an input for the keys of a Dict, and whose first output is the action.
 
-    With one dimension more than the observation the first one is that of a batch.
+    With one dimension more than the observation the first one is that of a batch. What `sb3-offline-ft export` wrote has its
+    contract beside it, which says more of the spaces than the model itself.
 
     :param name: As the user gave it
     :param file: The file
@@ -41,6 +45,15 @@ class OnnxController:
             self._inputs = self._session.get_inputs()
             self.observation_space: spaces.Space[Any] | None = self._declared_observations()
             self.action_space: spaces.Space[Any] | None = _declared_actions(self._session.get_outputs()[0])
+        self.contract = read_contract(file)
+        """As `sb3-offline-ft export` wrote it; None of other models."""
+        if self.contract is not None:
+            self.observation_space, self.action_space = spaces_of(self.contract, contract_file(file))
+        self._images = {
+            key or self._inputs[0].name: space
+            for key, space in by_key(self.observation_space).items()
+            if space is not None and is_image_space(space)
+        }
 
     def reset(self, seed: int | None = None) -> None:
         """Nothing to begin."""
@@ -51,6 +64,9 @@ class OnnxController:
         given, has_batch = {}, False
         for wanted in self._inputs:
             array = np.asarray(parts[wanted.name], _dtype(wanted.type))
+            if wanted.name in self._images:
+                # As SB3's policies do
+                array = maybe_transpose(array, self._images[wanted.name])
             has_batch = len(wanted.shape) == array.ndim + 1
             given[wanted.name] = array[None] if has_batch else array
         action: npt.NDArray[Any] = self._session.run(None, given)[0]

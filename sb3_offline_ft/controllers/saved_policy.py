@@ -27,6 +27,8 @@ class PolicyController:
     """
     A policy whose deterministic actions are taken.
 
+    Its attributes ``policy`` and ``statistics`` are SB3's policy, and the ``VecNormalize`` of the run, or None.
+
     :param name: As the user gave it
     :param file: The zip file of an algorithm
     :param device: Torch device of the policy
@@ -39,9 +41,12 @@ class PolicyController:
         statistics = _statistics_for(file)
         files = [file] if statistics is None else [file, statistics]
         self.sha256: str | None = hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
-        self._policy = _load_policy(file, device)
-        self.observation_space, self.action_space = self._policy.observation_space, self._policy.action_space
-        self._normalize: Callable[[Any], Any] = _normalization(statistics) if statistics is not None else lambda seen: seen
+        self.file, self.policy = file, _load_policy(file, device)
+        self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
+        self.statistics = None if statistics is None else _read_statistics(statistics)
+        self._normalize: Callable[[Any], Any] = (
+            self.statistics.normalize_obs if self.statistics is not None else lambda seen: seen
+        )
         self._memory: Any = None
 
     def reset(self, seed: int | None = None) -> None:
@@ -50,7 +55,7 @@ class PolicyController:
 
     def act(self, observation: Any) -> npt.NDArray[Any]:
         """Ask the policy. SB3's policies keep their actions within the bounds that they were trained with."""
-        action, self._memory = self._policy.predict(self._normalize(observation), self._memory, deterministic=True)
+        action, self._memory = self.policy.predict(self._normalize(observation), self._memory, deterministic=True)
         return action
 
 
@@ -91,11 +96,15 @@ def _load_policy(file: Path, device: str) -> BasePolicy:
         return policy.to(device)
 
 
+def settings_folder(file: Path) -> Path | None:
+    """Where rl-zoo3 keeps the settings of the run that a policy is of; None if it is of none."""
+    runs = [path.parent for path in file.parent.glob(f"*/{CONFIG}")]
+    return next((path for path in runs if path.name == file.stem), runs[0] if len(runs) == 1 else None)
+
+
 def _statistics_for(file: Path) -> Path | None:
     """The statistics that the policy's observations were normalized with, where rl-zoo3 and champions have them."""
-    folder = file.parent
-    runs = [path.parent for path in folder.glob(f"*/{CONFIG}")]
-    settings = next((path for path in runs if path.name == file.stem), runs[0] if len(runs) == 1 else None)
+    folder, settings = file.parent, settings_folder(file)
     places = [folder / STATISTICS]
     is_normalized = False
     if settings is not None:
@@ -120,9 +129,9 @@ def _statistics_for(file: Path) -> Path | None:
     return found
 
 
-def _normalization(statistics: Path) -> Callable[[Any], Any]:
+def _read_statistics(statistics: Path) -> VecNormalize:
     with naming_damage(statistics, "a VecNormalize that Stable-Baselines3 saved"):
         normalize = pickle.loads(statistics.read_bytes())
         if not isinstance(normalize, VecNormalize):
             raise TypeError(f"found a {type(normalize).__name__}")
-    return normalize.normalize_obs
+    return normalize
