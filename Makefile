@@ -22,7 +22,7 @@ demo: setup  ## pretrain on bundled data, finetune online while a champion serve
 	$(VENV)/bin/sb3-offline-ft summary $$(ls -td logs/demo/td3c/Hopper-v5_* | head -n 1)
 
 test: setup  ## all tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations 30
 
 lint: setup  ## style errors
 	$(PY) -m ruff check .

@@ -1,5 +1,8 @@
 """Fixtures shared by several test modules."""
 
+import compileall
+import gc
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,9 +17,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from sb3_offline_ft import OfflineTD3
 from sb3_offline_ft.update import Batch
+from tests.warm_python import READ_LATE, TIMEOUT, WarmPython
 
 # Small networks: more threads only wait for one another, worst when several tests run at once
 th.set_num_threads(1)
+
+# One server forks the processes of SubprocVecEnv and those that a test kills: what they import, it imports once. It begins
+# with the first test that needs it, so that a later one cannot ask for more.
+multiprocessing.set_forkserver_preload(["stable_baselines3", "sb3_offline_ft.trial.running", "tests.test_trial_running"])
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -35,6 +43,12 @@ def build(kind: str, project: Path, folder: Path) -> Path:
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return next(folder.iterdir())
+
+
+def pytest_collection_finish() -> None:
+    """What the imports and the collection made stays for ever: the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -71,19 +85,38 @@ class Installation:
         (self.site_packages / "borrowed.pth").write_text("\n".join(borrowed))
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(self.site_packages)
+        # As pip does
+        compileall.compile_dir(self.site_packages, quiet=1)
+        self.warm_python: WarmPython | None = None
 
     def run(self, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs its Python with these arguments; the variables are added to the environment."""
-        inherited = {key: value for key, value in os.environ.items() if key not in ("SB3_OFFLINE_FT_NO_HOOK", "PYTHONPATH")}
-        environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"} | variables
+        """Runs its Python with these arguments, warm if it may be; the variables are added to the environment."""
+        if self.warm_python is None or arguments[0] not in ("-m", "-c") or not variables.keys() <= READ_LATE:
+            return self.start(*arguments, cwd=cwd, **variables)
         cwd.mkdir(parents=True, exist_ok=True)
-        return subprocess.run([self.python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        return self.warm_python.run(arguments, cwd, self._environment(variables))
+
+    def start(self, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Starts its Python with these arguments; the variables are added to the environment."""
+        cwd.mkdir(parents=True, exist_ok=True)
+        command, environment = [self.python, *arguments], self._environment(variables)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+
+    def _environment(self, variables: dict[str, str]) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if key not in ("SB3_OFFLINE_FT_NO_HOOK", "PYTHONPATH")}
+        return inherited | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"} | variables
 
 
 @pytest.fixture(scope="session")
-def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """An installation of the wheel for tests that do not change it."""
-    return Installation(wheel, tmp_path_factory.mktemp("installation"))
+    installation = Installation(wheel, tmp_path_factory.mktemp("installation"))
+    if hasattr(os, "fork"):
+        hook = installation.site_packages / "sb3_offline_ft.pth"
+        installation.warm_python = WarmPython(installation.python, hook, tmp_path_factory.mktemp("output"))
+    yield installation
+    if installation.warm_python is not None:
+        installation.warm_python.close()
 
 
 @pytest.fixture
@@ -92,6 +125,16 @@ def run_python(installation: Installation, tmp_path: Path) -> RunPython:
 
     def run(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         return installation.run(*arguments, cwd=cwd or tmp_path / "work", **variables)
+
+    return run
+
+
+@pytest.fixture
+def start_python(installation: Installation, tmp_path: Path) -> RunPython:
+    """The same with nothing loaded before, for what is about the start itself and what it loads."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return installation.start(*arguments, cwd=tmp_path / "work", **variables)
 
     return run
 

@@ -3,11 +3,8 @@
 An integer with an underscore, such as ``50_000``, is a budget in the examples: it is divided by 1,000, rounded up.
 """
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import import_module
@@ -23,7 +20,7 @@ from sb3_offline_ft import ChampionChallenger
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.study import Protocol
 from sb3_offline_ft.trial.reading import parse_plan
-from tests.conftest import RunPython
+from tests.conftest import Installation, RunPython
 
 DOCS = Path(__file__).parent.parent / "docs"
 DIRECTIVE = re.compile(r"^\.\. auto(?:class|function|exception|data):: ([\w.]+)$", re.MULTILINE)
@@ -165,12 +162,9 @@ COMMAND = re.compile(r"(?:python -m (rl_zoo3\.\w+(?:\.\w+)?|sb3_offline_ft\.zoo\
 
 
 @lru_cache
-def help_of(*command: str) -> str:
+def help_of(installation: Installation, *command: str) -> str:
     # Wide enough that no option is cut off
-    environment = os.environ | {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", *command, "--help"], env=environment, capture_output=True, text=True, timeout=300
-    )
+    process = installation.run("-m", *command, "--help", cwd=DOCS, COLUMNS="300", NO_COLOR="1", TERM="dumb")
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -192,12 +186,12 @@ def test_commands_of_ours_are_recognized() -> None:
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in COMMANDS}))
-def test_commands_have_the_options_that_are_shown(page: str) -> None:
+def test_commands_have_the_options_that_are_shown(page: str, installation: Installation) -> None:
     for line in (line for where, line in COMMANDS if where == page):
         command = COMMAND.search(line)
         assert command is not None
         module = [command[1]] if command[1] else ["sb3_offline_ft", *command[2].split()[1:]]
         # What follows -params are not options
         shown = re.findall(r"(?<=\s)--?[A-Za-z][\w-]*", line[command.end() :].split("#")[0].split("-params")[0])
-        known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", help_of(*module)))
+        known = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", help_of(installation, *module)))
         assert [option for option in shown if option not in known] == [], line

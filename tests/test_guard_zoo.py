@@ -131,8 +131,8 @@ def test_kill_9_leaves_readable_events_and_snapshots(installation: Installation,
             assert LearnerSnapshot.load(path).algorithm == "TD3"
 
 
-def test_the_import_of_the_package_stays_cheap(run_python: RunPython) -> None:
+def test_the_import_of_the_package_stays_cheap(start_python: RunPython) -> None:
     code = "import sys, json, {}; print(json.dumps([name in sys.modules for name in {}]))"
     for module, heavy in (("sb3_offline_ft.collapse", ["torch", "scipy"]), ("sb3_offline_ft.collapse.guard", ["matplotlib"])):
-        found = json.loads(run_python("-c", code.format(module, heavy)).stdout)
+        found = json.loads(start_python("-c", code.format(module, heavy)).stdout)
         assert not any(found), dict(zip(heavy, found, strict=True))

@@ -433,17 +433,21 @@ class Reads(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("name", ["dones", "rewards", "infos", "new_obs", "actions"])
-@pytest.mark.parametrize("read", [lambda d, n: d[n], lambda d, n: d.get(n), lambda d, n: n in d])
+READ = ["dones", "rewards", "infos", "new_obs", "actions"]
+WAYS = [lambda d, n: d[n], lambda d, n: d.get(n), lambda d, n: n in d]
+NESTED = [
+    lambda child: child,
+    lambda child: [CheckpointCallback(1000, "nowhere"), CallbackList([child])],
+    lambda child: EveryNTimesteps(2, child),
+    lambda child: evaluation(eval_freq=2, callback_after_eval=child),
+    lambda child: lambda locals_, globals_: child.read(locals_) is not globals_,
+]
+
+
+# Each name with each nesting, and each of the two in each way
 @pytest.mark.parametrize(
-    "nested",
-    [
-        lambda child: child,
-        lambda child: [CheckpointCallback(1000, "nowhere"), CallbackList([child])],
-        lambda child: EveryNTimesteps(2, child),
-        lambda child: evaluation(eval_freq=2, callback_after_eval=child),
-        lambda child: lambda locals_, globals_: child.read(locals_) is not globals_,
-    ],
+    ("name", "read", "nested"),
+    [(name, WAYS[(i + j) % 3], nested) for i, name in enumerate(READ) for j, nested in enumerate(NESTED)],
 )
 def test_a_callback_that_reads_steps_of_the_environment_is_told_that_pretraining_has_none(name, read, nested):
     model = make()

@@ -74,10 +74,10 @@ def test_the_editable_wheel_brings_the_startup_files_and_leaves_the_module_in_th
         assert pointer < "sb3_offline_ft.pth"
 
 
-def test_importing_the_package_is_cheap(run_python: RunPython) -> None:
+def test_importing_the_package_is_cheap(start_python: RunPython) -> None:
     heavy = ("torch", "numpy", "stable_baselines3", "gymnasium", "minari", "h5py", "rl_zoo3", "scipy", "typer")
     code = f"import sys, sb3_offline_ft; sb3_offline_ft.__version__; print([m for m in {heavy} if m in sys.modules])"
-    process = run_python("-c", code)
+    process = start_python("-c", code)
     assert process.stdout.strip() == "[]", process.stderr
 
 

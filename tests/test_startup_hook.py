@@ -33,26 +33,26 @@ def test_the_hook_costs_less_than_a_millisecond() -> None:
     assert statistics.median(seconds) < 1e-3
 
 
-def test_a_plain_start_of_python_loads_neither_us_nor_torch(run_python: RunPython) -> None:
+def test_a_plain_start_of_python_loads_neither_us_nor_torch(start_python: RunPython) -> None:
     code = "import sys; print([m for m in sys.modules if m.split('.')[0] in ('sb3_offline_ft', 'torch', 'rl_zoo3', 'numpy')])"
-    process = run_python("-c", code)
+    process = start_python("-c", code)
     assert (process.stdout.strip(), process.stderr) == ("[]", "")
 
 
-def test_importing_rl_zoo3_is_enough_to_know_our_algorithms(run_python: RunPython) -> None:
+def test_importing_rl_zoo3_is_enough_to_know_our_algorithms(start_python: RunPython) -> None:
     code = (
         "import rl_zoo3, sys, inspect, rl_zoo3.exp_manager as m, _sb3_offline_ft_startup as hook;"
         f"print(*[rl_zoo3.ALGOS[name].__name__ for name in {list(ALGORITHMS)}]);"
         "print(hook._finder in sys.meta_path, type(m.__loader__).__name__, type(m.__spec__.loader).__name__);"
         "print(inspect.getsource(rl_zoo3.utils).startswith('import argparse'))"
     )
-    process = run_python("-c", code)
+    process = start_python("-c", code)
     names = [location.rpartition(":")[2] for location in ALGORITHMS.values()]
     assert process.stdout.split() == [*names, "False", "SourceFileLoader", "SourceFileLoader", "True"], process.stderr
 
 
-def test_importing_rl_zoo3_alone_does_not_load_the_experiment_manager(run_python: RunPython) -> None:
-    process = run_python("-c", "import rl_zoo3, sys; print('td3c' in rl_zoo3.ALGOS, 'rl_zoo3.exp_manager' in sys.modules)")
+def test_importing_rl_zoo3_alone_does_not_load_the_experiment_manager(start_python: RunPython) -> None:
+    process = start_python("-c", "import rl_zoo3, sys; print('td3c' in rl_zoo3.ALGOS, 'rl_zoo3.exp_manager' in sys.modules)")
     assert process.stdout.split() == ["True", "False"], process.stderr
 
 
@@ -80,8 +80,8 @@ print('td3c' in rl_zoo3.ALGOS)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", "False"), ("0", "True"), ("", "True")])
-def test_the_environment_variable_turns_the_hook_off(run_python: RunPython, value: str, expected: str) -> None:
-    process = run_python("-c", "import rl_zoo3; print('td3c' in rl_zoo3.ALGOS)", SB3_OFFLINE_FT_NO_HOOK=value)
+def test_the_environment_variable_turns_the_hook_off(start_python: RunPython, value: str, expected: str) -> None:
+    process = start_python("-c", "import rl_zoo3; print('td3c' in rl_zoo3.ALGOS)", SB3_OFFLINE_FT_NO_HOOK=value)
     assert (process.stdout.strip(), process.stderr) == (expected, "")
 
 
@@ -89,7 +89,7 @@ def test_startup_files_left_behind_are_silent(wheel: Path, tmp_path: Path) -> No
     installation = Installation(wheel, tmp_path / "installation")
     (installation.site_packages / "_sb3_offline_ft_startup.py").unlink()
     (installation.site_packages / "sb3_offline_ft.start").unlink()
-    process = installation.run("-c", "print('unharmed')", cwd=tmp_path)
+    process = installation.start("-c", "print('unharmed')", cwd=tmp_path)
     assert (process.returncode, process.stdout, process.stderr) == (0, "unharmed\n", "")
 
 

@@ -190,7 +190,6 @@ def test_kill_9_at_50_random_moments_loses_at_most_the_episode_under_way(tmp_pat
         error_rates={"false_stop": 1e-6, "false_go": 1e-6}, risk=None,
     )  # fmt: skip
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sb3_offline_ft.trial.running", "tests.test_trial_running"])
     chance, journal = random.Random(0), trial.journal.path
     lines: list[bytes] = []
     for kill in range(60):
