@@ -100,7 +100,8 @@ def replay_facts(model: BaseAlgorithm) -> dict[str, Any] | None:
     facts = buffer_facts(model)
     if facts is None:
         return None
-    assert isinstance(model, OffPolicyAlgorithm) and (buffer := model.replay_buffer) is not None
+    assert isinstance(model, OffPolicyAlgorithm) and model.replay_buffer is not None
+    buffer = model.replay_buffer
     facts["distinct_rows"] = _distinct(*_stored(buffer))
     if facts["rows"] + facts["offline_rows"] > 0:
         batch = buffer.sample(model.batch_size, env=model.get_vec_normalize_env())

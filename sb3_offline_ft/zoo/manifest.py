@@ -159,8 +159,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         file = folder / Path(name).name
         if file.is_file() and file_digest(file) != digest:
             raise ValueError(
-                f"{path} is that of another run: {file.name} beside it is not the model that it tells of (its SHA-256 differs). "
-                "Put the files of one run together again."
+                f"{path} is that of another run: {file.name} beside it is not the model that it tells of (its SHA-256 "
+                "differs). Put the files of one run together again."
             )
     return cast(dict[str, Any], content)
 

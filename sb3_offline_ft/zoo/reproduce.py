@@ -54,38 +54,33 @@ class Verdict:
     @property
     def words(self) -> str:
         """The verdict in one line."""
-        timesteps, updates = self.until
-        if self.difference is None:
-            words = (
-                f"THE SAME, to the bit: weights after {updates:,} updates, and returns of {self.episodes:,} training episodes"
-            )
-            state = self.first["state"]
-            return (
-                words
-                if state in (FINISHED, FAILED)
-                else f"{words}. The first run was not finished ({state}): as far as it went"
-            )
-        return f"DIFFERENT: {_parted_in_words(self.difference)}"
+        if self.difference is not None:
+            return f"DIFFERENT: {_parted_in_words(self.difference)}"
+        counts = f"weights after {self.until[1]:,} updates, and returns of {self.episodes:,} training episodes"
+        state = "" if _is_whole(self.first) else f". The first run was not finished ({self.first['state']}): as far as it went"
+        return f"THE SAME, to the bit: {counts}{state}"
+
+
+def _is_whole(first: Mapping[str, Any]) -> bool:
+    """Whether a run ended by itself, so that another one has to end there too."""
+    return first["state"] in (FINISHED, FAILED)
 
 
 def _parted_in_words(difference: Difference) -> str:
     parts = []
-    if difference.updates is not None:
-        before = "from the start" if difference.same_until is None else f"the same until update {difference.same_until:,}"
-        where = (
-            "the first weights differ" if difference.updates == 0 else f"weights differ after update {difference.updates:,}"
-        )
-        parts.append(where if difference.updates == 0 else f"{before}, {where}")
+    if difference.updates == 0:
+        parts.append("weights differ from the start")
+    elif difference.updates is not None:
+        until = "" if difference.same_until is None else f"the same until update {difference.same_until:,}, "
+        parts.append(f"{until}weights differ after update {difference.updates:,}")
     elif difference.same_until is not None:
         parts.append(f"weights are the same until update {difference.same_until:,}")
     else:
         parts.append("no weights could be compared")
     if difference.episode is not None:
-        words = [
-            "none" if event is None else f"return {event['return']:g} in {event['length']:,} steps"
-            for event in (difference.first, difference.second)
-        ]
-        ended = next(event["timestep"] for event in (difference.first, difference.second) if event is not None)
+        events = (difference.first, difference.second)
+        words = [f"return {event['return']:g} in {event['length']:,} steps" if event else "none" for event in events]
+        ended = next(event["timestep"] for event in events if event)
         parts.append(f"training episode {difference.episode:,}, ended at step {ended:,}, differs: {words[0]}, now {words[1]}")
     if difference.ends is not None:
         (steps, updates), (steps_now, updates_now) = difference.ends
@@ -117,13 +112,13 @@ def reproduce(folder: Path, keep: Path | None = None, trust_pickle: bool = False
         if any(word.split("=")[0] in ("-tb", "--tensorboard-log") for word in arguments):
             command += ["-tb", str(logs / "tensorboard")]
         console.print(Text(f"Running again: {_shown(command)}"), soft_wrap=True)
-        code = _run(command, first, trace, logs, console)
+        failure = _run(command, first, trace, logs, console)
         made = next((logs / first["algorithm"]).glob(f"*/{MANIFEST}"), None)
-        if made is None or (code > 0 and first["state"] != FAILED):
-            raise OSError(f"The run could not be run again: {_last_lines(logs / OUTPUT, console)}")
+        if made is None or (failure is not None and first["state"] != FAILED):
+            raise OSError(f"The run could not be run again: {failure or 'it has left no run folder'}")
         second, traced = read_manifest(made.parent), Trace.read(made.parent)
-    whole = first["state"] in (FINISHED, FAILED)
-    return Verdict(first, trace.end, len(trace.episodes), compare(trace, traced, whole), surroundings(first, second))
+    difference = compare(trace, traced, whole=_is_whole(first))
+    return Verdict(first, trace.end, len(trace.episodes), difference, surroundings(first, second))
 
 
 def _arguments(first: Mapping[str, Any], trust_pickle: bool) -> list[str]:
@@ -152,14 +147,13 @@ def _log_folder(keep: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _run(command: list[str], first: Mapping[str, Any], trace: Trace, logs: Path, console: Console) -> int:
-    """Run it, or as far as the first run came; the exit code, negative if it was stopped there."""
+def _run(command: list[str], first: Mapping[str, Any], trace: Trace, logs: Path, console: Console) -> str | None:
+    """Run it, or as far as the first run came; what went wrong in one line, None for nothing."""
     given = {name: first["variables"].get(name) for name in VARIABLES}
     environment = {name: value for name, value in os.environ.items() if name not in given}
     environment |= {name: value for name, value in given.items() if value is not None}
     # The command may name files there
     working_folder = Path(first["working_folder"])
-    whole = first["state"] in (FINISHED, FAILED)
     with (logs / OUTPUT).open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -171,18 +165,23 @@ def _run(command: list[str], first: Mapping[str, Any], trace: Trace, logs: Path,
         )
         try:
             with _progress(trace, console) as show:
-                while True:
-                    try:
-                        return process.wait(POLL_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        now = _trace_so_far(logs / first["algorithm"])
-                        show(now)
-                        if not whole and now.weights and now.end >= trace.end:
-                            return -1
+                while (code := _exit_code(process)) is None:
+                    now = _trace_so_far(logs / first["algorithm"])
+                    show(now)
+                    if not _is_whole(first) and now.weights and now.end >= trace.end:
+                        return None
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+    return None if code == 0 else f"exit code {code}: {_last_lines(logs / OUTPUT, console)}"
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _trace_so_far(runs: Path) -> Trace:
@@ -199,9 +198,8 @@ def _progress(trace: Trace, console: Console) -> Iterator[Callable[[Trace], None
         def show(now: Trace) -> None:
             timesteps, updates = now.end
             parted = compare(trace, now, whole=False)
-            state = (
-                "the same so far" if parted is None or parted.updates is None else f"different since update {parted.updates:,}"
-            )
+            since = None if parted is None else parted.updates
+            state = "the same so far" if since is None else f"different since update {since:,}"
             words = f"step {timesteps:,}, update {updates:,}: {state}" if now.weights else "starting"
             progress.update(task, completed=timesteps + updates, description=words)
 

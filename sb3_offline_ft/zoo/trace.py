@@ -23,7 +23,8 @@ Position = tuple[int, int]
 
 def _mark(updates: int) -> int:
     """The number of updates, rounded down to its first digit or to :data:`EVERY`: a digest is due when it changes."""
-    return updates - updates % min(EVERY, 10 ** (len(str(updates)) - 1))
+    unit = min(EVERY, int(10 ** (len(str(updates)) - 1)))
+    return updates - updates % unit
 
 
 class RunTrace(BaseCallback):

@@ -1,6 +1,6 @@
 """
-``python -m sb3_offline_ft.zoo.train``: rl_zoo3's train with our algorithms, whether or not the startup hook is active, and with
-a manifest in the folders of all algorithms' runs.
+``python -m sb3_offline_ft.zoo.train``: rl_zoo3's train with our algorithms, whether or not the startup hook is active, and
+with a manifest in the folders of all algorithms' runs.
 """
 
 import sb3_offline_ft.zoo
@@ -13,7 +13,7 @@ def main() -> None:
 
     from sb3_offline_ft.zoo.recording import RecordingManager
 
-    train.ExperimentManager = RecordingManager
+    setattr(train, "ExperimentManager", RecordingManager)  # noqa: B010  # rl_zoo3 does not export the name
     train.train()
 
 
