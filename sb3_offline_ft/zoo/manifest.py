@@ -115,6 +115,7 @@ class RunRecord:
             replay_buffer=buffer_facts(model),
             timesteps=model.num_timesteps,
             updates=int(getattr(model, "_n_updates", 0)),
+            warmup_end=getattr(model, "first_warmup_end", 0),
             finished=_now(),
             seconds=round(time.monotonic() - self._clock, 1),
         )

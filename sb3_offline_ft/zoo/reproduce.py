@@ -118,7 +118,9 @@ def reproduce(folder: Path, keep: Path | None = None, trust_pickle: bool = False
             raise OSError(f"The run could not be run again: {failure or 'it has left no run folder'}")
         second, traced = read_manifest(made.parent), Trace.read(made.parent)
     difference = compare(trace, traced, whole=_is_whole(first))
-    return Verdict(first, trace.end, len(trace.episodes), difference, surroundings(first, second))
+    until = next((position for position in reversed(trace.weights) if position in traced.weights), (0, 0))
+    episodes = min(len(trace.episodes), len(traced.episodes))
+    return Verdict(first, until, episodes, difference, surroundings(first, second))
 
 
 def _arguments(first: Mapping[str, Any], trust_pickle: bool) -> list[str]:
