@@ -84,9 +84,16 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             names, sha = self.hub.files[repository], self.hub.revision(repository)
             if "/tree/" in path:
-                self._answer([{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in names.items()])
+                self._answer(
+                    [
+                        {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                        for name, data in names.items()
+                    ]
+                )
             else:
-                self._answer({"id": repository, "modelId": repository, "sha": sha, "siblings": [{"rfilename": name} for name in names]})
+                self._answer(
+                    {"id": repository, "modelId": repository, "sha": sha, "siblings": [{"rfilename": name} for name in names]}
+                )
             return
         repository, _, rest = path.strip("/").partition("/resolve/")
         name = rest.partition("/")[2]

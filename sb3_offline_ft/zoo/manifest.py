@@ -310,9 +310,9 @@ def _hyperparameters(
     for name, source in sources.items():
         argument = name.removeprefix(FINETUNING_PREFIX)
         if argument not in found and name not in NOISE:
-            found[name] = {"value": json_form(manager.configured.get(name)), "source": source}
+            found[name] = {"value": manager.configured.get(name), "source": source}
         elif name != argument and argument in manager.configured:
-            found[argument]["in_pretraining"] = json_form(manager.configured[argument])
+            found[argument]["in_pretraining"] = manager.configured[argument]
     return found
 
 

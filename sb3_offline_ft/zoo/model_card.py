@@ -17,8 +17,12 @@ from sb3_offline_ft.zoo.reproduce import COMMANDS
 from sb3_offline_ft.zoo.trace import Trace
 
 HOME = "https://github.com/DLR-RM"
-PATHS = re.compile(r"(?<![\w/:.])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`|,;:*?<>/\\]+[/\\])+")
-"""Folders of absolute paths, but not those of URLs."""
+_BEGIN = r"(?:~|[A-Za-z]:)?[/\\]"
+PATHS = (
+    re.compile(rf"(?<=['\"]){_BEGIN}[^'\"]*[/\\](?=[^'\"/\\]*['\"])"),
+    re.compile(rf"(?<![\w/:.]){_BEGIN}(?:[^\s'\"`|,;:*?<>/\\]+[/\\])+"),
+)
+"""Folders of absolute paths: in quotes, where they may hold spaces, and elsewhere, but not those of URLs."""
 _OF_FOLDERS = ("-f", "--log-folder", "-tb", "--tensorboard-log", "--storage", "--optimization-log-path")
 """Options that say where a run writes, or what is on one machine only."""
 
@@ -89,7 +93,9 @@ model = {class_name}.load(load_from_hub("{repository}", "{algo}-{environment.rep
 
 def without_folders(text: str) -> str:
     """A text in which absolute paths are replaced by the names of the files."""
-    return PATHS.sub("", text)
+    for pattern in PATHS:
+        text = pattern.sub("", text)
+    return text
 
 
 def public_spec(spec: Any) -> str:

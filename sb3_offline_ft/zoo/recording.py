@@ -6,6 +6,7 @@ from typing import Any
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_offline_ft.common.json_form import json_form
 from sb3_offline_ft.zoo.manifest import RunRecord, config_source
 
 PARAMETERS = "command line (-params)"
@@ -30,7 +31,8 @@ class RecordingManager(ExperimentManager):
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """As rl_zoo3's; what set them is remembered."""
         hyperparams, saved_hyperparams = super().read_hyperparameters()
-        self.configured = dict(saved_hyperparams)
+        # A copy: rl_zoo3 goes on to change what is in it
+        self.configured = json_form(saved_hyperparams)
         config = config_source(self.algo, self.config)
         trial = dict.fromkeys(self._of_trial, f"trial {self.trial_id} of the study {self.study_name}")
         given = dict.fromkeys(self.custom_hyperparams or {}, PARAMETERS)
