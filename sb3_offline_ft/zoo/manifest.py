@@ -24,6 +24,7 @@ from sb3_offline_ft.common.json_form import json_form
 from sb3_offline_ft.common.live import as_json, buffer_facts, live_arguments
 from sb3_offline_ft.common.machine import PACKAGES, machine_facts
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, NOISE
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.datasets.files.zoo import LEARNER_STATISTICS
 from sb3_offline_ft.deployment.champion_challenger import STATISTICS
@@ -60,29 +61,13 @@ class RunRecord:
         self.trace = RunTrace(self.folder, lambda: self._write(dataset=_dataset(model)))
         self._clock = time.monotonic()
         self._arguments = live_arguments(model)
-        self.content: dict[str, Any] = {
-            "format": FORMAT,
-            "state": RUNNING,
-            **_command(),
-            "algorithm": manager.algo,
-            "environment": str(manager.env_name.gym_id),
-            "seed": manager.seed,
-            "n_timesteps": manager.n_timesteps,
-            "dataset": None,
-            "agent": _agent(manager),
-            "hyperparameters": _hyperparameters(manager, model, self._arguments, sources),
-            "environments": _environments(model.get_env()),
-            "callbacks": [_callback(callback) for callback in manager.callbacks],
-            "device": str(model.device),
-            "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
-            "threads": th.get_num_threads(),
-            "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-            **machine_facts(("rl_zoo3", *PACKAGES)),
-            "git": _checkout(),
-            "started": _now(),
-            "resumed": [],
-        }
-        self._write()
+        if (self.folder / MANIFEST).is_file():
+            # Only the folder of a run that goes on has one
+            note_resume(self.folder)
+            self.content = read_manifest(self.folder)
+        else:
+            self.content = _begun(manager, model, self._arguments, sources)
+            self._write()
 
     @contextmanager
     def training(self, model: BaseAlgorithm, callbacks: list[BaseCallback], n_timesteps: int) -> Iterator[None]:
@@ -122,7 +107,37 @@ class RunRecord:
 
     def _write(self, **facts: Any) -> None:
         self.content |= facts
-        write_manifest(self.folder, self.content)
+        try:
+            write_manifest(self.folder, self.content)
+        except OSError as error:
+            # As with events: a disk that fails stops no training
+            warn(f"{self.folder / MANIFEST} cannot be written ({error}). The training goes on.", RuntimeWarning)
+
+
+def _begun(manager: Any, model: BaseAlgorithm, arguments: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest of a run that begins."""
+    return {
+        "format": FORMAT,
+        "state": RUNNING,
+        **_command(),
+        "algorithm": manager.algo,
+        "environment": str(manager.env_name.gym_id),
+        "seed": manager.seed,
+        "n_timesteps": manager.n_timesteps,
+        "dataset": None,
+        "agent": _agent(manager),
+        "hyperparameters": _hyperparameters(manager, model, arguments, sources),
+        "environments": _environments(model.get_env()),
+        "callbacks": [_callback(callback) for callback in manager.callbacks],
+        "device": str(model.device),
+        "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
+        "threads": th.get_num_threads(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        **machine_facts(("rl_zoo3", *PACKAGES)),
+        "git": _checkout(),
+        "started": _now(),
+        "resumed": [],
+    }
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
