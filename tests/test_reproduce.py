@@ -205,7 +205,9 @@ class StopAtStep(BaseCallback):
 )
 def test_the_manifest_says_how_a_run_ended(tmp_path: Path, callback: str, state: str, error: str | None) -> None:
     callbacks = f"{__name__}.{callback}AtStep"
-    manager = make_manager(tmp_path, hyperparams=SMALL | {"callback": callbacks, "warmup_steps": 20})
+    manager = make_manager(
+        tmp_path, hyperparams=SMALL | {"callback": callbacks, "warmup_steps": 20, "constraint_reference": "target"}
+    )
     model, _ = manager.setup_experiment()
     folder = Path(manager.save_path)
     begun = read_manifest(folder)
