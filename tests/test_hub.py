@@ -57,7 +57,7 @@ def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_p
     assert {"sb3_offline_ft", "stable-baselines3", ENV} <= set(facts["tags"])
     assert facts["model-index"][0]["results"][0]["metrics"][0]["type"] == "mean_reward"
     rows = dict(line.strip("| ").split(" | ", 1) for line in card.splitlines() if line.startswith("| ") and " | " in line[2:])
-    assert rows["model"].startswith("the champion") and "(10 episodes" in rows["return"]
+    assert rows["model"] == "the champion at the end of the run" and "(10 episodes" in rows["return"]
     assert rows["data"].startswith("`mine`: 20,000 transitions in 100 episodes, mean return -888.4")
     assert {"served", "at risk", "outcome", "served return", "J after pretraining", "lowest J while finetuning"} <= rows.keys()
     assert "dip depth" in rows
@@ -79,6 +79,7 @@ def test_the_card_of_a_run_without_evaluations_has_the_baseline_of_its_warm_up(t
     assert "| model | the learner at the end of the run |" in card
     assert "| J0 | -" in card and "(1 episode), in the warm-up |" in card
     assert "| return of training episodes | mean -" in card
+    assert "| batch_size | `16` | command line (-params) |" in card and "| tau |" not in card
     assert "-orga me -f logs/ -name other-name" in card and "secret" not in card
     # A run that an earlier version made
     (run / "manifest.json").unlink()

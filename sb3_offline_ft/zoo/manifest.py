@@ -36,7 +36,7 @@ FORMAT = 1
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED", "ATEN_CPU_CAPABILITY")
 """Environment variables that rounding, or the order of things, may depend on."""
-COMMAND_LINE, AGENT = "command line", "the agent that was loaded (-i)"
+COMMAND_LINE, AGENT, DEFAULT = "command line", "the agent that was loaded (-i)", "default of the algorithm"
 OPTIONS = {
     "seed": ("--seed",),
     "device": ("--device",),
@@ -340,7 +340,7 @@ def _source(name: str, manager: Any, sources: Mapping[str, str]) -> str:
         return f"made by rl-zoo3 of noise_type and noise_std, {sources['noise_std']}"
     if manager.continue_training and (name not in sources or name in ("policy", "policy_kwargs")):
         return AGENT
-    return sources.get(name, "default of the algorithm")
+    return sources.get(name, DEFAULT)
 
 
 def _option(names: tuple[str, ...]) -> str | None:

@@ -1,5 +1,6 @@
 """The model card of a run on the Hugging Face Hub: data, baseline, dips, what was served, and how to run it."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from sb3_offline_ft.algorithms import algorithm_class
 from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL
 from sb3_offline_ft.deployment.history import History, level_words
 from sb3_offline_ft.evaluation.run_summary import EVALUATIONS, summarize_run
-from sb3_offline_ft.zoo.manifest import MANIFEST, read_manifest
+from sb3_offline_ft.zoo.manifest import DEFAULT, MANIFEST, read_manifest
 from sb3_offline_ft.zoo.reproduce import COMMANDS
 from sb3_offline_ft.zoo.trace import Trace
 
@@ -23,8 +24,8 @@ PATHS = (
     re.compile(rf"(?<![\w/:.]){_BEGIN}(?:[^\s'\"`|,;:*?<>/\\]+[/\\])+"),
 )
 """Folders of absolute paths: in quotes, where they may hold spaces, and elsewhere, but not those of URLs."""
-_OF_FOLDERS = ("-f", "--log-folder", "-tb", "--tensorboard-log", "--storage", "--optimization-log-path")
-"""Options that say where a run writes, or what is on one machine only."""
+_OF_ONE_MACHINE = ("-f", "--log-folder", "-tb", "--tensorboard-log", "--storage", "--study-name", "--trial-id")
+"""Options that say where a run writes, or what others do not have."""
 
 Rows = Iterator[tuple[str, str]]
 
@@ -42,13 +43,14 @@ def model_card(
     :return: The text in Markdown, without metadata, and without the folders of this machine
     """
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    contest = History.read(folder)
     organization, name = repository.split("/")
     class_name = algorithm_class(algo).__name__
     rows = [
         *_evaluation_rows(results),
-        *_model_rows(model_file),
+        ("model", _model_in_words(model_file, contest is not None)),
         *_data_rows(manifest),
-        *_run_rows(folder, manifest),
+        *_run_rows(folder, manifest, contest),
     ]
     table = "\n".join(f"| {title} | {text} |" for title, text in rows)
     options = f"--algo {algo} --env {environment}"
@@ -63,8 +65,8 @@ A policy that was pretrained on logged data and finetuned online with `{class_na
 |---|---|
 {table}
 
-Returns are undiscounted sums of rewards of an episode. J0 is the mean return of the pretrained policy, before its first online
-update.
+Returns are undiscounted sums of rewards of an episode. J0 or "J after pretraining" is the mean return of the pretrained
+policy, before its first online update.
 
 ## Use it
 
@@ -112,9 +114,10 @@ def _evaluation_rows(results: Mapping[str, Any]) -> Rows:
     )
 
 
-def _model_rows(model_file: Path) -> Rows:
-    is_best = model_file.name == BEST_MODEL
-    yield "model", "the champion, or the best at evaluations" if is_best else "the learner at the end of the run"
+def _model_in_words(model_file: Path, has_champion: bool) -> str:
+    if model_file.name == BEST_MODEL:
+        return "the champion at the end of the run" if has_champion else "the best at evaluations"
+    return "a checkpoint" if model_file.name.startswith("rl_model") else "the learner at the end of the run"
 
 
 def _data_rows(manifest: Mapping[str, Any] | None) -> Rows:
@@ -125,8 +128,7 @@ def _data_rows(manifest: Mapping[str, Any] | None) -> Rows:
         yield "fingerprint of the data", f"`{data['fingerprint'][:16]}`"
 
 
-def _run_rows(folder: Path, manifest: Mapping[str, Any] | None) -> Rows:
-    contest = History.read(folder)
+def _run_rows(folder: Path, manifest: Mapping[str, Any] | None, contest: History | None) -> Rows:
     if (folder / EVALUATIONS).is_file():
         summary = summarize_run(folder)
         # Its data is in other rows, and where its files are is nobody's business
@@ -153,15 +155,24 @@ def _training(manifest: Mapping[str, Any] | None, options: str) -> str:
     words = iter(manifest["arguments"])
     kept = []
     for word in words:
-        if word in _OF_FOLDERS:
+        if word in _OF_ONE_MACHINE:
             next(words, None)
         else:
             kept.append(word)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     steps, updates = manifest.get("timesteps", manifest["n_timesteps"]), manifest.get("updates", 0)
+    rows = "\n".join(
+        f"| {name} | `{json.dumps(public_spec(fact['value']) if name == 'dataset' else fact['value'])}` | {fact['source']} |"
+        for name, fact in manifest["hyperparameters"].items()
+        if fact["source"] != DEFAULT and name != "tensorboard_log"
+    )
     return f"""
 ```bash
 python -m rl_zoo3.train {shlex.join(kept)} --seed {manifest["seed"]}
 ```
+
+| not a default of the algorithm | value | set by |
+|---|---|---|
+{rows}
 
 Seed {manifest["seed"]}, {steps:,} interactions, {updates:,} updates. Versions: {versions}."""

@@ -79,7 +79,7 @@ def _parted_in_words(difference: Difference) -> str:
         parts.append("no weights could be compared")
     if difference.episode is not None:
         events = (difference.first, difference.second)
-        words = [f"return {event['return']:g} in {event['length']:,} steps" if event else "none" for event in events]
+        words = [f"return {event['return']} in {event['length']:,} steps" if event else "none" for event in events]
         ended = next(event["timestep"] for event in events if event)
         parts.append(f"training episode {difference.episode:,}, ended at step {ended:,}, differs: {words[0]}, now {words[1]}")
     if difference.ends is not None:
