@@ -170,6 +170,8 @@ def test_where_two_runs_part() -> None:
     assert episode.second is not None and episode.second["return"] == 3.0
     shorter = compare(first, trace_of("a", "b", returns=(1.0,)))
     assert shorter is not None and shorter.ends == ((20, 20), (10, 10)) and shorter.second is None
+    nan = trace_of("a", returns=(float("nan"),))
+    assert compare(nan, trace_of("a", returns=(float("nan"),))) is None
     # A run that was stopped may go on
     assert compare(trace_of("a", "b", returns=(1.0,)), first, whole=False) is None
     assert compare(trace_of("a"), trace_of(), whole=False) is not None
@@ -295,11 +297,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a study's": (lambda folder: (folder / MANIFEST).write_text('{"cell": 1}'), "expected facts by name with a `format`"),
     "later": (lambda folder: change(folder, format=99), "update sb3-offline-ft"),
     "no command": (lambda folder: change(folder, arguments=[1]), "must hold texts"),
+    "no source": (lambda folder: change(folder, hyperparameters={"tau": 1}), "each of `hyperparameters`"),
     "no seed": (lambda folder: change(folder, seed="1"), "`seed` must be a whole number"),
     "another run's": (overwrite_model, "is that of another run"),
     "own script": (lambda folder: change(folder, module="mine.py"), "started by mine.py"),
     "no trace": (lambda folder: (folder / TRACE).unlink(), "has no trace.jsonl"),
     "trace": (lambda folder: (folder / TRACE).write_text('{"event": "weights"}\n'), "damaged or not the trace of a run"),
+    "trace's start": (
+        lambda folder: (folder / TRACE).write_text('{"event": "start"}\n' * 2),
+        "has no trace.jsonl, or an empty",
+    ),
     "pickle": (lambda folder: change(folder, arguments=PICKLE), "add --trust-pickle"),
 }
 

@@ -193,6 +193,14 @@ def _check_texts(content: Mapping[str, Any]) -> None:
     files = content.get("files", {})
     if not isinstance(files, dict) or not all(isinstance(text, str) for text in [*texts, *files.values()]):
         raise ValueError("`arguments`, `variables`, `versions` and `files` must hold texts")
+    facts = [content.get(name) or {} for name in ("dataset", "agent", "git")]
+    settings = content["hyperparameters"].values()
+    if not all(isinstance(fact, dict) for fact in (*facts, *settings)) or not all(
+        {"value", "source"} <= fact.keys() for fact in settings
+    ):
+        raise ValueError(
+            "`dataset`, `agent` and `git` must be mappings, and each of `hyperparameters` one with value and source"
+        )
 
 
 def note_resume(folder: Path) -> None:

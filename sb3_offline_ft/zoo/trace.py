@@ -17,6 +17,8 @@ WEIGHTS, EPISODE = "weights", "episode"
 EVERY = 1_000
 """Updates between two digests; less at the beginning, where runs that differ begin to."""
 
+_OF_EPISODES: dict[str, type] = {"timestep": int, "env": int, "return": float, "length": int}
+
 Position = tuple[int, int]
 """Environment steps and updates."""
 
@@ -103,15 +105,20 @@ class Trace:
         :raises ValueError: A line is damaged
         """
         path = folder / TRACE
-        events = lived(read_events(path)) if path.is_file() else []
+        events = read_events(path) if path.is_file() else []
         try:
-            weights = {(event["timestep"], event["updates"]): event["sha256"] for event in events if event["event"] == WEIGHTS}
+            events = lived(events)
+            weights = {
+                (int(event["timestep"]), int(event["updates"])): str(event["sha256"])
+                for event in events
+                if event["event"] == WEIGHTS
+            }
             episodes = [
-                {name: event[name] for name in ("timestep", "env", "return", "length")}
+                {name: kind(event[name]) for name, kind in _OF_EPISODES.items()}
                 for event in events
                 if event["event"] == EPISODE
             ]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} is damaged or not the trace of a run ({type(error).__name__}: {error}).") from None
         return cls(weights, episodes)
 
@@ -168,8 +175,8 @@ def compare(first: Trace, second: Trace, whole: bool = True) -> Difference | Non
 
 def _first_different(first: Sequence[Event], second: Sequence[Event], whole: bool) -> int | None:
     length = max(len(first), len(second)) if whole else min(len(first), len(second))
-    # An episode that is not there is another one
-    return next((n for n in range(length) if _at(first, n) != _at(second, n)), None)
+    # An episode that is not there is another one; NaN, which no number equals, is the same as NaN
+    return next((n for n in range(length) if repr(_at(first, n)) != repr(_at(second, n))), None)
 
 
 def _at(episodes: Sequence[Event], number: int | None) -> Any:
