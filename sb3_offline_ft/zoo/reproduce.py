@@ -23,7 +23,6 @@ COMMANDS = ("rl_zoo3.train", "sb3_offline_ft.zoo.train", "rl_zoo3")
 """Modules and scripts that take rl_zoo3's command line."""
 OUTPUT = "output.txt"
 POLL_SECONDS = 0.5
-LINES_OF_ERROR = 12
 
 Surroundings = dict[str, tuple[Any, Any]]
 
@@ -176,7 +175,7 @@ def _run(command: list[str], first: Mapping[str, Any], trace: Trace, logs: Path,
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    return None if code == 0 else f"exit code {code}: {_last_lines(logs / OUTPUT, console)}"
+    return None if code == 0 else f"exit code {code}: {_last_line(logs / OUTPUT)} (`--keep` keeps all that it said)"
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
@@ -233,10 +232,8 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return facts | {f"hyperparameter {name}": value for name, value in hyperparameters.items()}
 
 
-def _last_lines(output: Path, console: Console) -> str:
+def _last_line(output: Path) -> str:
     lines = output.read_text(errors="replace").strip().splitlines()
-    for line in lines[-LINES_OF_ERROR:-1]:
-        console.print(Text(line), style="dim")
     return lines[-1] if lines else "it said nothing"
 
 
