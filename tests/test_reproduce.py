@@ -305,7 +305,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "trace": (lambda folder: (folder / TRACE).write_text('{"event": "weights"}\n'), "damaged or not the trace of a run"),
     "trace's start": (
         lambda folder: (folder / TRACE).write_text('{"event": "start"}\n' * 2),
-        "has no trace.jsonl, or an empty",
+        "damaged or not the trace of a run",
     ),
     "pickle": (lambda folder: change(folder, arguments=PICKLE), "add --trust-pickle"),
 }
