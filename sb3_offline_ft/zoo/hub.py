@@ -14,6 +14,8 @@ import sb3_offline_ft.zoo
 PUSH, LOAD = "rl_zoo3.push_to_hub", "rl_zoo3.load_from_hub"
 TAGS = ("sb3_offline_ft", "offline-reinforcement-learning", "offline-to-online")
 
+_OURS = "replaced_by_sb3_offline_ft"
+
 MetadataSave = Callable[[str | Path, dict[str, Any]], None]
 
 
@@ -43,8 +45,10 @@ def run(command: str) -> None:
 
 def _replace(module: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     function = getattr(module, name)
-    if not hasattr(function, "__wrapped__"):
-        setattr(module, name, wraps(function)(wrapper(function)))
+    if not hasattr(function, _OURS):
+        replaced = wraps(function)(wrapper(function))
+        setattr(replaced, _OURS, True)
+        setattr(module, name, replaced)
 
 
 def _naming_missing_files_as_before(load: Callable[[str, str], str]) -> Callable[[str, str], str]:

@@ -7,6 +7,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_offline_ft.common.json_form import json_form
+from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.zoo.manifest import RunRecord, config_source
 
 PARAMETERS = "command line (-params)"
@@ -33,6 +34,8 @@ class RecordingManager(ExperimentManager):
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         # A copy: rl_zoo3 goes on to change what is in it
         self.configured = json_form(saved_hyperparams)
+        if "dataset" in self.configured:
+            self.configured["dataset"] = without_trust(self.configured["dataset"])
         config = config_source(self.algo, self.config)
         trial = dict.fromkeys(self._of_trial, f"trial {self.trial_id} of the study {self.study_name}")
         given = dict.fromkeys(self.custom_hyperparams or {}, PARAMETERS)
