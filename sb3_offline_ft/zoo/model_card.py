@@ -150,25 +150,18 @@ def _run_rows(folder: Path, manifest: Mapping[str, Any] | None, contest: History
 
 
 def _training(manifest: Mapping[str, Any] | None, options: str) -> str:
-    if manifest is None or manifest["module"] not in COMMANDS:
+    if manifest is None:
         return f"\n```bash\npython -m rl_zoo3.train {options} -f logs/\n```"
-    words = iter(manifest["arguments"])
-    kept = []
-    for word in words:
-        if word in _OF_ONE_MACHINE:
-            next(words, None)
-        else:
-            kept.append(word)
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    steps, updates = manifest.get("timesteps", manifest["n_timesteps"]), manifest.get("updates", 0)
     rows = "\n".join(
         f"| {name} | `{json.dumps(public_spec(fact['value']) if name == 'dataset' else fact['value'])}` | {fact['source']} |"
         for name, fact in manifest["hyperparameters"].items()
         if fact["source"] != DEFAULT and name != "tensorboard_log"
     )
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    steps, updates = manifest.get("timesteps", manifest["n_timesteps"]), manifest.get("updates", 0)
     return f"""
 ```bash
-python -m rl_zoo3.train {shlex.join(kept)} --seed {manifest["seed"]}
+python -m rl_zoo3.train {shlex.join(_arguments(manifest)) or options} --seed {manifest["seed"]}
 ```
 
 | not a default of the algorithm | value | set by |
@@ -176,3 +169,14 @@ python -m rl_zoo3.train {shlex.join(kept)} --seed {manifest["seed"]}
 {rows}
 
 Seed {manifest["seed"]}, {steps:,} interactions, {updates:,} updates. Versions: {versions}."""
+
+
+def _arguments(manifest: Mapping[str, Any]) -> list[str]:
+    """What others can type of a run's command line; nothing if it was started in another way."""
+    words, kept = iter(manifest["arguments"] if manifest["module"] in COMMANDS else ()), []
+    for word in words:
+        if word in _OF_ONE_MACHINE:
+            next(words, None)
+        else:
+            kept.append(word)
+    return kept
