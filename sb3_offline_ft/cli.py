@@ -69,6 +69,28 @@ def summary(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as logs/td3c/Hopper-v5_1.")],
+    keep: Annotated[Path | None, typer.Option(help="Folder that gets the new run; it is not kept if omitted.")] = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """
+    Do a run of rl-zoo3 again, and say whether it came out the same to the bit.
+
+    The exit code is 0 if it did, 1 if not, 2 if it could not be run. It runs the command that the folder names: do that only
+    with folders that you trust.
+    """
+    with reporting("reproduce", "interrupted", exit_code=2):
+        from sb3_offline_ft.zoo.reproduce import reproduce as run_again
+        from sb3_offline_ft.zoo.reproduce import show_verdict
+
+        verdict = run_again(run, keep, trust_pickle)
+        show_verdict(verdict)
+    if not verdict.is_same:
+        raise typer.Exit(1)
+
+
+@app.command()
 def robustness(
     policy: Annotated[
         str, typer.Argument(help="The candidate: a .zip, a run's folder of rl-zoo3, a .onnx file or module:function.")

@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 import sb3_offline_ft
 from sb3_offline_ft import TD3BC, load_dataset
 from sb3_offline_ft.common.live import as_json
+from sb3_offline_ft.common.machine import machine_facts, processor
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.pretrained.recipe import Recipe
 from sb3_offline_ft.pretrained.start import new_pretraining_learner, pretrain
@@ -39,7 +40,6 @@ from sb3_offline_ft.study.engine.folder import (
     run_folder,
     write_result,
 )
-from sb3_offline_ft.study.engine.machine import machine_facts, processor
 from sb3_offline_ft.study.engine.measure import FINETUNING, PRETRAINING, Measure
 from sb3_offline_ft.study.engine.results import load_results
 from tests.study_environments import FOLDER_VARIABLE, GATED_PENDULUM

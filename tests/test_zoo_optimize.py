@@ -28,9 +28,10 @@ from stable_baselines3.common.vec_env import VecEnv
 import sb3_offline_ft
 from sb3_offline_ft import TD3C, LearnerSnapshot, OfflineDataset, OfflineTD3, load_dataset, register
 from sb3_offline_ft.algorithms import ALGORITHMS, algorithm_class, search_space
+from sb3_offline_ft.common.machine import code_digest
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, SearchSpace, choice, finetuning_arguments, real
 from sb3_offline_ft.pretrained.cache import PretrainedCache
-from sb3_offline_ft.pretrained.recipe import Recipe, code_digest, online_only_arguments
+from sb3_offline_ft.pretrained.recipe import Recipe, online_only_arguments
 from sb3_offline_ft.pretrained.start import pretrain
 from sb3_offline_ft.tuning.storage import open_storage
 from tests.conftest import REPOSITORY, Installation, RunPython

@@ -1,5 +1,6 @@
 """What a learner is, read off the learner itself: a run claims nothing that it did not have."""
 
+import hashlib
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -66,6 +67,27 @@ def _described(value: Any) -> Any:
     return {"class": type(value).__name__, **attributes}
 
 
+def weights_digest(model: BaseAlgorithm) -> str:
+    """SHA-256 of the weights that a learner has now, target networks included."""
+    digest = hashlib.sha256()
+    for name, tensor in model.policy.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def buffer_facts(model: BaseAlgorithm) -> dict[str, Any] | None:
+    """What of :func:`replay_facts` costs nothing: nothing is drawn, and no rows are compared."""
+    if not isinstance(model, OffPolicyAlgorithm) or (buffer := model.replay_buffer) is None:
+        return None
+    return {
+        "class": type(buffer).__name__,
+        "capacity": buffer.buffer_size * buffer.n_envs,
+        "rows": buffer.size() * buffer.n_envs,
+        "offline_rows": int(getattr(buffer, "offline_size", 0)),
+    }
+
+
 def replay_facts(model: BaseAlgorithm) -> dict[str, Any] | None:
     """
     Read off a learner's replay buffer what it can hold, holds and gives. One batch is drawn, so call it after the last update.
@@ -75,15 +97,12 @@ def replay_facts(model: BaseAlgorithm) -> dict[str, Any] | None:
         ``offline_rows`` beside them, and of one batch how many rows it has, and how many are distinct; None without a buffer
         or before the first row
     """
-    if not isinstance(model, OffPolicyAlgorithm) or (buffer := model.replay_buffer) is None:
+    facts = buffer_facts(model)
+    if facts is None:
         return None
-    facts: dict[str, Any] = {
-        "class": type(buffer).__name__,
-        "capacity": buffer.buffer_size * buffer.n_envs,
-        "rows": buffer.size() * buffer.n_envs,
-        "distinct_rows": _distinct(*_stored(buffer)),
-        "offline_rows": int(getattr(buffer, "offline_size", 0)),
-    }
+    assert isinstance(model, OffPolicyAlgorithm) and model.replay_buffer is not None
+    buffer = model.replay_buffer
+    facts["distinct_rows"] = _distinct(*_stored(buffer))
     if facts["rows"] + facts["offline_rows"] > 0:
         batch = buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
         parts = [batch.observations, batch.actions, batch.next_observations, batch.rewards]

@@ -142,7 +142,7 @@ class RunSummary:
         table.add_column(style="bold")
         table.add_column()
         # Each part of the summary is a method that gives rows
-        for part in (self._data_rows, self._contest_rows, self._served_rows, self._evaluation_rows, self._file_rows):
+        for part in (self._data_rows, self.contest_rows, self.served_rows, self.evaluation_rows, self._file_rows):
             for name, text in part():
                 table.add_row(name, text)
         return table
@@ -153,10 +153,11 @@ class RunSummary:
             yield "data", f"{self.dataset.spec or self.dataset.name}: {episodes}"
             yield "mean return of the data", f"{self.dataset.episode_returns.mean():.1f}"
 
-    def _contest_rows(self) -> Iterator[tuple[str, str]]:
+    def contest_rows(self) -> Iterator[tuple[str, str]]:
+        """What champion and challengers did."""
         return contest_rows(self.contest)
 
-    def _served_rows(self) -> Iterator[tuple[str, str]]:
+    def served_rows(self) -> Iterator[tuple[str, str]]:
         """What everything that acted earned."""
         acted = self.acted
         if acted is None:
@@ -182,7 +183,8 @@ class RunSummary:
             counts = f"{losses.collapsed_episodes} of {losses.episodes} episodes, {losses.longest_collapse} in a row"
             yield "served collapses", counts
 
-    def _evaluation_rows(self) -> Iterator[tuple[str, str]]:
+    def evaluation_rows(self) -> Iterator[tuple[str, str]]:
+        """What evaluations say: the pretrained policy, dips, the end."""
         n_episodes = int(self.is_frozen.sum()) * self.returns.shape[1]
         level = f"{self.initial_return:.1f}  ({self.offline_steps:,} steps, {n_episodes} episodes)"
         if not self.was_pretrained:

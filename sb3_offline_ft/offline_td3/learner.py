@@ -1,7 +1,7 @@
 """What becomes of Stable-Baselines3's TD3 when it is pretrained on logged data, warmed up and finetuned."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
-from sb3_offline_ft.common.callbacks import BestEvaluation, InitialEvaluation, as_list, find_callbacks
+from sb3_offline_ft.common.callbacks import BestEvaluation, InitialEvaluation, as_list, callbacks_with, find_callbacks
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import known_keywords, show_constructor, whole_number
 from sb3_offline_ft.common.logger import OfflineLogger
@@ -207,7 +207,12 @@ class OfflineLearner(TD3):
     # Phases
 
     def _run_offline(
-        self, gradient_steps: int, callback: BaseCallback | None, progress_bar: bool, log_interval: int = 1000
+        self,
+        gradient_steps: int,
+        callback: BaseCallback | None,
+        progress_bar: bool,
+        log_interval: int = 1000,
+        watchers: Sequence[Any] = (),
     ) -> None:
         bar = make_progress_bar(gradient_steps, f"{type(self).__name__} offline") if progress_bar else None
         start_time, start, last = time.monotonic(), self.offline_steps_done, self.offline_steps_done + gradient_steps
@@ -218,6 +223,8 @@ class OfflineLearner(TD3):
                 self._update_offline(chunk)
                 if bar is not None:
                     bar.update(chunk)
+                for watcher in watchers:
+                    watcher.after_offline_updates()
                 if self.offline_steps_done % log_interval == 0 or self.offline_steps_done == last:
                     elapsed = max(time.monotonic() - start_time, 1e-9)
                     self.logger.record("offline/gradient_steps", self.offline_steps_done)
@@ -284,9 +291,11 @@ class OfflineLearner(TD3):
         self.evaluations.follow(started)
         if self.remaining_offline_steps > 0:
             show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
+            # Callbacks run online only, but for those that say so
+            watchers = list(callbacks_with(started, "after_offline_updates"))
             try:
                 with self._offline_phase():
-                    self._run_offline(self.remaining_offline_steps, None, show)
+                    self._run_offline(self.remaining_offline_steps, None, show, watchers=watchers)
             except KeyboardInterrupt:
                 # rl-zoo3 ends its callbacks after an interrupt, and SB3's progress bar cannot end before it has started
                 for bar in find_callbacks(started, ProgressBarCallback):

@@ -4,10 +4,8 @@ import hashlib
 import inspect
 import json
 import marshal
-import sys
 from collections.abc import Mapping
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -21,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wra
 
 import sb3_offline_ft
 from sb3_offline_ft.common.checks import constructor_arguments
+from sb3_offline_ft.common.machine import code_digest
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.offline_td3 import OfflineTD3
 
@@ -31,8 +30,6 @@ SHARED_WITH_PRETRAINING = tuple(name for name in SAME_THROUGHOUT if name not in 
 
 _ELSEWHERE = frozenset({"env", "dataset", "seed", "device", "_init_setup_model"})
 _PACKAGES = (sb3_offline_ft, stable_baselines3, th, np)
-_TOLD_OTHERWISE = (sb3_offline_ft.__name__, "builtins", "abc", "typing", "torch", "stable_baselines3")
-"""Packages whose code is told by their version, or as a whole."""
 
 
 def online_only_arguments(algorithm: type) -> frozenset[str]:
@@ -41,21 +38,6 @@ def online_only_arguments(algorithm: type) -> frozenset[str]:
     :return: Arguments of its constructor that do not act before the first interaction; all others are part of the recipe
     """
     return frozenset().union(*(vars(base).get("online_only_arguments", ()) for base in algorithm.__mro__))
-
-
-@cache
-def code_digest(algorithm: type | None = None) -> str:
-    """SHA-256 of the sources of this package and of a class and its bases: checkouts of one version are not all the same."""
-    package = Path(sb3_offline_ft.__file__).parent
-    modules = {
-        base.__module__ for base in (algorithm.__mro__ if algorithm else ()) if not base.__module__.startswith(_TOLD_OTHERWISE)
-    }
-    files = {Path(path) for name in modules if (path := getattr(sys.modules.get(name), "__file__", None)) is not None}
-    digest = hashlib.sha256()
-    for path in sorted(files | set(package.rglob("*.py"))):
-        name = path.relative_to(package) if path.is_relative_to(package) else path.name
-        digest.update(f"{name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 class Recipe:

@@ -1,6 +1,7 @@
 """Makes our algorithms known to rl_zoo3; importing this module is enough, and may be done any number of times."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
@@ -41,6 +42,16 @@ def register() -> None:
             f"{', '.join(ALGORITHMS)} are not the default yet. Import sb3_offline_ft.zoo before rl_zoo3.exp_manager, or "
             "call sb3_offline_ft.zoo.register() once more afterwards."
         )
+    _prepare_hub()
+
+
+def _prepare_hub() -> None:
+    """Prepare the command of rl_zoo3 that this process runs, if it is one about the hub."""
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+    if module in (["rl_zoo3.push_to_hub"], ["rl_zoo3.load_from_hub"]):
+        from sb3_offline_ft.zoo.hub import prepare
+
+        prepare(*module)
 
 
 @cache

@@ -25,6 +25,7 @@ from sb3_offline_ft.tuning.objective import split_tuning
 from sb3_offline_ft.tuning.samplers import StudySeed, TrialSeededSampler
 from sb3_offline_ft.tuning.storage import describe_trial, open_storage, with_absolute_path
 from sb3_offline_ft.zoo.pretraining import Pretraining
+from sb3_offline_ft.zoo.recording import RecordingManager
 from sb3_offline_ft.zoo.trials import prepare_trial
 
 DEFAULT_EVALUATIONS = 10
@@ -63,7 +64,7 @@ class _TrialNumber(int):
         return True
 
 
-class OfflineExperimentManager(ExperimentManager):
+class OfflineExperimentManager(RecordingManager):
     """
     What ``ExperimentManager(args, "td3c", ...)`` gives for each of our algorithms. The parameters are those of rl_zoo3's
     class; without ``config`` the hyperparameters are our preset's.
@@ -269,7 +270,7 @@ def offline_manager(cls: type[ExperimentManager]) -> type[OfflineExperimentManag
     :param cls: rl_zoo3's class, or a user's that derives from it
     :return: The class for our algorithms; what the user's overrides comes before ours
     """
-    if cls is ExperimentManager:
+    if issubclass(OfflineExperimentManager, cls):
         return OfflineExperimentManager
     if issubclass(cls, OfflineExperimentManager):
         return cls

@@ -1,6 +1,5 @@
 """One cell of a study: a method on a dataset with a seed."""
 
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +17,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.collapse import CollapseGuard
 from sb3_offline_ft.collapse.events import Event
-from sb3_offline_ft.common.live import live_arguments, replay_facts
+from sb3_offline_ft.common.live import live_arguments, replay_facts, weights_digest
+from sb3_offline_ft.common.machine import machine_facts
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.deployment import ChampionChallenger
 from sb3_offline_ft.evaluation.served import EXPLORE, TRIAL
@@ -26,7 +26,6 @@ from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.study.design.learners import learner_from_scratch, pretrained_learner, pretraining_recipe
 from sb3_offline_ft.study.engine.folder import KINDS, CellResult
-from sb3_offline_ft.study.engine.machine import machine_facts
 from sb3_offline_ft.study.engine.measure import (
     FINETUNING,
     PRETRAINING,
@@ -130,19 +129,10 @@ def _start(
     model = pretrained_learner(method.algorithm, method.hyperparams, pretrained, env, cell.seed)
     return model, {
         "recipe": recipe.digest,
-        "weights_sha256": _digest(model),
+        "weights_sha256": weights_digest(model),
         "algorithm": recipe.algorithm.__name__,
         "hyperparams": pretrained.arguments,
     }
-
-
-def _digest(model: BaseAlgorithm) -> str:
-    """Of the weights that the learner has now."""
-    digest = hashlib.sha256()
-    for name, tensor in model.policy.state_dict().items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
-    return digest.hexdigest()
 
 
 def _run(
