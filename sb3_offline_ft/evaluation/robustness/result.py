@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sb3_offline_ft.common.io import atomic_write, naming_damage
+from sb3_offline_ft.common.reading import read_json
 
 RETURN = "return"
 FILE = "robustness.json"
@@ -163,7 +164,7 @@ class RobustnessResult:
         :raises ValueError: It is damaged, or written by a later version
         """
         with naming_damage(path, "written by `sb3-offline-ft robustness`"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content.pop("format") != FORMAT:
                 raise ValueError(f"it has another format than {FORMAT}, which this version reads")
             content.pop("derived")
