@@ -11,7 +11,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from sb3_offline_ft.common.reading import ArrayFile, RefusedError, open_file, too_large
+from sb3_offline_ft.common.reading import ArrayFile, RefusedError, open_file, reason_of, too_large
 
 
 @contextmanager
@@ -89,8 +89,7 @@ def naming_damage(path: str | os.PathLike[str] | IO[bytes], expected: str) -> It
         raise too_large(path, error) from error
     # Libraries raise anything: EOFError, zlib.error, BadZipFile, RecursionError, ...
     except Exception as error:
-        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is damaged or not {expected} ({reason}).") from error
+        raise ValueError(f"{path} is damaged or not {expected} ({reason_of(error)}).") from error
 
 
 def read_npz(path: str | os.PathLike[str], *names: str, optional: Collection[str] = ()) -> dict[str, np.ndarray]:

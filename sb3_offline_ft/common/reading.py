@@ -30,6 +30,7 @@ _NO_FILES = (
     (stat.S_ISBLK, "a device"),
 )
 _NPY = ".npy"
+_MOST_OF_REASON = 500
 
 
 class ContentError(ValueError):
@@ -146,6 +147,9 @@ class ArrayFile:
         self.where = where
         self._archive = zipfile.ZipFile(stream)
         names = [(info.filename.removesuffix(_NPY), info) for info in self._archive.infolist()]
+        for _, info in names:
+            # Checks that the list of members and the member itself have the same name: a damaged one is not a missing one
+            self._archive.open(info).close()
         self._members = dict(names)
         for name, count in Counter(name for name, _ in names).items():
             if count > 1:
@@ -216,10 +220,17 @@ def check_memory(n_bytes: int, where: str) -> None:
 _ADVICE = "Read a smaller part, or use a machine with more memory."
 
 
+def reason_of(error: Exception) -> str:
+    """What a library says about a damaged file, in one line of bounded length, without what a terminal would obey."""
+    text = " ".join(str(error).split()).rstrip(".")
+    text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    text = text if len(text) <= _MOST_OF_REASON else f"{text[:_MOST_OF_REASON]}..."
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
 def too_large(where: object, error: MemoryError) -> RefusedError:
     """The error to raise in place of a ``MemoryError``."""
-    reason = " ".join(str(error).split()).rstrip(".")
-    return RefusedError(f"{where} needs more memory than there is{f' ({reason})' if reason else ''}. {_ADVICE}")
+    return RefusedError(f"{where} needs more memory than there is ({reason_of(error)}). {_ADVICE}")
 
 
 def _free_memory() -> int | None:

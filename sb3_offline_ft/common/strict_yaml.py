@@ -148,7 +148,7 @@ class Reader:
             self.fail(key, f"must be true or false, found {value!r}.")
         return value
 
-    def whole(self, value: Any, key: str, least: int = 1, most: int = MOST) -> int:
+    def whole(self, value: Any, key: str, least: int = 1, most: int | None = MOST) -> int:
         """A whole number from ``least`` to ``most``."""
         try:
             return whole_number(value, key, least, most)

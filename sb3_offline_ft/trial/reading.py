@@ -51,7 +51,7 @@ def read_plan(path: str | Path) -> TrialPlan:
     """
     file = Path(path).expanduser()
     file = file / PLAN_FILE if file.is_dir() else file
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(
             f"There is no trial in {str(path)!r}, as it has no {PLAN_FILE}: write one with `sb3-offline-ft trial init {path} "
             "--baseline ... --candidate ...`."

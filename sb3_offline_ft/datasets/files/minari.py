@@ -17,7 +17,15 @@ from minari.dataset.minari_storage import is_image_space
 
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.observations import Array, by_key
-from sb3_offline_ft.common.reading import ContentError, RefusedError, check_is_file, check_memory, read_json, too_large
+from sb3_offline_ft.common.reading import (
+    ContentError,
+    RefusedError,
+    check_is_file,
+    check_memory,
+    read_json,
+    reason_of,
+    too_large,
+)
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, check_numbers
 from sb3_offline_ft.datasets.files.hdf5 import open_array, open_hdf5
@@ -90,10 +98,9 @@ def _open(source: Source) -> _Opened:
     except MemoryError as error:
         raise too_large(f"{where}: {str(data / METADATA)!r}", error) from error
     except Exception as error:
-        reason = str(error).rstrip(".") if isinstance(error, ContentError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{where}: Minari {importlib.metadata.version('minari')} cannot open {str(data)!r} ({reason}). Its metadata.json is "
-            "damaged or from another Minari version."
+            f"{where}: Minari {importlib.metadata.version('minari')} cannot open {str(data)!r} ({reason_of(error)}). Its "
+            "metadata.json is damaged or from another Minari version."
         ) from error
     n_stored = metadata["total_episodes"]
     if any(not 0 <= index < n_stored for index in dataset.episode_indices):

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import minari
 
 from sb3_offline_ft.common.observations import Array
-from sb3_offline_ft.common.reading import ContentError, check_is_file, check_memory, too_large
+from sb3_offline_ft.common.reading import ContentError, check_is_file, check_memory, reason_of, too_large
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 
 Kind: TypeAlias = Literal["minari", "minari-folder", "bundled", "npz", "hdf5", "replay-buffer", "own-replay-buffer"]
@@ -67,8 +67,7 @@ def reading(where: str, path: Path) -> Iterator[None]:
         raise too_large(f"{where}: {str(path)!r}", error) from error
     except Exception as error:
         raise ValueError(
-            f"{where}: cannot read {str(path)!r}, it is damaged or incomplete "
-            f"({type(error).__name__}: {error}). Copy or download it again."
+            f"{where}: cannot read {str(path)!r}, it is damaged or incomplete ({reason_of(error)}). Copy or download it again."
         ) from error
 
 

@@ -172,7 +172,28 @@ class RobustnessResult:
             responses = tuple(_response(**response) for response in content.pop("responses"))
             if content["random_return"] is None:
                 content["random_return"] = math.nan
-            return cls(policies=policies, responses=responses, **content)
+            return _checked(cls(policies=policies, responses=responses, **content))
+
+
+def _checked(result: RobustnessResult) -> RobustnessResult:
+    """Check that what is computed of a result can be computed of one that was read."""
+    roles, responses = set(result.policies), result.responses
+    if not roles or not responses or not isinstance(result.env_kwargs, dict):
+        raise ValueError("it lacks policies, responses or the arguments of the environment")
+    for one in responses:
+        sizes = {len(one.levels), *map(len, one.values.values())}
+        if set(one.values) != roles or one.nominal not in one.levels or len(sizes) > 1:
+            raise ValueError(f"{one.name!r} has other policies or levels than it should have")
+    rows = [row for one in responses for of in one.values.values() for row in of]
+    if any(row.keys() != rows[0].keys() or RETURN not in row or not all(row.values()) for row in rows):
+        raise ValueError("its levels do not all have the same metrics")
+    texts = [result.env_id, *result.versions.values(), *(text for one in responses for text in (one.name, one.what))]
+    texts += [text for policy in result.policies.values() for text in (policy.name, policy.sha256 or "")]
+    numbers = [result.random_return, result.seed, *(level for one in responses for level in one.levels)]
+    numbers += [value for row in rows for values in row.values() for value in values]
+    if not all(isinstance(text, str) for text in texts) or any(type(number) not in (int, float) for number in numbers):
+        raise ValueError("a name is no text, or a value no number")
+    return result
 
 
 def _response(values: Any, levels: Any, **facts: Any) -> Response:

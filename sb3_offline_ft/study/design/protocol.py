@@ -143,7 +143,7 @@ class Protocol:
         :raises ValueError: Something in it is wrong; the message names the key, what was expected and what was found
         """
         file = study_file(path)
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(
                 f"There is no study in {str(file.parent)!r}, as it has no {STUDY_FILE}: write one with "
                 f"`sb3-offline-ft study init {path} --env ... --dataset ...`."

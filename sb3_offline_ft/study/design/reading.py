@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,7 @@ def read_seeds(reader: Reader, value: Any) -> tuple[int, ...]:
         return tuple(range(reader.whole(value, "seeds", 1, MOST_SEEDS)))
     if len(value) > MOST_SEEDS:
         reader.fail("seeds", f"must be at most {MOST_SEEDS:,}, found {len(value):,}.")
-    seeds = tuple(reader.whole(seed, f"seeds[{index}]", 0, sys.maxsize) for index, seed in enumerate(value))
+    seeds = tuple(reader.whole(seed, f"seeds[{index}]", 0, None) for index, seed in enumerate(value))
     if not seeds or len(set(seeds)) < len(seeds) or max(seeds) > _MOST_SEED:
         reader.fail("seeds", f"must be a number of seeds, or a list of different ones up to {_MOST_SEED}, found {value!r}.")
     return seeds
