@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -29,7 +30,8 @@ def whole_number(value: Any, name: str, least: int = 0, most: int | None = None)
     if not is_whole or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
     if most is not None and value > most:
-        raise ValueError(f"`{name}` must be at most {most:,}, found {value:.6g}.")
+        found = f"{value:.6g}" if value <= sys.float_info.max else "one of more than 300 digits"
+        raise ValueError(f"`{name}` must be at most {most:,}, found {found}.")
     return int(value)
 
 

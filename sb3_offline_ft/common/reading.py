@@ -30,7 +30,7 @@ _NO_FILES = (
     (stat.S_ISBLK, "a device"),
 )
 _NPY = ".npy"
-_MOST_OF_REASON = 500
+_MOST_OF_TEXT = 500
 
 
 class ContentError(ValueError):
@@ -223,9 +223,13 @@ _ADVICE = "Read a smaller part, or use a machine with more memory."
 def reason_of(error: Exception) -> str:
     """What a library says about a damaged file, in one line of bounded length, without what a terminal would obey."""
     text = " ".join(str(error).split()).rstrip(".")
-    text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
-    text = text if len(text) <= _MOST_OF_REASON else f"{text[:_MOST_OF_REASON]}..."
+    text = shortened("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text))
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def shortened(text: str) -> str:
+    """A text for a message, which a file cannot make as long as it likes."""
+    return text if len(text) <= _MOST_OF_TEXT else f"{text[:_MOST_OF_TEXT]}..."
 
 
 def too_large(where: object, error: MemoryError) -> RefusedError:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import yaml
 
 from sb3_offline_ft.common.checks import whole_number
+from sb3_offline_ft.common.reading import shortened
 from sb3_offline_ft.common.suggestions import suggestion
 
 MOST = 10**9
@@ -118,7 +119,7 @@ class Reader:
 
     def fail(self, key: str, problem: str) -> NoReturn:
         """Say what is wrong with a key, as a sentence that goes on after it."""
-        raise ValueError(f"{self.file}: `{key}` {problem}")
+        raise ValueError(f"{self.file}: `{shortened(key)}` {shortened(problem)}")
 
     def mapping(self, value: Any, key: str, known: Collection[str] | None = None) -> dict[str, Any]:
         """A mapping with no other than the known keys, if these are given; an empty one for nothing."""
@@ -153,7 +154,7 @@ class Reader:
         try:
             return whole_number(value, key, least, most)
         except ValueError as error:
-            raise ValueError(f"{self.file}: {error}") from None
+            raise ValueError(f"{self.file}: {shortened(str(error))}") from None
 
     def number(self, value: Any, key: str) -> float:
         """A finite number."""

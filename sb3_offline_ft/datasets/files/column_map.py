@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sb3_offline_ft.common.reading import read_text
+from sb3_offline_ft.common.reading import read_text, shortened
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.common.suggestions import first_of, nearest, suggestion
 
@@ -201,7 +201,7 @@ def _expand(names: Names, columns: Sequence[str], key: str, where: str) -> Names
             continue
         matches = _matches(name, columns)
         if not matches:
-            raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
+            raise ValueError(f"{where} has no column {shortened(repr(name))} for {key}{_near(name, columns)}")
         expanded |= dict.fromkeys(_by_number(matches))
     return tuple(expanded)
 
@@ -217,7 +217,7 @@ def _matches(pattern: str, columns: Sequence[str]) -> list[str]:
 def one_column(name: str, columns: Sequence[str], key: str, where: str) -> str:
     """A column's name; ``ValueError`` with near matches if there is no such column."""
     if name not in columns:
-        raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
+        raise ValueError(f"{where} has no column {shortened(repr(name))} for {key}{_near(name, columns)}")
     return name
 
 

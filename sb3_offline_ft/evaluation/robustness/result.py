@@ -193,6 +193,8 @@ def _checked(result: RobustnessResult) -> RobustnessResult:
     numbers += [value for row in rows for values in row.values() for value in values]
     if not all(isinstance(text, str) for text in texts) or any(type(number) not in (int, float) for number in numbers):
         raise ValueError("a name is no text, or a value no number")
+    # Raises an OverflowError of whole numbers that no float holds
+    list(map(float, numbers))
     return result
 
 
