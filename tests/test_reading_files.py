@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -247,21 +248,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = np.random.default_rng(0)
     episode = minari.data_collector.EpisodeBuffer(
         id=0,
-        observations={"image": list(rng.integers(0, 255, (4, 8, 8, 3), np.uint8)), "state": list(np.ones((4, 2), np.float32))},
+        observations={
+            "image": list(rng.integers(0, 255, (4, 32, 32, 3), np.uint8)),
+            "state": list(np.ones((4, 2), np.float32)),
+        },
         actions=list(np.zeros((3, 1), np.float32)),
         rewards=[0.0] * 3,
         terminations=[False] * 3,
         truncations=[False, False, True],
         infos={},
     )
-    keys = {"image": spaces.Box(0, 255, (8, 8, 3), np.uint8), "state": spaces.Box(-1, 1, (2,), np.float32)}
+    keys = {"image": spaces.Box(0, 255, (32, 32, 3), np.uint8), "state": spaces.Box(-1, 1, (2,), np.float32)}
     facts = dict.fromkeys(("algorithm_name", "author", "author_email", "code_permalink", "description"), "x")
     space, action_space = spaces.Dict(keys), spaces.Box(-1, 1, (1,), np.float32)
     with warnings.catch_warnings():
         # Minari asks for an environment for evaluation
         warnings.simplefilter("ignore")
         minari.create_dataset_from_buffers(
-            "made/up-v0", [episode], observation_space=space, action_space=action_space, **facts
+            "made/up-v0", [episode], observation_space=space, action_space=action_space, jpeg_encoding=True, **facts
         )
     return tmp_path / "made" / "up-v0" / "data"
 
@@ -295,7 +299,7 @@ def test_only_jpeg_is_unpacked_as_jpeg(folder: Path) -> None:
     with pytest.warns(UserWarning, match="JPEG"):
         load_dataset(str(folder))
     stream = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(stream, "EPS")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(stream, "EPS")
     with h5py.File(folder / "main_data.hdf5", "r+") as file:
         file["episode_0/observations/image"][1] = np.frombuffer(stream.getvalue(), np.uint8)
     with pytest.raises(ValueError, match=r"main_data\.hdf5.*damaged or incomplete \(UnidentifiedImageError"):

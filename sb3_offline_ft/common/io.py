@@ -11,7 +11,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from sb3_offline_ft.common.reading import ArrayFile, RefusedError, open_file, reason_of, too_large
+from sb3_offline_ft.common.reading import ArrayFile, TooLargeError, open_file, reason_of, too_large
 
 
 @contextmanager
@@ -83,8 +83,10 @@ def naming_damage(path: str | os.PathLike[str] | IO[bytes], expected: str) -> It
         yield
     except FileNotFoundError:
         raise
-    except RefusedError:
-        raise
+    except TooLargeError as error:
+        if str(error).startswith(f"{path} "):
+            raise
+        raise TooLargeError(f"{path} cannot be read ({reason_of(error)}).") from None
     except MemoryError as error:
         raise too_large(path, error) from error
     # Libraries raise anything: EOFError, zlib.error, BadZipFile, RecursionError, ...

@@ -37,15 +37,15 @@ class ContentError(ValueError):
     """An error of a file that says all: which file it is, what was expected and found, and what to do."""
 
 
-class RefusedError(ContentError):
-    """Nothing was read, and nothing is known of damage: it is no regular file, or there is no memory for so much."""
+class TooLargeError(ContentError):
+    """Nothing is known of damage, but it is more than there is memory for, or than such a file should be."""
 
 
 def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """
     Open a regular file for reading.
 
-    :raises RefusedError: It is something else, such as a named pipe, for which one could wait for ever
+    :raises ContentError: It is something else, such as a named pipe, for which one could wait for ever
     :raises OSError: There is no such file, or it may not be read
     """
     check_is_file(path)
@@ -57,7 +57,7 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
     mode = os.stat(path).st_mode
     for is_one, kind in _NO_FILES:
         if is_one(mode):
-            raise RefusedError(f"{os.fspath(path)} is {kind}: expected a regular file. Write what it gives into a file first.")
+            raise ContentError(f"{os.fspath(path)} is {kind}: expected a regular file. Write what it gives into a file first.")
 
 
 def read_bytes(path: str | os.PathLike[str], most: int | None = None) -> bytes:
@@ -66,13 +66,14 @@ def read_bytes(path: str | os.PathLike[str], most: int | None = None) -> bytes:
 
     :param path: The file
     :param most: Bytes that it may have, if not as many as there is memory for
-    :raises RefusedError: It is no regular file, or too large
+    :raises ContentError: It is no regular file
+    :raises TooLargeError: It is too large
     :raises OSError: As :func:`open_file`
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
-            raise RefusedError(
+            raise TooLargeError(
                 f"{os.fspath(path)} has {size:,} bytes: expected at most {most:,} of such a file. Is it the right one?"
             )
         check_memory(size, os.fspath(path))
@@ -169,7 +170,7 @@ class ArrayFile:
 
         :raises KeyError: There is none of the name
         :raises ContentError: It holds other than numbers, truths or text, or has another size than it says
-        :raises RefusedError: There is no memory for it
+        :raises TooLargeError: There is no memory for it
         :raises Exception: What the libraries raise about a damaged file
         """
         info = self._members[name]
@@ -208,13 +209,13 @@ def check_memory(n_bytes: int, where: str) -> None:
 
     :param n_bytes: Bytes that will be taken
     :param where: What needs them, at the start of the message
-    :raises RefusedError: There is less, as far as the system says
+    :raises TooLargeError: There is less, as far as the system says
     """
     if n_bytes <= SMALL:
         return
     free = _free_memory()
     if free is not None and n_bytes > free:
-        raise RefusedError(f"{where} needs {_gib(n_bytes)} of memory, and {_gib(free)} are free. {_ADVICE}")
+        raise TooLargeError(f"{where} needs {_gib(n_bytes)} of memory, and {_gib(free)} are free. {_ADVICE}")
 
 
 _ADVICE = "Read a smaller part, or use a machine with more memory."
@@ -232,9 +233,9 @@ def shortened(text: str) -> str:
     return text if len(text) <= _MOST_OF_TEXT else f"{text[:_MOST_OF_TEXT]}..."
 
 
-def too_large(where: object, error: MemoryError) -> RefusedError:
+def too_large(where: object, error: MemoryError) -> TooLargeError:
     """The error to raise in place of a ``MemoryError``."""
-    return RefusedError(f"{where} needs more memory than there is ({reason_of(error)}). {_ADVICE}")
+    return TooLargeError(f"{where} needs more memory than there is ({reason_of(error)}). {_ADVICE}")
 
 
 def _free_memory() -> int | None:

@@ -19,7 +19,7 @@ from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.observations import Array, by_key
 from sb3_offline_ft.common.reading import (
     ContentError,
-    RefusedError,
+    TooLargeError,
     check_is_file,
     check_memory,
     read_json,
@@ -93,7 +93,7 @@ def _open(source: Source) -> _Opened:
             space = space_in_order(metadata["observation_space"])
     except ImportError:
         raise
-    except RefusedError as error:
+    except TooLargeError as error:
         raise ValueError(f"{where}: {error}") from None
     except MemoryError as error:
         raise too_large(f"{where}: {str(data / METADATA)!r}", error) from error

@@ -183,6 +183,10 @@ def _unscale(actions: Array, space: spaces.Space[Any], where: str) -> Array:
     assert isinstance(space, spaces.Box)
     if not space.is_bounded():
         raise ValueError(f"{where}: actions must have finite bounds to be scaled back, found {space}.")
+    if actions[:1].size != space.low.size:
+        raise ValueError(
+            f"{where}: actions must have the shape {space.shape}, found {actions.shape[1:]}: the file is damaged."
+        )
     scaled = actions.reshape(len(actions), *space.shape).astype(np.float64)
     unscaled: Array = space.low + 0.5 * (scaled + 1.0) * (space.high - space.low)
     return unscaled.astype(np.float32)

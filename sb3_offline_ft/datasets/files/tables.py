@@ -13,7 +13,7 @@ from gymnasium import spaces
 from packaging.version import Version
 
 from sb3_offline_ft.common.observations import Array
-from sb3_offline_ft.common.reading import check_is_file
+from sb3_offline_ft.common.reading import check_is_file, shortened
 from sb3_offline_ft.datasets.columns import FloatArray, frozen, split_ends
 from sb3_offline_ft.datasets.files.arrays import dataset_from_arrays
 from sb3_offline_ft.datasets.files.column_map import OPTION, VECTORS, ColumnMap, one_column
@@ -288,7 +288,7 @@ class _Table:
         return f"row {row + 1}" + ("" if self.is_parquet else f" (line {row + 2})")
 
     def _wrong(self, name: str, index: Any, problem: str) -> ValueError:
-        return ValueError(f"{self.where}, column {name!r}, {self._row(index)}: {problem}")
+        return ValueError(f"{self.where}, column {name!r}, {self._row(index)}: {shortened(problem)}")
 
     def values(self, name: str) -> Any:
         """The values of a column, as pandas reads them."""
