@@ -326,7 +326,7 @@ def make_run(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> str:
-    return repr(summarize_run(folder / "td3bc" / f"{ENV}_1"))
+    return repr(summarize_run(folder / "td3bc" / f"{ENV}_1")).replace(str(folder), "")
 
 
 def make_config(folder: Path) -> None:

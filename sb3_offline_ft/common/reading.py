@@ -145,12 +145,9 @@ class ArrayFile:
         stream.seek(0)
         if start == npy.MAGIC_PREFIX:
             raise ContentError(f"{where} is no .npz archive: expected one made by numpy.savez, found a single array.")
-        self.where = where
+        self.where, self._is_verified = where, False
         self._archive = zipfile.ZipFile(stream)
         names = [(info.filename.removesuffix(_NPY), info) for info in self._archive.infolist()]
-        for _, info in names:
-            # Checks that the list of members and the member itself have the same name: a damaged one is not a missing one
-            self._archive.open(info).close()
         self._members = dict(names)
         for name, count in Counter(name for name, _ in names).items():
             if count > 1:
@@ -173,6 +170,11 @@ class ArrayFile:
         :raises TooLargeError: There is no memory for it
         :raises Exception: What the libraries raise about a damaged file
         """
+        if not self._is_verified:
+            # The list of members and each member must say the same name: a damaged one is not a missing one
+            for member_info in self._members.values():
+                self._archive.open(member_info).close()
+            self._is_verified = True
         info = self._members[name]
         with self._archive.open(info) as member:
             if member.read(len(npy.MAGIC_PREFIX)) != npy.MAGIC_PREFIX:
