@@ -112,7 +112,10 @@ def read(name: str, folder: Path, expected: str, is_bytes_only: bool) -> Outcome
 def work(pipe: Connection, examples: Path, seed: int) -> None:
     """Read the files of the numbers that come through a pipe."""
     sys.path.insert(0, str(HERE))
-    from formats import FORMATS
+    from formats import FORMATS, make_examples
+
+    if not examples.exists():
+        make_examples(examples)
 
     def too_slow(*_: Any) -> None:
         raise TooSlow
@@ -150,10 +153,6 @@ def outcomes(numbers: list[int], seed: int) -> Iterator[Outcome]:
     """What comes of the files of these numbers, in order."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as place:
-        sys.path.insert(0, str(HERE))
-        from formats import make_examples
-
-        make_examples(Path(place) / "examples")
         process = None
         for number in numbers:
             if process is None:
