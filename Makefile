@@ -56,6 +56,7 @@ benchmark: setup  ## results, tables and figures of all benchmarks: many hours, 
 	$(PY) benchmarks/detection/cost.py
 	$(PY) benchmarks/deployment/promises.py
 	$(PY) benchmarks/off_policy/accuracy.py
+	$(PY) benchmarks/robust_files/run.py
 	$(PY) benchmarks/studies/interval_coverage.py
 	for study in hopper pendulum; do \
 		$(VENV)/bin/sb3-offline-ft study run benchmarks/studies/$$study --workers 2 && \

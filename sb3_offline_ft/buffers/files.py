@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 
 from sb3_offline_ft.common.io import atomic_write, naming_damage
 from sb3_offline_ft.common.observations import by_key, map_observations
+from sb3_offline_ft.common.reading import ArrayFile, open_file, parse_json
 from sb3_offline_ft.datasets.columns import as_flags, check_numbers
 
 Array = npt.NDArray[Any]
@@ -34,10 +35,9 @@ def read_arrays(file: File) -> tuple[dict[str, Any], dict[str, Array]]:
     :raises ValueError: The file is another one
     """
     with naming_damage(file, KIND):
-        # Opened here, since NumPy leaves a damaged file open
-        stream = open(file, "rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
-        with stream as opened, np.load(opened, allow_pickle=False) as content:
-            facts = json.loads(str(content["facts"]))
+        with open_file(file) if isinstance(file, str | os.PathLike) else nullcontext(file) as stream:
+            content = ArrayFile(stream, "it")
+            facts = parse_json(str(content["facts"]), "its facts")
             return facts, {name: content[name] for name in content.files if name != "facts"}
 
 

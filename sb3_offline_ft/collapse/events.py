@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.json_form import json_form
+from sb3_offline_ft.common.reading import parse_json, read_bytes
 from sb3_offline_ft.common.warning import warn
 
 EVENTS_FILE = "collapse_events.jsonl"
@@ -146,7 +147,7 @@ def encode_events(events: Iterable[Event]) -> bytes:
 
 def _parse(path: Path) -> tuple[list[Event], int, int | None]:
     """Events, how many of them are whole lines, and where the last line begins if it does not end in a newline."""
-    *whole, last = path.read_bytes().split(b"\n")
+    *whole, last = read_bytes(path).split(b"\n")
     events = [_event(line, path, number) for number, line in enumerate(whole, start=1) if line.strip()]
     n_whole = len(events)
     if not last:
@@ -160,8 +161,8 @@ def _parse(path: Path) -> tuple[list[Event], int, int | None]:
 
 def _event(line: bytes, path: Path, number: int) -> Event:
     try:
-        event = json.loads(line.decode())
-    except (ValueError, RecursionError):
+        event = parse_json(line.decode(), "the line")
+    except ValueError:
         event = None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         shown = line if len(line) <= 60 else line[:60] + b"..."

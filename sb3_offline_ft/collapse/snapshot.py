@@ -3,7 +3,6 @@
 import copy
 import io
 import os
-import pathlib
 import random
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft.collapse.learner import extra_state, has_extra_state, position, set_extra_state, set_position
 from sb3_offline_ft.common.io import atomic_write, naming_damage
+from sb3_offline_ft.common.reading import read_bytes
 
 FORMAT = "sb3_offline_ft.LearnerSnapshot"
 VERSION = 1
@@ -221,7 +221,7 @@ class LearnerSnapshot:
         :return: The snapshot
         :raises ValueError: The file is damaged, is not a snapshot, or was written by a newer version of this package
         """
-        stream = io.BytesIO(pathlib.Path(path).read_bytes())
+        stream = io.BytesIO(read_bytes(path))
         with naming_damage(path, "a snapshot saved by `LearnerSnapshot.save`"):
             with zipfile.ZipFile(stream) as archive:
                 damaged = archive.testzip()

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -14,18 +15,23 @@ VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Paramete
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
 
-def whole_number(value: Any, name: str, least: int = 0) -> int:
+def whole_number(value: Any, name: str, least: int = 0, most: int | None = None) -> int:
     """
     Check a number of steps; YAML files write large ones as floats.
 
     :param value: The number
     :param name: Its name, for the message
     :param least: Smallest value allowed
-    :raises ValueError: It is not a whole number, or too small
+    :param most: Largest value allowed, if any
+    :raises ValueError: It is not a whole number, too small or too large
     """
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or int(value) != value or value < least:
+    is_whole = number and (isinstance(value, int) or (math.isfinite(value) and int(value) == value))
+    if not is_whole or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
+    if most is not None and value > most:
+        found = f"{value:.6g}" if value <= sys.float_info.max else "one of more than 300 digits"
+        raise ValueError(f"`{name}` must be at most {most:,}, found {found}.")
     return int(value)
 
 

@@ -11,6 +11,8 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from sb3_offline_ft.common.reading import ArrayFile, TooLargeError, open_file, reason_of, too_large
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -81,10 +83,15 @@ def naming_damage(path: str | os.PathLike[str] | IO[bytes], expected: str) -> It
         yield
     except FileNotFoundError:
         raise
-    # Libraries raise anything: EOFError, zlib.error, BadZipFile, RecursionError, MemoryError of a size that is claimed, ...
+    except TooLargeError as error:
+        if str(error).startswith(f"{path} "):
+            raise
+        raise TooLargeError(f"{path} cannot be read ({reason_of(error)}).") from None
+    except MemoryError as error:
+        raise too_large(path, error) from error
+    # Libraries raise anything: EOFError, zlib.error, BadZipFile, RecursionError, ...
     except Exception as error:
-        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is damaged or not {expected} ({reason}).") from error
+        raise ValueError(f"{path} is damaged or not {expected} ({reason_of(error)}).") from error
 
 
 def read_npz(path: str | os.PathLike[str], *names: str, optional: Collection[str] = ()) -> dict[str, np.ndarray]:
@@ -95,8 +102,8 @@ def read_npz(path: str | os.PathLike[str], *names: str, optional: Collection[str
     :raises FileNotFoundError: There is no such file
     """
     with naming_damage(path, f"an .npz file with {', '.join(names)}"):
-        # From memory: NumPy leaves a damaged file open
-        with np.load(io.BytesIO(pathlib.Path(path).read_bytes()), allow_pickle=False) as file:
+        with open_file(path) as stream:
+            file = ArrayFile(stream, pathlib.Path(path).name)
             return {name: file[name] for name in names if name in file or name not in optional}
 
 
@@ -109,8 +116,8 @@ def arrays_to_text(arrays: Mapping[str, np.ndarray]) -> str:
 
 def arrays_from_text(text: str) -> dict[str, np.ndarray]:
     """Unpack what :func:`arrays_to_text` packed."""
-    with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    arrays = ArrayFile(io.BytesIO(base64.b64decode(text)), "a text of arrays")
+    return {name: arrays[name] for name in arrays.files}
 
 
 def arrays_to_json(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:

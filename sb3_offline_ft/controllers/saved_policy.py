@@ -15,6 +15,7 @@ from stable_baselines3.common.save_util import json_to_data
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.reading import read_bytes
 from sb3_offline_ft.datasets.files.zoo import CONFIG, LEARNER_STATISTICS, saved_hyperparams
 from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL, STATISTICS
 from sb3_offline_ft.policies.guide import read_zip
@@ -131,7 +132,7 @@ def _statistics_for(file: Path) -> Path | None:
 
 def _read_statistics(statistics: Path) -> VecNormalize:
     with naming_damage(statistics, "a VecNormalize that Stable-Baselines3 saved"):
-        normalize = pickle.loads(statistics.read_bytes())
+        normalize = pickle.loads(read_bytes(statistics))
         if not isinstance(normalize, VecNormalize):
             raise TypeError(f"found a {type(normalize).__name__}")
     return normalize

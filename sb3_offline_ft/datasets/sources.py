@@ -12,6 +12,7 @@ import numpy as np
 from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.storage.datasets_root_dir import get_dataset_path
 
+from sb3_offline_ft.common.reading import check_is_file
 from sb3_offline_ft.common.suggestions import nearest
 from sb3_offline_ft.datasets.files.hdf5 import hdf5_reader
 from sb3_offline_ft.datasets.files.hub import hub_ids
@@ -227,7 +228,9 @@ def _find(spec: str | os.PathLike[str], download: bool) -> Source:
     path = Path(text).expanduser()
     explicit = isinstance(spec, os.PathLike) or text.startswith((".", "~")) or path.is_absolute()
     if path.suffix in _KINDS_BY_SUFFIX and not path.is_dir():
-        if not path.is_file():
+        if path.exists():
+            check_is_file(path)
+        else:
             raise FileNotFoundError(f"No dataset file {str(path.absolute())!r}{_suggest_files(path)}")
         kind = _KINDS_BY_SUFFIX[path.suffix]
         if kind != "hdf5" and has_own_format(path):

@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sb3_offline_ft.common.io import naming_damage, read_npz
+from sb3_offline_ft.common.reading import open_file
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
 from sb3_offline_ft.deployment.history import FIGURE as CONTEST_FIGURE
 from sb3_offline_ft.deployment.history import History
@@ -341,9 +343,10 @@ def _training_episodes(folder: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray
     # SB3's own `load_results` needs pandas, which SB3 does not bring
     episodes: list[tuple[float, int, float]] = []
     for path in folder.glob("*monitor.csv"):
-        with naming_damage(path, "a file of SB3's Monitor"), path.open(newline="") as file:
+        with naming_damage(path, "a file of SB3's Monitor"), TextIOWrapper(open_file(path), newline="") as file:
             start = json.loads(file.readline().removeprefix("#"))["t_start"]
             episodes += [(start + float(row["t"]), int(row["l"]), float(row["r"])) for row in csv.DictReader(file)]
     episodes.sort()
-    lengths = np.array([length for _, length, _ in episodes], dtype=np.int64)
+    with naming_damage(folder, "a run whose monitor.csv says how many steps episodes had"):
+        lengths = np.array([length for _, length, _ in episodes], dtype=np.int64)
     return np.cumsum(lengths), np.array([total for _, _, total in episodes], dtype=np.float64)

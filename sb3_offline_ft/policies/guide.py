@@ -16,6 +16,7 @@ from stable_baselines3.common.save_util import data_to_json
 
 from sb3_offline_ft.common.io import naming_damage
 from sb3_offline_ft.common.plain_pickle import Name, NotPlainError, plain_setting
+from sb3_offline_ft.common.reading import open_file, parse_json, read_member
 from sb3_offline_ft.common.schedules import make_schedule
 from sb3_offline_ft.common.type_aliases import Schedule, ScheduleLike
 
@@ -129,11 +130,11 @@ def _policy_from_zip(
 
 def read_zip(file: Path, device: th.device) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a model as JSON has them, none unpickled as SB3's own reader does with all, and its policy's weights."""
-    with zipfile.ZipFile(file) as archive:
-        settings: dict[str, Any] = json.loads(archive.read("data"))
+    with open_file(file) as stream, zipfile.ZipFile(stream) as archive:
+        settings: dict[str, Any] = parse_json(read_member(archive, "data"), "data")
         if not all(isinstance(settings[key], dict) for key in ("observation_space", "action_space")):
             raise ValueError("it does not say what its spaces are")
-        weights = th.load(io.BytesIO(archive.read("policy.pth")), map_location=device, weights_only=True)
+        weights = th.load(io.BytesIO(read_member(archive, "policy.pth")), map_location=device, weights_only=True)
     return settings, weights
 
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_offline_ft.collapse import LearnerSnapshot
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.reading import read_json
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.pretrained.recipe import Recipe
 from sb3_offline_ft.pretrained.start import Pretrained, Progress, pretrain
@@ -112,7 +113,7 @@ class PretrainedCache:
 
 def _read_arguments(path: Path) -> dict[str, Any]:
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))[ARGUMENTS]
+        arguments = read_json(path)[ARGUMENTS]
         return dict(arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not say what the pretrained learner beside it was ({error!r}).") from error

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sb3_offline_ft.common.json_form import json_form
+from sb3_offline_ft.common.reading import parse_json, read_bytes
 from sb3_offline_ft.common.warning import warn
 
 JOURNAL_FILE = "journal.jsonl"
@@ -75,7 +76,7 @@ class Journal:
 
     def refresh(self) -> None:
         """Read what is new in the file; ``ValueError`` as for the constructor."""
-        content = self.path.read_bytes() if self.path.is_file() else b""
+        content = read_bytes(self.path) if self.path.exists() else b""
         *lines, _ = content.split(b"\n")
         self.events, self._end = [], 0
         for line in lines:
@@ -132,8 +133,10 @@ class Journal:
         body = line[: seal.start()] + b"}" if seal is not None and seal.end() == len(line) else None
         if body is None or seal is None or hashlib.sha256(body).hexdigest() != seal[1].decode():
             self._fail(number, "was changed after it was written: its hash does not fit to what it says")
-        event: Event = json.loads(line)
-        if event["previous"] != self.last_hash or event["n"] != number - 1:
+        event: Event = parse_json(line, f"{self.path}, line {number}")
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            self._fail(number, "is no event")
+        if event.get("previous") != self.last_hash or event.get("n") != number - 1:
             self._fail(number, "does not follow the line before it: a line was removed, put in or moved")
         return event
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sb3_offline_ft.common.reading import read_text
 from sb3_offline_ft.common.strict_yaml import Reader, load_yaml
 from sb3_offline_ft.common.suggestions import hint, suggestion
 from sb3_offline_ft.trial.plan import (
@@ -34,6 +35,8 @@ from sb3_offline_ft.trial.plan import (
 )
 
 _SOURCE = re.compile(r"(info|column)\.\S.*")
+MOST_EPISODES = 100_000
+MOST_SEED = 2**64 - 1
 Section = TypeVar("Section", ErrorRates, Costs)
 
 
@@ -48,16 +51,12 @@ def read_plan(path: str | Path) -> TrialPlan:
     """
     file = Path(path).expanduser()
     file = file / PLAN_FILE if file.is_dir() else file
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(
             f"There is no trial in {str(path)!r}, as it has no {PLAN_FILE}: write one with `sb3-offline-ft trial init {path} "
             "--baseline ... --candidate ...`."
         )
-    try:
-        content = load_yaml(file.read_text(encoding="utf-8"), file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is no text in UTF-8 ({error.reason} at byte {error.start}).") from None
-    return parse_plan(content, file)
+    return parse_plan(load_yaml(read_text(file), file), file)
 
 
 def parse_plan(content: Any, file: Path) -> TrialPlan:
@@ -87,13 +86,13 @@ class _PlanReader(Reader):
             baseline=self.text(given["baseline"], "baseline"),
             candidate=self.text(given["candidate"], "candidate"),
             primary=self.primary(given["primary"], metrics),
-            budget=self.whole(budget["episodes"], "budget.episodes"),
+            budget=self.whole(budget["episodes"], "budget.episodes", 1, MOST_EPISODES),
             stages=self.stages(given["stages"]),
             metrics=metrics,
             guardrails=self.guardrails(given.get("guardrails"), metrics),
             env=env,
             env_kwargs=self.mapping(given.get("env_kwargs"), "env_kwargs"),
-            seed=self.whole(given.get("seed", 0), "seed", 0),
+            seed=self.whole(given.get("seed", 0), "seed", 0, MOST_SEED),
             data=self.optional_text(given.get("data"), "data"),
             columns=self.optional_text(given.get("columns"), "columns"),
             action_bounds=self.action_bounds(given.get("action_bounds"), env),
@@ -247,7 +246,7 @@ class _PlanReader(Reader):
             self.fail(f"{key}.share", "is missing: the candidate's share of the episodes.")
         stage = Stage(
             name,
-            self.whole(given["episodes"], f"{key}.episodes"),
+            self.whole(given["episodes"], f"{key}.episodes", 1, MOST_EPISODES),
             self.number(given.get("share", fixed), f"{key}.share"),
             self.truth(given.get("supervised", False), f"{key}.supervised"),
         )
@@ -265,7 +264,7 @@ class _PlanReader(Reader):
     def blocks(self, value: Any) -> Blocks:
         given = self.section(value, "blocks", [one.name for one in fields(Blocks)])
         return Blocks(
-            self.whole(given.get("episodes", 4), "blocks.episodes", 2),
+            self.whole(given.get("episodes", 4), "blocks.episodes", 2, MOST_EPISODES),
             self.whole(given.get("wash_in_steps", 0), "blocks.wash_in_steps", 0),
         )
 
@@ -300,7 +299,8 @@ class _PlanReader(Reader):
             for name, of in (perturb or {}).items()
         }
         return Robustness(
-            self.whole(given.get("seeds", 10), "robustness.seeds"), None if perturb is None else tuple(levels.items())
+            self.whole(given.get("seeds", 10), "robustness.seeds", 1, MOST_EPISODES),
+            None if perturb is None else tuple(levels.items()),
         )
 
     def abort(self, value: Any, env: str | None) -> AbortRules:

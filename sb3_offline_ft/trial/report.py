@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_offline_ft.common.io import atomic_write, naming_damage
+from sb3_offline_ft.common.reading import read_json
 from sb3_offline_ft.evaluation.robustness import result as robustness
 from sb3_offline_ft.evaluation.robustness.show import drawing
 from sb3_offline_ft.evaluation.statistics import Estimate
@@ -321,7 +322,7 @@ def _expected(folder: Path, plan: TrialPlan) -> list[str]:
     if not path.is_file():
         return ["What this plan can show was not asked before the start (trial plan)."]
     with naming_damage(path, "written by `sb3-offline-ft trial plan`"):
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = read_json(path)
         chances = [(f"{100 * said[kind]['go'] / said[kind]['trials']:.3g}", kind) for kind in ("better", "equal", "worse")]
         effect = f"{plan.primary.smallest_effect:g}"
         words = {"better": f"better by {effect}", "equal": "as good as the baseline", "worse": f"worse by {effect}"}
@@ -329,7 +330,7 @@ def _expected(folder: Path, plan: TrialPlan) -> list[str]:
         texts = [f"Chance of a go, by simulation of this procedure before the start: {listed(told)}."]
         if said["digest"] != plan.digest:
             texts.append("That was said of ANOTHER plan than the one in force.")
-        return texts + ([said["verdict"]] if said["verdict"] else [])
+        return texts + ([str(said["verdict"])] if said["verdict"] else [])
 
 
 def _files(events: Sequence[Event]) -> Mapping[str, str | None]:

@@ -95,6 +95,11 @@ def _derive_next_observations(columns: dict[str, Any], provenance: dict[str, Any
     successor = np.arange(1, length + 1)
     # The next observation of a terminated row is never used: there is no bootstrap from it.
     successor[ends] = np.flatnonzero(ends)
+    if not keep.any():
+        raise ValueError(
+            f"{where} has no transition: in {provenance['file']!r} each episode has one row and goes on, so that its next "
+            "observation is not known."
+        )
     episode = np.concatenate(([0], np.cumsum(ends)[:-1]))[keep]
     columns["next_observations"] = take_rows(observations, successor[keep])
     columns["episode_starts"] = np.flatnonzero(np.diff(episode, prepend=-1))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sb3_offline_ft.common.reading import read_text, shortened
+from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.common.suggestions import first_of, nearest, suggestion
 
 Names = tuple[str, ...]
@@ -104,11 +104,13 @@ class ColumnMap:
         where = f"Column map {str(path)!r}"
         if path.suffix not in (".yml", ".yaml", ".toml"):
             raise ValueError(f"{where}: expected a .yml, .yaml or .toml file.")
-        kind, text = "TOML" if path.suffix == ".toml" else "YAML", path.read_text(encoding="utf-8")
+        text = read_text(path)
         try:
-            content: Any = tomllib.loads(text) if kind == "TOML" else yaml.safe_load(text)
-        except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{where} is no {kind} file: {' '.join(str(error).split())}.") from None
+            content: Any = tomllib.loads(text) if path.suffix == ".toml" else load_yaml(text, path)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ValueError(f"{where} is no TOML file: {' '.join(str(error).split())}.") from None
+        except ValueError as error:
+            raise ValueError(f"{where} is no YAML file: {error}") from None
         if not isinstance(content, Mapping):
             raise ValueError(f"{where}: expected keys such as observations and actions, found {type(content).__name__}.")
         return cls.from_mapping(content, where)
@@ -192,13 +194,14 @@ def _names(value: Any, key: str, where: str) -> Names:
 
 def _expand(names: Names, columns: Sequence[str], key: str, where: str) -> Names:
     expanded: dict[str, None] = {}
+    known = set(columns)
     for name in names:
-        if name in columns:
+        if name in known:
             expanded[name] = None
             continue
         matches = _matches(name, columns)
         if not matches:
-            raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
+            raise ValueError(f"{where} has no column {shortened(repr(name))} for {key}{_near(name, columns)}")
         expanded |= dict.fromkeys(_by_number(matches))
     return tuple(expanded)
 
@@ -214,7 +217,7 @@ def _matches(pattern: str, columns: Sequence[str]) -> list[str]:
 def one_column(name: str, columns: Sequence[str], key: str, where: str) -> str:
     """A column's name; ``ValueError`` with near matches if there is no such column."""
     if name not in columns:
-        raise ValueError(f"{where} has no column {name!r} for {key}{_near(name, columns)}")
+        raise ValueError(f"{where} has no column {shortened(repr(name))} for {key}{_near(name, columns)}")
     return name
 
 
@@ -228,10 +231,12 @@ def _by_number(names: Sequence[str]) -> list[str]:
 def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str, named_by: str) -> Names | None:
     families: dict[str, Names] = {}
     for stem in stems:
-        exact = [name for name in columns if name.lower() == stem]
-        others = [name for name in columns if re.fullmatch(rf"(?i:{stem})([\W\d_]|(?<=[a-z])[A-Z]).*", name)]
-        numbered = [name for name in others if not re.search(r"[^\W\d_]", name[len(stem) :])]
-        named = [name for name in others if name not in numbered]
+        beginning = [name for name in columns if name.lower().startswith(stem)]
+        exact = [name for name in beginning if name.lower() == stem]
+        others = [name for name in beginning if re.fullmatch(rf"(?i:{stem})([\W\d_]|(?<=[a-z])[A-Z]).*", name)]
+        is_named = [re.search(r"[^\W\d_]", name[len(stem) :]) is not None for name in others]
+        numbered = [name for name, named in zip(others, is_named, strict=True) if not named]
+        named = [name for name, named in zip(others, is_named, strict=True) if named]
         kinds = [kind for kind in (exact, numbered, named) if kind]
         if len(kinds) > 1:
             left_out = first_of([name for kind in kinds[1:] for name in kind], MOST_NAMED)

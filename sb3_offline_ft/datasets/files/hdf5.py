@@ -1,23 +1,26 @@
 """``.hdf5`` files of flat arrays, as D4RL's, as datasets."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sb3_offline_ft.common.observations import Array
+from sb3_offline_ft.common.reading import ContentError, check_is_file, check_memory
 from sb3_offline_ft.datasets.files.arrays import check_names, dataset_from_arrays, is_column
-from sb3_offline_ft.datasets.files.reading import ContentError, Source, reading
+from sb3_offline_ft.datasets.files.reading import Source, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
+
+_OBSERVATIONS = ("observations", "next_observations")
 
 
 @contextmanager
 def hdf5_reader(source: Source) -> Iterator[Callable[[], OfflineDataset]]:
-    import h5py
-
     with reading(source.where, source.file):
-        file = h5py.File(source.file, "r")
+        file = open_hdf5(source.file)
     with file:
         with reading(source.where, source.file):
             stored = _arrays_in(file, source)
@@ -25,31 +28,81 @@ def hdf5_reader(source: Source) -> Iterator[Callable[[], OfflineDataset]]:
 
         def read() -> OfflineDataset:
             with reading(source.where, source.file):
-                arrays = {name: _read_array(array) for name, array in stored.items() if is_column(name)}
+                arrays = {name: _read_array(array) for name, array in stored.items() if array is not None}
             return dataset_from_arrays(arrays, source)
 
         yield read
 
 
-def _arrays_in(file: Any, source: Source) -> dict[str, Any]:
-    """The arrays by name, not yet read; ``observations/<key>`` for those of a group."""
+def open_hdf5(path: Path) -> Any:
+    """Open a file of HDF5's format for reading, an object of h5py's."""
     import h5py
 
-    if "episode_0" in file or source.file.name == "main_data.hdf5":
+    check_is_file(path)
+    return h5py.File(path, "r")
+
+
+def open_array(file: Any, name: str, where: str, of_bytes: bool = False) -> Any:
+    """
+    Open an array for h5py's low level, without looking outside of the file for any of it.
+
+    :param file: h5py's ``FileID`` of the file
+    :param name: The array's path in it
+    :param where: Names the file at the start of messages
+    :param of_bytes: Whether each value is a series of bytes, such as a packed image, and not a number
+    :return: h5py's ``DatasetID``
+    :raises ContentError: It is a link, its values are in another file, it holds no numbers, or it is too large
+    :raises Exception: What h5py raises about a damaged file
+    """
+    from h5py import check_vlen_dtype, h5d, h5l
+
+    where = f"{where}: {name}"
+    for path in (name[:end].encode() for end, sign in enumerate(f"{name}/") if sign == "/"):
+        if not file.links.exists(path):
+            raise KeyError(f"there is no {path.decode()}")
+        if file.links.get_info(path).type != h5l.TYPE_HARD:
+            raise ContentError(
+                f"{where} leads to another place by a link, which is not followed. Copy the array into the file."
+            )
+    stored = h5d.open(file, name.encode())
+    layout = stored.get_create_plist()
+    if layout.get_layout() == h5d.VIRTUAL or layout.get_external_count():
+        raise ContentError(f"{where} has its values in another file, which is not read. Copy the array into the file.")
+    if stored.shape is None or (of_bytes and check_vlen_dtype(stored.dtype) != np.uint8):
+        found = "no values" if stored.shape is None else f"values of type {stored.dtype}"
+        raise ContentError(f"{where} holds {found}, expected an array of {'packed images' if of_bytes else 'numbers'}.")
+    check_memory(math.prod(stored.shape) * stored.dtype.itemsize, where)
+    return stored
+
+
+def _arrays_in(file: Any, source: Source) -> dict[str, Any]:
+    """The arrays by name, not yet read, None for what is no column; ``observations/<key>`` for those of a group."""
+    import h5py
+
+    names = list(file)
+    if "episode_0" in names or source.file.name == "main_data.hdf5":
         raise ContentError(f"{source.where} is part of a Minari dataset: name the folder that holds it.")
     stored: dict[str, Any] = {}
-    for name, members in file.items():
-        if not isinstance(members, h5py.Group):
-            stored[name] = members
-        elif name in ("observations", "next_observations"):
-            for key, value in members.items():
-                if isinstance(value, h5py.Group):
+    for name in names:
+        is_group = isinstance(file.get(name, getlink=True), h5py.HardLink) and file.get(name, getclass=True) is h5py.Group
+        if not is_group:
+            stored[name] = _array(file, name, source)
+        elif name in _OBSERVATIONS:
+            for key in file[name]:
+                member = file[name].get(key, getlink=True)
+                if isinstance(member, h5py.HardLink) and file[name].get(key, getclass=True) is h5py.Group:
                     raise ContentError(
                         f"{source.where}: {name}/{key} is a group within a group; nested observations are not supported, "
                         "expected an array for each key."
                     )
-                stored[f"{name}/{key}"] = value
+                stored[f"{name}/{key}"] = _array(file, f"{name}/{key}", source)
     return stored
+
+
+def _array(file: Any, name: str, source: Source) -> Any:
+    import h5py
+
+    return h5py.Dataset(open_array(file.id, name, source.where)) if is_column(name) else None
 
 
 def _read_array(stored: Any) -> Array:

@@ -1,6 +1,6 @@
 """What the readers of all kinds of files share."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import minari
 
 from sb3_offline_ft.common.observations import Array
+from sb3_offline_ft.common.reading import ContentError, check_is_file, check_memory, reason_of, too_large
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 
 Kind: TypeAlias = Literal["minari", "minari-folder", "bundled", "npz", "hdf5", "replay-buffer", "own-replay-buffer"]
@@ -62,15 +63,12 @@ def reading(where: str, path: Path) -> Iterator[None]:
         raise
     except ContentError as error:
         raise ValueError(str(error)) from None
+    except MemoryError as error:
+        raise too_large(f"{where}: {str(path)!r}", error) from error
     except Exception as error:
         raise ValueError(
-            f"{where}: cannot read {str(path)!r}, it is damaged or incomplete "
-            f"({type(error).__name__}: {error}). Copy or download it again."
+            f"{where}: cannot read {str(path)!r}, it is damaged or incomplete ({reason_of(error)}). Copy or download it again."
         ) from error
-
-
-class ContentError(ValueError):
-    """An error that already says what is wrong."""
 
 
 def by_column(arrays: Mapping[str, Array]) -> dict[str, Any]:
@@ -83,3 +81,22 @@ def by_column(arrays: Mapping[str, Array]) -> dict[str, Any]:
         else:
             columns[name] = array
     return columns
+
+
+def import_parquet() -> Any:
+    """PyArrow's module for Parquet files, an extra."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError(
+            'Parquet files need pyarrow, which is not installed: pip install "sb3-offline-ft[parquet]".', name="pyarrow"
+        ) from None
+    return parquet
+
+
+def read_parquet(path: Path, columns: Sequence[str], **options: Any) -> Any:
+    """Columns of a Parquet file as a table of PyArrow's, if there is memory for as many as it says."""
+    check_is_file(path)
+    with import_parquet().ParquetFile(path) as file:
+        check_memory(8 * file.metadata.num_rows * len(columns), str(path))
+        return file.read(columns=columns, **options)

@@ -1,7 +1,5 @@
 """Saved replay buffers as datasets: those of SB3, and our own."""
 
-import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +12,11 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_offline_ft.common.observations import Array, Observations, map_observations
+from sb3_offline_ft.common.reading import ArrayFile, ContentError, open_file, parse_json
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import as_flags, as_float
 from sb3_offline_ft.datasets.files.npz import open_archive, read_array
-from sb3_offline_ft.datasets.files.reading import ContentError, Source, by_column, reading
+from sb3_offline_ft.datasets.files.reading import Source, by_column, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.spaces import check_spaces_supported
 
@@ -27,14 +26,14 @@ _ZIP_MAGIC = b"PK"
 
 def has_own_format(path: Path) -> bool:
     """Tell the files of our replay buffers, arrays and JSON which rl-zoo3 names ``.pkl`` too, from others, damaged or not."""
-    if path.suffix == ".pkl":
-        with open(path, "rb") as file:
+    with open_file(path) as file:
+        if path.suffix == ".pkl":
             return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-    except zipfile.BadZipFile:
-        return False
+        try:
+            names = ArrayFile(file, str(path)).files
+        # The reader of other files says what is wrong
+        except Exception:
+            return False
     return _is_own(names) and not {"terminations", "terminals"} & set(names)
 
 
@@ -54,11 +53,11 @@ def own_replay_buffer_reader(source: Source) -> Iterator[Callable[[], OfflineDat
         yield lambda: _read_own(archive, source)
 
 
-def _read_own(archive: Any, source: Source) -> OfflineDataset:
+def _read_own(archive: ArrayFile, source: Source) -> OfflineDataset:
     names = [name for name in archive.files if name.partition("/")[0] in _RING_COLUMNS]
     arrays = {name: read_array(archive, name, source) for name in names}
     with reading(source.where, source.file):
-        facts = json.loads(str(archive["facts"]))
+        facts = parse_json(str(archive["facts"]), f"{source.where}: facts")
         low, high = (np.array(bound, np.float32).reshape(tuple(facts["action shape"])) for bound in facts["action bounds"])
         n_slots, n_envs, first = int(facts["pos"]), int(facts["n_envs"]), 0
         if facts["full"]:
@@ -93,7 +92,7 @@ def _read_pickled(source: Source) -> OfflineDataset:
     where = source.where
     with reading(where, source.file):
         try:
-            with open(source.file, "rb") as file:
+            with open_file(source.file) as file:
                 buffer = load_from_pkl(file)
         except ImportError as error:
             raise ContentError(
@@ -184,6 +183,10 @@ def _unscale(actions: Array, space: spaces.Space[Any], where: str) -> Array:
     assert isinstance(space, spaces.Box)
     if not space.is_bounded():
         raise ValueError(f"{where}: actions must have finite bounds to be scaled back, found {space}.")
+    if actions[:1].size != space.low.size:
+        raise ValueError(
+            f"{where}: actions must have the shape {space.shape}, found {actions.shape[1:]}: the file is damaged."
+        )
     scaled = actions.reshape(len(actions), *space.shape).astype(np.float64)
     unscaled: Array = space.low + 0.5 * (scaled + 1.0) * (space.high - space.low)
     return unscaled.astype(np.float32)

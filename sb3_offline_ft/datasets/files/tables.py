@@ -1,6 +1,7 @@
 """CSV and Parquet files as datasets: their values are checked on the way in."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from gymnasium import spaces
 from packaging.version import Version
 
 from sb3_offline_ft.common.observations import Array
+from sb3_offline_ft.common.reading import check_is_file, shortened
 from sb3_offline_ft.datasets.columns import FloatArray, frozen, split_ends
 from sb3_offline_ft.datasets.files.arrays import dataset_from_arrays
 from sb3_offline_ft.datasets.files.column_map import OPTION, VECTORS, ColumnMap, one_column
-from sb3_offline_ft.datasets.files.reading import Source, reading
+from sb3_offline_ft.datasets.files.packed_text import PACKED, open_text
+from sb3_offline_ft.datasets.files.reading import Source, import_parquet, read_parquet, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.validation import ACTION_TOLERANCE
 
@@ -24,7 +27,6 @@ RewardFunction = Callable[[Any, FloatArray, Any], npt.ArrayLike]
 
 _CSV = (".csv", ".tsv")
 _PARQUET = (".parquet", ".pq")
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 _LISTS = (list, tuple, np.ndarray)
 _NESTED = (*_LISTS, dict)
@@ -35,7 +37,7 @@ _TRUE, _FALSE = ("true", "t", "yes", "1", "1.0"), ("false", "f", "no", "0", "0.0
 def is_table(path: Path) -> bool:
     """Whether the name of a file says that it is a table we read."""
     suffixes = path.suffixes[-2:]
-    if suffixes and suffixes[-1] in _PACKED:
+    if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     return bool(suffixes) and suffixes[-1].lower() in (*_CSV, *_PARQUET)
 
@@ -238,30 +240,30 @@ class _Table:
             vectors = getattr(names, meaning) or {}
             for key, one in vectors.items() if isinstance(vectors, dict) else [(None, vectors)]:
                 of = meaning if key is None else f"{meaning}[{key!r}]"
-                column = np.concatenate([self._part(name, of) for name in one], axis=1)
-                arrays[meaning if key is None else f"{meaning}/{key}"] = column
+                arrays[meaning if key is None else f"{meaning}/{key}"], _ = self._vector(one, of)
         return arrays
 
     def actions(self) -> tuple[FloatArray, npt.NDArray[np.str_]]:
         """The actions, and the column that each of their dimensions is from."""
-        names = self.columns.actions or ()
-        parts = [self._part(name, "actions") for name in names]
-        return np.concatenate(parts, axis=1), np.repeat(names, [part.shape[1] for part in parts])
+        return self._vector(self.columns.actions or (), "actions")
 
     def _column_names(self) -> list[str]:
+        check_is_file(self.path)
         with reading(self.where, self.path):
             if self.is_parquet:
-                names = list(_parquet().read_schema(self.path).names)
+                names = list(import_parquet().read_schema(self.path).names)
             else:
                 import pandas as pd
 
                 # Without a header, so that pandas does not rename columns with the same name
                 header: dict[str, Any] = {"header": None, "nrows": 1, "dtype": str}
-                line = str(pd.read_csv(self.path, sep="\x01", quoting=3, **header).iloc[0, 0])
+                with open_text(self.path, self.where) as text:
+                    line = str(pd.read_csv(text, sep="\x01", quoting=3, **header).iloc[0, 0])
                 self.separator = max(",;\t|", key=line.count)
-                first = pd.read_csv(self.path, sep=self.separator, keep_default_na=False, **header)
+                with open_text(self.path, self.where) as text:
+                    first = pd.read_csv(text, sep=self.separator, keep_default_na=False, **header)
                 names = [str(name).strip() for name in first.iloc[0]]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
             raise ValueError(f"{self.where} has more than one column {twice[0]!r}: rename all but one.")
         return names
 
@@ -269,7 +271,8 @@ class _Table:
         wanted = list(dict.fromkeys([*self.columns.columns(), *self.others]))
         with reading(self.where, self.path), warnings.catch_warnings():
             if self.is_parquet:
-                return _parquet().read_table(self.path, columns=wanted).to_pandas()
+                # What pandas has noted in the file makes an index of columns
+                return read_parquet(self.path, wanted).to_pandas(ignore_metadata=True)
             import pandas as pd
 
             # The default reads every digit since pandas 3, and naming a precision is deprecated there
@@ -277,19 +280,32 @@ class _Table:
             # All columns, as pandas does not see cells too many when it is asked for some
             layout: dict[str, Any] = {"names": self.names, "header": None, "skiprows": 1, "index_col": False}
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(self.path, sep=self.separator, low_memory=False, **layout, **exact)[wanted]
+            with open_text(self.path, self.where) as text:
+                return pd.read_csv(text, sep=self.separator, low_memory=False, **layout, **exact)[wanted]
 
     def _row(self, index: Any) -> str:
         row = int(self.rows[index])
         return f"row {row + 1}" + ("" if self.is_parquet else f" (line {row + 2})")
 
     def _wrong(self, name: str, index: Any, problem: str) -> ValueError:
-        return ValueError(f"{self.where}, column {name!r}, {self._row(index)}: {problem}")
+        return ValueError(f"{self.where}, column {name!r}, {self._row(index)}: {shortened(problem)}")
 
     def values(self, name: str) -> Any:
         """The values of a column, as pandas reads them."""
         series = self.frame[name]
         return series if self.columns.time is None else series.iloc[self.rows]
+
+    def _vector(self, names: Sequence[str], meaning: str) -> tuple[FloatArray, npt.NDArray[np.str_]]:
+        """The columns of a vector side by side, and the column that each of its dimensions is from."""
+        frame = self.frame[list(names)]
+        if all(isinstance(kind, np.dtype) and kind.kind in "iuf" for kind in frame.dtypes):
+            with np.errstate(over="ignore"):
+                numbers = frame.to_numpy(np.float64)[self.rows].astype(np.float32)
+            if np.isfinite(numbers).all():
+                return numbers, np.array(names)
+        # What is wrong is told column by column
+        parts = [self._part(name, meaning) for name in names]
+        return np.concatenate(parts, axis=1), np.repeat(names, [part.shape[1] for part in parts])
 
     def _part(self, name: str, meaning: str) -> FloatArray:
         """Read a column of a vector: one of lists gives as many numbers as a list holds, any other one."""
@@ -448,13 +464,3 @@ def _are(kinds: tuple[type, ...], series: Any) -> npt.NDArray[np.bool_]:
     if pd.api.types.is_numeric_dtype(series):
         return np.zeros(len(series), np.bool_)
     return np.array([isinstance(cell, kinds) for cell in series], np.bool_)
-
-
-def _parquet() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ImportError(
-            'Parquet files need pyarrow, which is not installed: pip install "sb3-offline-ft[parquet]".', name="pyarrow"
-        ) from None
-    return parquet

@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from sb3_offline_ft.common.reading import read_text
+from sb3_offline_ft.common.strict_yaml import BoundedLoader, load_yaml
+
 CONFIG, ARGUMENTS = "config.yml", "args.yml"
 LEARNER_STATISTICS = "vecnormalize_learner.pkl"
 """rl_zoo3 has one file of statistics for all models of a run, and the one to deploy is the champion."""
@@ -22,7 +25,7 @@ class _Unread:
         self.kind = kind
 
 
-class _ZooLoader(yaml.SafeLoader):
+class _ZooLoader(BoundedLoader):
     """Makes tuples and, of ordered dictionaries, dictionaries, as rl-zoo3 writes them, and of all other objects none."""
 
 
@@ -39,10 +42,9 @@ _ZooLoader.add_multi_constructor(_PYTHON, lambda loader, kind, node: _Unread(kin
 def read_zoo_yaml(path: Path, needed: Collection[str] = OF_ENVIRONMENT) -> dict[str, Any]:
     """Read a ``config.yml`` or ``args.yml``; settings that hold Python objects are left out, or refused if they are needed."""
     try:
-        with path.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, _ZooLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or not written by rl-zoo3 ({type(error).__name__}: {error}).") from error
+        content = load_yaml(read_text(path), path, _ZooLoader)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not written by rl-zoo3: {error}") from None
     if not isinstance(content, dict):
         found = f"the Python object {content.kind}" if isinstance(content, _Unread) else type(content).__name__
         raise ValueError(f"{path} must hold settings by name, found {found}: nothing of it was run.")

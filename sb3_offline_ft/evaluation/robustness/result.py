@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sb3_offline_ft.common.io import atomic_write, naming_damage
+from sb3_offline_ft.common.reading import read_json
 
 RETURN = "return"
 FILE = "robustness.json"
@@ -163,7 +164,7 @@ class RobustnessResult:
         :raises ValueError: It is damaged, or written by a later version
         """
         with naming_damage(path, "written by `sb3-offline-ft robustness`"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content.pop("format") != FORMAT:
                 raise ValueError(f"it has another format than {FORMAT}, which this version reads")
             content.pop("derived")
@@ -171,7 +172,30 @@ class RobustnessResult:
             responses = tuple(_response(**response) for response in content.pop("responses"))
             if content["random_return"] is None:
                 content["random_return"] = math.nan
-            return cls(policies=policies, responses=responses, **content)
+            return _checked(cls(policies=policies, responses=responses, **content))
+
+
+def _checked(result: RobustnessResult) -> RobustnessResult:
+    """Check that what is computed of a result can be computed of one that was read."""
+    roles, responses = set(result.policies), result.responses
+    if not roles or not responses or not isinstance(result.env_kwargs, dict):
+        raise ValueError("it lacks policies, responses or the arguments of the environment")
+    for one in responses:
+        sizes = {len(one.levels), *map(len, one.values.values())}
+        if set(one.values) != roles or one.nominal not in one.levels or len(sizes) > 1:
+            raise ValueError(f"{one.name!r} has other policies or levels than it should have")
+    rows = [row for one in responses for of in one.values.values() for row in of]
+    if any(row.keys() != rows[0].keys() or RETURN not in row or not all(row.values()) for row in rows):
+        raise ValueError("its levels do not all have the same metrics")
+    texts = [result.env_id, *result.versions.values(), *(text for one in responses for text in (one.name, one.what))]
+    texts += [text for policy in result.policies.values() for text in (policy.name, policy.sha256 or "")]
+    numbers = [result.random_return, result.seed, *(level for one in responses for level in one.levels)]
+    numbers += [value for row in rows for values in row.values() for value in values]
+    if not all(isinstance(text, str) for text in texts) or any(type(number) not in (int, float) for number in numbers):
+        raise ValueError("a name is no text, or a value no number")
+    # Raises an OverflowError of whole numbers that no float holds
+    list(map(float, numbers))
+    return result
 
 
 def _response(values: Any, levels: Any, **facts: Any) -> Response:

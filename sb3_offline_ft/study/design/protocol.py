@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from sb3_offline_ft.common.reading import read_text
 from sb3_offline_ft.common.strict_yaml import Reader, load_yaml
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset
@@ -142,16 +143,12 @@ class Protocol:
         :raises ValueError: Something in it is wrong; the message names the key, what was expected and what was found
         """
         file = study_file(path)
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(
                 f"There is no study in {str(file.parent)!r}, as it has no {STUDY_FILE}: write one with "
                 f"`sb3-offline-ft study init {path} --env ... --dataset ...`."
             )
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: is no text in UTF-8 ({error.reason} at byte {error.start}).") from None
-        return cls.parse(text, file, trust_pickle)
+        return cls.parse(read_text(file), file, trust_pickle)
 
     @classmethod
     def parse(cls, text: str, file: Path, trust_pickle: bool = False) -> Self:

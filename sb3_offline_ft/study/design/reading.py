@@ -22,6 +22,7 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MOST_OF_LABEL = 80
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MOST_SEED = 2**32 - 1
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ def import_env(reader: Reader, env: str) -> None:
 def read_seeds(reader: Reader, value: Any) -> tuple[int, ...]:
     """The seeds from their number, or from a list of them."""
     if not isinstance(value, list):
-        return tuple(range(reader.whole(value, "seeds")))
-    seeds = tuple(reader.whole(seed, f"seeds[{index}]", 0) for index, seed in enumerate(value))
+        return tuple(range(reader.whole(value, "seeds", 1, MOST_SEEDS)))
+    if len(value) > MOST_SEEDS:
+        reader.fail("seeds", f"must be at most {MOST_SEEDS:,}, found {len(value):,}.")
+    seeds = tuple(reader.whole(seed, f"seeds[{index}]", 0, None) for index, seed in enumerate(value))
     if not seeds or len(set(seeds)) < len(seeds) or max(seeds) > _MOST_SEED:
         reader.fail("seeds", f"must be a number of seeds, or a list of different ones up to {_MOST_SEED}, found {value!r}.")
     return seeds

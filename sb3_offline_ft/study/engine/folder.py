@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from sb3_offline_ft.collapse.events import EVENTS_FILE, encode_events, read_events
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json, naming_damage, read_npz, replace_synced
+from sb3_offline_ft.common.reading import parse_json, read_json
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.history import EVENTS_FILE as DEPLOYMENT_EVENTS_FILE
 from sb3_offline_ft.evaluation.run_summary import EVALUATIONS
@@ -125,7 +126,7 @@ class CellResult:
         :return: The result
         :raises ValueError: It is something else
         """
-        content = json.loads(text)
+        content = parse_json(text, "the text")
         arrays: dict[str, Any] = arrays_from_json(content["arrays"])
         deployment = content.get("deployment_events", [])
         result = cls(**arrays, events=content["events"], manifest=content["manifest"], deployment_events=deployment)
@@ -275,7 +276,7 @@ def read_result(folder: Path) -> CellResult | None:
 
 
 def _read(folder: Path) -> CellResult:
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     _check_manifest(manifest)
     arrays: dict[str, Any] = {}
     for name, names in _FILES.items():
