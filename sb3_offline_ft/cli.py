@@ -347,7 +347,7 @@ def dataset_collect(
     if made.interrupted:
         kept = "the complete episodes were kept" if made.folder is not None else "no episode was complete, nothing was written"
         typer.echo(f"sb3-offline-ft dataset collect: interrupted, {kept}", err=True)
-        raise typer.Exit(130)
+        raise typer.Exit(128 + made.ended_by)
 
 
 def _counted(transitions: int, episodes: int) -> str:

@@ -17,6 +17,7 @@ from sb3_offline_ft.collapse.reporting import run_folder
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, number, whole_number
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.statistics_file import save_statistics
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.acting import Cast, PolicyCopy, normalizing_as
 from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
@@ -416,7 +417,7 @@ class ChampionChallenger(BaseCallback):
                 self.save_champion(self._folder / BEST_MODEL)
                 with normalizing_as(self.model, self.champion.policy) as normalize:
                     if normalize is not None:
-                        normalize.save(str(self._folder / STATISTICS))
+                        save_statistics(normalize, self._folder / STATISTICS)
             except OSError as error:
                 warn(f"ChampionChallenger: the champion cannot be written ({error}).")
 
