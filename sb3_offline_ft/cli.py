@@ -25,6 +25,11 @@ app.add_typer(study, name="study")
 app.add_typer(trial, name="trial")
 
 
+SafeLoad = Annotated[
+    bool, typer.Option("--safe-load", help="Unpickle nothing of a .zip: settings are read from plain JSON and text only.")
+]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from sb3_offline_ft import __version__
@@ -87,6 +92,7 @@ def robustness(
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
     random_return: Annotated[float | None, typer.Option(help="Mean return of a random policy; measured if omitted.")] = None,
     device: Annotated[str, typer.Option(help="Torch device of the policies.")] = "cpu",
+    safe_load: SafeLoad = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that gets robustness.json, .png and .svg.")] = Path(),
 ) -> None:
     """Try a policy in an environment that is changed: other masses, delays, noise and more."""
@@ -106,6 +112,7 @@ def robustness(
             n_jobs=jobs,
             random_return=random_return,
             device=device,
+            safe_load=safe_load,
             console=Console(stderr=True),
         )
         print_tables(result, Console())
@@ -179,6 +186,7 @@ def dataset_evaluate_policy(
     figure: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG); none is drawn if omitted.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_pickle: TrustPickle = False,
+    safe_load: SafeLoad = False,
 ) -> None:
     """Estimate from data alone what a policy returns, and say whether the data can tell."""
     with reporting("dataset evaluate-policy"):
@@ -197,6 +205,7 @@ def dataset_evaluate_policy(
             figure=figure,
             as_json=as_json,
             trust_pickle=trust_pickle,
+            safe_load=safe_load,
             progress_bar=sys.stderr.isatty(),
         )
 

@@ -102,11 +102,7 @@ def without_pickle(
                 objects[name] = given[name]
                 continue
             if name in NEEDED:
-                hint = " Give `env`, whose space it is then." if name.endswith("_space") and env is None else ""
-                raise ValueError(
-                    f"{_shown(path)} cannot be loaded without unpickling: {name} cannot be rebuilt from its plain text "
-                    f"({error}).{hint} If you trust the file, load it without `safe_load`."
-                ) from None
+                raise _refusal(path, name, error, can_give_env=env is None) from None
             objects[name] = None if name in MADE_ANEW else defaults.get(name)
             if name not in MADE_ANEW:
                 unknown.append(name)
@@ -119,6 +115,31 @@ def without_pickle(
             "default is taken. It matters if you train on; give it as a keyword then."
         )
     return stream, objects
+
+
+def policy_settings(path: pathlib.Path) -> dict[str, Any]:
+    """
+    :param path: The zip file of a model
+    :return: What its policy is made with, nothing of it unpickled
+    :raises ValueError: As in :func:`safe_load`
+    """
+    settings, plain = read_settings(content_of(path), path)
+    found = {}
+    for name in (*NEEDED, "use_sde"):
+        try:
+            if name in settings:
+                found[name] = rebuilt(name, settings, plain)
+        except NotPlainError as error:
+            raise _refusal(path, name, error) from None
+    return found
+
+
+def _refusal(path: object, name: str, error: NotPlainError, can_give_env: bool = False) -> ValueError:
+    hint = " Give `env`, whose space it is then." if can_give_env and name.endswith("_space") else ""
+    return ValueError(
+        f"{_shown(path)} cannot be loaded without unpickling: {name} cannot be rebuilt from its plain text ({error}).{hint} "
+        "If you trust the file, load it without `safe_load`."
+    )
 
 
 def content_of(path: File) -> io.BytesIO:

@@ -36,6 +36,7 @@ def run_robustness(
     metrics: Sequence[InfoMetric] = (),
     random_return: float | None = None,
     device: str = "cpu",
+    safe_load: bool = False,
     console: Console | None = None,
 ) -> RobustnessResult:
     """
@@ -56,13 +57,14 @@ def run_robustness(
     :param metrics: What is measured beside the return
     :param random_return: Mean return of a random policy; measured if omitted
     :param device: Torch device of the policies
+    :param safe_load: Whether nothing of saved policies may be unpickled (see :func:`sb3_offline_ft.safe_load`)
     :param console: Where to show the progress; nothing is shown if omitted
     :return: What came of it
     :raises ValueError: A perturbation is unknown or the environment does not have it, a policy does not fit, or fails
     """
     n_seeds, n_jobs = whole_number(n_seeds, "n_seeds", 1), whole_number(n_jobs, "n_jobs", 1)
     specs = dict(policies) | ({RANDOM: "random"} if random_return is None else {})
-    setting = Setting(env_id, dict(env_kwargs or {}), specs, tuple(metrics), whole_number(seed, "seed"), device)
+    setting = Setting(env_id, dict(env_kwargs or {}), specs, tuple(metrics), whole_number(seed, "seed"), device, safe_load)
     with closing(Stage(setting)) as stage:
         levels = _levels(grid, stage.env)
         shown = {role: Policy(stage.controllers[role].name, stage.controllers[role].sha256) for role in policies}
