@@ -259,8 +259,11 @@ class ChampionChallenger(BaseCallback):
         self._contest = Contest(self.rules, self._contender(), model.n_envs, self.seed)
         self._last_updates, self._rejections_in_a_row = model._n_updates, 0
         differences = "" if saved is None else saved.differences(self._settings)
-        if saved is not None:
-            self._last_updates, self._rejections_in_a_row = saved.take_up(self._contest)
+        if saved is not None and (counts := saved.taken_up(self._contest)) is not None:
+            self._last_updates, self._rejections_in_a_row = counts
+        elif saved is not None:
+            # Part of it may have been taken up
+            saved, self._contest = None, Contest(self.rules, self._contender(), model.n_envs, self.seed)
         self._cast = Cast(model, self._contest.champion.policy)
         if self._contest.challenge is not None:
             self._cast.challenger.take(self._contest.challenge.challenger.policy)

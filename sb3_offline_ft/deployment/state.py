@@ -52,9 +52,21 @@ class SavedContest:
             if content["version"] != VERSION:
                 raise ValueError(f"it has version {content['version']}, expected {VERSION}")
             policies = {role: PolicyCopy.from_arrays(arrays_from_text(text)).in_learner(model) for role, text in texts.items()}
-            return cls(content["contest"], content["settings"], policies, *content["counts"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            warn(f"ChampionChallenger: its state in the model cannot be taken up ({error}), so that it begins anew.")
+            settings = content["settings"]
+            if lacking := {*OF_THE_BUDGET, "segment_steps"} - settings.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            return cls(content["contest"], settings, policies, *map(int, content["counts"]))
+        # Whoever reads half a state raises anything
+        except Exception as error:
+            _warn(error)
+            return None
+
+    def taken_up(self, contest: Contest) -> tuple[int, int] | None:
+        """As :meth:`take_up`; None, with a warning, if it is damaged: the contest is useless then."""
+        try:
+            return self.take_up(contest)
+        except Exception as error:
+            _warn(error)
             return None
 
     def take_up(self, contest: Contest) -> tuple[int, int]:
@@ -84,3 +96,10 @@ class SavedContest:
             for name in names
         ]
         return "; ".join(words)
+
+
+def _warn(error: Exception) -> None:
+    warn(
+        f"ChampionChallenger: its state in the model cannot be taken up ({type(error).__name__}: {error}), so that it begins "
+        "anew."
+    )
