@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from sb3_offline_ft.common.console import echo
 from sb3_offline_ft.common.termination import EXIT_CODE, Terminated, raising_terminated
 
 
@@ -22,15 +23,15 @@ def reporting(command: str, interrupted: str = "interrupted, nothing was written
     """
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        typer.echo(f"Note: {message}", err=True)
+        echo(f"Note: {message}", err=True)
 
     try:
         with raising_terminated(), warnings.catch_warnings():
             warnings.showwarning = note
             yield
     except (OSError, ValueError, TypeError, ImportError) as error:
-        typer.echo(f"sb3-offline-ft {command}: {' '.join(str(error).split())}", err=True)
+        echo(f"sb3-offline-ft {command}: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(exit_code) from None
     except KeyboardInterrupt as error:
-        typer.echo(f"sb3-offline-ft {command}: {interrupted}", err=True)
+        echo(f"sb3-offline-ft {command}: {interrupted}", err=True)
         raise typer.Exit(EXIT_CODE if isinstance(error, Terminated) else 130) from None

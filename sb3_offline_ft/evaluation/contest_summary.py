@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.drawing import save_png
 from sb3_offline_ft.common.io import naming_damage
 from sb3_offline_ft.deployment.history import EVENTS, EVENTS_FILE, FIGURE, History
@@ -36,4 +37,4 @@ def show_contest(folder: Path, contest: History, figure: Path | None, console: C
     for model in sorted(folder.glob("best_model.zip")):
         table.add_row("champion", str(model))
     table.add_row("picture", str(figure))
-    (console or Console()).print(table)
+    (console or PlainConsole()).print(table)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.io import naming_damage, read_npz
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
 from sb3_offline_ft.deployment.history import FIGURE as CONTEST_FIGURE
@@ -281,7 +282,7 @@ def show_run(folder: Path, figure: Path | None = None, console: Console | None =
     if summary.contest is not None:
         draw_contest(folder, summary.contest, figure.with_name(CONTEST_FIGURE))
         table.add_row("", str(figure.with_name(CONTEST_FIGURE)))
-    (console or Console()).print(table)
+    (console or PlainConsole()).print(table)
 
 
 def _model_file(folder: Path) -> Path:

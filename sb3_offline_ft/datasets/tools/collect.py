@@ -26,6 +26,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.seeding import derive_seed
 from sb3_offline_ft.common.termination import Terminated
 from sb3_offline_ft.common.versions import installed_versions
@@ -157,7 +158,7 @@ def collect_dataset(
     wanted = (n_episodes if n_steps is None else n_steps) or 0
     if wanted < 1:
         raise ValueError(f"Record at least one step or episode, found {wanted}.")
-    behaviour, console = behaviour or Behaviour(), console or Console(quiet=True)
+    behaviour, console = behaviour or Behaviour(), console or PlainConsole(quiet=True)
     if algorithm == RANDOM and (agent is not None or behaviour != Behaviour()):
         raise ValueError("A random policy has no agent, no noise and is not deterministic: leave these options out.")
     env_id = _import_environment(env_id)

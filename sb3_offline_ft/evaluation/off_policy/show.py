@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.drawing import save_png
 from sb3_offline_ft.controllers import load_controller
 from sb3_offline_ft.datasets import load_dataset
@@ -55,7 +56,7 @@ def show_estimate(
     :param progress_bar: Display a progress bar
     :param console: Where to print
     """
-    console = console or Console()
+    console = console or PlainConsole()
     dataset = load_dataset(spec, trust_pickle=trust_pickle)
     policy: Policy = _learner(agent, dataset.env_id, device, safe_load) or load_controller(
         agent, dataset.env_id, action_space=dataset.action_space, device=device, safe_load=safe_load

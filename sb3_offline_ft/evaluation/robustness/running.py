@@ -12,6 +12,7 @@ import torch as th
 from rich.console import Console
 
 from sb3_offline_ft.common.checks import whole_number
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.observations import Observations, map_observations
 from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.datasets.tools.show import progress_bar
@@ -149,7 +150,7 @@ _stage: Stage | None = None
 @contextmanager
 def _players(stage: Stage, n_jobs: int, total: int, console: Console | None) -> Iterator[Play]:
     """What plays episodes, in this process or in others."""
-    with one_thread(), progress_bar(console or Console(quiet=True)) as progress:
+    with one_thread(), progress_bar(console or PlainConsole(quiet=True)) as progress:
         task = progress.add_task("episodes", total=total)
 
         def here(jobs: Sequence[Job], spread: Observations | None) -> dict[Job, Outcome]:
