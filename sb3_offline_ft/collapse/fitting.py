@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
@@ -61,3 +62,8 @@ def check_counters(what: str, saved: Mapping[str, Any], model: OffPolicyAlgorith
         kinds = bool if isinstance(value, bool) else int | float
         if isinstance(value, int | float) and (not isinstance(found, kinds) or isinstance(found, bool) != (kinds is bool)):
             raise ValueError(f"{what}: {name} is {value!r} in the model and {found!r:.40} in the snapshot. {FIX}")
+
+
+def check_is_number(what: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or np.asarray(value).dtype.kind not in "fiu":
+        raise ValueError(f"{what}: {name} must be numbers, found {value!r:.40} in the snapshot. {FIX}")

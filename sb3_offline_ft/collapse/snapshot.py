@@ -23,7 +23,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_offline_ft.collapse.fitting import COUNTERS, FIX, check_counters, check_optimizer, check_tensors
+from sb3_offline_ft.collapse.fitting import COUNTERS, FIX, check_counters, check_is_number, check_optimizer, check_tensors
 from sb3_offline_ft.collapse.learner import extra_state, has_extra_state, position, set_extra_state, set_position
 from sb3_offline_ft.common.io import atomic_write, naming_damage
 
@@ -358,6 +358,15 @@ def _check_vec_normalize(what: str, saved: dict[str, Any], vec_normalize: VecNor
             "Restore it into a model whose environment is wrapped in the same way."
         )
 
+    if saved:
+        numbers = {"running returns": saved["running_returns"]}
+        for name, entry in saved["statistics"].items():
+            numbers |= {f"{part} of {name}": entry[part] for part in ("mean", "var", "count")}
+            if np.shape(entry["var"]) != np.shape(entry["mean"]) or np.shape(entry["count"]):
+                raise ValueError(f"{what}: VecNormalize's {name} have parts of different shapes in the snapshot. {FIX}")
+        for name, value in numbers.items():
+            check_is_number(what, f"VecNormalize's {name}", value)
+
 
 def _restore_vec_normalize(saved: dict[str, Any], vec_normalize: VecNormalize | None) -> None:
     if vec_normalize is None:
@@ -416,7 +425,8 @@ def _check_noise(what: str, saved: dict[str, Any], noise: ActionNoise | None) ->
     expected, found = type(noise).__name__ if noise is not None else "none", saved["class"]
     if expected == found and isinstance(noise, VectorizedActionNoise) and "noises" in saved:
         expected, found = f"{expected} of {len(noise.noises)}", f"{found} of {len(saved['noises'])}"
-    elif expected == found and isinstance(noise, OrnsteinUhlenbeckActionNoise) and "previous" in saved:
+    elif expected == found and isinstance(noise, OrnsteinUhlenbeckActionNoise):
+        check_is_number(what, "the previous noise", saved["previous"])
         expected, found = (f"{found} of shape {np.shape(array)}" for array in (noise.noise_prev, saved["previous"]))
     if expected != found:
         raise ValueError(
