@@ -41,6 +41,9 @@ def check_optimizer(what: str, name: str, saved: dict[str, Any], live: th.optim.
         )
     for own, other in zip(live_state["param_groups"], state["param_groups"], strict=True):
         # Newer versions of PyTorch have more settings, and defaults for them
+        for setting in ("lr", "eps", "weight_decay"):
+            if isinstance(own.get(setting), float):
+                check_is_number(what, f"{setting} of {name}", other.get(setting, own[setting]))
         if lacking := (own.keys() & SETTINGS) - other.keys():
             raise ValueError(f"{what}: {name} lacks {', '.join(sorted(lacking))} in the snapshot. {FIX}")
     known = [entry.keys() for entry in (*state["state"].values(), *live_state["state"].values())]

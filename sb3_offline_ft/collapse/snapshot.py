@@ -366,6 +366,8 @@ def _check_vec_normalize(what: str, saved: dict[str, Any], vec_normalize: VecNor
                 raise ValueError(f"{what}: VecNormalize's {name} have parts of different shapes in the snapshot. {FIX}")
         for name, value in numbers.items():
             check_is_number(what, f"VecNormalize's {name}", value)
+            if name.startswith(("var of", "count of")) and (np.asarray(value) < 0).any():
+                raise ValueError(f"{what}: VecNormalize's {name} is below 0 in the snapshot. {FIX}")
 
 
 def _restore_vec_normalize(saved: dict[str, Any], vec_normalize: VecNormalize | None) -> None:

@@ -105,7 +105,7 @@ class SavedRun:
             "snapshots": _are_whole(self.snapshots),
             "references": _are_whole(self.references),
             "learning_rate_factor": _is_number(self.learning_rate_factor) and self.learning_rate_factor > 0,
-            "radius": self.radius is None or _is_number(self.radius),
+            "radius": self.radius is None or (_is_number(self.radius) and self.radius > 0),
             "held": isinstance(self.held, bool),
             "stopped": isinstance(self.stopped, bool),
             "releases": isinstance(ends, list | tuple)

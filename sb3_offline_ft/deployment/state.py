@@ -55,6 +55,7 @@ class SavedContest:
             settings = content["settings"]
             if lacking := {*OF_THE_BUDGET, "segment_steps"} - settings.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            _check_numbers(content["contest"])
             return cls(content["contest"], settings, policies, *map(int, content["counts"]))
         # Whoever reads half a state raises anything
         except Exception as error:
@@ -96,6 +97,17 @@ class SavedContest:
             for name in names
         ]
         return "; ".join(words)
+
+
+def _check_numbers(contest: dict[str, Any]) -> None:
+    """``ValueError`` if anything that is counted with is no number."""
+    contenders = [facts for facts in contest["contenders"].values() if facts is not None]
+    whole = [contest["n_tests"], contest["n_baseline"], *(facts["name"] for facts in contenders)]
+    lists = [contest["exploration_losses"], *(contest["baseline"] or []), *(facts["returns"] for facts in contenders)]
+    if not all(type(number) is int for number in whole):
+        raise ValueError("its counts must be whole numbers")
+    if not all(type(values) is list and all(type(value) in (int, float) for value in values) for values in lists):
+        raise ValueError("its returns and losses must be lists of numbers")
 
 
 def _warn(error: Exception) -> None:
