@@ -182,7 +182,17 @@ def test_commands_that_read_agents_unpickle_nothing(tmp_path: Path) -> None:
     (tmp_path / "agent.zip").write_bytes(with_traps(model, marker).getvalue())
     agent, output = str(tmp_path / "agent.zip"), ["-o", str(tmp_path)]
     robustness = ["robustness", agent, "--env", "Pendulum-v1", "--perturb", "mass=1.2", "--seeds", "1", *output]
-    evaluate = ["dataset", "evaluate-policy", "bundled:pendulum-medium", "--agent", agent, "-n", "2", "--bootstraps", "2"]
+    evaluate = [
+        "dataset",
+        "evaluate-policy",
+        "bundled:pendulum-medium?episodes=3",
+        "--agent",
+        agent,
+        "-n",
+        "2",
+        "--bootstraps",
+        "2",
+    ]
     for command in (robustness, evaluate):
         result = CliRunner().invoke(app, [*command, "--safe-load"])
         assert result.exit_code == 0, result.output

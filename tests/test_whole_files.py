@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import json
 import os
 import resource
 import signal
@@ -239,3 +240,12 @@ def test_a_study_that_cannot_be_written_to_can_be_looked_at(tmp_path: Path) -> N
             path.chmod(path.stat().st_mode | 0o200)
     assert shown.returncode == 0, shown.stderr
     assert "tiny: 1 done" in shown.stdout and output.with_name("results.csv").is_file()
+
+
+def test_the_committed_kills_lost_nothing() -> None:
+    kills = json.loads((REPOSITORY / "benchmarks" / "kills" / "kills.json").read_text())
+    commands = ["dataset collect", "dataset convert", "dataset report", "study report", "trial run", "study run"]
+    assert [each["command"] for each in kills] == commands
+    for each in kills:
+        assert each["kills"] >= 30 and each["equal"], each
+        assert each["lost"] == each["damaged"] == each["left_at_last"] == 0, each

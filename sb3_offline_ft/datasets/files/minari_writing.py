@@ -313,8 +313,13 @@ def _make_namespace(dataset_id: str) -> None:
 
 def _aside(root: Path, stack: ExitStack) -> Path:
     aside = temporary_folder(root, "sb3-offline-ft-dataset")
-    stack.callback(shutil.rmtree, aside, ignore_errors=True)
+    stack.callback(_remove, aside)
     return aside
+
+
+def _remove(folder: Path) -> None:
+    with held():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_space(error: OSError, place: Path) -> OSError:
