@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DeteriorationDetector,
         LearnerSnapshot,
     )
+    from sb3_offline_ft.common.plain_settings import safe_load
     from sb3_offline_ft.datasets import OfflineDataset, load_dataset
     from sb3_offline_ft.deployment import ChampionChallenger
     from sb3_offline_ft.offline_td3 import OfflineTD3
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "load_dataset",
     "register",
+    "safe_load",
 ]
 
 
@@ -61,6 +63,7 @@ def _version() -> str:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "common.plain_settings": ("safe_load",),
         "buffers": ("DictOfflineToOnlineReplayBuffer", "OfflineToOnlineReplayBuffer"),
         "collapse": (
             "Alarm",

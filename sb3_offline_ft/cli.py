@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sb3_offline_ft.common.console import echo
 from sb3_offline_ft.common.reporting import reporting
 from sb3_offline_ft.study.commands import TrustPickle, study
 from sb3_offline_ft.trial.commands import trial
@@ -25,11 +26,16 @@ app.add_typer(study, name="study")
 app.add_typer(trial, name="trial")
 
 
+SafeLoad = Annotated[
+    bool, typer.Option("--safe-load", help="Unpickle nothing of a .zip: settings are read from plain JSON and text only.")
+]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from sb3_offline_ft import __version__
 
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
 
 
@@ -109,12 +115,12 @@ def robustness(
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes.")] = 1,
     random_return: Annotated[float | None, typer.Option(help="Mean return of a random policy; measured if omitted.")] = None,
     device: Annotated[str, typer.Option(help="Torch device of the policies.")] = "cpu",
+    safe_load: SafeLoad = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder that gets robustness.json, .png and .svg.")] = Path(),
 ) -> None:
     """Try a policy in an environment that is changed: other masses, delays, noise and more."""
     with reporting("robustness"):
-        from rich.console import Console
-
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.evaluation.robustness import InfoMetric, print_tables, run_robustness, write_files
         from sb3_offline_ft.evaluation.robustness.running import parse_grid
 
@@ -128,11 +134,12 @@ def robustness(
             n_jobs=jobs,
             random_return=random_return,
             device=device,
-            console=Console(stderr=True),
+            safe_load=safe_load,
+            console=PlainConsole(stderr=True),
         )
-        print_tables(result, Console())
+        print_tables(result, PlainConsole())
         for path in write_files(result, output):
-            typer.echo(f"Written: {path}")
+            echo(f"Written: {path}")
 
 
 @app.command()
@@ -208,13 +215,12 @@ def dataset_report(
 ) -> None:
     """Write one HTML page on a dataset: returns, coverage, and how diverse it is."""
     with reporting("dataset report"):
-        from rich.console import Console
-
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.datasets.tools.report import write_report
 
         specs = [spec, *(compare or [])]
-        write_report(specs, output, seed=seed, console=Console(stderr=True), trust_pickle=trust_pickle)
-        typer.echo(f"Report: {output}")
+        write_report(specs, output, seed=seed, console=PlainConsole(stderr=True), trust_pickle=trust_pickle)
+        echo(f"Report: {output}")
 
 
 @dataset.command("evaluate-policy")
@@ -229,6 +235,7 @@ def dataset_evaluate_policy(
     figure: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG); none is drawn if omitted.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_pickle: TrustPickle = False,
+    safe_load: SafeLoad = False,
 ) -> None:
     """Estimate from data alone what a policy returns, and say whether the data can tell."""
     with reporting("dataset evaluate-policy"):
@@ -247,6 +254,7 @@ def dataset_evaluate_policy(
             figure=figure,
             as_json=as_json,
             trust_pickle=trust_pickle,
+            safe_load=safe_load,
             progress_bar=sys.stderr.isatty(),
         )
 
@@ -297,8 +305,7 @@ def dataset_convert(
 ) -> None:
     """Write logs as a Minari dataset, which `-params dataset:...` then names."""
     with reporting("dataset convert"):
-        from rich.console import Console
-
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.common.functions import load_function
         from sb3_offline_ft.datasets.files.column_map import ColumnMap
         from sb3_offline_ft.datasets.tools.convert import convert_logs
@@ -325,12 +332,12 @@ def dataset_convert(
             facts={"algorithm_name": algorithm_name, "author": author, "description": description},
             overwrite=overwrite,
             keep_in=keep_in,
-            console=Console(stderr=True),
+            console=PlainConsole(stderr=True),
             trust_pickle=trust_pickle,
         )
         for text in made.notes:
-            typer.echo(f"Note: {text}", err=True)
-        typer.echo(f"{to}: {_counted(made.transitions, made.episodes)}, in {made.folder}")
+            echo(f"Note: {text}", err=True)
+        echo(f"{to}: {_counted(made.transitions, made.episodes)}, in {made.folder}")
 
 
 @dataset.command("collect")
@@ -362,9 +369,8 @@ def dataset_collect(
 ) -> None:
     """Record an agent of rl-zoo3 or SB3, or random actions, as a Minari dataset. Ctrl-C keeps the complete episodes."""
     with reporting("dataset collect"):
-        from rich.console import Console
-
         import sb3_offline_ft.zoo
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.datasets.tools.agents import RANDOM
         from sb3_offline_ft.datasets.tools.collect import Behaviour, collect_dataset
 
@@ -389,15 +395,15 @@ def dataset_collect(
             command=f"sb3-offline-ft {shlex.join(sys.argv[1:])}" if "collect" in sys.argv else None,
             overwrite=overwrite,
             keep_in=keep_in,
-            console=Console(stderr=True),
+            console=PlainConsole(stderr=True),
         )
     if made.folder is not None:
         words = f"{_counted(made.transitions, len(made.returns))}, mean return {made.returns.mean():.1f}"
-        typer.echo(f"{id_}: {words}, in {made.folder}")
+        echo(f"{id_}: {words}, in {made.folder}")
     if made.interrupted:
         kept = "the complete episodes were kept" if made.folder is not None else "no episode was complete, nothing was written"
-        typer.echo(f"sb3-offline-ft dataset collect: interrupted, {kept}", err=True)
-        raise typer.Exit(130)
+        echo(f"sb3-offline-ft dataset collect: interrupted, {kept}", err=True)
+        raise typer.Exit(128 + made.ended_by)
 
 
 def _counted(transitions: int, episodes: int) -> str:

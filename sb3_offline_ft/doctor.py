@@ -243,9 +243,10 @@ def render(checks: Sequence[Check]) -> None:
 
     :param checks: what :func:`diagnose` returned
     """
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from sb3_offline_ft.common.console import PlainConsole
 
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table(title="sb3-offline-ft doctor")
@@ -254,7 +255,7 @@ def render(checks: Sequence[Check]) -> None:
     for check in checks:
         status = f"[{colours[check.status]}]{check.status}[/]"
         table.add_row(status, escape(check.name), escape(check.found), escape(check.remedy))
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     broken = [check.name for check in checks if check.is_broken]
     console.print(f"Broken: {', '.join(broken)}." if broken else "Everything that is needed works.", markup=False)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sb3_offline_ft.collapse.events import EPISODES, EVENTS_FILE, Event, monitored_words, read_events
+from sb3_offline_ft.common.console import PlainConsole
 
 FREQUENT = (*EPISODES, "signal", "candidate")
 COMMON_FIELDS = ("event", "timestep", "episode", "n_updates", "time")
@@ -26,7 +27,7 @@ def show_events(run: Path, figure: Path | None = None, everything: bool = False,
     :raises FileNotFoundError: There are no events
     :raises ValueError: The file of events is damaged
     """
-    console = console or Console()
+    console = console or PlainConsole()
     path = _events_file(run)
     events = read_events(path)
     console.print(Text(verdict(events), style="bold"))

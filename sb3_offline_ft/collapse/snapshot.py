@@ -22,6 +22,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_offline_ft.collapse.fitting import COUNTERS, FIX, check_counters, check_is_number, check_optimizer, check_tensors
 from sb3_offline_ft.collapse.learner import extra_state, has_extra_state, position, set_extra_state, set_position
 from sb3_offline_ft.common.io import atomic_write, naming_damage
 from sb3_offline_ft.common.reading import read_bytes
@@ -29,7 +30,6 @@ from sb3_offline_ft.common.reading import read_bytes
 FORMAT = "sb3_offline_ft.LearnerSnapshot"
 VERSION = 1
 ARRAY = "__array__"
-COUNTERS = ("_n_updates", "_n_calls", "exploration_rate", "_current_progress_remaining")
 PARTS = {
     "algorithm": str,
     "num_timesteps": int,
@@ -43,7 +43,6 @@ PARTS = {
     "action_noise": dict,
     "generators": dict,
 }
-FIX = "Restore it into a model made with the same algorithm, policy and network sizes."
 
 
 class LearnerSnapshot:
@@ -140,28 +139,25 @@ class LearnerSnapshot:
         :raises ValueError: The snapshot does not fit the model, which is unchanged then
         """
         content = _copied(self._content)
-        noise = _vectorized_if_needed(content["action_noise"], model)
-        self._check(model, noise, generators)
-        modules, optimizers, variables = _parts_of(model)
-        for name, module in modules.items():
-            state = module.state_dict()
-            state.update(content["modules"][name])
-            module.load_state_dict(state)
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name]["state"])
-        with th.no_grad():
-            for name, variable in variables.items():
-                variable.copy_(content["variables"][name])
-        set_extra_state(model, content["extra"], generators)
-        set_position(model, content["counters"])
-        for name in COUNTERS:
-            if name in content["counters"] and hasattr(model, name):
-                setattr(model, name, content["counters"][name])
-        _restore_vec_normalize(content["vec_normalize"], model.get_vec_normalize_env())
-        model.action_noise = noise
-        _restore_noise(content["action_noise"], noise, generators)
-        if generators:
-            _restore_generators(content["generators"], model)
+        noise = self._checked_noise(model, generators)
+        before, noise_before = LearnerSnapshot.take(model), model.action_noise
+        try:
+            _apply(content, model, noise, generators)
+        except Exception as error:
+            _apply(before._content, model, noise_before, generators=True)
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"The snapshot of {self.algorithm} is damaged ({type(error).__name__}: {error}). {FIX}")
+
+    def _checked_noise(self, model: OffPolicyAlgorithm, generators: bool) -> ActionNoise | None:
+        """The action noise that a model shall have, which the snapshot fits; ``ValueError`` if it does not."""
+        try:
+            noise = _vectorized_if_needed(self._content["action_noise"], model)
+            self._check(model, noise, generators)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise self._damaged(error) from error
+        return noise
 
     def check(self, model: OffPolicyAlgorithm, generators: bool = True) -> None:
         """
@@ -171,7 +167,7 @@ class LearnerSnapshot:
         :param generators: Whether the random generators shall be restored too
         :raises ValueError: It cannot; names what differs
         """
-        self._check(model, _vectorized_if_needed(self._content["action_noise"], model), generators)
+        self._checked_noise(model, generators)
 
     def _check(self, model: OffPolicyAlgorithm, noise: ActionNoise | None, generators: bool) -> None:
         what = f"The snapshot of {self.algorithm} does not fit this {type(model).__name__}"
@@ -185,10 +181,11 @@ class LearnerSnapshot:
             if saved.keys() != live.keys():
                 raise ValueError(f"{what}: expected the {name} {', '.join(live)}, found {', '.join(saved) or 'none'}. {FIX}")
         for name, module in modules.items():
-            _check_tensors(what, name + ".", content["modules"][name], module.state_dict())
-        _check_tensors(what, "", content["variables"], variables)
+            check_tensors(what, name + ".", content["modules"][name], module.state_dict())
+        check_tensors(what, "", content["variables"], variables)
         for name, optimizer in optimizers.items():
-            _check_optimizer(what, name, content["optimizers"][name], optimizer)
+            check_optimizer(what, name, content["optimizers"][name], optimizer)
+        check_counters(what, content["counters"], model)
         if (content["extra"] or has_extra_state(model)) and self.algorithm != type(model).__name__:
             raise ValueError(f"{what}: they keep different things beyond their networks. {FIX}")
         _check_vec_normalize(what, content["vec_normalize"], model.get_vec_normalize_env())
@@ -256,6 +253,30 @@ def _parts_of(
     return modules, optimizers, {name: recursive_getattr(model, name) for name in variable_names}
 
 
+def _apply(content: dict[str, Any], model: OffPolicyAlgorithm, noise: ActionNoise | None, generators: bool) -> None:
+    """Make a learner what a snapshot's content says; the content is its own from then on."""
+    modules, optimizers, variables = _parts_of(model)
+    for name, module in modules.items():
+        state = module.state_dict()
+        state.update(content["modules"][name])
+        module.load_state_dict(state)
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(content["optimizers"][name]["state"])
+    with th.no_grad():
+        for name, variable in variables.items():
+            variable.copy_(content["variables"][name])
+    set_extra_state(model, content["extra"], generators)
+    set_position(model, content["counters"])
+    for name in COUNTERS:
+        if name in content["counters"] and hasattr(model, name):
+            setattr(model, name, content["counters"][name])
+    _restore_vec_normalize(content["vec_normalize"], model.get_vec_normalize_env())
+    model.action_noise = noise
+    _restore_noise(content["action_noise"], noise, generators)
+    if generators:
+        _restore_generators(content["generators"], model)
+
+
 # Copies
 
 
@@ -305,36 +326,6 @@ def _unpacked(value: Any) -> Any:
     return type(value)(map(_unpacked, value)) if isinstance(value, list | tuple) else value
 
 
-# Networks and optimizers
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, th.Tensor):
-        return f"shape {tuple(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
-    return "nothing" if value is None else type(value).__name__
-
-
-def _check_tensors(what: str, prefix: str, saved: dict[str, Any], live: Mapping[str, Any]) -> None:
-    for name in [*live, *(name for name in saved if name not in live)]:
-        expected, found = _described(live.get(name)), _described(saved.get(name))
-        if expected != found:
-            raise ValueError(f"{what}: {prefix}{name} has {expected} in the model and {found} in the snapshot. {FIX}")
-
-
-def _check_optimizer(what: str, name: str, saved: dict[str, Any], live: th.optim.Optimizer) -> None:
-    state, live_state = saved["state"], live.state_dict()
-    expected = (type(live).__name__, [len(group["params"]) for group in live_state["param_groups"]])
-    found = (saved["class"], [len(group["params"]) for group in state["param_groups"]])
-    if expected != found:
-        raise ValueError(
-            f"{what}: {name} is {expected[0]} over {expected[1]} parameters in the model, "
-            f"{found[0]} over {found[1]} in the snapshot. {FIX}"
-        )
-    for index in live_state["state"].keys() & state["state"].keys():
-        known = {key: value for key, value in live_state["state"][index].items() if key in state["state"][index]}
-        _check_tensors(what, f"{name} {index}.", {key: state["state"][index][key] for key in known}, known)
-
-
 # Normalization
 
 
@@ -366,6 +357,17 @@ def _check_vec_normalize(what: str, saved: dict[str, Any], vec_normalize: VecNor
             f"{what}: VecNormalize keeps {shapes[0]} in the model's environment and {shapes[1]} in the snapshot. "
             "Restore it into a model whose environment is wrapped in the same way."
         )
+
+    if saved:
+        numbers = {"running returns": saved["running_returns"]}
+        for name, entry in saved["statistics"].items():
+            numbers |= {f"{part} of {name}": entry[part] for part in ("mean", "var", "count")}
+            if np.shape(entry["var"]) != np.shape(entry["mean"]) or np.shape(entry["count"]):
+                raise ValueError(f"{what}: VecNormalize's {name} have parts of different shapes in the snapshot. {FIX}")
+        for name, value in numbers.items():
+            check_is_number(what, f"VecNormalize's {name}", value)
+            if name.startswith(("var of", "count of")) and (np.asarray(value) < 0).any():
+                raise ValueError(f"{what}: VecNormalize's {name} is below 0 in the snapshot. {FIX}")
 
 
 def _restore_vec_normalize(saved: dict[str, Any], vec_normalize: VecNormalize | None) -> None:
@@ -425,7 +427,8 @@ def _check_noise(what: str, saved: dict[str, Any], noise: ActionNoise | None) ->
     expected, found = type(noise).__name__ if noise is not None else "none", saved["class"]
     if expected == found and isinstance(noise, VectorizedActionNoise) and "noises" in saved:
         expected, found = f"{expected} of {len(noise.noises)}", f"{found} of {len(saved['noises'])}"
-    elif expected == found and isinstance(noise, OrnsteinUhlenbeckActionNoise) and "previous" in saved:
+    elif expected == found and isinstance(noise, OrnsteinUhlenbeckActionNoise):
+        check_is_number(what, "the previous noise", saved["previous"])
         expected, found = (f"{found} of shape {np.shape(array)}" for array in (noise.noise_prev, saved["previous"]))
     if expected != found:
         raise ValueError(

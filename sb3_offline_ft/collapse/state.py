@@ -1,9 +1,10 @@
 """What a saved model holds of a guarded run."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -81,16 +82,38 @@ class SavedRun:
             if content["version"] != VERSION:
                 raise ValueError(f"it has version {content['version']}, expected {VERSION}")
             saved = cls(**content)
+            saved._check()
             monitor.load_state_dict(arrays_from_json(saved.monitor))
             monitor.phase = saved.phase
             monitor.gathered = [np.array(episode) if monitor.needs_rewards else episode for episode in saved.reference]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # Whoever reads half a state raises anything
+        except Exception as error:
             warn(
-                f"CollapseGuard: its state in the model cannot be taken up ({error}), so that it begins anew. The detector, "
-                "its rate and its horizon must be those that the state was saved with."
+                f"CollapseGuard: its state in the model cannot be taken up ({type(error).__name__}: {error}), so that it "
+                "begins anew. The detector, its rate and its horizon must be those that the state was saved with."
             )
             return None
         return saved
+
+    def _check(self) -> None:
+        """``ValueError`` if a field is not of its kind: nothing has been taken up yet."""
+        ends = self.releases
+        checks = {
+            "phase": self.phase in get_args(Phase),
+            "counts": _are_whole(self.counts) and len(self.counts) == 5,
+            "undone_updates": _are_whole([self.undone_updates]),
+            "snapshots": _are_whole(self.snapshots),
+            "references": _are_whole(self.references),
+            "learning_rate_factor": _is_number(self.learning_rate_factor) and self.learning_rate_factor > 0,
+            "radius": self.radius is None or (_is_number(self.radius) and self.radius > 0),
+            "held": isinstance(self.held, bool),
+            "stopped": isinstance(self.stopped, bool),
+            "releases": isinstance(ends, list | tuple)
+            and all(isinstance(end, list | tuple) and len(end) == 2 and _are_whole(end[:1]) for end in ends),
+        }
+        wrong = [name for name, is_right in checks.items() if not is_right]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} must be another kind of value")
 
     def take_up(self, good: GoodStates, brake: PolicyBrake, remedies: RemediesOfRun, counts: Counts) -> None:
         """Go on from this state."""
@@ -102,3 +125,11 @@ class SavedRun:
         held = self.held and (self.phase == "done" or bool(remedies.ends))
         # The loaded policy is the newest; the region lies around the last good one, where that was saved
         brake.take_up(self.learning_rate_factor, self.radius, held, good.states[-2:][0].snapshot.policy_state)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) is int for value in values)

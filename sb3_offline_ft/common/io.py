@@ -11,6 +11,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from sb3_offline_ft.common.leftovers import owned_name, remove_leftovers
 from sb3_offline_ft.common.reading import ArrayFile, TooLargeError, open_file, reason_of, too_large
 
 
@@ -18,14 +19,15 @@ from sb3_offline_ft.common.reading import ArrayFile, TooLargeError, open_file, r
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     Open a temporary file beside ``path`` for writing; it takes the name ``path`` only if the block succeeds, and only when
-    the disk has all of it.
+    the disk has all of it. What killed processes left there in the same way is removed.
 
     :param path: Where the file shall be; missing folders are created
     :return: The open binary file
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    remove_leftovers(target.parent)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f"{owned_name(target.name)}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

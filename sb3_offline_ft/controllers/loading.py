@@ -15,15 +15,22 @@ WITHOUT_FILE: dict[str, Callable[[spaces.Space[Any]], Controller]] = {"zero": Ze
 
 
 def load_controller(
-    spec: str, env_id: str | None = None, *, action_space: spaces.Space[Any] | None = None, device: str = "cpu"
+    spec: str,
+    env_id: str | None = None,
+    *,
+    action_space: spaces.Space[Any] | None = None,
+    device: str = "cpu",
+    safe_load: bool = False,
 ) -> Controller:
     """
     :param spec: A zip file of SB3, sb3-contrib or this package; a run's folder of rl-zoo3, of which the best model is taken,
         with its ``VecNormalize``; a file ``*.onnx``; ``module:function``, where the module may lie in the working directory;
-        ``zero`` or ``random``. Saved policies are unpickled, and modules imported: name only what you trust
+        ``zero`` or ``random``. Modules are imported, and settings of saved policies unpickled unless
+        ``safe_load`` is set: name only what you trust
     :param env_id: Gymnasium id of the environment
     :param action_space: Actions of ``zero`` and ``random``; those of the environment if omitted
     :param device: Torch device of a policy
+    :param safe_load: Whether nothing of a saved policy may be unpickled (see :func:`sb3_offline_ft.safe_load`)
     :return: The controller
     :raises FileNotFoundError: There is no such file
     :raises ValueError: The file is damaged, or it is not known what is meant
@@ -43,7 +50,7 @@ def load_controller(
     elif path.with_name(f"{path.name}.zip").is_file():
         path = path.with_name(f"{path.name}.zip")
     if path.suffix == ".zip":
-        return PolicyController(spec, path, device)
+        return PolicyController(spec, path, device, safe_load)
     if ":" in spec and not path.exists():
         function = load_function(spec, "controller")
         return FunctionController(spec, _constructed(spec, function) if isinstance(function, type) else function)

@@ -15,6 +15,7 @@ from stable_baselines3.common.save_util import json_to_data
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.plain_settings import policy_settings
 from sb3_offline_ft.common.reading import read_bytes
 from sb3_offline_ft.datasets.files.zoo import CONFIG, LEARNER_STATISTICS, saved_hyperparams
 from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL, STATISTICS
@@ -33,16 +34,22 @@ class PolicyController:
     :param name: As the user gave it
     :param file: The zip file of an algorithm
     :param device: Torch device of the policy
+    :param safe_load: Whether nothing may be unpickled
     """
 
-    def __init__(self, name: str, file: Path, device: str) -> None:
+    def __init__(self, name: str, file: Path, device: str, safe_load: bool = False) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"No policy {str(file.absolute())!r}: expected a .zip saved by an algorithm's save().")
         self.name = name
         statistics = _statistics_for(file)
+        if safe_load and statistics is not None:
+            raise ValueError(
+                f"The policy {str(file)!r} needs {str(statistics)!r}, which is a pickle, and nothing is unpickled with "
+                "`safe_load`: leave that out if you trust the file."
+            )
         files = [file] if statistics is None else [file, statistics]
         self.sha256: str | None = hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
-        self.file, self.policy = file, _load_policy(file, device)
+        self.file, self.policy = file, _load_policy(file, device, safe_load)
         self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         self.statistics = None if statistics is None else _read_statistics(statistics)
         self._normalize: Callable[[Any], Any] = (
@@ -78,10 +85,11 @@ def policy_file(folder: Path) -> Path:
     return chosen[0]
 
 
-def _load_policy(file: Path, device: str) -> BasePolicy:
+def _load_policy(file: Path, device: str, safe_load: bool) -> BasePolicy:
+    plain = policy_settings(file) if safe_load else None
     with naming_damage(f"The policy {str(file)!r}", "a zip file saved by a Stable-Baselines3 algorithm"):
         settings, weights = read_zip(file, th.device(device))
-        found = json_to_data(json.dumps({key: settings[key] for key in NEEDED if key in settings}))
+        found = plain or json_to_data(json.dumps({key: settings[key] for key in NEEDED if key in settings}))
         policy_class, kwargs = found["policy_class"], dict(found["policy_kwargs"])
         known = inspect.signature(policy_class).parameters
         if found.get("use_sde"):

@@ -17,6 +17,7 @@ from sb3_offline_ft.collapse.reporting import run_folder
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, number, whole_number
 from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.statistics_file import save_statistics
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.acting import Cast, PolicyCopy, normalizing_as
 from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
@@ -258,8 +259,11 @@ class ChampionChallenger(BaseCallback):
         self._contest = Contest(self.rules, self._contender(), model.n_envs, self.seed)
         self._last_updates, self._rejections_in_a_row = model._n_updates, 0
         differences = "" if saved is None else saved.differences(self._settings)
-        if saved is not None:
-            self._last_updates, self._rejections_in_a_row = saved.take_up(self._contest)
+        if saved is not None and (counts := saved.taken_up(self._contest)) is not None:
+            self._last_updates, self._rejections_in_a_row = counts
+        elif saved is not None:
+            # Part of it may have been taken up
+            saved, self._contest = None, Contest(self.rules, self._contender(), model.n_envs, self.seed)
         self._cast = Cast(model, self._contest.champion.policy)
         if self._contest.challenge is not None:
             self._cast.challenger.take(self._contest.challenge.challenger.policy)
@@ -416,7 +420,7 @@ class ChampionChallenger(BaseCallback):
                 self.save_champion(self._folder / BEST_MODEL)
                 with normalizing_as(self.model, self.champion.policy) as normalize:
                     if normalize is not None:
-                        normalize.save(str(self._folder / STATISTICS))
+                        save_statistics(normalize, self._folder / STATISTICS)
             except OSError as error:
                 warn(f"ChampionChallenger: the champion cannot be written ({error}).")
 

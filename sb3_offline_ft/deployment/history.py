@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EVENTS_FILE, FIGURE = "deployment_events.jsonl", "deployment.png"
+EVENTS = "the events of a ChampionChallenger"
 DECISIONS = ("promotion", "rejection", "demotion")
 COLLAPSED = 0.25
 """Share of the distance from a random policy to the baseline at which a return is a collapse."""
@@ -116,8 +117,11 @@ class History:
         path = folder / EVENTS_FILE
         if not path.is_file():
             return None
-        with naming_damage(path, "the events of a ChampionChallenger"):
-            return cls(read_events(path))
+        with naming_damage(path, EVENTS):
+            history = cls(read_events(path))
+            # What lacks a value is damaged, though each line is JSON
+            history.in_words()
+            return history
 
     @property
     def settings(self) -> dict[str, Any]:

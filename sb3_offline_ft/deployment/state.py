@@ -52,9 +52,22 @@ class SavedContest:
             if content["version"] != VERSION:
                 raise ValueError(f"it has version {content['version']}, expected {VERSION}")
             policies = {role: PolicyCopy.from_arrays(arrays_from_text(text)).in_learner(model) for role, text in texts.items()}
-            return cls(content["contest"], content["settings"], policies, *content["counts"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            warn(f"ChampionChallenger: its state in the model cannot be taken up ({error}), so that it begins anew.")
+            settings = content["settings"]
+            if lacking := {*OF_THE_BUDGET, "segment_steps"} - settings.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            _check_numbers(content["contest"])
+            return cls(content["contest"], settings, policies, *map(int, content["counts"]))
+        # Whoever reads half a state raises anything
+        except Exception as error:
+            _warn(error)
+            return None
+
+    def taken_up(self, contest: Contest) -> tuple[int, int] | None:
+        """As :meth:`take_up`; None, with a warning, if it is damaged: the contest is useless then."""
+        try:
+            return self.take_up(contest)
+        except Exception as error:
+            _warn(error)
             return None
 
     def take_up(self, contest: Contest) -> tuple[int, int]:
@@ -84,3 +97,21 @@ class SavedContest:
             for name in names
         ]
         return "; ".join(words)
+
+
+def _check_numbers(contest: dict[str, Any]) -> None:
+    """``ValueError`` if anything that is counted with is no number."""
+    contenders = [facts for facts in contest["contenders"].values() if facts is not None]
+    whole = [contest["n_tests"], contest["n_baseline"], *(facts["name"] for facts in contenders)]
+    lists = [contest["exploration_losses"], *(contest["baseline"] or []), *(facts["returns"] for facts in contenders)]
+    if not all(type(number) is int for number in whole):
+        raise ValueError("its counts must be whole numbers")
+    if not all(type(values) is list and all(type(value) in (int, float) for value in values) for values in lists):
+        raise ValueError("its returns and losses must be lists of numbers")
+
+
+def _warn(error: Exception) -> None:
+    warn(
+        f"ChampionChallenger: its state in the model cannot be taken up ({type(error).__name__}: {error}), so that it begins "
+        "anew."
+    )

@@ -6,7 +6,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sb3_offline_ft.deployment.history import FIGURE, History
+from sb3_offline_ft.common.console import PlainConsole
+from sb3_offline_ft.common.drawing import save_png
+from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.deployment.history import EVENTS, EVENTS_FILE, FIGURE, History
 
 
 def contest_rows(contest: History | None) -> Iterator[tuple[str, str]]:
@@ -15,10 +18,17 @@ def contest_rows(contest: History | None) -> Iterator[tuple[str, str]]:
         yield from contest.in_words().items()
 
 
+def draw_contest(folder: Path, contest: History, figure: Path) -> None:
+    """Write the picture of the contest in a run's folder; ``ValueError`` names its events if they are damaged."""
+    with naming_damage(folder / EVENTS_FILE, EVENTS):
+        drawn = contest.draw()
+    save_png(drawn, figure)
+
+
 def show_contest(folder: Path, contest: History, figure: Path | None, console: Console | None) -> None:
     """Print the summary of a run that needed no evaluations, and write its picture, by default into the run's folder."""
     figure = figure or folder / FIGURE
-    contest.draw(figure)
+    draw_contest(folder, contest, figure)
     table = Table(title=f"Champion and challenger in {folder}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
@@ -27,4 +37,4 @@ def show_contest(folder: Path, contest: History, figure: Path | None, console: C
     for model in sorted(folder.glob("best_model.zip")):
         table.add_row("champion", str(model))
     table.add_row("picture", str(figure))
-    (console or Console()).print(table)
+    (console or PlainConsole()).print(table)

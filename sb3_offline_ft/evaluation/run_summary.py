@@ -15,12 +15,13 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.io import naming_damage, read_npz
 from sb3_offline_ft.common.reading import open_file
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
 from sb3_offline_ft.deployment.history import FIGURE as CONTEST_FIGURE
 from sb3_offline_ft.deployment.history import History
-from sb3_offline_ft.evaluation.contest_summary import contest_rows, show_contest
+from sb3_offline_ft.evaluation.contest_summary import contest_rows, draw_contest, show_contest
 from sb3_offline_ft.evaluation.served import ActedEpisodes, acted_episodes, served_metrics
 
 EVALUATIONS = "evaluations.npz"
@@ -283,9 +284,9 @@ def show_run(folder: Path, figure: Path | None = None, console: Console | None =
     table = summary.table()
     table.add_row("picture", str(figure))
     if summary.contest is not None:
-        summary.contest.draw(figure.with_name(CONTEST_FIGURE))
+        draw_contest(folder, summary.contest, figure.with_name(CONTEST_FIGURE))
         table.add_row("", str(figure.with_name(CONTEST_FIGURE)))
-    (console or Console()).print(table)
+    (console or PlainConsole()).print(table)
 
 
 def _model_file(folder: Path) -> Path:
@@ -316,6 +317,8 @@ def _evaluations(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floa
                 "timesteps must have the shape (evaluations,) and results (evaluations, episodes), found "
                 f"{timesteps.shape} and {returns.shape}"
             )
+        if lengths is not None and lengths.dtype.kind in "iu" and (lengths < 1).any():
+            raise ValueError(f"episodes must have at least one step, found {lengths.min()}")
     if lengths is None or lengths.dtype.kind not in "iu" or lengths.shape != returns.shape:
         return timesteps.astype(np.int64), returns.astype(np.float64), None
     return timesteps.astype(np.int64), returns.astype(np.float64), lengths.astype(np.int64)
@@ -345,7 +348,10 @@ def _training_episodes(folder: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray
     for path in folder.glob("*monitor.csv"):
         with naming_damage(path, "a file of SB3's Monitor"), TextIOWrapper(open_file(path), newline="") as file:
             start = json.loads(file.readline().removeprefix("#"))["t_start"]
-            episodes += [(start + float(row["t"]), int(row["l"]), float(row["r"])) for row in csv.DictReader(file)]
+            found = [(start + float(row["t"]), int(row["l"]), float(row["r"])) for row in csv.DictReader(file)]
+            if any(length < 1 for _, length, _ in found):
+                raise ValueError("episodes must have at least one step")
+            episodes += found
     episodes.sort()
     with naming_damage(folder, "a run whose monitor.csv says how many steps episodes had"):
         lengths = np.array([length for _, length, _ in episodes], dtype=np.int64)

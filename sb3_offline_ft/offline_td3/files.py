@@ -20,7 +20,9 @@ from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.checks import constructor_arguments, known_keywords
-from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, naming_damage
+from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, atomic_write, naming_damage
+from sb3_offline_ft.common.plain_settings import add_plain_settings, without_pickle
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import load_dataset, without_trust
 from sb3_offline_ft.offline_td3.acting import LEARNED_PREFIX
 from sb3_offline_ft.offline_td3.data import N_STEP_KEYWORDS, has_own_buffer_class, refuse_keywords
@@ -38,6 +40,21 @@ TRUST_VARIABLE = "SB3_OFFLINE_FT_TRUST_PICKLE"
 
 
 # Models
+
+
+@contextmanager
+def written_whole(path: File, suffix: str) -> Iterator[Any]:
+    """Open what SB3 would, under the name that it would choose, to be written whole or not at all; a stream is kept."""
+    if isinstance(path, io.BufferedIOBase):
+        yield path
+        return
+    file = pathlib.Path(path)
+    file = file if file.suffix else pathlib.Path(f"{file}.{suffix}")
+    if file.is_dir():
+        warn(f"Path '{file}' is a folder. Will save instead to {file}_2")
+        file = pathlib.Path(f"{file}_2")
+    with atomic_write(file.resolve()) as stream:
+        yield stream
 
 
 @contextmanager
@@ -106,7 +123,13 @@ def take_up(learner: "SavedLearner", replaced: Mapping[str, Any], is_dataset_giv
     learner.load_extra_state(state)
 
 
-def arguments_for(cls: type["SavedLearner"], path: File, replaced: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_for(
+    cls: type["SavedLearner"],
+    path: File,
+    replaced: dict[str, Any],
+    given: Mapping[str, Any],
+    objects: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """
     All arguments that shall replace a file's: those that are given, and what another algorithm left at its default, which is
     here at ours, as for a learner that is constructed.
@@ -114,7 +137,7 @@ def arguments_for(cls: type["SavedLearner"], path: File, replaced: dict[str, Any
     # Those in the file are written by `save`
     refuse_keywords(replaced.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
     if cls.policy_defaults and "policy_kwargs" in replaced:
-        others = {name: value for name, value in given.items() if name != "policy_kwargs"}
+        others = {name: value for name, value in {**(objects or {}), **given}.items() if name != "policy_kwargs"}
         stored, _, _ = load_from_zip_file(path, custom_objects=others, device="cpu")
         complete = None if stored is None else with_policy_defaults(cls, stored["policy_class"], replaced["policy_kwargs"])
         if stored is not None and complete == stored["policy_kwargs"]:
@@ -267,7 +290,8 @@ class SavedLearner(OfflineLearner):
 
     def save(self, path: File, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """
-        Save all the attributes of the object and the model parameters in a zip-file.
+        Save all the attributes of the object and the model parameters in a zip-file, whole or not at all: a full disk or a
+        kill leaves the file that was there.
 
         The dataset is not in it, only its fingerprint and its spec, without any ``trust_pickle``. SB3's ``TD3.load`` and the
         ``load`` of the other algorithms of this package open the file too.
@@ -276,8 +300,12 @@ class SavedLearner(OfflineLearner):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
+        content = io.BytesIO()
         with as_in_file(self):
-            super().save(path, exclude, include)
+            super().save(content, exclude, include)
+            add_plain_settings(content, self)
+        with written_whole(path, "zip") as file:
+            file.write(content.getbuffer())
 
     @classmethod
     def load(
@@ -288,10 +316,12 @@ class SavedLearner(OfflineLearner):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        safe_load: bool = False,
         **kwargs: Any,
     ) -> SelfSavedLearner:
         """
-        Load a model saved by this class, by another algorithm of this package or by SB3's TD3.
+        Load a model saved by this class, by another algorithm of this package or by SB3's TD3. As SB3's own, this unpickles
+        settings, which runs whatever code the file holds; with ``safe_load`` nothing is unpickled.
 
         :param path: path to the file (or a file-like) where to load the agent from
         :param env: the new environment to run the loaded model on (can be None if you only need prediction)
@@ -299,13 +329,18 @@ class SavedLearner(OfflineLearner):
         :param custom_objects: Dictionary of objects to replace upon loading
         :param print_system_info: Whether to print system info from the saved model and the current system info
         :param force_reset: Force call to ``reset()`` before training
+        :param safe_load: Whether to read settings from plain JSON and text only, see :func:`sb3_offline_ft.safe_load`
         :param kwargs: constructor arguments that shall replace the saved ones
         :return: new model instance with loaded parameters
         :raises TypeError: A keyword is not an argument of the constructor
+        :raises ValueError: With ``safe_load``, the file needs something that cannot be made without unpickling; names it
         """
         known_keywords(cls, kwargs, f"{cls.__name__}.load", excluded=("policy", "env", "device", "_init_setup_model"))
         given = {**(custom_objects or {}), **kwargs}
-        kwargs = arguments_for(cls, path, kwargs, given)
+        if safe_load:
+            path, objects = without_pickle(path, cls, env, given)
+            custom_objects = objects | (custom_objects or {})
+        kwargs = arguments_for(cls, path, kwargs, given, custom_objects)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         take_up(model, kwargs, "dataset" in given)
         if kwargs.get("seed") is not None:
@@ -344,7 +379,8 @@ class SavedLearner(OfflineLearner):
             # A binary stream is one in all but name
             self.replay_buffer.save_online(buffer_file(path))  # type: ignore[arg-type]
         else:
-            super().save_replay_buffer(path)
+            with written_whole(path, "pkl") as file:
+                super().save_replay_buffer(file)
 
     def load_replay_buffer(self, path: File, truncate_last_traj: bool = True, trust_pickle: bool = False) -> None:
         """

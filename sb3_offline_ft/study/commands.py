@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sb3_offline_ft.algorithms import ALGORITHMS
+from sb3_offline_ft.common.console import echo
 from sb3_offline_ft.common.reporting import reporting
 
 study = typer.Typer(help="Compare ways of finetuning on your data, with certainty stated.", no_args_is_help=True)
@@ -52,7 +53,7 @@ def study_init(
             methods=method,
             trust_pickle=trust_pickle,
         )
-        typer.echo(next_steps(file, trust_pickle or any(TRUST in spec for spec in dataset)))
+        echo(next_steps(file, trust_pickle or any(TRUST in spec for spec in dataset)))
 
 
 @study.command("run")
@@ -86,7 +87,7 @@ def study_run(
         failed = counts[CellState.FAILED]
         if failed:
             cells, them = ("cell", "it") if failed == 1 else ("cells", "them")
-            typer.echo(
+            echo(
                 f"{failed} {cells} failed: `sb3-offline-ft study status {shown} --errors` shows why, "
                 f"`sb3-offline-ft study run {shown} --retry-failed` tries {them} again.",
                 err=True,
@@ -124,11 +125,10 @@ def study_report(
 ) -> None:
     """Write a page with verdict, figures and tables on what has finished so far."""
     with reporting("study report"):
-        from rich.console import Console
-
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.study.report.page import FIGURES, FORMATS, write_report
 
-        with Console(stderr=True).status("") as status:
+        with PlainConsole(stderr=True).status("") as status:
             files = write_report(
                 folder,
                 output,
@@ -140,9 +140,9 @@ def study_report(
         figures = [file for file in files if file.parent.name == FIGURES]
         for file in files:
             if file not in figures:
-                typer.echo(f"Report: {file}")
+                echo(f"Report: {file}")
         if figures:
-            typer.echo(f"Report: {len(figures)} figures in {figures[0].parent}")
+            echo(f"Report: {len(figures)} figures in {figures[0].parent}")
 
 
 @study.command("tune")
@@ -187,8 +187,7 @@ def study_tune(
     """Tune the finetuning: return at the end less the dip, on the study's data. Ctrl-C keeps what is done."""
     again = "interrupted: what is done is kept, the rest waits. The same command goes on"
     with reporting("study tune", again):
-        from rich.console import Console
-
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.study.tuning.plan import TuningSettings
         from sb3_offline_ft.study.tuning.run import tune
 
@@ -199,7 +198,7 @@ def study_tune(
         )  # fmt: skip
         done = tune(
             settings, workers=workers, timeout=timeout, output=output, confirm=confirm, retry_failed=retry_failed,
-            console=Console(),
+            console=PlainConsole(),
         )  # fmt: skip
         for file in done.files:
-            typer.echo(f"Written: {file}")
+            echo(f"Written: {file}")

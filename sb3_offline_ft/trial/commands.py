@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from sb3_offline_ft.common.console import echo
 from sb3_offline_ft.common.reporting import reporting
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def trial_init(
             "env": env, "baseline": baseline, "candidate": candidate, "data": data, "seed": seed, "primary": effect,
             "columns": None if columns is None else str(columns),
         }  # fmt: skip
-        typer.echo(next_steps(init_trial(folder, sections, episodes)))
+        echo(next_steps(init_trial(folder, sections, episodes)))
 
 
 @trial.command("plan")
@@ -70,17 +71,16 @@ def trial_plan(
 ) -> None:
     """Say what to expect before anything runs: how long, at what risk and cost, with which chances."""
     with reporting("trial plan"):
-        from rich.console import Console
-
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.trial.plan_shown import show_plan
         from sb3_offline_ft.trial.trial import Trial
 
-        with Console(stderr=True).status("reading") as status:
+        with PlainConsole(stderr=True).status("reading") as status:
             result = Trial.open(folder).plan(ask_data=ask_data, n_trials=trials, on_progress=status.update)
         if as_json:
-            typer.echo(json.dumps(result.as_mapping()))
+            echo(json.dumps(result.as_mapping()))
         else:
-            show_plan(result, Console())
+            show_plan(result, PlainConsole())
 
 
 @trial.command("run")
@@ -101,11 +101,11 @@ def trial_run(
         opened = Trial.open(folder)
         ended = run_trial(opened, until=until, drill=drill, device=device)
         if drill and not isinstance(ended, Finished):
-            typer.echo(_drilled(opened.machine.drills[-1]))
+            echo(_drilled(opened.machine.drills[-1]))
             return
         n = len(opened.machine.episodes)
-        typer.echo(f"{n} episodes so far. {ended.reason if isinstance(ended, Finished) else f'The stage {until!r} is done.'}")
-        typer.echo(_decided(opened.decide()))
+        echo(f"{n} episodes so far. {ended.reason if isinstance(ended, Finished) else f'The stage {until!r} is done.'}")
+        echo(_decided(opened.decide()))
 
 
 @trial.command("robustness")
@@ -116,13 +116,12 @@ def trial_robustness(
 ) -> None:
     """Try both policies in the environment as it might be. `trial run` does it first if the plan says so."""
     with reporting("trial robustness"):
-        from rich.console import Console
-
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.evaluation.robustness import print_tables
         from sb3_offline_ft.trial.trial import Trial
 
-        result = Trial.open(folder).robustness(n_jobs=jobs, device=device, console=Console(stderr=True))
-        print_tables(result, Console())
+        result = Trial.open(folder).robustness(n_jobs=jobs, device=device, console=PlainConsole(stderr=True))
+        print_tables(result, PlainConsole())
 
 
 @trial.command("report")
@@ -137,7 +136,7 @@ def trial_report(
         from sb3_offline_ft.trial.report import write_report
         from sb3_offline_ft.trial.trial import Trial
 
-        typer.echo(str(write_report(Trial.open(folder), output)))
+        echo(str(write_report(Trial.open(folder), output)))
 
 
 @trial.command("next")
@@ -156,14 +155,14 @@ def trial_next(
         upcoming = opened.next(drill=drill)
         is_over = isinstance(upcoming, Finished)
         if as_json:
-            typer.echo(json.dumps({"finished": upcoming.reason} if isinstance(upcoming, Finished) else upcoming.as_event()))
+            echo(json.dumps({"finished": upcoming.reason} if isinstance(upcoming, Finished) else upcoming.as_event()))
         else:
             words = in_words(upcoming, opened.plan_in_force)
-            typer.echo(words[0].upper() + words[1:])
+            echo(words[0].upper() + words[1:])
             if isinstance(upcoming, Finished):
-                typer.echo(f"`sb3-offline-ft trial decide {shlex.quote(str(folder))}` says what came out.")
+                echo(f"`sb3-offline-ft trial decide {shlex.quote(str(folder))}` says what came out.")
             else:
-                typer.echo(f"Then: sb3-offline-ft trial record {shlex.quote(str(folder))} --episode {upcoming.episode} ...")
+                echo(f"Then: sb3-offline-ft trial record {shlex.quote(str(folder))} --episode {upcoming.episode} ...")
         if is_over:
             raise typer.Exit(1)
 
@@ -197,25 +196,25 @@ def trial_record(
                 returns, metrics=values, episode=episode, csv=csv, regime=regime, aborted=aborted,
                 seconds_to_baseline=seconds_to_baseline,
             )  # fmt: skip
-        typer.echo(_recorded(done))
+        echo(_recorded(done))
         if done.decision is not None:
-            typer.echo(_decided(done.decision))
+            echo(_decided(done.decision))
 
 
 @trial.command("status")
 def trial_status(folder: Folder) -> None:
     """Show where the trial is."""
     with reporting("trial status"):
-        from rich.console import Console
         from rich.table import Table
 
+        from sb3_offline_ft.common.console import PlainConsole
         from sb3_offline_ft.trial.status import status_rows
         from sb3_offline_ft.trial.trial import Trial
 
         table = Table.grid(padding=(0, 2))
         for name, words in status_rows(Trial.open(folder)):
             table.add_row(f"[bold]{name}[/bold]", words.replace("[", r"\["))
-        Console().print(table)
+        PlainConsole().print(table)
 
 
 class _DecideCommand(TyperCommand):
@@ -238,7 +237,7 @@ def trial_decide(folder: Folder, as_json: Annotated[bool, typer.Option("--json",
 
         decision = Trial.open(folder).decide()
         content = {"decision": decision.decision, "reasons": decision.reasons, "more_episodes": decision.more_episodes}
-        typer.echo(json.dumps(content) if as_json else _decided(decision))
+        echo(json.dumps(content) if as_json else _decided(decision))
     raise typer.Exit(EXIT_CODES[decision.decision])
 
 
@@ -249,7 +248,7 @@ def trial_amend(folder: Folder, reason: Annotated[str, typer.Option(help="Why, f
         from sb3_offline_ft.trial.trial import Trial
 
         for text in Trial.open(folder).amend(reason):
-            typer.echo(f"Amended: {text}")
+            echo(f"Amended: {text}")
 
 
 @trial.command("tick")
@@ -263,7 +262,7 @@ def trial_tick(
         from sb3_offline_ft.trial.trial import Trial
 
         Trial.open(folder).tick(item, by)
-        typer.echo(f"Ticked: {item}, by {by}")
+        echo(f"Ticked: {item}, by {by}")
 
 
 def _drilled(drill: Mapping[str, Any]) -> str:

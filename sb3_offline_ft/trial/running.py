@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import TextColumn
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.tools.show import progress_bar as bar
 from sb3_offline_ft.pages.words import number
@@ -66,7 +67,7 @@ def run_trial(
                 if drill:
                     ended = _run_drill(trial, runner)
                 else:
-                    shown = console or Console(stderr=True, quiet=not progress_bar)
+                    shown = console or PlainConsole(stderr=True, quiet=not progress_bar)
                     if plan.robustness is not None and trial.machine.robustness is None:
                         trial.robustness(device=device, console=shown)
                     ended = _run_stages(trial, runner, until, shown)

@@ -161,13 +161,16 @@ def _open_journal(path: Path, create: bool) -> BaseStorage:
     if not create and not path.exists():
         raise FileNotFoundError(f"There is no storage {str(path)!r}: give that of the study with `--storage`.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # Who only looks at a study need not be able to write to it
+        with path.open("ab" if create else "rb"):
             pass
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(str(path))))
     except OSError as error:
+        verb = "written" if create else "read"
         raise OSError(
-            f"The journal {str(path)!r} cannot be written: {error.strerror or error}. Choose another file with `--storage`."
+            f"The journal {str(path)!r} cannot be {verb}: {error.strerror or error}. Choose another file with `--storage`."
         ) from None
 
 

@@ -4,6 +4,9 @@ import copy
 import inspect
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +19,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.search_space import split_finetuning
+from sb3_offline_ft.common.statistics_file import WholeVecNormalize
+from sb3_offline_ft.common.termination import EXIT_CODE, raising_terminated
 from sb3_offline_ft.datasets import check_spec, without_trust
 from sb3_offline_ft.datasets.files.zoo import LEARNER_STATISTICS
 from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL, STATISTICS
@@ -75,6 +81,7 @@ class OfflineExperimentManager(RecordingManager):
     dip_penalty = 0.0
     evaluation_seed: int | None = None
     """The seed of environments for evaluation, None for the run's own."""
+    _is_terminated = False
     _new_folder: str | None = None
     """The run's folder, as long as it would be in the way if the run failed: enjoy takes the latest one."""
 
@@ -196,11 +203,13 @@ class OfflineExperimentManager(RecordingManager):
         self.callbacks.insert(0, watch)
         updates = getattr(model, "_n_updates", 0)
         try:
-            self._pretrain(model)
-            super().learn(model)
+            with self._noting_termination():
+                self._pretrain(model)
+                super().learn(model)
         except (Exception, KeyboardInterrupt):
             if not watch.stepped and getattr(model, "_n_updates", 0) == updates:
                 self._remove_new_folder()
+            self._exit_if_terminated("no model is saved")
             raise
         finally:
             self.callbacks.remove(watch)
@@ -209,23 +218,45 @@ class OfflineExperimentManager(RecordingManager):
                 callback.on_training_end()
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
-        """As rl_zoo3's; the statistics of ``VecNormalize`` that enjoy finds are a champion's, if the run has one."""
+        """
+        As rl_zoo3's; the statistics of ``VecNormalize`` that enjoy finds are a champion's, if the run has one.
+
+        :raises SystemExit: SIGTERM had ended the training; all is saved
+        """
         super().save_trained_model(model)
         champions, found = Path(self.save_path, STATISTICS), Path(self.params_path, STATISTICS)
         if champions.is_file() and found.is_file():
             found.replace(found.with_name(LEARNER_STATISTICS))
-            shutil.copy(champions, found)
+            with atomic_write(found) as file:
+                file.write(champions.read_bytes())
+        self._exit_if_terminated(f"the model is saved in {self.save_path}")
+
+    @contextmanager
+    def _noting_termination(self) -> Iterator[None]:
+        # Not again: rl-zoo3 catches it, and goes on to save what there is
+        with raising_terminated(again=False) as has_come:
+            try:
+                yield
+            finally:
+                self._is_terminated = has_come()
+
+    def _exit_if_terminated(self, what: str) -> None:
+        if self._is_terminated:
+            print(f"Ended by SIGTERM: {what}.", file=sys.stderr)
+            raise SystemExit(EXIT_CODE)
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         agent = Path(self.trained_agent)
         learners = agent.parent / self.env_name / LEARNER_STATISTICS
         if agent.name == BEST_MODEL or not learners.is_file():
             normalized: VecEnv = super()._maybe_normalize(env, eval_env)
-            return normalized
-        loaded = VecNormalize.load(str(learners), env)
-        if eval_env:
-            loaded.training = loaded.norm_reward = False
-        return loaded
+        else:
+            normalized = VecNormalize.load(str(learners), env)
+            if eval_env:
+                normalized.training = normalized.norm_reward = False
+        if type(normalized) is VecNormalize:
+            normalized.__class__ = WholeVecNormalize
+        return normalized
 
     def _pretrain(self, model: BaseAlgorithm) -> None:
         try:
@@ -253,7 +284,9 @@ class OfflineExperimentManager(RecordingManager):
         """As rl_zoo3's, with a clear error if no trial was completed."""
         self.study_seed = StudySeed(self.seed, None if self.storage is None else self.pretraining.cache)
         try:
-            super().hyperparameters_optimization()
+            with self._noting_termination():
+                super().hyperparameters_optimization()
+            self._exit_if_terminated("what is done is kept")
         except ValueError as error:
             if "No trials are completed" not in str(error):
                 raise

@@ -11,7 +11,6 @@ from contextlib import ExitStack, suppress
 from io import FileIO, RawIOBase
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
@@ -25,6 +24,8 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
 
+from sb3_offline_ft.common.leftovers import temporary_folder
+from sb3_offline_ft.common.termination import held
 from sb3_offline_ft.common.warning import warn
 
 _HDF5 = "main_data.hdf5"
@@ -235,19 +236,29 @@ def write_episodes(file: FailsafeFile, episodes: Iterable[EpisodeBuffer]) -> dic
     import h5py
 
     n_episodes = n_steps = 0
-    with h5py.File(file, "w", libver=("v110", "v110")) as hdf5:
+    # HDF5 calls the file from destructors too, where an exception is lost, and with it what was to be written
+    with held():
+        hdf5 = h5py.File(file, "w", libver=("v110", "v110"))
+    try:
         for episode in episodes:
-            group = hdf5.create_group(f"episode_{n_episodes}")
-            group.attrs.update({"id": n_episodes, "total_steps": len(episode.rewards)})
-            if episode.seed is not None:
-                group.attrs["seed"] = episode.seed
-            for name in ("observations", "actions", "rewards", "terminations", "truncations"):
-                _write_arrays(group, name, getattr(episode, name))
+            with held():
+                _write_episode(hdf5.create_group(f"episode_{n_episodes}"), n_episodes, episode)
             if file.path is None:
                 break
             n_episodes += 1
             n_steps += len(episode.rewards)
+    finally:
+        with held():
+            hdf5.close()
     return {"total_episodes": n_episodes, "total_steps": n_steps}
+
+
+def _write_episode(group: Any, number: int, episode: EpisodeBuffer) -> None:
+    group.attrs.update({"id": number, "total_steps": len(episode.rewards)})
+    if episode.seed is not None:
+        group.attrs["seed"] = episode.seed
+    for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+        _write_arrays(group, name, getattr(episode, name))
 
 
 def _write_arrays(group: Any, name: str, value: Any) -> None:
@@ -301,7 +312,14 @@ def _make_namespace(dataset_id: str) -> None:
 
 
 def _aside(root: Path, stack: ExitStack) -> Path:
-    return Path(stack.enter_context(TemporaryDirectory(dir=root, prefix=".sb3-offline-ft-", ignore_cleanup_errors=True)))
+    aside = temporary_folder(root, "sb3-offline-ft-dataset")
+    stack.callback(_remove, aside)
+    return aside
+
+
+def _remove(folder: Path) -> None:
+    with held():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_space(error: OSError, place: Path) -> OSError:

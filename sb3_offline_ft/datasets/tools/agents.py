@@ -11,6 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_offline_ft.common.plain_settings import safe_load
 from sb3_offline_ft.common.suggestions import suggestion
 from sb3_offline_ft.datasets.files.zoo import ARGUMENTS, read_zoo_yaml, saved_hyperparams
 from sb3_offline_ft.datasets.tools.recorder import EpisodeEnds, EpisodeRecorder
@@ -86,20 +87,20 @@ class SavedAgent:
                 )
         return model
 
-    def load_alone(self, device: str) -> BaseAlgorithm | None:
+    def load_alone(self, device: str, safe_load: bool = False) -> BaseAlgorithm | None:
         """The agent without an environment; None if it needs one, or wrappers or statistics that change what it sees."""
         beside = ("normalize", "env_wrapper", "vec_env_wrapper", "frame_stack")
         if self.file is None or any(self.hyperparams.get(name) for name in beside):
             return None
         try:
-            return self._load(self.file, None, 0, device)
+            return self._load(self.file, None, 0, device, safe_load)
         except (OSError, MemoryError):
             raise
         # Libraries raise anything about a file that they cannot read
         except Exception:
             return None
 
-    def _load(self, file: Path, venv: VecEnv | None, seed: int, device: str) -> BaseAlgorithm:
+    def _load(self, file: Path, venv: VecEnv | None, seed: int, device: str, without_pickle: bool = False) -> BaseAlgorithm:
         from rl_zoo3 import ALGOS
 
         algorithm: type[BaseAlgorithm] = ALGOS[self.algorithm]
@@ -110,6 +111,8 @@ class SavedAgent:
                 options["optimize_memory_usage"] = False
         if "HerReplayBuffer" in str(self.hyperparams.get("replay_buffer_class", "")):
             options["env"] = venv
+        if without_pickle:
+            return safe_load(file, algorithm, **options)
         # Schedules are not needed, and those of other versions of Python cannot be read
         objects: dict[str, Any] = {"learning_rate": 0.0, "lr_schedule": _zero, "clip_range": _zero}
         try:

@@ -26,7 +26,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.seeding import derive_seed
+from sb3_offline_ft.common.termination import Terminated
 from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.datasets.files.minari_writing import check_new_id, write_minari
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
@@ -48,14 +50,19 @@ class CollectedDataset:
     :param folder: Where the dataset is, ``None`` if no episode was complete when it was interrupted
     :param transitions: Number of rows
     :param returns: Undiscounted return of each episode
-    :param interrupted: Whether it was ended by Ctrl-C (SIGINT) or SIGTERM
+    :param ended_by: Number of the signal that ended it, Ctrl-C's (SIGINT) or SIGTERM; 0 if none did
     """
 
     dataset_id: str
     folder: Path | None
     transitions: int
     returns: npt.NDArray[np.float64]
-    interrupted: bool
+    ended_by: int = 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was ended by a signal."""
+        return self.ended_by != 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ def collect_dataset(
     wanted = (n_episodes if n_steps is None else n_steps) or 0
     if wanted < 1:
         raise ValueError(f"Record at least one step or episode, found {wanted}.")
-    behaviour, console = behaviour or Behaviour(), console or Console(quiet=True)
+    behaviour, console = behaviour or Behaviour(), console or PlainConsole(quiet=True)
     if algorithm == RANDOM and (agent is not None or behaviour != Behaviour()):
         raise ValueError("A random policy has no agent, no noise and is not deterministic: leave these options out.")
     env_id = _import_environment(env_id)
@@ -186,9 +193,9 @@ def collect_dataset(
             )
         except ValueError:
             # That there is nothing to write is no mistake after Ctrl-C
-            if not rollout.interrupted or rollout.returns:
+            if not rollout.ended_by or rollout.returns:
                 raise
-    return CollectedDataset(dataset_id, folder, rollout.n_steps, np.array(rollout.returns), rollout.interrupted)
+    return CollectedDataset(dataset_id, folder, rollout.n_steps, np.array(rollout.returns), rollout.ended_by)
 
 
 class _Actor:
@@ -231,7 +238,7 @@ class _Rollout:
         self.wanted, self.counts_steps = wanted, counts_steps
         self.returns: list[float] = []
         self.n_steps = 0
-        self.interrupted = False
+        self.ended_by = 0
         spec = venv.unwrapped.envs[0].spec or recorder.env.spec  # type: ignore[attr-defined]
         self.time_limit: int = 0 if spec is None else spec.max_episode_steps or 0
 
@@ -243,8 +250,8 @@ class _Rollout:
             task = progress.add_task(f"recording {unit}", total=self.wanted, mean="")
             observation = self.venv.reset()
             while (self.n_steps if self.counts_steps else len(self.returns)) < self.wanted:
-                if stop():
-                    self.interrupted = True
+                if number := stop():
+                    self.ended_by = number
                     return
                 observation = self._step(observation)
                 n_beyond += self.counts_steps and self.recorder.n_steps >= self.wanted
@@ -270,18 +277,18 @@ class _Rollout:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Let the first SIGINT (Ctrl-C) or SIGTERM ask for an end instead of making one; what comes says whether it did."""
+def stop_on_signals() -> Iterator[Callable[[], int]]:
+    """Let the first SIGINT (Ctrl-C) or SIGTERM ask for an end instead of making one; what comes says which did, or 0."""
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    asked = False
+    asked = 0
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
-        asked = True
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        asked = number
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sb3_offline_ft import __version__
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.observations import Observations, by_key, map_observations, named_arrays
 from sb3_offline_ft.common.suggestions import first_of
 from sb3_offline_ft.datasets.files.column_map import ColumnMap
@@ -106,7 +107,7 @@ def convert_logs(
     check_new_id(dataset_id, overwrite)
     if (random_score is None) != (expert_score is None):
         raise ValueError("Give both a random and an expert score, or none of them.")
-    console = console or Console(quiet=True)
+    console = console or PlainConsole(quiet=True)
     tables, others = find_logs(logs)
     if columns is not None and not tables:
         raise ValueError("Columns were named, but there is no table (CSV, TSV or Parquet) among the logs.")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.suggestions import first_of
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
@@ -55,7 +56,7 @@ def write_report(
     :raises OSError: As :func:`load_dataset`, or the file cannot be written
     :raises ValueError: As :func:`load_dataset`
     """
-    console = console or Console(quiet=True)
+    console = console or PlainConsole(quiet=True)
     with progress_bar(console) as progress:
         task = progress.add_task("", total=6 * len(specs) + _PICTURES)
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.observations import by_key, mean_and_std, named_arrays
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
 from sb3_offline_ft.datasets.sources import load_dataset
@@ -180,7 +181,7 @@ def show_dataset(
     :param console: Where to print
     :param options: Passed to :func:`load_dataset`
     """
-    console = console or Console()
+    console = console or PlainConsole()
     facts = describe_dataset(load_dataset(spec, **options))
     if as_json:
         console.file.write(facts.as_json() + "\n")

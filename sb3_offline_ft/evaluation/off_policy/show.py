@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.drawing import save_png
 from sb3_offline_ft.controllers import load_controller
 from sb3_offline_ft.datasets import load_dataset
@@ -34,6 +35,7 @@ def show_estimate(
     figure: Path | None = None,
     as_json: bool = False,
     trust_pickle: bool = False,
+    safe_load: bool = False,
     progress_bar: bool = False,
     console: Console | None = None,
 ) -> None:
@@ -50,13 +52,14 @@ def show_estimate(
     :param figure: Where the picture shall be; none is drawn if omitted
     :param as_json: Print JSON instead of a table
     :param trust_pickle: Whether data may be unpickled
+    :param safe_load: Whether nothing of the agent may be unpickled
     :param progress_bar: Display a progress bar
     :param console: Where to print
     """
-    console = console or Console()
+    console = console or PlainConsole()
     dataset = load_dataset(spec, trust_pickle=trust_pickle)
-    policy: Policy = _learner(agent, dataset.env_id, device) or load_controller(
-        agent, dataset.env_id, action_space=dataset.action_space, device=device
+    policy: Policy = _learner(agent, dataset.env_id, device, safe_load) or load_controller(
+        agent, dataset.env_id, action_space=dataset.action_space, device=device, safe_load=safe_load
     )
     gamma = float(getattr(policy, "gamma", GAMMA)) if gamma is None else gamma
     data = LoggedData(dataset, policy, seed)
@@ -79,7 +82,7 @@ def show_estimate(
         console.print(f"Picture: {figure}", highlight=False)
 
 
-def _learner(agent: str, env_id: str | None, device: str) -> BaseAlgorithm | None:
+def _learner(agent: str, env_id: str | None, device: str, safe_load: bool) -> BaseAlgorithm | None:
     """A whole algorithm, which has critics and answers many observations at once; None if there is only a policy."""
     file = Path(agent).expanduser()
     if file.suffix != ".zip" or not file.is_file():
@@ -87,7 +90,7 @@ def _learner(agent: str, env_id: str | None, device: str) -> BaseAlgorithm | Non
     # Files of this package's algorithms do not say of which, and load into one another
     for algorithm in (None, "td3bc"):
         with suppress(ValueError):
-            return find_agent(env_id or "", algorithm, Path(), file, 0, False).load_alone(device)
+            return find_agent(env_id or "", algorithm, Path(), file, 0, False).load_alone(device, safe_load)
     return None
 
 

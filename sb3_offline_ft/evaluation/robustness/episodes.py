@@ -67,6 +67,7 @@ class Setting:
     metrics: tuple[InfoMetric, ...]
     seed: int
     device: str
+    safe_load: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,13 @@ class Stage:
         self.setting = setting
         self.env = make_env(setting.env_id, setting.env_kwargs)
         self.controllers = {
-            role: load_controller(spec, setting.env_id, action_space=self.env.action_space, device=setting.device)
+            role: load_controller(
+                spec,
+                setting.env_id,
+                action_space=self.env.action_space,
+                device=setting.device,
+                safe_load=setting.safe_load,
+            )
             for role, spec in setting.specs.items()
         }
         for controller in self.controllers.values():

@@ -12,6 +12,7 @@ import torch as th
 from rich.console import Console
 
 from sb3_offline_ft.common.checks import whole_number
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.observations import Observations, map_observations
 from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.datasets.tools.show import progress_bar
@@ -36,6 +37,7 @@ def run_robustness(
     metrics: Sequence[InfoMetric] = (),
     random_return: float | None = None,
     device: str = "cpu",
+    safe_load: bool = False,
     console: Console | None = None,
 ) -> RobustnessResult:
     """
@@ -56,13 +58,14 @@ def run_robustness(
     :param metrics: What is measured beside the return
     :param random_return: Mean return of a random policy; measured if omitted
     :param device: Torch device of the policies
+    :param safe_load: Whether nothing of saved policies may be unpickled (see :func:`sb3_offline_ft.safe_load`)
     :param console: Where to show the progress; nothing is shown if omitted
     :return: What came of it
     :raises ValueError: A perturbation is unknown or the environment does not have it, a policy does not fit, or fails
     """
     n_seeds, n_jobs = whole_number(n_seeds, "n_seeds", 1), whole_number(n_jobs, "n_jobs", 1)
     specs = dict(policies) | ({RANDOM: "random"} if random_return is None else {})
-    setting = Setting(env_id, dict(env_kwargs or {}), specs, tuple(metrics), whole_number(seed, "seed"), device)
+    setting = Setting(env_id, dict(env_kwargs or {}), specs, tuple(metrics), whole_number(seed, "seed"), device, safe_load)
     with closing(Stage(setting)) as stage:
         levels = _levels(grid, stage.env)
         shown = {role: Policy(stage.controllers[role].name, stage.controllers[role].sha256) for role in policies}
@@ -147,7 +150,7 @@ _stage: Stage | None = None
 @contextmanager
 def _players(stage: Stage, n_jobs: int, total: int, console: Console | None) -> Iterator[Play]:
     """What plays episodes, in this process or in others."""
-    with one_thread(), progress_bar(console or Console(quiet=True)) as progress:
+    with one_thread(), progress_bar(console or PlainConsole(quiet=True)) as progress:
         task = progress.add_task("episodes", total=total)
 
         def here(jobs: Sequence[Job], spread: Observations | None) -> dict[Job, Outcome]:

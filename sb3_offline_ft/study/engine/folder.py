@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy.typing as npt
 
 from sb3_offline_ft.collapse.events import EVENTS_FILE, encode_events, read_events
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json, naming_damage, read_npz, replace_synced
+from sb3_offline_ft.common.leftovers import temporary_folder
 from sb3_offline_ft.common.reading import parse_json, read_json
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.history import EVENTS_FILE as DEPLOYMENT_EVENTS_FILE
@@ -34,8 +33,6 @@ RUNS = "runs"
 KEY_DIGITS = 8
 """Of a cell's key, in the name of its folder."""
 ATTEMPTS = 20
-STALE_SECONDS = 3600
-_TEMPORARY = re.compile(rf"\.seed\d+-[0-9a-f]{{{KEY_DIGITS}}}\.(old\.)?[A-Za-z0-9_]{{8}}")
 
 KINDS = (SERVE, EXPLORE, TRIAL)
 """Of training episodes, from the harmless to the risky."""
@@ -201,8 +198,7 @@ def write_result(folder: Path, result: CellResult) -> None:
     :raises OSError: It cannot be written; the folder is as it was
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = temporary_folder(folder.parent, folder.name)
     try:
         for name, arrays in _FILES.items():
             # From memory: only a write of bytes says whether the disk is full
@@ -239,21 +235,13 @@ def _replace(temporary: Path, folder: Path) -> None:
 def _move_away(folder: Path) -> None:
     if not folder.exists():
         return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    old = temporary_folder(folder.parent, f"{folder.name}.old")
     try:
         # Another process may have moved it
         with contextlib.suppress(FileNotFoundError):
             os.replace(folder, old / folder.name)
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove what processes left that were killed while they wrote."""
-    for path in parent.glob(".*"):
-        with contextlib.suppress(OSError):
-            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def read_result(folder: Path) -> CellResult | None:

@@ -1,6 +1,7 @@
 """Who of those that run a study's cells is still alive."""
 
 import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -52,7 +53,9 @@ class FileLocks:
         return release
 
     def end_dead(self) -> None:
-        """Let running trials fail if nobody is at work on them."""
+        """Let running trials fail if nobody is at work on them, where the journal can be written."""
+        if not os.access(self._folder.parent, os.W_OK):
+            return
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not self._is_held(self._lock(trial.number)):
                 with contextlib.suppress(UpdateFinishedTrialError):

@@ -1,5 +1,6 @@
 """The results of a study, from its run folders and its storage."""
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.study.design.protocol import Cell, Protocol
 from sb3_offline_ft.study.engine.folder import RUNS, CellResult, find_result, folders_of, read_result
 from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
@@ -67,7 +69,12 @@ def study_results(folder: str | Path, storage: str | None = None, trust_pickle: 
         return load_results(protocol)
     try:
         with StudyQueue(protocol, storage, create=False) as queue:
-            queue.restore_run_folders()
+            try:
+                queue.restore_run_folders()
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                warn(f"{protocol.folder} cannot be written to: results that only the storage has are left out ({error}).")
             errors = {status.key: status.error for status in queue.statuses() if status.error is not None}
     except STORAGE_FAULTS as error:
         raise OSError(f"The storage failed: {fault_text(error)}.") from None

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.study.design.protocol import study_file
 from sb3_offline_ft.study.engine.liveness import STORAGE_FAULTS
 from sb3_offline_ft.study.engine.progress import RunDisplay, counts_text
@@ -259,7 +260,7 @@ def run_study(
     :raises ValueError: The protocol, the data or an argument is wrong
     :raises KeyboardInterrupt: Ctrl-C; all workers were stopped, and their cells wait
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     try:
         settings = WorkerSettings(folder.absolute(), storage, threads, device, only, trust_pickle=trust_pickle)
         run = StudyRun(settings, workers, console)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.design.reading import NO_DATA
 from sb3_offline_ft.study.engine.folder import RUNS, local_result
@@ -43,7 +44,7 @@ def show_status(
     :raises OSError: The storage cannot be opened
     :raises ValueError: The protocol is wrong
     """
-    console = console or Console()
+    console = console or PlainConsole()
     protocol = Protocol.load(folder, trust_pickle)
     statuses = read_statuses(protocol, storage)
     console.print(Text(f"{protocol.name}: {counts_text(Counter(each.state for each in statuses))}", style="bold"))

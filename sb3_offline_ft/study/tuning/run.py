@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.evaluation.comparisons import PairedComparison, compare_paired
@@ -113,7 +114,7 @@ def tune(
     if timeout is not None and not timeout > 0:
         raise ValueError(f"`--timeout` must be above 0 seconds, found {timeout:g}.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     if 0 < confirm < FEWEST_TO_SHOW:
         console.print(Text(f"`--confirm {confirm}`: {TOO_FEW}.", style="yellow"))
     try:

@@ -1,0 +1,251 @@
+"""Files that a full disk, a kill or a signal leaves whole, and what killed processes left behind."""
+
+import ctypes
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from stable_baselines3 import TD3
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_offline_ft import TD3BC
+from sb3_offline_ft.common.io import atomic_write
+from sb3_offline_ft.common.leftovers import owned_name, remove_leftovers, temporary_folder
+from sb3_offline_ft.common.reporting import reporting
+from sb3_offline_ft.common.statistics_file import WholeVecNormalize
+from sb3_offline_ft.common.termination import Terminated, held, raising_terminated
+from tests.conftest import REPOSITORY, Installation
+from tests.study_runs import write_study
+
+SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu"}
+
+
+def learner(**settings: Any) -> TD3BC:
+    return TD3BC("MlpPolicy", gym.make("Pendulum-v1"), **SMALL, **settings)
+
+
+def in_child(action: Callable[[], None], *, limit: int | None = None, kill_at: int | None = None) -> int:
+    """Exit code of a forked process that may write files of so many bytes, or is killed at the so many-th sync."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    syncs, fsync = 0, os.fsync
+
+    def counted(descriptor: int) -> None:
+        nonlocal syncs
+        syncs += 1
+        if syncs == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = counted  # type: ignore[assignment]
+    try:
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        action()
+    except OSError:
+        os._exit(28)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore:TD3BC has neither a dataset")
+class TestSaving:
+    def test_a_full_disk_or_a_kill_leaves_the_old_model_buffer_and_statistics(self, tmp_path: Path) -> None:
+        venv = WholeVecNormalize(make_vec_env("Pendulum-v1"))
+        model = TD3BC("MlpPolicy", venv, **SMALL)
+        model.learn(300)
+        saves: dict[str, Callable[[str], None]] = {
+            "model.zip": model.save, "buffer.npz": model.save_replay_buffer, "statistics.pkl": venv.save
+        }  # fmt: skip
+        for name, save in saves.items():
+            file = tmp_path / name
+            file.write_bytes(b"old")
+            assert in_child(lambda save=save, file=file: save(str(file)), limit=1000) == 28  # type: ignore[misc]
+            assert in_child(lambda save=save, file=file: save(str(file)), kill_at=1) == -signal.SIGKILL  # type: ignore[misc]
+            assert file.read_bytes() == b"old" and len(list(tmp_path.glob(f".{name}.*"))) == 1
+            save(str(file))
+            assert file.read_bytes() != b"old" and not list(tmp_path.glob(".*")), "what the killed one left is gone"
+        assert TD3BC.load(tmp_path / "model.zip").num_timesteps == 300
+        loaded = VecNormalize.load(str(tmp_path / "statistics.pkl"), make_vec_env("Pendulum-v1"))
+        assert type(loaded) is VecNormalize and loaded.obs_rms.mean.tolist() == venv.obs_rms.mean.tolist()  # type: ignore[union-attr]
+        assert b"sb3_offline_ft" not in (tmp_path / "statistics.pkl").read_bytes(), "SB3 reads it without this package"
+
+    def test_names_and_streams_are_those_of_sb3(self, tmp_path: Path) -> None:
+        model = learner()
+        model.save(tmp_path / "new" / "model")
+        (tmp_path / "taken.zip").mkdir()
+        with pytest.warns(UserWarning, match=r"taken.zip' is a folder. Will save instead to .*taken.zip_2"):
+            model.save(tmp_path / "taken")
+        stream = io.BytesIO()
+        model.save(stream)  # type: ignore[arg-type]
+        with (tmp_path / "opened").open("wb") as file:
+            model.save(file)  # type: ignore[arg-type]
+        (tmp_path / "link.zip").symlink_to(tmp_path / "new" / "model.zip")
+        model.save(tmp_path / "link")
+        assert (tmp_path / "link.zip").is_symlink()
+        for place in ("new/model.zip", "taken.zip_2", "opened"):
+            with zipfile.ZipFile(tmp_path / place) as archive:
+                assert archive.testzip() is None
+        stream.seek(0)
+        assert TD3.load(stream).action_space == model.action_space
+
+
+class TestLeftovers:
+    def test_only_those_of_dead_processes_are_removed(self, tmp_path: Path) -> None:
+        folder = temporary_folder(tmp_path, "mine")
+        (folder / "content").write_bytes(b"x")
+        own = f"{owned_name('data.csv')}.abcdefgh.tmp"
+        place, _, rest = own.split(".")[-3].partition("-")
+        number, start = rest.split("-")
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        gone = [f".x.{place}-{dead.pid}-{start}.abcdefgh.tmp", f".x.{place}-{number}-{int(start) - 1}.abcdefgh"]
+        stay = [own, f".x.00000000-{dead.pid}-{start}.abcdefgh.tmp", ".hidden", ".other.abcdefgh.tmp", "x.tmp"]
+        for name in (gone[0], *stay):
+            (tmp_path / name).write_bytes(b"half")
+        (tmp_path / gone[1] / "inside").mkdir(parents=True)
+        elsewhere = tmp_path / f".y.00000000-1-{start}.abcdefgh.tmp"
+        elsewhere.write_bytes(b"half")
+        os.utime(elsewhere, (0, 0))
+        remove_leftovers(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stay, folder.name])
+        remove_leftovers(tmp_path / "none")
+
+    def test_long_names_fit(self, tmp_path: Path) -> None:
+        with atomic_write(tmp_path / ("ü" * 120)) as file:
+            file.write(b"x")
+        assert [path.name for path in tmp_path.iterdir()] == ["ü" * 120]
+
+
+class TestTermination:
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_what_swallows_the_signal_gets_it_again(self) -> None:
+        class Swallowing:
+            def __del__(self) -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+
+        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)
+        cleaned = []
+        with pytest.raises(Terminated), raising_terminated():
+            Swallowing()
+            try:
+                time.sleep(10)
+            finally:
+                # Longer than until it would come again
+                time.sleep(0.3)
+                cleaned.append(True)
+        assert cleaned and (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)) == before
+
+    @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+    def test_what_must_not_be_broken_off_is_finished(self, number: int, error: type[BaseException]) -> None:
+        done = []
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(error), raising_terminated():
+                with held():
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.25)
+                    done.append("held")
+                time.sleep(1)
+                done.append("not reached")
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert done == ["held"]
+
+    def test_a_command_ends_with_143_and_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(Exception) as caught, reporting("study run", "interrupted: go on"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        assert getattr(caught.value, "exit_code", None) == 143
+        assert capsys.readouterr().err == "sb3-offline-ft study run: interrupted: go on\n"
+
+    def test_training_in_rl_zoo3_saves_its_model_and_ends_with_143(self, installation: Installation, tmp_path: Path) -> None:
+        options = ["--algo", "td3bc", "--env", "Pendulum-v1", "-n", "1000000", "--eval-freq", "-1"]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1"}
+        command = [
+            installation.python,
+            "-m",
+            "rl_zoo3.train",
+            *options,
+            "-params",
+            "offline_steps:0",
+            "learning_starts:1000000",
+        ]
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            seen = b""
+            assert process.stdout is not None
+            while b"total_timesteps" not in seen and process.poll() is None:
+                seen += os.read(process.stdout.fileno(), 65536)
+            process.send_signal(signal.SIGTERM)
+            rest, _ = process.communicate(timeout=120)
+        assert process.returncode == 143 and b"Ended by SIGTERM: the model is saved in" in rest, seen + rest
+        assert b"Traceback" not in rest
+        saved = tmp_path / "logs" / "td3bc" / "Pendulum-v1_1" / "Pendulum-v1.zip"
+        assert TD3BC.load(saved).num_timesteps > 0
+
+
+WITHOUT_PRIVILEGE = """
+import ctypes, os, sys
+if os.geteuid() == 0:
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    library = ctypes.CDLL(None)
+    assert library.capget(header, data) == 0
+    for place in range(3):
+        data[place] &= ~2  # CAP_DAC_OVERRIDE
+    assert library.capset(header, data) == 0
+from sb3_offline_ft.cli import app
+for arguments in sys.argv[1:]:
+    try:
+        app(arguments.split())
+    except SystemExit as error:
+        assert not error.code, arguments
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "capset"), reason="needs Linux")
+def test_a_study_that_cannot_be_written_to_can_be_looked_at(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", seeds=1, methods={"scratch": {"algorithm": "td3", "start": "scratch"}})
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "sb3_offline_ft", "study", "run", str(folder)]
+    subprocess.run(run, env=environment, check=True, capture_output=True, timeout=120)
+    places = [folder, *folder.rglob("*")]
+    for path in places:
+        path.chmod(path.stat().st_mode & ~0o222)
+    output = tmp_path / "elsewhere" / "report.html"
+    commands = [f"study status {folder}", f"study report {folder} --output {output} --format csv"]
+    try:
+        shown = subprocess.run(
+            [sys.executable, "-c", WITHOUT_PRIVILEGE, *commands], env=environment, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        for path in places:
+            path.chmod(path.stat().st_mode | 0o200)
+    assert shown.returncode == 0, shown.stderr
+    assert "tiny: 1 done" in shown.stdout and output.with_name("results.csv").is_file()
+
+
+def test_the_committed_kills_lost_nothing() -> None:
+    kills = json.loads((REPOSITORY / "benchmarks" / "kills" / "kills.json").read_text())
+    commands = ["dataset collect", "dataset convert", "dataset report", "study report", "trial run", "study run"]
+    assert [each["command"] for each in kills] == commands
+    for each in kills:
+        assert each["kills"] >= 30 and each["equal"], each
+        assert each["lost"] == each["damaged"] == each["left_at_last"] == 0, each
