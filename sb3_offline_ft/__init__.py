@@ -6,6 +6,7 @@ from sb3_offline_ft.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
+    from sb3_offline_ft.checkpoints import CheckpointRun, resume
     from sb3_offline_ft.collapse import (
         Alarm,
         BettingDetector,
@@ -32,6 +33,7 @@ __all__ = [
     "Alarm",
     "BettingDetector",
     "ChampionChallenger",
+    "CheckpointRun",
     "CollapseGuard",
     "CusumDetector",
     "Detector",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "load_dataset",
     "register",
+    "resume",
 ]
 
 
@@ -62,6 +65,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "buffers": ("DictOfflineToOnlineReplayBuffer", "OfflineToOnlineReplayBuffer"),
+        "checkpoints": ("CheckpointRun", "resume"),
         "collapse": (
             "Alarm",
             "BettingDetector",

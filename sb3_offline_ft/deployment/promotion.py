@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.special import expit, ndtr
@@ -114,6 +114,19 @@ class PromotionTest(ABC):
         :return: The bet, to be settled when the episode ends
         """
 
+    @property
+    @abstractmethod
+    def open_bets(self) -> "list[Bet] | list[RankBet]":
+        """The bets that :meth:`state_dict` has, in its order."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The test's state as plain values and arrays, with its bets."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+
 
 class ConcurrentTest(PromotionTest):
     """
@@ -132,6 +145,16 @@ class ConcurrentTest(PromotionTest):
     def log_evidence(self) -> float:
         gains = (bet.log_gain for bet in self._bets)
         return sum(itertools.takewhile(lambda gain: gain is not None, gains))  # type: ignore[arg-type]
+
+    @property
+    def open_bets(self) -> list[Bet]:
+        return self._bets
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "bets": [vars(bet).copy() for bet in self._bets]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._bets = [Bet(**bet) for bet in state["bets"]]
 
     def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> Bet:
         spread, center = spread_of(champion, unit), sum(champion) / len(champion)
@@ -170,6 +193,7 @@ class HistoricalTest(PromotionTest):
 
     def __init__(self, level: float, champion: Sequence[float], unit: float, seed: int = 0) -> None:
         super().__init__(level)
+        self.seed = seed
         self._bets: deque[RankBet] = deque()
         # Equal returns of a few episodes do not mean that there is no noise, and ranks need a scale
         spread = SMALLEST_SPREAD * unit if len({*champion}) == 1 else 0.0
@@ -182,6 +206,18 @@ class HistoricalTest(PromotionTest):
             self._bets.popleft()
             self._detector.update(-total)
         return self._detector.statistic
+
+    @property
+    def open_bets(self) -> list[RankBet]:
+        return list(self._bets)
+
+    def state_dict(self) -> dict[str, Any]:
+        bets = [bet.total for bet in self._bets]
+        return {"level": self.level, "bets": bets, "detector": self._detector.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._bets = deque(map(RankBet, state["bets"]))
+        self._detector.load_state_dict(state["detector"])
 
     def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> RankBet:
         self._bets.append(bet := RankBet())

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
-from sb3_offline_ft.common.callbacks import BestEvaluation, InitialEvaluation, as_list, find_callbacks
+from sb3_offline_ft.common.callbacks import BestEvaluation, InitialEvaluation, as_list, callbacks_with, find_callbacks
 from sb3_offline_ft.common.callbacks import progress_bar as make_progress_bar
 from sb3_offline_ft.common.checks import known_keywords, show_constructor, whole_number
 from sb3_offline_ft.common.logger import OfflineLogger
@@ -207,12 +207,24 @@ class OfflineLearner(TD3):
     # Phases
 
     def _run_offline(
-        self, gradient_steps: int, callback: BaseCallback | None, progress_bar: bool, log_interval: int = 1000
+        self,
+        gradient_steps: int,
+        callback: BaseCallback | None,
+        progress_bar: bool,
+        log_interval: int = 1000,
+        listeners: BaseCallback | None = None,
     ) -> None:
+        """
+        :param listeners: Callbacks of which those that have ``on_offline_start`` are called between updates, with all of them,
+            although others do not run yet
+        """
         bar = make_progress_bar(gradient_steps, f"{type(self).__name__} offline") if progress_bar else None
+        between_updates: list[Any] = list(callbacks_with(listeners, "on_offline_start"))
         start_time, start, last = time.monotonic(), self.offline_steps_done, self.offline_steps_done + gradient_steps
         try:
             while self.offline_steps_done < last:
+                for listener in between_updates:
+                    listener.on_offline_start(listeners)
                 until_log = log_interval - self.offline_steps_done % log_interval
                 chunk = 1 if callback is not None else min(PROGRESS_CHUNK, until_log, last - self.offline_steps_done)
                 self._update_offline(chunk)
@@ -286,7 +298,7 @@ class OfflineLearner(TD3):
             show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
             try:
                 with self._offline_phase():
-                    self._run_offline(self.remaining_offline_steps, None, show)
+                    self._run_offline(self.remaining_offline_steps, None, show, listeners=started)
             except KeyboardInterrupt:
                 # rl-zoo3 ends its callbacks after an interrupt, and SB3's progress bar cannot end before it has started
                 for bar in find_callbacks(started, ProgressBarCallback):
