@@ -127,6 +127,16 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 
 
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run but for its speed, by name, with steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    names = [name for name in accumulator.Tags()["scalars"] if name not in ("time/fps", "offline/steps_per_second")]
+    return {name: [(event.step, event.value) for event in accumulator.Scalars(name)] for name in names}
+
+
 def check_resume(
     folder: Path,
     make: Callable[[], OffPolicyAlgorithm],
@@ -172,10 +182,9 @@ def check_resume(
         for step, pair in after.seen.items()
         for one, other in zip(pair, witness.seen[step], strict=True)
     )
-    for name in ("evaluations.npz",):
-        if (whole / name).exists():
-            ones, others = np.load(whole / name), np.load(killed / name)
-            assert ones.files == others.files and all(np.array_equal(ones[key], others[key]) for key in ones.files)
+    if (whole / "evaluations.npz").exists():
+        ones, others = np.load(whole / "evaluations.npz"), np.load(killed / "evaluations.npz")
+        assert ones.files == others.files and all(np.array_equal(ones[key], others[key]) for key in ones.files)
     for model in (first, doomed, second):
         assert model.env is not None
         model.env.close()

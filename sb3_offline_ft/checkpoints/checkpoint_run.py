@@ -239,7 +239,8 @@ class CheckpointRun(BaseCallback):
         if of_environments:
             warn(
                 f"CheckpointRun: the state of the environment cannot be had ({', '.join(of_environments)}), so "
-                "that a resumed run goes on at the start of an episode. Give the environment `get_state` and `set_state` for an exact one."
+                "that a resumed run goes on at the start of an episode. Give the environment `get_state` and `set_state` for an "
+                "exact one."
             )
         if of_callbacks:
             warn(
