@@ -239,8 +239,8 @@ class CheckpointRun(BaseCallback):
         if of_environments:
             warn(
                 f"CheckpointRun: the state of the environment cannot be had ({', '.join(of_environments)}), so "
-                "that a resumed run goes on at the start of an episode. Give the environment `get_state` and `set_state` for an "
-                "exact one."
+                "that a resumed run goes on at the start of an episode. Give the environment `get_state` and `set_state` for "
+                "an exact one."
             )
         if of_callbacks:
             warn(
@@ -255,7 +255,11 @@ class CheckpointRun(BaseCallback):
         if threading.current_thread() is threading.main_thread() and not self._previous:
             self._signal = None
             for number in SIGNALS:
-                if (previous := signal.getsignal(number)) not in (None, signal.SIG_IGN):
+                previous: Any = signal.getsignal(number)
+                while isinstance(getattr(previous, "__self__", None), CheckpointRun):
+                    # Left behind by a run that ended by an error
+                    previous = previous.__self__._previous.get(number, signal.SIG_DFL)
+                if previous not in (None, signal.SIG_IGN):
                     self._previous[number] = previous
                     signal.signal(number, self._note)
 

@@ -249,8 +249,8 @@ def _cut(monitor: Any, size: int | None) -> None:
     if found < size:
         raise ValueError(
             f"{file.name} holds less than it did at the checkpoint: `Monitor` empties a file that it opens. Make "
-            "the environment with `override_existing=False` (of `make_vec_env`: `monitor_kwargs`), and put the file back if you "
-            "can."
+            "the environment with `override_existing=False` (of `make_vec_env`: `monitor_kwargs`), and put the file back if "
+            "you can."
         )
     with open(file.name, "rb+") as whole:
         whole.truncate(size)

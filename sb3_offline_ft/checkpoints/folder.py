@@ -76,9 +76,8 @@ class CheckpointFolder:
             rows = self.ring.write(buffer)
             with (temporary / STATE).open("wb") as file:
                 th.save(to_plain(state, "a checkpoint"), file)
-            hashes = {STATE: _sha256(temporary / STATE)}
-            versions = installed_versions(PACKAGES)
-            manifest = facts | {"format": VERSION, "number": number, "versions": versions, "sha256": hashes, "buffer": rows}
+            manifest = facts | {"format": VERSION, "number": number, "versions": installed_versions(PACKAGES), "buffer": rows}
+            manifest["sha256"] = {STATE: _sha256(temporary / STATE), MANIFEST: _sha256_of(manifest)}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             temporary.chmod(0o777 & ~_umask())
             if target.exists():
@@ -138,9 +137,8 @@ class CheckpointFolder:
         with naming_damage(path / MANIFEST, "the manifest of a checkpoint"):
             if facts["format"] != VERSION:
                 raise ValueError(f"it has the format {facts['format']}, expected {VERSION}")
-            for name, expected in facts["sha256"].items():
-                if _sha256(path / name) != expected:
-                    raise ValueError(f"{name} has changed since it was written")
+            if _sha256(path / STATE) != facts["sha256"][STATE]:
+                raise ValueError(f"{STATE} has changed since it was written")
         with naming_damage(path / STATE, "the state of a checkpoint"):
             state = from_plain(th.load(path / STATE, map_location="cpu", weights_only=True))
         self.ring.check(facts["buffer"])
@@ -157,6 +155,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
+        if _sha256_of({name: value for name, value in content.items() if name != "sha256"}) != content["sha256"][MANIFEST]:
+            raise ValueError("it has changed since it was written")
         return content
 
 
@@ -170,6 +170,10 @@ def _check_versions(checkpoint: Checkpoint) -> None:
         )
     if different:
         warn(f"{checkpoint.path} was written with {', '.join(different)}: the run may go on differently in the last bits.")
+
+
+def _sha256_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

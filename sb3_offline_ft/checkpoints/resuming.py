@@ -47,7 +47,7 @@ def resume(
         )
     missing = [name for name in checkpoint.facts["not_held"] if name not in arguments]
     if missing:
-        words = ", ".join(f"`{name}=...`" for name in missing)
+        words = ", ".join(f"{name}=..." for name in missing)
         raise ValueError(
             f"{checkpoint.path} cannot hold what the run had as {', '.join(missing)}: give it again, `resume(..., {words})`."
         )
