@@ -5,7 +5,8 @@ Runs that are killed at random moments and go on: do they come out as if nothing
     python benchmarks/resume/kills.py --kills 3  # a look
 
 In each row one run is killed with SIGKILL as often as asked for, each time at a random moment of one phase, and goes on after
-each kill. Then it is compared with a run that was left alone: weights, optimizers, replay buffer, returns, evaluations, events.
+each kill. Then it is compared with a run that was left alone: weights, optimizers, replay buffer, returns, evaluations,
+random numbers.
 """
 
 import argparse
@@ -86,7 +87,9 @@ def make_model(setting: str, phase: str) -> Any:
 
 def callbacks(setting: str, folder: Path, phase: Any) -> list[BaseCallback]:
     made: list[BaseCallback] = [
-        EvalCallback(make_vec_env("Pendulum-v1", seed=5), eval_freq=500, n_eval_episodes=1, verbose=0, log_path=str(folder), warn=False)
+        EvalCallback(
+            make_vec_env("Pendulum-v1", seed=5), eval_freq=500, n_eval_episodes=1, verbose=0, log_path=str(folder), warn=False
+        )
     ]
     if setting == "champion":
         budget = {"random_return": -250.0, "worst_return": -500.0, "risk_budget": 0.9}
@@ -103,7 +106,9 @@ def run(setting: str, phase: str, folder: Path, told: Any) -> None:
     model.learn(SIZES[phase]["total"], callback=callbacks(setting, folder, told))
     outcome = {
         "weights": digest(model.get_parameters()),
-        "buffer": digest({name: array[: model.replay_buffer.size()] for name, array in columns_of(model.replay_buffer).items()}),
+        "buffer": digest(
+            {name: array[: model.replay_buffer.size()] for name, array in columns_of(model.replay_buffer).items()}
+        ),
         "returns": [episode["r"] for episode in model.ep_info_buffer],
         "counts": [model.num_timesteps, model._n_updates, model._episode_num],
         "random": [float(th.rand(1)), float(np.random.rand())],
@@ -177,7 +182,9 @@ def measure_cost(n_rows: int, new_rows: int = 10_000, repeats: int = 5) -> dict[
     """Seconds for a checkpoint of a TD3C learner on Hopper-v5 of which so many rows are new."""
     settings: dict[str, Any] = {"buffer_size": n_rows, "dataset": "bundled:hopper-medium", "offline_steps": 50, "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
-        model = TD3C("MlpPolicy", make_vec_env("Hopper-v5", seed=0), warmup_steps=100, constraint_reference="pretrained", **settings)
+        model = TD3C(
+            "MlpPolicy", make_vec_env("Hopper-v5", seed=0), warmup_steps=100, constraint_reference="pretrained", **settings
+        )
         checkpoints = CheckpointRun(10**9, path=folder)
         model.learn(150, callback=checkpoints)
         buffer, generator = model.replay_buffer, np.random.default_rng(0)
@@ -191,7 +198,13 @@ def measure_cost(n_rows: int, new_rows: int = 10_000, repeats: int = 5) -> dict[
             fill(buffer, buffer.pos, new_rows, generator)
             buffer.pos = (buffer.pos + new_rows) % n_rows
             model._n_updates += repeat + 1
-    return {"rows": n_rows, "new_rows": new_rows, "first": seconds[0], "median": float(np.median(seconds[1:])), "most": max(seconds[1:])}
+    return {
+        "rows": n_rows,
+        "new_rows": new_rows,
+        "first": seconds[0],
+        "median": float(np.median(seconds[1:])),
+        "most": max(seconds[1:]),
+    }
 
 
 def fill(buffer: Any, start: int, n_rows: int, generator: np.random.Generator) -> None:
@@ -202,7 +215,12 @@ def fill(buffer: Any, start: int, n_rows: int, generator: np.random.Generator) -
 
 def measure_speed(steps: int = 1500) -> dict[str, float]:
     """Seconds of a run for what lies between two checkpoints at the default rate, as in the preset of td3c for Hopper-v5."""
-    settings: dict[str, Any] = {"dataset": "bundled:hopper-medium", "offline_steps": 2000, "warmup_steps": 10, "gradient_steps": 2}
+    settings: dict[str, Any] = {
+        "dataset": "bundled:hopper-medium",
+        "offline_steps": 2000,
+        "warmup_steps": 10,
+        "gradient_steps": 2,
+    }
     model = TD3C("MlpPolicy", make_vec_env("Hopper-v5", seed=0), constraint_reference="pretrained", seed=0, **settings)
     began = time.perf_counter()
     model.pretrain()
@@ -213,7 +231,12 @@ def measure_speed(steps: int = 1500) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = ["# Runs that were killed", "", "Written by `kills.py`. A run is the same if nothing of what is compared differs.", ""]
+    lines = [
+        "# Runs that were killed",
+        "",
+        "Written by `kills.py`. A run is the same if nothing of what is compared differs.",
+        "",
+    ]
     lines += ["| run | killed in | kills | compared | different |", "|---|---|---|---|---|"]
     for row in result["runs"]:
         names = ", ".join(row["different"]) or "nothing"
@@ -225,7 +248,9 @@ def table(result: dict[str, Any]) -> str:
     speed, usual = result["speed"], result["cost"][0]["median"]
     lines += ["", "10,000 steps of such a run take"]
     for phase, seconds in speed.items():
-        lines.append(f"- {phase}: {seconds:.0f} s; a checkpoint of {result['cost'][0]['rows']:,} rows is {100 * usual / seconds:.1f} %")
+        lines.append(
+            f"- {phase}: {seconds:.0f} s; a checkpoint of {result['cost'][0]['rows']:,} rows is {100 * usual / seconds:.1f} %"
+        )
     lines += ["", f"Measured with a load of {result['load'][0]:.1f} on {result['cores']} cores."]
     return "\n".join(lines) + "\n"
 
@@ -243,9 +268,14 @@ def main() -> None:
             if setting == "processes" and phase != "finetuning":
                 continue
             began = time.monotonic()
-            rows.append(killed_run(setting, phase, arguments.kills if setting != "processes" else arguments.kills // 3, randomness))
-            print(f"{rows[-1]['setting']}, {phase}: {rows[-1]['kills']} kills, different: {rows[-1]['different']}, "
-                  f"{time.monotonic() - began:.0f} s", flush=True)
+            rows.append(
+                killed_run(setting, phase, arguments.kills if setting != "processes" else arguments.kills // 3, randomness)
+            )
+            print(
+                f"{rows[-1]['setting']}, {phase}: {rows[-1]['kills']} kills, different: {rows[-1]['different']}, "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
     result = {
         "runs": rows,
         "cost": [measure_cost(100_000), measure_cost(1_000_000)],

@@ -418,29 +418,18 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
     # Checkpoints
 
     def run_state(self) -> dict[str, Any]:
-        """
-        :return: What a run in progress keeps here beside the rows of the ring, as plain values and arrays
-        """
-        balanced = self._offline.balanced
-        return {
-            "progress_remaining": self._progress_remaining,
-            "sampler": self.get_sampler_state(),
-            "rows_by_source": self._offline.rows_by_source.copy(),
-            "balanced": None if balanced is None else balanced.get_state(),
+        """What a run in progress keeps here beside the rows of the ring, as plain values and arrays."""
+        state = {"progress_remaining": self._progress_remaining, "sampler": self.get_sampler_state()}
+        return state | {
+            "offline": self._offline.run_state(),
             "returns": None if self._returns is None else self._returns.state_dict(self.size()),
         }
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """
-        Go on from a run's state, after the offline data was set and with the same rows in the ring.
-
-        :param state: What :meth:`run_state` returned
-        """
+        """Go on from what :meth:`run_state` returned, after the offline data was set and with the same rows in the ring."""
         self._progress_remaining = state["progress_remaining"]
         self.set_sampler_state(state["sampler"])
-        self._offline.rows_by_source = state["rows_by_source"].copy()
-        if self._offline.balanced is not None and state["balanced"] is not None:
-            self._offline.balanced.set_state(state["balanced"])
+        self._offline.load_run_state(state["offline"])
         if self._returns is not None and state["returns"] is not None:
             self._returns.load_state_dict(state["returns"])
 

@@ -366,11 +366,7 @@ class CollapseGuard(BaseCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Let the next call of ``learn`` go on exactly where a run was.
-
-        :param state: What :meth:`state_dict` returned
-        """
+        """Let the next call of ``learn`` go on exactly where a run was, of which :meth:`state_dict` returned this."""
         self._exact = state or None
 
     def _take_up(self, state: dict[str, Any]) -> None:

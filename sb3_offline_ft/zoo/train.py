@@ -28,6 +28,8 @@ def main() -> None:
         return
     from rl_zoo3.train import train
 
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{RESUME} FOLDER, alone: go on with a run that died, in its folder, such as logs/td3c/Hopper-v5_1. Else:\n")
     train()
 
 
