@@ -336,3 +336,19 @@ def test_environments_go_on_to_the_bit(name: str) -> None:
     for action in actions[30:]:
         ones, others = env.step(action), other.step(action)
         assert all(np.array_equal(one, two) for one, two in zip(ones[:3], others[:3], strict=True))
+
+
+class Holder(Counter):
+    """Holds another environment, whose state it does not say."""
+
+    get_state = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = None  # type: ignore[assignment]
+        self.inner = gym.make("Pendulum-v1")
+
+
+def test_what_cannot_be_had_of_an_environment_is_named() -> None:
+    assert vec_env_state(environments(make=Holder))["missing"] == ["Holder.inner"]
+    assert vec_env_state(environments())["missing"] == []

@@ -38,10 +38,17 @@ HERE = Path(__file__).parent
 SAVE_FREQ = 100
 PHASES = ("pretraining", "warm-up", "finetuning")
 SIZES: dict[str, dict[str, int]] = {
-    "pretraining": {"offline_steps": 12_000, "warmup_steps": 200, "total": 600},
-    "warm-up": {"offline_steps": 200, "warmup_steps": 12_000, "total": 12_400},
-    "finetuning": {"offline_steps": 200, "warmup_steps": 600, "total": 5_000},
+    "pretraining": {"offline_steps": 4_000, "warmup_steps": 100, "total": 300},
+    "warm-up": {"offline_steps": 200, "warmup_steps": 5_000, "total": 5_200},
+    "finetuning": {"offline_steps": 200, "warmup_steps": 600, "total": 2_400},
 }
+
+SETTINGS = [
+    *(("champion", phase) for phase in PHASES),
+    *(("guard", phase) for phase in PHASES),
+    ("sac", "finetuning"),
+    ("processes", "finetuning"),
+]
 
 
 class Told(BaseCallback):
@@ -262,29 +269,18 @@ def main() -> None:
     arguments = parser.parse_args()
     randomness = random.Random(arguments.seed)
     th.set_num_threads(1)
-    rows = []
-    for setting in ("champion", "guard", "processes", "sac"):
-        for phase in PHASES[setting == "sac" :]:
-            if setting == "processes" and phase != "finetuning":
-                continue
-            began = time.monotonic()
-            rows.append(
-                killed_run(setting, phase, arguments.kills if setting != "processes" else arguments.kills // 3, randomness)
-            )
-            print(
-                f"{rows[-1]['setting']}, {phase}: {rows[-1]['kills']} kills, different: {rows[-1]['different']}, "
-                f"{time.monotonic() - began:.0f} s",
-                flush=True,
-            )
-    result = {
-        "runs": rows,
-        "cost": [measure_cost(100_000), measure_cost(1_000_000)],
-        "speed": measure_speed(),
-        "load": list(os.getloadavg()),
-        "cores": os.cpu_count(),
-    }
-    (HERE / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
-    (HERE / "kills.md").write_text(table(result))
+    result: dict[str, Any] = {"cost": [measure_cost(100_000), measure_cost(1_000_000)], "speed": measure_speed(), "runs": []}
+    result |= {"load": list(os.getloadavg()), "cores": os.cpu_count()}
+    for setting, phase in SETTINGS:
+        began = time.monotonic()
+        row = killed_run(setting, phase, arguments.kills, randomness)
+        result["runs"].append(row)
+        print(
+            f"{setting}, {phase}: {row['kills']} kills, different: {row['different']}, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+        (HERE / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
+        (HERE / "kills.md").write_text(table(result))
     print(table(result))
 
 

@@ -26,7 +26,7 @@ DEEPEST = 3
 WRITER = "results_writer"
 """Where SB3's monitors have their files."""
 OF_VEC_ENVS = ("_seeds", "_options")
-HARMLESS = (gym.Env, VecEnv, EnvSpec, type, types.ModuleType, types.FunctionType, types.MethodType, Path)
+HARMLESS = (EnvSpec, type, types.ModuleType, types.FunctionType, types.MethodType, Path)
 """What an attribute may hold that is no state: what is made anew with the environment."""
 OF_THE_ARENA = ("efc_", "iefc_", "contact")
 """Arrays of MuJoCo that the next step computes anew, and whose sizes change."""
@@ -186,7 +186,8 @@ def environment_state(env: gym.Env[Any, Any]) -> State:
     states: list[State] = []
     missing: list[str] = []
     for layer in _layers(env):
-        excluded, own = [WRITER], State()
+        # What a wrapper wraps has a state of its own
+        excluded, own = [WRITER, *(["env"] if isinstance(layer, gym.Wrapper) else [])], State()
         if _is_mujoco(layer):
             excluded += ["model", "data", "mujoco_renderer"]
             own["mujoco"] = _mujoco_state(layer)
@@ -307,7 +308,7 @@ def vec_env_state(env: VecEnv) -> State:
     missing: list[str] = []
     each: list[State] = []
     for layer in wrappers:
-        own, unknown = attributes_state(layer, (*SETTINGS, WRITER))
+        own, unknown = attributes_state(layer, (*SETTINGS, WRITER, "venv"))
         states.append({"attributes": own, "file": _size(layer)})
         missing += unknown
     if isinstance(base, SubprocVecEnv):
