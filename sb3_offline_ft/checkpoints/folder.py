@@ -81,7 +81,7 @@ class CheckpointFolder:
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             temporary.chmod(0o777 & ~_umask())
             if target.exists():
-                shutil.rmtree(target)
+                self._remove(target)
             replace_synced(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -89,9 +89,15 @@ class CheckpointFolder:
         kept = [path for number, path in known if number is not None][-keep:]
         for _, path in known:
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                self._remove(path)
         self._forget_rows()
         return target
+
+    def _remove(self, checkpoint: Path) -> None:
+        # Who is killed here shall not leave half of one
+        gone = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}")
+        checkpoint.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _remove_unfinished(self) -> None:
         for path in self.path.glob(f"{UNFINISHED}*"):
