@@ -101,7 +101,7 @@ def _cut(path: Path, size: int) -> None:
     found = path.stat().st_size if path.exists() else 0
     if found < size:
         warn(f"{path} holds less than it did at the checkpoint, and what is missing in it cannot be had again.")
-    else:
+    elif found > size:
         os.truncate(path, size)
 
 
@@ -112,7 +112,7 @@ def _cut_table(path: Path, keys: list[str], n_lines: int) -> None:
         warn(f"{path} holds less than it did at the checkpoint, and what is missing in it cannot be had again.")
         return
     if not n_lines:
-        os.truncate(path, 0)
+        _cut(path, 0)
         return
     n_new = len(lines[0].split(",")) - len(keys)
     kept = [",".join(keys), *(line[: len(line) - n_new] for line in lines[1:n_lines])]
