@@ -6,6 +6,7 @@ from sb3_offline_ft.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sb3_offline_ft.buffers import DictOfflineToOnlineReplayBuffer, OfflineToOnlineReplayBuffer
+    from sb3_offline_ft.checkpoints import CheckpointRun, resume
     from sb3_offline_ft.collapse import (
         Alarm,
         BettingDetector,
@@ -33,6 +34,7 @@ __all__ = [
     "Alarm",
     "BettingDetector",
     "ChampionChallenger",
+    "CheckpointRun",
     "CollapseGuard",
     "CusumDetector",
     "Detector",
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "load_dataset",
     "register",
+    "resume",
     "safe_load",
 ]
 
@@ -65,6 +68,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "common.plain_settings": ("safe_load",),
         "buffers": ("DictOfflineToOnlineReplayBuffer", "OfflineToOnlineReplayBuffer"),
+        "checkpoints": ("CheckpointRun", "resume"),
         "collapse": (
             "Alarm",
             "BettingDetector",

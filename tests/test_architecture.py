@@ -16,7 +16,7 @@ ROOT = REPOSITORY / PACKAGE
 FLOORS = [
     {"common"},
     {"algorithms", "policies", "pages", "collapse"},
-    {"update", "deployment"},
+    {"update", "deployment", "checkpoints"},
     {"datasets"},
     {"buffers"},
     {"offline_td3"},
@@ -37,6 +37,7 @@ FEWER = {
     # They serve the algorithms of SB3 and sb3-contrib as well as ours
     "collapse": {"common"},
     "deployment": {"common", "collapse"},
+    "checkpoints": {"common", "collapse"},
 }
 """What rooms may use that stand on less than all floors below them."""
 

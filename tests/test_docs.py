@@ -85,6 +85,7 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "",
         ".datasets",
         ".buffers",
+        ".checkpoints",
         ".collapse",
         ".deployment",
         ".controllers",
@@ -158,7 +159,7 @@ def test_commands_of_the_quickstart(run_python: RunPython, tmp_path: Path) -> No
     assert "mujoco/invertedpendulum/medium-v0" in process.stdout
 
 
-COMMAND = re.compile(r"(?:python -m (rl_zoo3\.\w+(?:\.\w+)?|sb3_offline_ft\.zoo\.\w+)|(sb3-offline-ft(?: [a-z][a-z-]*)+))")
+COMMAND = re.compile(r"(?:python -m ((?:rl_zoo3|sb3_offline_ft\.zoo)\.\w+(?:\.\w+)?)|(sb3-offline-ft(?: [a-z][a-z-]*)+))")
 
 
 @lru_cache

@@ -89,6 +89,17 @@ class OfflinePart:
         self.rows_by_source += self.shares.count(rows)
         return rows.reshape(shape)
 
+    def run_state(self) -> dict[str, Any]:
+        """How far the draws are, without the generator's state, and the priorities, as arrays."""
+        balanced = None if self.balanced is None else self.balanced.get_state()
+        return {"rows_by_source": self.rows_by_source.copy(), "balanced": balanced}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`run_state` returned."""
+        self.rows_by_source = state["rows_by_source"].copy()
+        if self.balanced is not None and state["balanced"] is not None:
+            self.balanced.set_state(state["balanced"])
+
 
 def parts_of_pickled(state: dict[str, Any]) -> dict[str, Any]:
     """What a replay buffer's attributes would be now that was pickled when its parts were no objects of their own."""

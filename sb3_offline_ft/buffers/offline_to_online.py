@@ -415,6 +415,24 @@ class OfflineToOnlineReplayBuffer(ReplayBuffer):
         if self._offline.balanced is not None:
             self._offline.balanced.drawn = position.drawn
 
+    # Checkpoints
+
+    def run_state(self) -> dict[str, Any]:
+        """What a run in progress keeps here beside the rows of the ring, as plain values and arrays."""
+        state = {"progress_remaining": self._progress_remaining, "sampler": self.get_sampler_state()}
+        return state | {
+            "offline": self._offline.run_state(),
+            "returns": None if self._returns is None else self._returns.state_dict(self.size()),
+        }
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`run_state` returned, after the offline data was set and with the same rows in the ring."""
+        self._progress_remaining = state["progress_remaining"]
+        self.set_sampler_state(state["sampler"])
+        self._offline.load_run_state(state["offline"])
+        if self._returns is not None and state["returns"] is not None:
+            self._returns.load_state_dict(state["returns"])
+
     # Files
 
     def save_online(self, path: File) -> None:

@@ -235,6 +235,20 @@ class RingReturns:
         """Forget the unfinished episodes: they will not be continued."""
         self._n_unfinished[:] = 0
 
+    def state_dict(self, n_rows: int) -> dict[str, Array]:
+        """The state as arrays, of so many rows."""
+        return {
+            "values": self.values[:n_rows].copy(),
+            "are_known": self.are_known[:n_rows].copy(),
+            "n_unfinished": self._n_unfinished.copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Array]) -> None:
+        """Take up a state."""
+        n_rows = len(state["values"])
+        self.values[:n_rows], self.are_known[:n_rows] = state["values"], state["are_known"]
+        self._n_unfinished = state["n_unfinished"].copy()
+
     def _set(self, ring: ReplayBuffer, slots: Array, env: int, remaining: Array, are_known: Array) -> None:
         returns = discounted_returns(ring.rewards[slots, env], remaining, self._gamma)
         # An environment that broke down does not spoil what is learned from its other episodes

@@ -26,6 +26,12 @@ def _mode_matters(module: nn.Module) -> bool:
     return normalizes or any(isinstance(part, nn.modules.dropout._DropoutNd) for part in module.modules())
 
 
+def _on_device(value: Any, device: th.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _on_device(entry, device) for name, entry in value.items()}
+    return value.to(device) if isinstance(value, th.Tensor) else value
+
+
 class PolicyBrake:
     """
     Slows, holds or confines the policy of an SB3 learner through hooks on the optimizer of its actor.
@@ -69,6 +75,29 @@ class PolicyBrake:
         if radius is not None:
             self.confine(radius, center)
         self.hold(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values and tensors."""
+        return {
+            **self.facts,
+            "center": None if self._center is None else dict(self._center),
+            "held_weights": dict(self._held),
+            "generator": self._generator.bit_generator.state,
+            "probe": self._probe,
+            "probe_age": self._probe_age,
+            "center_actions": self._center_actions,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` returned."""
+        self.take_up(state["learning_rate_factor"], None, False, {})
+        if state["center"] is not None:
+            self.confine(math.inf if state["radius"] is None else state["radius"], state["center"])
+        self.held, self._held = state["held"], _on_device(state["held_weights"], self._model.device)
+        self._generator.bit_generator.state = state["generator"]
+        self._probe, self._probe_age = _on_device(state["probe"], self._model.device), state["probe_age"]
+        self._center_actions = _on_device(state["center_actions"], self._model.device)
+        self.attach()
 
     def attach(self) -> None:
         """Act on the optimizer in the present run of ``learn``, if there is anything to do."""

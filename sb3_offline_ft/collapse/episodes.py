@@ -23,6 +23,10 @@ WITHIN_FREQ = 5
 """Steps between two looks at a running episode."""
 
 
+RUNNING = ("returns", "lengths", "ignored", "random")
+"""What is known of running episodes, an array each."""
+
+
 @dataclass(frozen=True)
 class Episode:
     """A finished episode; it counts if the policy acted in it, from its beginning."""
@@ -69,6 +73,17 @@ class RunningEpisodes:
         self._random[index] = self._acts_randomly()
         return episode
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values and arrays."""
+        arrays = {name: getattr(self, f"_{name}").copy() for name in RUNNING}
+        return {**arrays, "rewards": [list(so_far) for so_far in self._rewards]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        for name in RUNNING:
+            setattr(self, f"_{name}", state[name].copy())
+        self._rewards = [list(so_far) for so_far in state["rewards"]]
+
     def ignore(self, only_begun: bool = False) -> None:
         """Do not count the episodes that are running, or only those of which there has been a step."""
         self._ignored |= self._lengths > 0 if only_begun else True
@@ -104,6 +119,30 @@ class EpisodeWatch:
         self._seen = [len(evaluation.evaluations_results) for evaluation in evaluations or ()]
         self._non_finite.go_on()
         self._running = RunningEpisodes(self.model, keep_rewards=self.monitor.needs_rewards)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the watch is, as plain values and arrays."""
+        return {
+            "updates_at_start": self._updates_at_start,
+            "seen": list(self._seen),
+            "has_warned_of_environment": self._has_warned_of_environment,
+            "non_finite": self._non_finite.state_dict(),
+            "running": self._running.state_dict(),
+            "signals": self.signals.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self._updates_at_start, self._seen = state["updates_at_start"], list(state["seen"])
+        self._has_warned_of_environment = state["has_warned_of_environment"]
+        self._non_finite.load_state_dict(state["non_finite"])
+        self._running.load_state_dict(state["running"])
+        self.signals.load_state_dict(state["signals"])
+
+    def episodes_are_cut(self) -> None:
+        """The running episodes will not be finished."""
+        self._running = RunningEpisodes(self.model, keep_rewards=self.monitor.needs_rewards)
+        self._running.ignore(only_begun=True)
 
     def after_updates(self) -> Alarm | None:
         """Look at what updates have made of the learner, before a broken policy acts."""

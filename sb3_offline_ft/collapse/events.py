@@ -69,6 +69,22 @@ class EventLog:
         self._is_started = True
         self._write()
 
+    def state_dict(self) -> dict[str, Any]:
+        """How far the log is: the number of events, and those themselves if there is no file."""
+        return {
+            "n_events": len(self.events),
+            "events": [_written(event) for event in self.events] if self.path is None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: what came later is forgotten, in the file too."""
+        if state["events"] is not None:
+            self.events = [cast(Event, _restored(event)) for event in state["events"]]
+        if len(self.events) > state["n_events"]:
+            self.events, self._must_replace = self.events[: state["n_events"]], True
+        self._is_started = True
+        self._write()
+
     def append(self, event: Event) -> None:
         """Add an event, in which what JSON lacks becomes numbers, lists and texts; ``ValueError`` as for :meth:`start`."""
         if not self._is_started:

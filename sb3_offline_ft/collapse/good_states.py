@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.collapse.learner import move_reference
 from sb3_offline_ft.collapse.monitor import EpisodeMonitor
-from sb3_offline_ft.collapse.poisoned import Mark, PoisonedData
+from sb3_offline_ft.collapse.poisoned import Mark, PoisonedData, ReplayMark
 from sb3_offline_ft.collapse.reporting import Reporter
 from sb3_offline_ft.collapse.snapshot import LearnerSnapshot
 from sb3_offline_ft.common.warning import warn
@@ -32,6 +33,24 @@ class GoodState:
     """What was gathered by then is not poisoned."""
     is_reference: bool = False
     """Whether its policy became the reference of a constrained algorithm when it was promoted."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values and tensors."""
+        ring = self.mark.ring
+        return {
+            "snapshot": self.snapshot.state_dict(),
+            "timestep": self.timestep,
+            "reference": list(self.reference),
+            "mark": {"pos": ring.pos, "full": ring.full, "rows": self.mark.rows},
+            "is_reference": self.is_reference,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: th.device) -> "GoodState":
+        """The state that :meth:`state_dict` was taken of."""
+        mark = Mark(ReplayMark(state["mark"]["pos"], state["mark"]["full"]), state["mark"]["rows"])
+        snapshot = LearnerSnapshot.from_state_dict(state["snapshot"], device)
+        return cls(snapshot, state["timestep"], state["reference"], mark, state["is_reference"])
 
 
 @dataclass
@@ -182,6 +201,22 @@ class GoodStates:
     def refer_to(self, good: GoodState) -> None:
         if good.is_reference:
             move_reference(self.model, good.snapshot.policy_state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All states, the candidate and its window, as plain values and tensors."""
+        return {
+            "states": [state.state_dict() for state in self.states],
+            "candidate": None if self._candidate is None else self._candidate.state_dict(),
+            "window": list(self.window),
+            "failures": self.failures,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        device, candidate = self.model.device, state["candidate"]
+        self.states = [GoodState.from_state_dict(one, device) for one in state["states"]]
+        self._candidate = None if candidate is None else GoodState.from_state_dict(candidate, device)
+        self.window, self.failures = list(state["window"]), state["failures"]
 
     def read(self, timesteps: Sequence[int], references: Sequence[int]) -> None:
         """Take up the states of a run that was saved, as far as they were written; the loaded learner stays the newest."""

@@ -140,6 +140,7 @@ class CollapseGuard(BaseCallback):
         self._default_path: Path | None = None
         self._seen_model: OffPolicyAlgorithm | None = None
         self._running = False
+        self._exact: dict[str, Any] | None = None
 
     def _new_monitor(self) -> EpisodeMonitor:
         return EpisodeMonitor(self._prototype, self.false_alarm_rate, self.tolerance, self.random_return)
@@ -277,15 +278,18 @@ class CollapseGuard(BaseCallback):
         self._brake = brake = PolicyBrake(model)
         self._seen_model = model
         self._monitor = self._new_monitor()
-        saved = SavedRun.read(model, self._monitor) if goes_on else None
+        exact, self._exact = self._exact, None
+        saved = SavedRun.read(model, self._monitor) if goes_on and exact is None else None
         folder = self._folder = self.path or self._default_path or run_folder(siblings, self.logger, self.training_env)
-        log = start_log(folder, resume=saved is not None)
+        log = start_log(folder, resume=saved is not None or exact is not None)
         self._report = report = Reporter(log, self.verbose, model, list(find_callbacks(siblings, EvalCallback)))
         files = SnapshotFiles(folder, self.save_snapshots, report)
         if saved is None:
             self._monitor = self._new_monitor()
-            files.clear()
-        self._tell_start([remedy.name for remedy in remedies], resumed=saved is not None)
+        if exact is None:
+            if saved is None:
+                files.clear()
+            self._tell_start([remedy.name for remedy in remedies], resumed=saved is not None)
         self._remedies = RemediesOfRun(remedies, model, brake, report)
         self._poisoned = PoisonedData(model, self._poisoned_weight, report)
         self._good = GoodStates(
@@ -300,6 +304,9 @@ class CollapseGuard(BaseCallback):
             *objects, brake, report, self.max_rollbacks, self.after_max_rollbacks, self.poisoned_data
         )
         report.tell_trial(is_watched=False)
+        if exact is not None:
+            self._take_up(exact)
+            return
         if saved is not None:
             saved.take_up(self._good, brake, self._remedies, report.counts)
             if self._monitor.phase == "monitoring":
@@ -340,6 +347,43 @@ class CollapseGuard(BaseCallback):
         self._monitor.phase = "unwatched"
         if self._monitor.reference:
             self._watch.begin_monitoring(self._monitor.reference, "restored")
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the guard knows of the run in progress, as plain values and tensors; nothing outside of a run."""
+        if not self._running:
+            return {}
+        return {
+            "log": self._report.log.state_dict(),
+            "counts": vars(self._report.counts).copy(),
+            "monitor": self._monitor.run_state(),
+            "good": self._good.state_dict(),
+            "brake": self._brake.state_dict(),
+            "remedies": self._remedies.ends,
+            "poisoned": self._poisoned.state_dict(self._good.states),
+            "watch": self._watch.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next call of ``learn`` go on exactly where a run was, of which :meth:`state_dict` returned this."""
+        self._exact = state or None
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self._report.log.load_state_dict(state["log"])
+        for name, value in state["counts"].items():
+            setattr(self._report.counts, name, value)
+        self._monitor.load_run_state(state["monitor"])
+        self._good.load_state_dict(state["good"])
+        self._brake.load_state_dict(state["brake"])
+        self._remedies.take_up(state["remedies"])
+        self._poisoned.load_state_dict(state["poisoned"], self._good.states)
+        self._watch.load_state_dict(state["watch"])
+        self._keep_state()
+
+    def episodes_are_cut(self) -> None:
+        """Other episodes have begun in place of those that ran."""
+        self._watch.episodes_are_cut()
 
     # Each step
 

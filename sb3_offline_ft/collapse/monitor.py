@@ -145,6 +145,15 @@ class EpisodeMonitor:
         sd = float(returns.std(ddof=1)) if len(returns) > 1 else math.nan
         return {"mean": float(returns.mean()), "sd": sd, "low": float(low), "high": float(high), "n": len(returns)}
 
+    def run_state(self) -> dict[str, Any]:
+        """The whole state, with what has been gathered for baselines to come, as plain values and arrays."""
+        return {"period": self.state_dict(), "phase": self.phase, "gathered": list(self.gathered), "better": self.better}
+
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`run_state` returned."""
+        self.load_state_dict(state["period"])
+        self.phase, self.gathered, self.better = state["phase"], list(state["gathered"]), state["better"]
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that is needed to go on with the present period, as arrays by name."""
         state = {f"detector.{name}": value for name, value in self.detector.state_dict().items()} if self.reference else {}

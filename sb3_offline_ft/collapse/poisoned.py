@@ -1,8 +1,8 @@
 """What is done with the transitions that were gathered on the way to a collapse, and with broken ones."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
@@ -175,6 +175,10 @@ def _copy_rows(buffer: ReplayBuffer, sources: np.ndarray, targets: np.ndarray) -
         array[targets] = array[sources]
 
 
+def _place_of(good: "GoodState", states: Sequence["GoodState"]) -> int | None:
+    return next((place for place, state in enumerate(states) if state is good), None)
+
+
 @dataclass(frozen=True)
 class Mark:
     """A moment of the run: where the replay buffer's ring was, and how many rows had been stored in all."""
@@ -196,6 +200,23 @@ class PoisonedData:
         self._rows = self._unstored = 0
         self._removal: tuple[GoodState, int] | None = None
         self._is_broken = False
+
+    def state_dict(self, states: Sequence["GoodState"]) -> dict[str, Any]:
+        """What is counted and what waits for the next step, of a removal the place of its good state among ``states``."""
+        removal = None if self._removal is None else _place_of(self._removal[0], states)
+        return {
+            "generator": self._generator.bit_generator.state,
+            "rows": self._rows,
+            "unstored": self._unstored,
+            "removal": None if removal is None or self._removal is None else (removal, self._removal[1]),
+            "is_broken": self._is_broken,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], states: Sequence["GoodState"]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self._generator.bit_generator.state = state["generator"]
+        self._rows, self._unstored, self._is_broken = state["rows"], state["unstored"], state["is_broken"]
+        self._removal = None if state["removal"] is None else (states[state["removal"][0]], state["removal"][1])
 
     def go_on(self) -> None:
         """Begin another call of ``learn``: SB3 does not store the step at which a callback has ended the run."""

@@ -124,6 +124,17 @@ class SignalMonitor:
         self.n_asked = 0
         self.n_measured = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        counts = {"n_asked": self.n_asked, "n_measured": self.n_measured}
+        return {"generator": self._generator.bit_generator.state, "log_q": list(self._log_q), **counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self._generator.bit_generator.state = state["generator"]
+        self._log_q = deque(state["log_q"], self._log_q.maxlen)
+        self.n_asked, self.n_measured = state["n_asked"], state["n_measured"]
+
     @property
     def names(self) -> tuple[str, ...]:
         """The signals that there are for this learner."""
@@ -212,6 +223,15 @@ class NonFiniteNumbers:
         _, self._policy, _ = policy_network(model)
         self._checked_updates = model._n_updates
         self._observation_was_broken = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {"checked_updates": self._checked_updates, "observation_was_broken": self._observation_was_broken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self._checked_updates = state["checked_updates"]
+        self._observation_was_broken = state["observation_was_broken"]
 
     def go_on(self) -> None:
         """Begin another call of ``learn``."""

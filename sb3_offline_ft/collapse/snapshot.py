@@ -25,11 +25,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_offline_ft.collapse.fitting import COUNTERS, FIX, check_counters, check_is_number, check_optimizer, check_tensors
 from sb3_offline_ft.collapse.learner import extra_state, has_extra_state, position, set_extra_state, set_position
 from sb3_offline_ft.common.io import atomic_write, naming_damage
+from sb3_offline_ft.common.plain import from_plain, to_plain
 from sb3_offline_ft.common.reading import read_bytes
 
 FORMAT = "sb3_offline_ft.LearnerSnapshot"
 VERSION = 1
-ARRAY = "__array__"
 PARTS = {
     "algorithm": str,
     "num_timesteps": int,
@@ -193,6 +193,10 @@ class LearnerSnapshot:
         if generators:
             _check_generators(what, content["generators"], model)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Its content, from which another one can be made, but for the state of an action noise of an unknown class."""
+        return self._content | {"action_noise": _known_noise(self._content["action_noise"])}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """
         Write the snapshot to one file, whole or not at all, without pickled objects.
@@ -203,8 +207,11 @@ class LearnerSnapshot:
         :raises ValueError: The learner keeps something that is neither a tensor, an array nor a plain value; nothing is
             written then
         """
-        content = self._content | {"action_noise": _known_noise(self._content["action_noise"])}
-        plain = {"format": FORMAT, "version": VERSION, "content": _plain(content, "the snapshot")}
+        plain = {
+            "format": FORMAT,
+            "version": VERSION,
+            "content": to_plain(self.state_dict(), "the snapshot", "keep this snapshot in memory"),
+        }
         with atomic_write(path) as file:
             th.save(plain, file)
 
@@ -229,7 +236,7 @@ class LearnerSnapshot:
             if not isinstance(plain, dict) or plain.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             version = plain["version"]
-            content = _unpacked(plain["content"]) if version == VERSION else {}
+            content = from_plain(plain["content"]) if version == VERSION else {}
             wrong = [name for name, kind in PARTS.items() if version == VERSION and not isinstance(content.get(name), kind)]
             if wrong:
                 raise ValueError(f"it lacks {', '.join(wrong)}")
@@ -238,9 +245,18 @@ class LearnerSnapshot:
                 f"{path} is a snapshot of version {version}, expected {VERSION}: read it with the version of sb3-offline-ft "
                 "that wrote it."
             )
-        for module in content["modules"].values():
+        return cls.from_state_dict(content, device)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: th.device | str = "cpu") -> "LearnerSnapshot":
+        """
+        :param state: What :meth:`state_dict` returned, which becomes the snapshot's own
+        :param device: Where the networks are kept
+        :return: The snapshot
+        """
+        for module in state["modules"].values():
             module.update({name: value.to(device) for name, value in module.items() if isinstance(value, th.Tensor)})
-        return cls(content)
+        return cls(state)
 
 
 def _parts_of(
@@ -296,34 +312,6 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(entry)
     else:
         yield value
-
-
-def _plain(value: Any, where: str) -> Any:
-    if value is None or type(value) in (bool, int, float, str, th.Tensor):
-        return value
-    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
-        content = th.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
-        shape = list(value.shape) if isinstance(value, np.ndarray) else None
-        return {ARRAY: value.dtype.str, "shape": shape, "content": content}
-    if isinstance(value, dict):
-        return {key: _plain(entry, f"{where}, {key}") for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        kind = tuple if isinstance(value, tuple) else list
-        return kind(_plain(entry, f"{where}, {index}") for index, entry in enumerate(value))
-    raise ValueError(
-        f"A snapshot file holds tensors, arrays and plain values only, found {type(value).__name__} in {where}: "
-        "keep this snapshot in memory."
-    )
-
-
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, dict) and ARRAY in value:
-        flat = np.frombuffer(value["content"].numpy().tobytes(), np.dtype(value[ARRAY]))
-        # A scalar, such as the variance of VecNormalize's returns, has no shape in the file
-        return flat[0] if value["shape"] is None else flat.reshape(value["shape"]).copy()
-    if isinstance(value, dict):
-        return {key: _unpacked(entry) for key, entry in value.items()}
-    return type(value)(map(_unpacked, value)) if isinstance(value, list | tuple) else value
 
 
 # Normalization

@@ -125,6 +125,8 @@ class InitialEvaluation(BaseCallback):
     SB3 evaluates after ``eval_freq`` calls at the earliest, but the start is what everything is compared with.
     """
 
+    keeps_no_state = True
+
     def __init__(self) -> None:
         super().__init__()
         self.evaluations: list[EvalCallback] = []

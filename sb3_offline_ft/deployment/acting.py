@@ -72,6 +72,24 @@ class PolicyCopy:
                 setattr(statistics[key], name, arrays[f"{STATISTICS}.{name}.{key}"])
         return cls(state, statistics or None)
 
+    def run_state(self) -> dict[str, Any]:
+        """As plain values and tensors, with the learner."""
+        statistics = {
+            key: {"mean": one.mean, "var": one.var, "count": one.count} for key, one in (self.statistics or {}).items()
+        }
+        snapshot = None if self.snapshot is None else self.snapshot.state_dict()
+        return {"state": dict(self.state), "statistics": statistics, "snapshot": snapshot}
+
+    @classmethod
+    def from_run_state(cls, state: dict[str, Any], device: th.device) -> "PolicyCopy":
+        """The copy that :meth:`run_state` was taken of."""
+        statistics = {}
+        for key, values in state["statistics"].items():
+            statistics[key] = RunningMeanStd()
+            vars(statistics[key]).update(values)
+        snapshot = None if state["snapshot"] is None else LearnerSnapshot.from_state_dict(state["snapshot"], device)
+        return cls({name: value.to(device) for name, value in state["state"].items()}, statistics or None, snapshot)
+
     def in_learner(self, model: OffPolicyAlgorithm) -> "PolicyCopy":
         """This policy in a learner that is otherwise as it is now, which this does not change."""
         own = LearnerSnapshot.take(model)

@@ -127,6 +127,19 @@ class RiskBudget:
         state = {name: getattr(account, name) for name in ("share", "worst_return", "n_episodes", "lost", "lost_to_champion")}
         return state | {"baseline": vars(self.baseline)}
 
+    def run_state(self) -> dict[str, Any]:
+        """The account as it is, with the episodes at risk that are running, in the form of JSON."""
+        own = {name: getattr(self, name) for name in ("share", "worst_return", "n_episodes", "lost", "lost_to_champion")}
+        running = [[place, vars(level)] for place, level in self._running.items()]
+        return own | {"baseline": vars(self.baseline), "running": running}
+
+    @classmethod
+    def from_run_state(cls, state: dict[str, Any]) -> "RiskBudget":
+        """The account that :meth:`run_state` was taken of."""
+        account = cls.from_state_dict({name: value for name, value in state.items() if name != "running"})
+        account._running = {place: Level(**level) for place, level in state["running"]}
+        return account
+
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "RiskBudget":
         """The account that :meth:`state_dict` was taken of."""

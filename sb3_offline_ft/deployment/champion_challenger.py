@@ -142,6 +142,7 @@ class ChampionChallenger(BaseCallback):
         self._default_path: Path | None = None
         self._seen_model: OffPolicyAlgorithm | None = None
         self._is_running = False
+        self._exact: dict[str, Any] | None = None
 
     # What can be read
 
@@ -255,7 +256,8 @@ class ChampionChallenger(BaseCallback):
     def _start_run(self, goes_on: bool, siblings: BaseCallback | None) -> None:
         model = self.model
         folder = self._folder = self.path or self._default_path or run_folder(siblings, self.logger, self.training_env)
-        saved = SavedContest.read(model) if goes_on else None
+        exact, self._exact = self._exact, None
+        saved = SavedContest.read(model) if goes_on and exact is None else None
         self._contest = Contest(self.rules, self._contender(), model.n_envs, self.seed)
         self._last_updates, self._rejections_in_a_row = model._n_updates, 0
         differences = "" if saved is None else saved.differences(self._settings)
@@ -267,8 +269,11 @@ class ChampionChallenger(BaseCallback):
         self._cast = Cast(model, self._contest.champion.policy)
         if self._contest.challenge is not None:
             self._cast.challenger.take(self._contest.challenge.challenger.policy)
-        self._report = Reporter(model, folder, self.verbose, resume=saved is not None)
+        self._report = Reporter(model, folder, self.verbose, resume=saved is not None or exact is not None)
         self._seen_model, self._followed = model, self._contest.leader
+        if exact is not None:
+            self._take_up(exact)
+            return
         self._tell_start(resumed=saved is not None)
         if differences:
             self._report.warn(f"Settings differ from those of the saved run: {differences}.")
@@ -294,6 +299,48 @@ class ChampionChallenger(BaseCallback):
             self._begin(place)
         self._sync()
         self._keep_state()
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All about the run in progress, running episodes included, as plain values and tensors; nothing outside of one."""
+        if not self._is_running:
+            return {}
+        contenders = self._contest.contenders
+        return {
+            "settings": self._settings,
+            "contest": self._contest.run_state(),
+            "policies": {role: one.policy.run_state() for role, one in contenders.items()},
+            "followed": next((role for role, one in contenders.items() if one is self._followed), "champion"),
+            "counts": (self._last_updates, self._rejections_in_a_row),
+            "episodes": (self._totals.copy(), self._lengths.copy()),
+            "broken": sorted(self._cast.broken),
+            "report": self._report.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next call of ``learn`` go on exactly where a run was, of which :meth:`state_dict` returned this."""
+        self._exact = state or None
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        policies = {role: PolicyCopy.from_run_state(one, self.model.device) for role, one in state["policies"].items()}
+        self._contest.load_run_state(state["contest"], policies)
+        contenders = self._contest.contenders
+        self._followed = contenders[state["followed"]]
+        self._last_updates, self._rejections_in_a_row = state["counts"]
+        self._cast.champion.take(self.champion.policy)
+        if "challenger" in contenders:
+            self._cast.challenger.take(contenders["challenger"].policy)
+        self._totals, self._lengths = (values.copy() for values in state["episodes"])
+        self._sync()
+        self._cast.broken.update(state["broken"])
+        self._report.load_state_dict(state["report"])
+        self._keep_state()
+
+    def episodes_are_cut(self) -> None:
+        """Other episodes have begun in place of those that ran: those at risk are charged, as in a file."""
+        self._state.take_up(self._contest)
+        self._begin_all(whole=False)
 
     # Each step
 

@@ -187,6 +187,13 @@ class Contest:
         self._exploration_losses: list[float] = []
 
     @property
+    def contenders(self) -> dict[str, Contender]:
+        """Those that there are, by their roles."""
+        challenger = None if self.challenge is None else self.challenge.challenger
+        roles = {"champion": self.champion, "predecessor": self.predecessor, "challenger": challenger}
+        return {role: contender for role, contender in roles.items() if contender is not None}
+
+    @property
     def level(self) -> Level:
         """What the champion is expected to return."""
         return Level(self.champion.mean, self.rules.random_return)
@@ -386,12 +393,8 @@ class Contest:
         budget = self.budget
         return {
             "contenders": {
-                role: None if one is None else {"name": one.name, "returns": one.returns}
-                for role, one in (
-                    ("champion", self.champion),
-                    ("predecessor", self.predecessor),
-                    ("challenger", None if self.challenge is None else self.challenge.challenger),
-                )
+                role: {"name": one.name, "returns": one.returns} if (one := self.contenders.get(role)) else None
+                for role in ("champion", "predecessor", "challenger")
             },
             "budget": None if budget is None else budget.state_dict(),
             "n_tests": self.n_tests,
@@ -401,6 +404,53 @@ class Contest:
             "coin": self._coin.bit_generator.state,
             "watch": None if self._watch is None else arrays_to_json(self._watch.state_dict()),
         }
+
+    def run_state(self) -> dict[str, Any]:
+        """The state as it is, running episodes and their bets included, as plain values and arrays, without policies."""
+        test = None if self.challenge is None else self.challenge.test
+        kept = None if test is None else test.state_dict()
+        budget = None if self.budget is None else self.budget.run_state()
+        bets: list[Any] = [] if test is None else list(test.open_bets)
+        running = [
+            {
+                "kind": episode.kind.value,
+                "bet": next((place for place, bet in enumerate(bets) if bet is episode.bet), None),
+                "counts": episode.counts,
+                "is_handed_back": episode.is_handed_back,
+            }
+            for episode in self.running
+        ]
+        return self.state_dict() | {"budget": None, "whole_budget": budget, "test": kept, "running": running}
+
+    def load_run_state(self, state: dict[str, Any], policies: dict[str, Any]) -> None:
+        """Go on from what :meth:`run_state` returned, with the policies of its contenders."""
+        contenders = state["contenders"]
+        # Without a challenger that has episodes no test is begun; its own is taken up below
+        self.load_state_dict(state | {"contenders": contenders | {"challenger": None}}, policies)
+        self.budget = None if state["whole_budget"] is None else RiskBudget.from_run_state(state["whole_budget"])
+        self.challenge = None
+        if (facts := contenders["challenger"]) is not None:
+            self.challenge = Challenge(Contender(facts["name"], policies["challenger"], list(facts["returns"])))
+            self.challenge.test = self._test_of(state["test"])
+        test = None if self.challenge is None else self.challenge.test
+        bets: list[Any] = [] if test is None else list(test.open_bets)
+        self.running = [
+            Episode(
+                Kind(one["kind"]), one["bet"] if one["bet"] is None else bets[one["bet"]], one["counts"], one["is_handed_back"]
+            )
+            for one in state["running"]
+        ]
+
+    def _test_of(self, state: dict[str, Any] | None) -> PromotionTest | None:
+        if state is None:
+            return None
+        test: PromotionTest
+        if self.rules.controls == "historical":
+            test = HistoricalTest(state["level"], self.champion.returns, self.unit, state["max_episodes"])
+        else:
+            test = ConcurrentTest(state["level"])
+        test.load_state_dict(state)
+        return test
 
     def load_state_dict(self, state: dict[str, Any], policies: dict[str, Any]) -> None:
         """

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,19 @@ class PromotionTest(ABC):
         :return: The bet, to be settled when the episode ends
         """
 
+    @property
+    @abstractmethod
+    def open_bets(self) -> "list[Bet] | list[TrialEpisode]":
+        """The bets that :meth:`state_dict` has, in its order."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The test's state as plain values and arrays, with its bets."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+
 
 class ConcurrentTest(PromotionTest):
     """
@@ -145,6 +158,16 @@ class ConcurrentTest(PromotionTest):
     @property
     def is_proved(self) -> bool:
         return self.evidence >= self.threshold
+
+    @property
+    def open_bets(self) -> list[Bet]:
+        return self._bets
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "bets": [vars(bet).copy() for bet in self._bets]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._bets = [Bet(**bet) for bet in state["bets"]]
 
     def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> Bet:
         spread, center = spread_of(champion, unit), sum(champion) / len(champion)
@@ -215,6 +238,30 @@ class HistoricalTest(PromotionTest):
     def is_proved(self) -> bool:
         self._count()
         return self._was_proved
+
+    @property
+    def open_bets(self) -> list[TrialEpisode]:
+        return list(self._episodes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "level": self.level,
+            "max_episodes": len(self._thresholds),
+            "n_champion": self._n_champion,
+            "returns": list(self._returns),
+            "ties": list(self._ties),
+            "order": self._order.bit_generator.state,
+            "bets": [episode.total for episode in self._episodes],
+            "evidence": self._evidence,
+            "was_proved": self._was_proved,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._thresholds = _thresholds(self.level, state["n_champion"], state["max_episodes"])
+        self._n_champion, self._returns, self._ties = state["n_champion"], list(state["returns"]), list(state["ties"])
+        self._order.bit_generator.state = state["order"]
+        self._episodes = deque(map(TrialEpisode, state["bets"]))
+        self._evidence, self._was_proved = state["evidence"], state["was_proved"]
 
     def bet(self, share: float, champion: Sequence[float], challenger: Sequence[float], unit: float) -> TrialEpisode:
         self._episodes.append(episode := TrialEpisode())

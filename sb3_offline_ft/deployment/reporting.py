@@ -48,6 +48,17 @@ class Reporter:
         if event["event"] == "episode" and event["kind"] == Kind.SERVE.value:
             self._served.append(event["return"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been told, as plain values."""
+        told = {"counts": dict(self._counts), "served": list(self._served), "knows_baseline": self._knows_baseline}
+        return told | {"log": self.log.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._counts, self._served = Counter(state["counts"]), deque(state["served"], SERVED_WINDOW)
+        self._knows_baseline = state["knows_baseline"]
+        self.log.load_state_dict(state["log"])
+
     def event(self, name: str, **details: Any) -> None:
         place = {"timestep": self._model.num_timesteps, "n_updates": self._model._n_updates, "time": time.time()}
         event = {"event": name, **place, **details}

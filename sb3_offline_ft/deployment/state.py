@@ -30,9 +30,7 @@ class SavedContest:
 
     @classmethod
     def of(cls, contest: Contest, settings: dict[str, Any], last_updates: int, rejections_in_a_row: int) -> Self:
-        challenger = None if contest.challenge is None else contest.challenge.challenger
-        contenders = {"champion": contest.champion, "predecessor": contest.predecessor, "challenger": challenger}
-        policies = {role: contender.policy for role, contender in contenders.items() if contender is not None}
+        policies = {role: contender.policy for role, contender in contest.contenders.items()}
         return cls(contest.state_dict(), settings, policies, last_updates, rejections_in_a_row)
 
     def write(self, model: OffPolicyAlgorithm) -> None:

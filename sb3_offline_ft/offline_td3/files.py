@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch as th
@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
+from sb3_offline_ft.checkpoints import resume
 from sb3_offline_ft.common.checks import constructor_arguments, known_keywords
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, atomic_write, naming_damage
 from sb3_offline_ft.common.plain_settings import add_plain_settings, without_pickle
@@ -245,6 +246,8 @@ class SavedLearner(OfflineLearner):
 
     policy_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Defaults that ``policy_kwargs`` have with the policies of this package."""
+    moved_settings: ClassVar[tuple[str, ...]] = ("offline_fraction",)
+    """Arguments that a remedy may change in a run."""
 
     def _excluded_save_params(self) -> list[str]:
         parts = ["life_cycle", "updater", "evaluations", "room", "acting", "_noise_generator", "_guide_steps_schedule"]
@@ -278,6 +281,57 @@ class SavedLearner(OfflineLearner):
         """Take up what :meth:`_get_extra_state` of this or a related algorithm returned, perhaps without random streams."""
         for part in self._stateful_parts().values():
             part.load_state_dict(state)
+
+    @classmethod
+    def resume(cls: type[SelfSavedLearner], folder: str | pathlib.Path, env: GymEnv, **arguments: Any) -> SelfSavedLearner:
+        """
+        Make the learner of a run that has died, from the newest intact checkpoint that a
+        :class:`~sb3_offline_ft.CheckpointRun` wrote. Its next call of ``learn`` or ``pretrain``, which is to be given what the
+        call that died was given, goes on there (see :func:`sb3_offline_ft.resume`).
+
+        :param folder: The run's folder
+        :param env: The environment, made as it was made for the run
+        :param arguments: Arguments of the constructor that a checkpoint cannot hold, such as data that is an object
+        :return: The learner
+        :raises ValueError: There is no intact checkpoint, or it is of another algorithm, version, environment or dataset
+        """
+        return cast(SelfSavedLearner, resume(folder, env, cls, **arguments))
+
+    def arguments_for_files(self) -> dict[str, Any]:
+        """Arguments that a file shall hold in another form: whoever reads it has not said that the data is trusted."""
+        return {"dataset": None if self.dataset is None else without_trust(self.dataset)}
+
+    def run_state(self) -> dict[str, Any]:
+        """What a run in progress has beyond what a snapshot of the learner holds, as plain values and arrays."""
+        cycle = self.life_cycle
+        return {
+            "life_cycle": cycle.state_dict(),
+            "environment_steps": cycle.environment_steps,
+            "episode_steps": self.acting.episode_steps.copy(),
+            "best_mean_reward": self.evaluations.mean_reward,
+            "dataset_fingerprint": self.dataset_fingerprint,
+            "settings": {name: getattr(self, name) for name in self.moved_settings if not callable(getattr(self, name))},
+        }
+
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`run_state` returned, but for the phase, which is that of the present call."""
+        self.life_cycle.load_state_dict(state["life_cycle"])
+        self.acting.episode_steps = state["episode_steps"].copy()
+        self.evaluations.mean_reward = state["best_mean_reward"]
+        for name, value in state["settings"].items():
+            self._move_setting(name, value)
+
+    def episodes_are_cut(self) -> None:
+        """Other episodes have begun in place of those that ran."""
+        self.acting.episode_steps = np.zeros(self.n_envs, dtype=int)
+        if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            self.replay_buffer.cut_episodes()
+
+    def _move_setting(self, name: str, value: Any) -> None:
+        """Set an argument of :attr:`moved_settings` again."""
+        setattr(self, name, value)
+        if isinstance(self.replay_buffer, OfflineToOnlineReplayBuffer):
+            self.replay_buffer.offline_fraction = self.offline_fraction
 
     def position(self) -> dict[str, Any]:
         """What says how updates are done, but for what counts progress."""

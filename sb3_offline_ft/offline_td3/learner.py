@@ -1,7 +1,7 @@
 """What becomes of Stable-Baselines3's TD3 when it is pretrained on logged data, warmed up and finetuned."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -212,19 +212,27 @@ class OfflineLearner(TD3):
         callback: BaseCallback | None,
         progress_bar: bool,
         log_interval: int = 1000,
-        watchers: Sequence[Any] = (),
+        listeners: BaseCallback | None = None,
     ) -> None:
+        """
+        :param listeners: Callbacks of which those that have ``on_offline_start`` are called before updates, with all of them,
+            and those that have ``after_offline_updates`` after them, although others do not run yet
+        """
         bar = make_progress_bar(gradient_steps, f"{type(self).__name__} offline") if progress_bar else None
+        before: list[Any] = list(callbacks_with(listeners, "on_offline_start"))
+        after: list[Any] = list(callbacks_with(listeners, "after_offline_updates"))
         start_time, start, last = time.monotonic(), self.offline_steps_done, self.offline_steps_done + gradient_steps
         try:
             while self.offline_steps_done < last:
+                for listener in before:
+                    listener.on_offline_start(listeners)
                 until_log = log_interval - self.offline_steps_done % log_interval
                 chunk = 1 if callback is not None else min(PROGRESS_CHUNK, until_log, last - self.offline_steps_done)
                 self._update_offline(chunk)
                 if bar is not None:
                     bar.update(chunk)
-                for watcher in watchers:
-                    watcher.after_offline_updates()
+                for listener in after:
+                    listener.after_offline_updates()
                 if self.offline_steps_done % log_interval == 0 or self.offline_steps_done == last:
                     elapsed = max(time.monotonic() - start_time, 1e-9)
                     self.logger.record("offline/gradient_steps", self.offline_steps_done)
@@ -291,11 +299,9 @@ class OfflineLearner(TD3):
         self.evaluations.follow(started)
         if self.remaining_offline_steps > 0:
             show = progress_bar or any(True for _ in find_callbacks(started, ProgressBarCallback))
-            # Callbacks run online only, but for those that say so
-            watchers = list(callbacks_with(started, "after_offline_updates"))
             try:
                 with self._offline_phase():
-                    self._run_offline(self.remaining_offline_steps, None, show, watchers=watchers)
+                    self._run_offline(self.remaining_offline_steps, None, show, listeners=started)
             except KeyboardInterrupt:
                 # rl-zoo3 ends its callbacks after an interrupt, and SB3's progress bar cannot end before it has started
                 for bar in find_callbacks(started, ProgressBarCallback):

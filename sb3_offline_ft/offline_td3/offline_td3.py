@@ -249,7 +249,7 @@ class OfflineTD3(SavedLearner):
                 self.start_time, self._num_timesteps_at_start = time.time_ns(), self.num_timesteps
             if started is not None:
                 started.on_training_start(PretrainingLocals(locals()), globals())
-            self._run_offline(gradient_steps, started, progress_bar, log_interval)
+            self._run_offline(gradient_steps, started, progress_bar, log_interval, listeners=started)
             if started is not None:
                 started.on_training_end()
         return self

@@ -59,6 +59,7 @@ class TD3C(OfflineTD3):
         policy weigh the distance alike; 0 is for no penalty
     """
 
+    moved_settings: ClassVar[tuple[str, ...]] = (*OfflineTD3.moved_settings, "epsilon")
     online_only_arguments: ClassVar[frozenset[str]] = frozenset(
         "constraint_reference epsilon initial_multiplier multiplier_learning_rate min_multiplier max_multiplier trust_region "
         "critic_penalty".split()
@@ -149,6 +150,10 @@ class TD3C(OfflineTD3):
         :param factor: What ``epsilon`` is multiplied with; of a schedule, both ends
         """
         self.epsilon = scale_schedule(self.epsilon, factor)
+        self._epsilon_schedule = make_schedule(self.epsilon, "epsilon")
+
+    def _move_setting(self, name: str, value: Any) -> None:
+        super()._move_setting(name, value)
         self._epsilon_schedule = make_schedule(self.epsilon, "epsilon")
 
     def _on_finetuning_start(self, pretrained: bool) -> None:

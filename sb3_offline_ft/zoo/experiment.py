@@ -45,6 +45,8 @@ class _RunWatch(BaseCallback):
     :param followed: The callback that ``ExperimentManager.learn`` would have ended by hand
     """
 
+    keeps_no_state = True
+
     def __init__(self, followed: BaseCallback | None) -> None:
         super().__init__()
         self._followed = followed
