@@ -227,7 +227,7 @@ def measure_speed(steps: int = 400) -> dict[str, float]:
     """
     settings: dict[str, Any] = {
         "dataset": "bundled:hopper-medium",
-        "offline_steps": 2000,
+        "offline_steps": 1000,
         "warmup_steps": 10,
         "gradient_steps": 2,
     }
