@@ -109,6 +109,21 @@ def test_a_signal_writes_a_last_checkpoint_and_does_what_it_did_before(tmp_path:
     assert goes_on_at(tmp_path / "1") == 51
 
 
+def test_a_signal_while_pretraining_is_obeyed_at_once(tmp_path: Path) -> None:
+    model: Any = TD3BC("MlpPolicy", environments(), **settings(**OFFLINE | {"offline_steps": 1000}))
+    update = model._update
+
+    def signalled(batch: Any) -> None:
+        update(batch)
+        if model._n_updates == 70:
+            signal.raise_signal(signal.SIGINT)
+
+    model._update = signalled
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(200, callback=CheckpointRun(1000, path=tmp_path))
+    assert model.offline_steps_done == 100 and newest(tmp_path).name == "step_0_100"
+
+
 def test_a_signal_after_a_run_that_failed_is_not_swallowed(tmp_path: Path) -> None:
     killed(tmp_path)
     with pytest.raises(KeyboardInterrupt):

@@ -100,7 +100,7 @@ class CheckpointRun(BaseCallback):
     def _init_callback(self) -> None:
         if self.is_off or self._restore is not None:
             return
-        self._call, self._before = {}, None
+        self._call, self._before, self._signal = {}, None, None
         if not isinstance(self.model, OffPolicyAlgorithm):
             raise ValueError(f"CheckpointRun needs an off-policy algorithm (TD3C, TD3, SAC, TQC, ...), found {self.model}.")
         check_buffer(self.model.replay_buffer)
@@ -130,8 +130,7 @@ class CheckpointRun(BaseCallback):
                 "total_timesteps": self.model._total_timesteps,
                 "begun_at": self.model._num_timesteps_at_start,
             }
-        if not self._previous:
-            self._take_signals()
+        self._take_signals()
         self._at_boundary(callbacks)
 
     def _on_rollout_start(self) -> None:
@@ -252,8 +251,8 @@ class CheckpointRun(BaseCallback):
 
     def _take_signals(self) -> None:
         # Only there can Python take signals, and only there would they be seen
-        if threading.current_thread() is threading.main_thread() and not self._previous:
-            self._signal = None
+        is_waiting = self._signal is not None
+        if threading.current_thread() is threading.main_thread() and not self._previous and not is_waiting:
             for number in SIGNALS:
                 previous: Any = signal.getsignal(number)
                 while isinstance(getattr(previous, "__self__", None), CheckpointRun):
