@@ -66,4 +66,4 @@ def test_the_demo_was_measured_with_its_present_command() -> None:
     """If it fails, run benchmarks/deployment/demo.py."""
     demo, content = load("demo"), json.loads((FOLDER / "demo.json").read_text())
     assert content["command"] == shlex.join(demo.demo_command())
-    assert (FOLDER / "demo.md").read_text(encoding="utf-8") == demo.report(content["results"])
+    assert (FOLDER / "demo.md").read_text(encoding="utf-8") == demo.report(content["results"], content.get("note", ""))

@@ -74,8 +74,8 @@ def is_better(result: dict[str, Any]) -> bool:
     return bool(result["champion"]["mean"] >= (1 + VISIBLE) * result["baseline"]["mean"])
 
 
-def report(results: list[dict[str, Any]]) -> str:
-    """The table."""
+def report(results: list[dict[str, Any]], note: str = "") -> str:
+    """The table, with what has to be known of the results."""
     n_better = sum(map(is_better, results))
     rows = [
         f"| {one['seed']} | {one['baseline']['mean']:.0f} ± {one['baseline']['standard_error']:.0f} | {one['served']:.0f} | "
@@ -87,7 +87,8 @@ def report(results: list[dict[str, Any]]) -> str:
         "# What the demo comes to\n\nWritten by `demo.py`. "
         f"The champion at the end is better by at least {100 * VISIBLE:.0f} % with {n_better} of {len(results)} seeds. "
         f"Pretrained policy: mean of the warm-up's episodes. Champion and learner: mean of {N_EPISODES} fresh episodes, ± one "
-        "standard error. Served: mean return of all episodes after the warm-up, trials and explorations included.\n\n"
+        "standard error. Served: mean return of all episodes after the warm-up, trials and explorations included."
+        f"{note and f' {note}'}\n\n"
         "| seed | pretrained policy | served | champion | learner | promoted at interaction | better |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
@@ -102,13 +103,14 @@ def main() -> None:
     # Results of another command are of no use
     command = shlex.join(demo_command())
     results = content.get("results", []) if content.get("command") == command else []
+    note = content.get("note", "") if results else ""
     missing = [] if arguments.report else [seed for seed in arguments.seeds if seed not in {one["seed"] for one in results}]
     for seed in tqdm(missing, desc="demos"):
         results.append(run(seed))
         with atomic_write(RESULTS) as file:
-            file.write((json.dumps({"command": command, "results": results}, indent=1) + "\n").encode())
+            file.write((json.dumps({"command": command, "note": note, "results": results}, indent=1) + "\n").encode())
     with atomic_write(TABLE) as file:
-        file.write(report(results).encode())
+        file.write(report(results, note).encode())
 
 
 if __name__ == "__main__":
