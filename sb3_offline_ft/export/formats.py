@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch as th
 
 from sb3_offline_ft.common.suggestions import hint
-from sb3_offline_ft.controllers.contract import ACTION
+from sb3_offline_ft.controllers.contract import output_name
 from sb3_offline_ft.export.raw_policy import RawPolicy
 
 Inputs = Mapping[str, npt.NDArray[Any]]
@@ -79,16 +79,34 @@ def _to_onnx(network: RawPolicy, inputs: Inputs) -> bytes:
             _program(network, inputs),
             dynamo=True,
             input_names=list(inputs),
-            output_names=[ACTION],
+            output_names=[output_name(inputs)],
             opset_version=OPSET,
             external_data=False,
             verbose=False,
         )
         assert program is not None
+        _rename_inner_values(program.model.graph)
         # Paths and source lines of this machine
         ClearMetadataAndDocStringPass()(program.model)
         content: bytes = program.model_proto.SerializeToString(deterministic=True)
     return content
+
+
+def _rename_inner_values(graph: Any) -> None:
+    """Those called as an input or output is: keys of a ``Dict`` may be ``linear`` or ``low``."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    interface = [*graph.inputs, *graph.outputs]
+    values = [*graph.initializers.values(), *(value for node in RecursiveGraphIterator(graph) for value in node.outputs)]
+    inner = [value for value in values if not any(value is each for each in interface)]
+    names, taken = {value.name for value in values}, {value.name for value in interface}
+    for value in inner:
+        if value.name in taken:
+            name = value.name
+            while name in names | taken:
+                name += "_"
+            names.add(name)
+            value.name = name
 
 
 def _from_onnx(content: bytes) -> Run:
@@ -99,7 +117,7 @@ def _from_onnx(content: bytes) -> Run:
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> npt.NDArray[Any]:
-        actions: npt.NDArray[Any] = session.run([ACTION], dict(inputs))[0]
+        actions: npt.NDArray[Any] = session.run(None, dict(inputs))[0]
         return actions
 
     return run

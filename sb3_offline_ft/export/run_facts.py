@@ -10,9 +10,10 @@ from typing import Any
 
 from sb3_offline_ft.collapse.events import EVENTS_FILE, read_events
 from sb3_offline_ft.common.io import naming_damage
-from sb3_offline_ft.controllers.saved_policy import settings_folder
+from sb3_offline_ft.controllers.saved_policy import CHAMPION, settings_folder
 from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.datasets.files.zoo import ARGUMENTS, read_zoo_yaml, saved_hyperparams
+from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL
 from sb3_offline_ft.deployment.history import History
 
 MANIFEST = "manifest.json"
@@ -30,7 +31,7 @@ class RunFacts:
     :param env_kwargs: Arguments of the environment
     :param manifest_sha256: Of the run's ``manifest.json``, if there is one
     :param guard: Limits of a ``CollapseGuard``, if the run had one
-    :param champion: Baseline and champion of a ``ChampionChallenger``, if the run had one
+    :param champion: Baseline and champion of a ``ChampionChallenger``, if the model is the champion
     """
 
     env_id: str | None = None
@@ -49,7 +50,9 @@ class RunFacts:
         env_id, env_kwargs = (None, {}) if settings is None else _environment(settings)
         manifest = folder / MANIFEST
         sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
-        return cls(env_id, env_kwargs, sha256, _guard(folder), _champion(folder))
+        # The learner's last policy is another one
+        champion = _champion(folder) if model.name in (BEST_MODEL, CHAMPION) else None
+        return cls(env_id, env_kwargs, sha256, _guard(folder), champion)
 
 
 def dataset_of(model: Path) -> str | None:

@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 from sb3_offline_ft.controllers import check_fits
 from sb3_offline_ft.controllers.onnx_file import OnnxController
+from sb3_offline_ft.evaluation.robustness.episodes import make_env
 
 
 def enjoy_onnx(arguments: Sequence[str]) -> None:
@@ -25,7 +26,7 @@ def enjoy_onnx(arguments: Sequence[str]) -> None:
     try:
         controller = OnnxController(args.onnx, Path(args.onnx).expanduser())
         env = _environment(controller, args)
-    except (OSError, ValueError, ImportError, gym.error.Error) as error:
+    except (OSError, ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
     returns, lengths = [], []
     try:
@@ -65,7 +66,7 @@ def _environment(controller: OnnxController, args: argparse.Namespace) -> gym.En
     if env_id is None:
         raise ValueError(f"{args.onnx} has no contract that names an environment: give one with --env.")
     kwargs = args.env_kwargs or (known.get("kwargs", {}) if env_id == known.get("id") else {})
-    env = gym.make(env_id, render_mode=None if args.no_render else "human", **kwargs)
+    env = make_env(env_id, kwargs | {"render_mode": None if args.no_render else "human"})
     check_fits(controller, env)
     return env
 
