@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
 from sb3_contrib import TQC, RecurrentPPO
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -27,6 +29,8 @@ from sb3_offline_ft.evaluation.robustness import run_robustness
 from sb3_offline_ft.export import export_policy
 from sb3_offline_ft.testing import PointEnv
 from sb3_offline_ft.zoo.enjoy import main as enjoy
+from tests.contest_runs import run as run_contest
+from tests.guarded_runs import Hold
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -337,6 +341,40 @@ def test_a_policy_that_a_trace_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.zip", "policy.pt"]
 
 
+def test_what_a_champion_returned_is_told_of_the_champion_alone(tmp_path: Path) -> None:
+    contest = run_contest(tmp_path, steps=400)
+    contest.model.save(tmp_path / "Hold-v0.zip")
+    gym.register("Hold-v0", Hold)
+    for name, is_champion in (("best_model", True), ("Hold-v0", False)):
+        export_policy(tmp_path / f"{name}.zip", tmp_path / f"{name}.pt", env="Hold-v0")
+        champion = contract_of(tmp_path / f"{name}.pt")["champion"]
+        assert (champion is not None) == is_champion, name
+        if is_champion:
+            assert champion["learned_until_step"] == contest.champion.name
+            assert 0 < champion["episodes"] <= len(contest.champion.returns)
+
+
+def test_the_environment_is_the_one_that_the_data_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng, ends = np.random.default_rng(0), np.arange(1000) == 999
+    buffer = EpisodeBuffer(
+        observations=rng.uniform(-1, 1, (1001, 3)).astype(np.float32),
+        actions=rng.uniform(-2, 2, (1000, 1)).astype(np.float32),
+        rewards=np.zeros(1000),
+        terminations=np.zeros(1000, bool),
+        truncations=ends,
+    )
+    env = gym.make(ENV, g=3.0, render_mode="rgb_array")
+    with warnings.catch_warnings():
+        # Minari asks for an author, a permalink, ...
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("moon/pendulum-v0", [buffer], env=env)
+    model = saved(TD3("MlpPolicy", ENV, **small()), tmp_path)
+    export_policy(model, tmp_path / "policy.pt", data="moon/pendulum-v0")
+    known = contract_of(tmp_path / "policy.pt")["environment"]
+    assert (known["id"], known["kwargs"]) == (ENV, {"g": 3.0})
+
+
 class RoundedInTraces(FlattenExtractor):
     """Differs a little where it is traced."""
 
@@ -488,6 +526,12 @@ def test_enjoy_takes_an_exported_policy(
         total += float(reward)
     assert f"Episode Reward: {total:.2f}\n" in said
     assert output(str(exported), "--env-kwargs", "g:1.0") != said
+    with pytest.raises(SystemExit):
+        output(str(exported), "--env-kwargs", "q:1.0")
+    assert "Cannot make the environment 'Pendulum-v1' (TypeError: " in capsys.readouterr().err
+    # One that cannot be rendered
+    gym.register("Unseen-v0", lambda: gym.make(ENV))
+    assert output(str(exported), "--env", "Unseen-v0") == said
     with pytest.raises(SystemExit):
         output(str(exported), "--env", "MountainCarContinuous-v0")
     assert "does not fit MountainCarContinuous-v0: it was made for observations Box" in capsys.readouterr().err

@@ -32,8 +32,10 @@ from sb3_offline_ft.export.run_facts import RunFacts, dataset_of
 EXAMPLE_ROWS = 3
 PACKAGES = "sb3-offline-ft stable-baselines3 sb3-contrib gymnasium mujoco numpy torch onnx onnxscript onnxruntime".split()
 REPEATING = (gym.wrappers.MaxAndSkipObservation, gym.wrappers.AtariPreprocessing)
+# rl_zoo3 has a time limit of its own
+ONE_STEP_MODULES = ("gymnasium.wrappers.", "rl_zoo3.gym_patches", "stable_baselines3.common.monitor")
 ONE_STEP = [kind.step for kind in (gym.Wrapper, gym.ObservationWrapper, gym.ActionWrapper, gym.RewardWrapper)]
-"""How those wrappers step that leave the time between two decisions as it is."""
+"""How wrappers step that leave the time between two decisions as it is."""
 Env = gym.Env[Any, Any]
 
 
@@ -107,7 +109,7 @@ def export_policy(
             raise ValueError(
                 f"{str(target)!r} is not written: on {len(observations):,} observations of {observations.source}, its actions "
                 f"differ from those of {policy.name!r} by up to {parity.difference:.2g} of their range, and {TOLERANCE:g} is "
-                "allowed."
+                f"allowed.{' An action is not finite.' if math.isnan(parity.difference) else ''}"
             )
         contract = {
             "contract": CONTRACT,
@@ -267,8 +269,8 @@ def _step_seconds(env: Env) -> float | None:
     """MuJoCo's environments say it, and some others; a wrapper may make many steps of one."""
     layer = env
     while isinstance(layer, gym.Wrapper) and not hasattr(layer, "dt"):
-        of_gymnasium = type(layer).__module__.startswith("gymnasium.wrappers.") and not isinstance(layer, REPEATING)
-        if not of_gymnasium and type(layer).step not in ONE_STEP:
+        is_known = type(layer).__module__.startswith(ONE_STEP_MODULES) and not isinstance(layer, REPEATING)
+        if not is_known and type(layer).step not in ONE_STEP:
             return None
         layer = layer.env
     seconds = getattr(layer, "dt", None)

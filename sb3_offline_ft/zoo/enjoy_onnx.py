@@ -66,7 +66,9 @@ def _environment(controller: OnnxController, args: argparse.Namespace) -> gym.En
     if env_id is None:
         raise ValueError(f"{args.onnx} has no contract that names an environment: give one with --env.")
     kwargs = args.env_kwargs or (known.get("kwargs", {}) if env_id == known.get("id") else {})
-    env = make_env(env_id, kwargs | {"render_mode": None if args.no_render else "human"})
+    # Environments need not know of `render_mode`
+    kwargs = {name: value for name, value in kwargs.items() if name != "render_mode"}
+    env = make_env(env_id, kwargs | ({} if args.no_render else {"render_mode": "human"}))
     check_fits(controller, env)
     return env
 
