@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 import signal
 import sys
 import warnings
@@ -341,6 +342,22 @@ def test_a_policy_that_a_trace_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.zip", "policy.pt"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("Pendulum-v1/config.yml", "env_kwargs: 7", r"Pendulum-v1 is damaged or not the settings .*env_kwargs are 7"),
+        ("collapse_events.jsonl", '{"event": "start", "settings": [1]}\n', r"damaged or not the events of a CollapseGuard"),
+    ],
+)
+def test_damaged_facts_of_a_run(file: str, content: str, words: str, tmp_path: Path) -> None:
+    saved(TD3("MlpPolicy", ENV, **small()), tmp_path, f"{ENV}.zip")
+    (tmp_path / ENV).mkdir()
+    (tmp_path / ENV / "config.yml").write_text("n_timesteps: 1")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        export_policy(tmp_path, tmp_path / "policy.pt", data=DATA)
+
+
 def test_what_a_champion_returned_is_told_of_the_champion_alone(tmp_path: Path) -> None:
     contest = run_contest(tmp_path, steps=400)
     contest.model.save(tmp_path / "Hold-v0.zip")
@@ -510,7 +527,7 @@ def test_robustness_takes_an_exported_policy(exported: Path) -> None:
 
 
 def test_enjoy_takes_an_exported_policy(
-    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def output(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["enjoy", "--onnx", *arguments, "--no-render", "-n", "400", "--seed", "5"])
@@ -529,6 +546,12 @@ def test_enjoy_takes_an_exported_policy(
     with pytest.raises(SystemExit):
         output(str(exported), "--env-kwargs", "q:1.0")
     assert "Cannot make the environment 'Pendulum-v1' (TypeError: " in capsys.readouterr().err
+    damaged = shutil.copy(exported, tmp_path)
+    for environment in ([1], {"id": ENV, "kwargs": 5}):
+        Path(damaged).with_suffix(".json").write_text(json.dumps(contract_of(exported) | {"environment": environment}))
+        with pytest.raises(SystemExit):
+            output(damaged)
+        assert "policy.json is damaged or not a contract" in capsys.readouterr().err
     # One that cannot be rendered
     gym.register("Unseen-v0", lambda: gym.make(ENV))
     assert output(str(exported), "--env", "Unseen-v0") == said

@@ -72,7 +72,10 @@ def _environment(settings: Path) -> tuple[str, dict[str, Any]]:
         arguments = read_zoo_yaml(settings / ARGUMENTS, needed=("env", "env_kwargs"))
         env_id = str(arguments.get("env") or env_id)
         kwargs = arguments.get("env_kwargs") or kwargs
-    return env_id, dict(kwargs)
+    with naming_damage(settings, "the settings of a run of rl-zoo3"):
+        if not isinstance(kwargs, Mapping):
+            raise ValueError(f"its env_kwargs are {kwargs!r}, expected a mapping")
+        return env_id, dict(kwargs)
 
 
 def _guard(folder: Path) -> dict[str, Any] | None:
@@ -81,12 +84,12 @@ def _guard(folder: Path) -> dict[str, Any] | None:
     starts, baselines = ([event for event in events if event["event"] == kind] for kind in ("start", "baseline"))
     if not starts:
         return None
-    settings = {**starts[-1], **starts[-1].get("settings", {})}
-    facts: dict[str, Any] = {name: settings.get(name) for name in GUARD_SETTINGS}
-    if not baselines:
-        return facts | {"baseline": None, "least_mean_return": None}
-    baseline = {name: baselines[-1].get(name) for name in GUARD_BASELINE}
     with naming_damage(path, "the events of a CollapseGuard"):
+        settings = {**starts[-1], **starts[-1].get("settings", {})}
+        facts: dict[str, Any] = {name: settings.get(name) for name in GUARD_SETTINGS}
+        if not baselines:
+            return facts | {"baseline": None, "least_mean_return": None}
+        baseline = {name: baselines[-1].get(name) for name in GUARD_BASELINE}
         # The tolerance is a share of the distance to a random policy
         tolerated = facts["tolerance"] * (baseline["mean"] - facts["random_return"])
     return facts | {"baseline": baseline, "least_mean_return": baseline["mean"] - tolerated}
