@@ -485,6 +485,9 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     refused(ValueError, "it has a memory", memory, tmp_path / "a.pt")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused(ImportError, r"needs onnxscript, not installed here: pip install 'sb3-offline-ft\[onnx\]'", model, "a.onnx")
+    monkeypatch.undo()
+    monkeypatch.setattr(th, "__version__", "2.5.1+cpu")
+    refused(ImportError, r"needs torch 2.6 or later, not installed here: pip install", model, "a.onnx")
     assert not list(tmp_path.glob("a.*"))
 
 

@@ -23,6 +23,8 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 Run = Callable[[Inputs], npt.NDArray[Any]]
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TORCH = (2, 6)
+"""The first version that can export to ONNX in this way."""
 OPSET = 18
 """Version of ONNX's operators: of 2022, so that runtimes on controllers know it."""
 
@@ -62,6 +64,8 @@ def find_format(path: Path, name: str | None) -> Format:
     if name is not None and found.name != name:
         raise ValueError(f"{str(path)!r} has the suffix of {found.name}: files of {name} end in {FORMATS[name].suffix}.")
     missing = [package for package in ONNX_PACKAGES if found.name == "onnx" and importlib.util.find_spec(package) is None]
+    if found.name == "onnx" and tuple(int(part) for part in th.__version__.split(".")[:2]) < TORCH:
+        missing.append(f"torch {'.'.join(map(str, TORCH))} or later")
     if missing:
         raise ImportError(
             f"Exporting to ONNX needs {' and '.join(missing)}, not installed here: pip install 'sb3-offline-ft[onnx]'. Files "
