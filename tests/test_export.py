@@ -3,16 +3,20 @@
 import hashlib
 import json
 import pickle
+import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
 from sb3_contrib import TQC, RecurrentPPO
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -26,6 +30,8 @@ from sb3_offline_ft.evaluation.robustness import run_robustness
 from sb3_offline_ft.export import export_policy
 from sb3_offline_ft.testing import PointEnv
 from sb3_offline_ft.zoo.enjoy import main as enjoy
+from tests.contest_runs import run as run_contest
+from tests.guarded_runs import Hold
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -72,6 +78,26 @@ def images_and_more() -> PointEnv:
 
 
 gym.register("ImagesAndMore-v0", images_and_more)
+
+
+class Slowly(gym.Wrapper[Any, Any, Any, Any]):
+    """Decides every fourth step."""
+
+    def step(self, action: Any) -> Any:
+        for _ in range(3):
+            self.env.step(action)
+        return self.env.step(action)
+
+
+def pendulum_with_units(**metadata: list[str]) -> gym.Env[Any, Any]:
+    env = gym.make(ENV).unwrapped
+    env.metadata = env.metadata | {"action_units": ["N m"], "observation_names": ["x", "y", "speed"]} | metadata
+    return env
+
+
+gym.register("Units-v0", pendulum_with_units)
+gym.register("Slow-v0", lambda: Slowly(pendulum_with_units()))
+gym.register("Scaled-v0", lambda: gym.wrappers.RescaleAction(pendulum_with_units(), -1, 1))
 
 
 def saved(model: Any, folder: Path, name: str = "model.zip") -> Path:
@@ -165,6 +191,71 @@ def test_images_and_dicts_as_the_environment_gives_them(tmp_path: Path) -> None:
         check_fits(controller, gym.make(ENV))
 
 
+@pytest.mark.parametrize("keys", [("action", "action_"), ("linear", "low", "observation", "tanh")])
+def test_keys_may_be_called_as_the_inside_of_the_file(keys: tuple[str, ...], tmp_path: Path) -> None:
+    env = f"Keys{len(keys)}-v0"
+    gym.register(env, lambda: PointEnv(spaces.Dict({key: spaces.Box(-1, 1, (2,)) for key in keys})))
+    model, path = TD3("MultiInputPolicy", env, buffer_size=10, **small()), tmp_path / "policy.onnx"
+    export_policy(saved(model, tmp_path), path, env=env)
+    assert acts_like(path, model, seen_in(gym.make(env)))
+    assert {each["name"] for each in contract_of(path)["observations"]} == set(keys)
+    assert contract_of(path)["action"]["name"] == ("action__" if "action" in keys else "action")
+
+
+def test_a_contract_says_nothing_that_it_does_not_know(tmp_path: Path) -> None:
+    model, path = saved(TD3("MlpPolicy", ENV, **small()), tmp_path), tmp_path / "policy.pt"
+
+    def said(env: str) -> Any:
+        export_policy(model, path, data=DATA, env=env)
+        return contract_of(path)
+
+    contract = said("Units-v0")
+    assert contract["action"]["units"] == ["N m"] and contract["observations"][0]["names"] == ["x", "y", "speed"]
+    assert contract["environment"]["step_seconds"] == 0.05
+    assert contract["made_of"]["dataset"] is None, "data that it was compared on is not what it learned from"
+    assert said("Slow-v0")["environment"]["step_seconds"] is None
+    with pytest.warns(UserWarning, match=r"trained with actions Box\(-2.0, 2.0.* takes Box\(-1.0, 1.0.*: if a wrapper scaled"):
+        assert said("Scaled-v0")["action"]["units"] is None
+    gym.register("FewNames-v0", lambda: pendulum_with_units(observation_names=["x"]))
+    with pytest.warns(UserWarning, match=r"observation_names of the environment are left out: expected a list of 3, found"):
+        assert said("FewNames-v0")["observations"][0]["names"] is None
+
+
+def test_arguments_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plant_of_mine.py").write_text(
+        "import gymnasium as gym\nfrom gymnasium.envs.classic_control import PendulumEnv\n"
+        "class Plant(PendulumEnv):\n"
+        "    def __init__(self, dt, render_mode=None):\n"
+        "        super().__init__(render_mode)\n"
+        "        self.dt = dt\n"
+        "gym.register('Mine-v0', Plant)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    saved(TD3("MlpPolicy", ENV, **small()), tmp_path, "Mine-v0.zip")
+    (tmp_path / "Mine-v0").mkdir()
+    (tmp_path / "Mine-v0" / "config.yml").write_text("env_kwargs: {dt: 0.5, render_mode: rgb_array}")
+    export_policy(tmp_path, tmp_path / "policy.onnx", data=DATA, env="plant_of_mine:Mine-v0")
+    known = contract_of(tmp_path / "policy.onnx")["environment"]
+    kwargs = {"dt": 0.5, "render_mode": "rgb_array"}
+    assert known == {"id": "plant_of_mine:Mine-v0", "kwargs": kwargs, "step_seconds": 0.5, "steps_per_second": 2}
+    monkeypatch.setattr(sys, "argv", ["enjoy", f"--onnx={tmp_path / 'policy.onnx'}", "--no-render", "-n", "3"])
+    enjoy()
+
+
+def test_a_broken_environment_is_told(tmp_path: Path) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no bus")
+
+    gym.register("Broken-v0", broken)
+    model = saved(TD3("MlpPolicy", ENV, **small()), tmp_path, "Broken-v0.zip")
+    with pytest.raises(ValueError, match=r"Cannot make the environment 'Broken-v0' \(RuntimeError: no bus\)"):
+        export_policy(model, tmp_path / "policy.pt", data=DATA, env="Broken-v0")
+    (tmp_path / "Broken-v0").mkdir()
+    (tmp_path / "Broken-v0" / "config.yml").write_text("n_timesteps: 1")
+    with pytest.warns(UserWarning, match="The contract says nothing of the environment. Cannot make"):
+        export_policy(model, tmp_path / "policy.pt", data=DATA)
+
+
 def test_images_turn_where_the_environment_was_not_known(tmp_path: Path) -> None:
     model = TD3("CnnPolicy", PointEnv(spaces.Box(0, 255, (36, 40, 3), np.uint8)), buffer_size=10, **small())
     path = tmp_path / "policy.pt"
@@ -200,6 +291,25 @@ def test_statistics_of_vecnormalize_are_inside(normalized: tuple[Path, TD3, VecN
     assert contract_of(path)["observations"][0]["high"] == [1, 1, 8], "what is normalized has no bounds, what is raw has"
 
 
+def test_statistics_of_a_checkpoint(normalized: tuple[Path, TD3, VecNormalize], tmp_path: Path) -> None:
+    folder, model, statistics = normalized
+    model.save(folder / "rl_model_20_steps.zip")
+    (folder / "vecnormalize.pkl").rename(folder / "rl_model_vecnormalize_20_steps.pkl")
+    export_policy(folder / "rl_model_20_steps.zip", folder / "policy.onnx", env=ENV)
+    seen = np.float32([[0.7, -0.3, 123.41234]])
+    expected = model.predict(statistics.normalize_obs(seen), deterministic=True)[0]
+    np.testing.assert_allclose(load_controller(str(folder / "policy.onnx")).act(seen), expected, atol=4e-5)
+
+
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (1,)), spaces.Dict({"a": spaces.Box(-1, 1, (3,))})])
+def test_statistics_of_another_model_are_refused(space: spaces.Space[Any], tmp_path: Path) -> None:
+    model = saved(TD3("MlpPolicy", ENV, **small()), tmp_path)
+    VecNormalize(DummyVecEnv([lambda: PointEnv(space)])).save(str(tmp_path / "vecnormalize.pkl"))
+    with pytest.raises(ValueError, match=r"vecnormalize.pkl' is not of the policy .*: it normalizes .* sees .* shape \(3,\)"):
+        export_policy(model, tmp_path / "policy.pt", data=DATA)
+    assert not list(tmp_path.glob("policy*"))
+
+
 def test_what_a_run_says_is_in_the_contract(tmp_path: Path) -> None:
     model = TD3("MlpPolicy", ENV, learning_starts=10**6, **small())
     returns = [-1000.0, -1100.0, -900.0, -1050.0, -950.0]
@@ -230,6 +340,95 @@ def test_a_policy_that_a_trace_cannot_hold_is_refused(tmp_path: Path) -> None:
         export_policy(model, tmp_path / "policy.onnx", data=DATA)
     assert path.read_text() == "the one before"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.zip", "policy.pt"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("Pendulum-v1/config.yml", "env_kwargs: 7", r"Pendulum-v1 is damaged or not the settings .*env_kwargs are 7"),
+        ("collapse_events.jsonl", '{"event": "start", "settings": [1]}\n', r"damaged or not the events of a CollapseGuard"),
+    ],
+)
+def test_damaged_facts_of_a_run(file: str, content: str, words: str, tmp_path: Path) -> None:
+    saved(TD3("MlpPolicy", ENV, **small()), tmp_path, f"{ENV}.zip")
+    (tmp_path / ENV).mkdir()
+    (tmp_path / ENV / "config.yml").write_text("n_timesteps: 1")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        export_policy(tmp_path, tmp_path / "policy.pt", data=DATA)
+
+
+def test_what_a_champion_returned_is_told_of_the_champion_alone(tmp_path: Path) -> None:
+    contest = run_contest(tmp_path, steps=400)
+    contest.model.save(tmp_path / "Hold-v0.zip")
+    gym.register("Hold-v0", Hold)
+    for name, is_champion in (("best_model", True), ("Hold-v0", False)):
+        export_policy(tmp_path / f"{name}.zip", tmp_path / f"{name}.pt", env="Hold-v0")
+        champion = contract_of(tmp_path / f"{name}.pt")["champion"]
+        assert (champion is not None) == is_champion, name
+        if is_champion:
+            assert champion["learned_until_step"] == contest.champion.name
+            assert 0 < champion["episodes"] <= len(contest.champion.returns)
+
+
+def test_the_environment_is_the_one_that_the_data_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng, ends = np.random.default_rng(0), np.arange(1000) == 999
+    buffer = EpisodeBuffer(
+        observations=rng.uniform(-1, 1, (1001, 3)).astype(np.float32),
+        actions=rng.uniform(-2, 2, (1000, 1)).astype(np.float32),
+        rewards=np.zeros(1000),
+        terminations=np.zeros(1000, bool),
+        truncations=ends,
+    )
+    env = gym.make(ENV, g=3.0, render_mode="rgb_array")
+    with warnings.catch_warnings():
+        # Minari asks for an author, a permalink, ...
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("moon/pendulum-v0", [buffer], env=env)
+    model = saved(TD3("MlpPolicy", ENV, **small()), tmp_path)
+    export_policy(model, tmp_path / "policy.pt", data="moon/pendulum-v0")
+    known = contract_of(tmp_path / "policy.pt")["environment"]
+    assert (known["id"], known["kwargs"]) == (ENV, {"g": 3.0})
+
+
+class RoundedInTraces(FlattenExtractor):
+    """Differs a little where it is traced."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = super().forward(observations)
+        return features * 1.01 if th.jit.is_tracing() else features
+
+
+def test_wide_bounds_do_not_hide_a_difference(tmp_path: Path) -> None:
+    wide = float(np.finfo(np.float32).max)
+    gym.register("Wide-v0", lambda: PointEnv(action_space=spaces.Box(-wide, wide, (2,))))
+    arguments = small() | {"policy_kwargs": {"net_arch": [8], "features_extractor_class": RoundedInTraces}}
+    model = saved(PPO("MlpPolicy", "Wide-v0", **arguments), tmp_path)
+    with pytest.raises(ValueError, match=r"differ from those of .* by up to [0-9.e-]+ of their range, and 1e-05 is allowed"):
+        export_policy(model, tmp_path / "policy.pt", env="Wide-v0")
+    assert not (tmp_path / "policy.pt").exists()
+
+
+def test_on_a_full_disk_all_stays_as_it_was(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    gym.register("ManyWords-v0", lambda: pendulum_with_units(action_names=["torque " * 500]))
+    arguments = small() | {"policy_kwargs": {"net_arch": [1]}}
+    path = tmp_path / "policy.onnx"
+    export_policy(saved(TD3("MlpPolicy", ENV, **arguments), tmp_path), path, data=DATA)
+    model = saved(TD3("MlpPolicy", ENV, **arguments | {"seed": 4}), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    # The contract is the larger one, and does not fit
+    assert len(before["policy.onnx"]) < 5_000
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export_policy(model, path, data=DATA, env="ManyWords-v0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_where_the_observations_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +474,8 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     refused(ValueError, "no format 'onx': did you mean 'onnx'", model, "a.onnx", format="onx")
     refused(ValueError, "'math:sqrt' cannot be exported: expected a .zip", "math:sqrt", tmp_path / "a.pt")
     refused(FileNotFoundError, "No policy .*other.zip", tmp_path / "other.zip", tmp_path / "a.pt")
+    (tmp_path / "folder.pt").mkdir()
+    refused(IsADirectoryError, "folder.pt' is a folder: choose another name", model, tmp_path / "folder.pt")
     (tmp_path / "notes.json").write_text('{"mine": true}')
     refused(ValueError, "notes.json' would get the contract, but is something else", model, tmp_path / "notes.onnx")
     choices = saved(DQN("MlpPolicy", "CartPole-v1", buffer_size=10, **small()), tmp_path, "choices.zip")
@@ -284,6 +485,9 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     refused(ValueError, "it has a memory", memory, tmp_path / "a.pt")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused(ImportError, r"needs onnxscript, not installed here: pip install 'sb3-offline-ft\[onnx\]'", model, "a.onnx")
+    monkeypatch.undo()
+    monkeypatch.setattr(th, "__version__", "2.5.1+cpu")
+    refused(ImportError, r"needs torch 2.6 or later, not installed here: pip install", model, "a.onnx")
     assert not list(tmp_path.glob("a.*"))
 
 
@@ -326,7 +530,7 @@ def test_robustness_takes_an_exported_policy(exported: Path) -> None:
 
 
 def test_enjoy_takes_an_exported_policy(
-    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def output(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["enjoy", "--onnx", *arguments, "--no-render", "-n", "400", "--seed", "5"])
@@ -342,6 +546,18 @@ def test_enjoy_takes_an_exported_policy(
         total += float(reward)
     assert f"Episode Reward: {total:.2f}\n" in said
     assert output(str(exported), "--env-kwargs", "g:1.0") != said
+    with pytest.raises(SystemExit):
+        output(str(exported), "--env-kwargs", "q:1.0")
+    assert "Cannot make the environment 'Pendulum-v1' (TypeError: " in capsys.readouterr().err
+    damaged = shutil.copy(exported, tmp_path)
+    for environment in ([1], {"id": ENV, "kwargs": 5}):
+        Path(damaged).with_suffix(".json").write_text(json.dumps(contract_of(exported) | {"environment": environment}))
+        with pytest.raises(SystemExit):
+            output(damaged)
+        assert "policy.json is damaged or not a contract" in capsys.readouterr().err
+    # One that cannot be rendered
+    gym.register("Unseen-v0", lambda: gym.make(ENV))
+    assert output(str(exported), "--env", "Unseen-v0") == said
     with pytest.raises(SystemExit):
         output(str(exported), "--env", "MountainCarContinuous-v0")
     assert "does not fit MountainCarContinuous-v0: it was made for observations Box" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from sb3_offline_ft.common.io import naming_damage
 
 CONTRACT, VERSION = "sb3-offline-ft policy", 1
 OBSERVATION, ACTION = "observation", "action"
-"""What the inputs are called that are no keys of a ``Dict``, and the output."""
+"""What the input is called that is no key of a ``Dict``, and the output."""
+
+
+def output_name(inputs: Collection[str]) -> str:
+    """What the output is called beside inputs of these names: ``action``, with underscores if one of them is so."""
+    name = ACTION
+    while name in inputs:
+        name += "_"
+    return name
 
 
 def contract_file(policy: Path) -> Path:

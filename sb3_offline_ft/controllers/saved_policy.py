@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from stable_baselines3.common.save_util import json_to_data
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.observations import by_key
 from sb3_offline_ft.common.plain_settings import policy_settings
 from sb3_offline_ft.common.reading import read_bytes
 from sb3_offline_ft.datasets.files.zoo import CONFIG, LEARNER_STATISTICS, saved_hyperparams
@@ -22,6 +24,7 @@ from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL, STATISTICS
 from sb3_offline_ft.policies.guide import read_zip
 
 CHAMPION, CHECKPOINTS = "champion.zip", "rl_model_"
+CHECKPOINT = re.compile(r"(.+)_(\d+)_steps\.zip")
 NEEDED = ("policy_class", "policy_kwargs", "observation_space", "action_space", "use_sde")
 
 
@@ -52,6 +55,8 @@ class PolicyController:
         self.file, self.policy = file, _load_policy(file, device, safe_load)
         self.observation_space, self.action_space = self.policy.observation_space, self.policy.action_space
         self.statistics = None if statistics is None else _read_statistics(statistics)
+        if statistics is not None and self.statistics is not None:
+            _check_of_policy(self.statistics, statistics, self.policy, file)
         self._normalize: Callable[[Any], Any] = (
             self.statistics.normalize_obs if self.statistics is not None else lambda seen: seen
         )
@@ -114,7 +119,10 @@ def settings_folder(file: Path) -> Path | None:
 def _statistics_for(file: Path) -> Path | None:
     """The statistics that the policy's observations were normalized with, where rl-zoo3 and champions have them."""
     folder, settings = file.parent, settings_folder(file)
-    places = [folder / STATISTICS]
+    # Of SB3's CheckpointCallback, which also saves those of each moment
+    checkpoint = CHECKPOINT.fullmatch(file.name)
+    of_checkpoint = [] if checkpoint is None else [folder / "{}_vecnormalize_{}_steps.pkl".format(*checkpoint.groups())]
+    places = [*of_checkpoint, folder / STATISTICS]
     is_normalized = False
     if settings is not None:
         hyperparams, _ = saved_hyperparams(settings)
@@ -128,7 +136,7 @@ def _statistics_for(file: Path) -> Path | None:
         if file.name in (BEST_MODEL, CHAMPION):
             places = [folder / STATISTICS, settings / STATISTICS]
         else:
-            places = [settings / LEARNER_STATISTICS, settings / STATISTICS]
+            places = [*of_checkpoint, settings / LEARNER_STATISTICS, settings / STATISTICS]
     found = next((path for path in places if path.is_file()), None)
     if is_normalized and found is None:
         raise FileNotFoundError(
@@ -144,3 +152,20 @@ def _read_statistics(statistics: Path) -> VecNormalize:
         if not isinstance(normalize, VecNormalize):
             raise TypeError(f"found a {type(normalize).__name__}")
     return normalize
+
+
+def _check_of_policy(statistics: VecNormalize, path: Path, policy: BasePolicy, file: Path) -> None:
+    """Those of another model may lie beside this one."""
+    if not statistics.norm_obs:
+        return
+    seen = {key: space.shape for key, space in by_key(policy.observation_space).items()}
+    found = {key: moments.mean.shape for key, moments in by_key(statistics.obs_rms).items()}
+    if not found.items() <= seen.items():
+        raise ValueError(
+            f"{str(path)!r} is not of the policy {str(file)!r}: it normalizes {_in_words(found)}, the policy sees "
+            f"{_in_words(seen)}. If it belongs to another model, keep the two in folders of their own."
+        )
+
+
+def _in_words(shapes: dict[str, Any]) -> str:
+    return f"observations of shape {shapes['']}" if "" in shapes else f"observations that are a Dict of {shapes}"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch as th
 
 from sb3_offline_ft.common.suggestions import hint
-from sb3_offline_ft.controllers.contract import ACTION
+from sb3_offline_ft.controllers.contract import output_name
 from sb3_offline_ft.export.raw_policy import RawPolicy
 
 Inputs = Mapping[str, npt.NDArray[Any]]
@@ -23,6 +23,8 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 Run = Callable[[Inputs], npt.NDArray[Any]]
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TORCH = (2, 6)
+"""The first version that can export to ONNX in this way."""
 OPSET = 18
 """Version of ONNX's operators: of 2022, so that runtimes on controllers know it."""
 
@@ -62,6 +64,8 @@ def find_format(path: Path, name: str | None) -> Format:
     if name is not None and found.name != name:
         raise ValueError(f"{str(path)!r} has the suffix of {found.name}: files of {name} end in {FORMATS[name].suffix}.")
     missing = [package for package in ONNX_PACKAGES if found.name == "onnx" and importlib.util.find_spec(package) is None]
+    if found.name == "onnx" and tuple(int(part) for part in th.__version__.split(".")[:2]) < TORCH:
+        missing.append(f"torch {'.'.join(map(str, TORCH))} or later")
     if missing:
         raise ImportError(
             f"Exporting to ONNX needs {' and '.join(missing)}, not installed here: pip install 'sb3-offline-ft[onnx]'. Files "
@@ -79,16 +83,34 @@ def _to_onnx(network: RawPolicy, inputs: Inputs) -> bytes:
             _program(network, inputs),
             dynamo=True,
             input_names=list(inputs),
-            output_names=[ACTION],
+            output_names=[output_name(inputs)],
             opset_version=OPSET,
             external_data=False,
             verbose=False,
         )
         assert program is not None
+        _rename_inner_values(program.model.graph)
         # Paths and source lines of this machine
         ClearMetadataAndDocStringPass()(program.model)
         content: bytes = program.model_proto.SerializeToString(deterministic=True)
     return content
+
+
+def _rename_inner_values(graph: Any) -> None:
+    """Those called as an input or output is: keys of a ``Dict`` may be ``linear`` or ``low``."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    interface = [*graph.inputs, *graph.outputs]
+    values = [*graph.initializers.values(), *(value for node in RecursiveGraphIterator(graph) for value in node.outputs)]
+    inner = [value for value in values if not any(value is each for each in interface)]
+    names, taken = {value.name for value in values}, {value.name for value in interface}
+    for value in inner:
+        if value.name in taken:
+            name = value.name
+            while name in names | taken:
+                name += "_"
+            names.add(name)
+            value.name = name
 
 
 def _from_onnx(content: bytes) -> Run:
@@ -99,7 +121,7 @@ def _from_onnx(content: bytes) -> Run:
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> npt.NDArray[Any]:
-        actions: npt.NDArray[Any] = session.run([ACTION], dict(inputs))[0]
+        actions: npt.NDArray[Any] = session.run(None, dict(inputs))[0]
         return actions
 
     return run

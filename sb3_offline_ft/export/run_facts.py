@@ -10,9 +10,10 @@ from typing import Any
 
 from sb3_offline_ft.collapse.events import EVENTS_FILE, read_events
 from sb3_offline_ft.common.io import naming_damage
-from sb3_offline_ft.controllers.saved_policy import settings_folder
+from sb3_offline_ft.controllers.saved_policy import CHAMPION, settings_folder
 from sb3_offline_ft.datasets import without_trust
 from sb3_offline_ft.datasets.files.zoo import ARGUMENTS, read_zoo_yaml, saved_hyperparams
+from sb3_offline_ft.deployment.champion_challenger import BEST_MODEL
 from sb3_offline_ft.deployment.history import History
 
 MANIFEST = "manifest.json"
@@ -30,7 +31,7 @@ class RunFacts:
     :param env_kwargs: Arguments of the environment
     :param manifest_sha256: Of the run's ``manifest.json``, if there is one
     :param guard: Limits of a ``CollapseGuard``, if the run had one
-    :param champion: Baseline and champion of a ``ChampionChallenger``, if the run had one
+    :param champion: Baseline and champion of a ``ChampionChallenger``, if the model is the champion
     """
 
     env_id: str | None = None
@@ -49,7 +50,9 @@ class RunFacts:
         env_id, env_kwargs = (None, {}) if settings is None else _environment(settings)
         manifest = folder / MANIFEST
         sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
-        return cls(env_id, env_kwargs, sha256, _guard(folder), _champion(folder))
+        # The learner's last policy is another one
+        champion = _champion(folder) if model.name in (BEST_MODEL, CHAMPION) else None
+        return cls(env_id, env_kwargs, sha256, _guard(folder), champion)
 
 
 def dataset_of(model: Path) -> str | None:
@@ -69,7 +72,10 @@ def _environment(settings: Path) -> tuple[str, dict[str, Any]]:
         arguments = read_zoo_yaml(settings / ARGUMENTS, needed=("env", "env_kwargs"))
         env_id = str(arguments.get("env") or env_id)
         kwargs = arguments.get("env_kwargs") or kwargs
-    return env_id, dict(kwargs)
+    with naming_damage(settings, "the settings of a run of rl-zoo3"):
+        if not isinstance(kwargs, Mapping):
+            raise ValueError(f"its env_kwargs are {kwargs!r}, expected a mapping")
+        return env_id, dict(kwargs)
 
 
 def _guard(folder: Path) -> dict[str, Any] | None:
@@ -78,12 +84,12 @@ def _guard(folder: Path) -> dict[str, Any] | None:
     starts, baselines = ([event for event in events if event["event"] == kind] for kind in ("start", "baseline"))
     if not starts:
         return None
-    settings = {**starts[-1], **starts[-1].get("settings", {})}
-    facts: dict[str, Any] = {name: settings.get(name) for name in GUARD_SETTINGS}
-    if not baselines:
-        return facts | {"baseline": None, "least_mean_return": None}
-    baseline = {name: baselines[-1].get(name) for name in GUARD_BASELINE}
     with naming_damage(path, "the events of a CollapseGuard"):
+        settings = {**starts[-1], **starts[-1].get("settings", {})}
+        facts: dict[str, Any] = {name: settings.get(name) for name in GUARD_SETTINGS}
+        if not baselines:
+            return facts | {"baseline": None, "least_mean_return": None}
+        baseline = {name: baselines[-1].get(name) for name in GUARD_BASELINE}
         # The tolerance is a share of the distance to a random policy
         tolerated = facts["tolerance"] * (baseline["mean"] - facts["random_return"])
     return facts | {"baseline": baseline, "least_mean_return": baseline["mean"] - tolerated}

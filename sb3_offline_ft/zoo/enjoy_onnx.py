@@ -10,8 +10,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from sb3_offline_ft.common.io import naming_damage
 from sb3_offline_ft.controllers import check_fits
+from sb3_offline_ft.controllers.contract import contract_file
 from sb3_offline_ft.controllers.onnx_file import OnnxController
+from sb3_offline_ft.evaluation.robustness.episodes import make_env
 
 
 def enjoy_onnx(arguments: Sequence[str]) -> None:
@@ -25,7 +28,7 @@ def enjoy_onnx(arguments: Sequence[str]) -> None:
     try:
         controller = OnnxController(args.onnx, Path(args.onnx).expanduser())
         env = _environment(controller, args)
-    except (OSError, ValueError, ImportError, gym.error.Error) as error:
+    except (OSError, ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
     returns, lengths = [], []
     try:
@@ -60,12 +63,16 @@ def _parser() -> argparse.ArgumentParser:
 def _environment(controller: OnnxController, args: argparse.Namespace) -> gym.Env[Any, Any]:
     for package in args.gym_packages:
         importlib.import_module(package)
-    known = (controller.contract or {}).get("environment") or {}
-    env_id = args.env or known.get("id")
+    with naming_damage(contract_file(Path(args.onnx)), "a contract that `sb3-offline-ft export` wrote"):
+        known = {"id": None, "kwargs": {}, **((controller.contract or {}).get("environment") or {})}
+        known_id, known_kwargs = known["id"], dict(known["kwargs"])
+    env_id = args.env or known_id
     if env_id is None:
         raise ValueError(f"{args.onnx} has no contract that names an environment: give one with --env.")
-    kwargs = args.env_kwargs or (known.get("kwargs", {}) if env_id == known.get("id") else {})
-    env = gym.make(env_id, render_mode=None if args.no_render else "human", **kwargs)
+    kwargs = args.env_kwargs or (known_kwargs if env_id == known_id else {})
+    # Environments need not know of `render_mode`
+    kwargs = {name: value for name, value in kwargs.items() if name != "render_mode"}
+    env = make_env(env_id, kwargs | ({} if args.no_render else {"render_mode": "human"}))
     check_fits(controller, env)
     return env
 

@@ -183,5 +183,6 @@ def make_env(env_id: str, env_kwargs: Mapping[str, Any]) -> Env:
     """
     try:
         return gym.make(env_id, **env_kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
+    # Environments of users raise anything
+    except Exception as error:
         raise ValueError(f"Cannot make the environment {env_id!r} ({type(error).__name__}: {error}).") from error
