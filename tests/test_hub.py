@@ -35,7 +35,8 @@ def finished(folder: Path, **settings: Any) -> Path:
     return Path(manager.save_path)
 
 
-def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_python: RunPython) -> None:
+@pytest.mark.parametrize("commands", ["rl_zoo3", "sb3_offline_ft.zoo"])
+def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_python: RunPython, commands: str) -> None:
     run = finished(tmp_path, eval_freq=210)
     options = ["--algo", "td3c", "--env", ENV, "-orga", "me"]
     with serving() as hub:
@@ -46,10 +47,10 @@ def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_p
             "NO_PROXY": "127.0.0.1",
         }
         push = [*options, "-f", str(tmp_path / "logs"), "--load-best", "--no-render"]
-        pushed = run_python("-m", "rl_zoo3.push_to_hub", *push, **variables)
+        pushed = run_python("-m", f"{commands}.push_to_hub", *push, **variables)
         assert pushed.returncode == 0, pushed.stderr
         files = hub.files[f"me/{NAME}"]
-        loaded = run_python("-m", "rl_zoo3.load_from_hub", *options, "-f", "got", TRUST_REMOTE_CODE="True", **variables)
+        loaded = run_python("-m", f"{commands}.load_from_hub", *options, "-f", "got", TRUST_REMOTE_CODE="True", **variables)
         assert loaded.returncode == 0, loaded.stderr
 
     _, metadata, card = files["README.md"].decode().split("---\n", 2)
@@ -81,6 +82,20 @@ def test_the_card_of_a_run_without_evaluations_has_the_baseline_of_its_warm_up(t
     assert "| return of training episodes | mean -" in card
     assert "| batch_size | `16` | command line (-params) |" in card and "| tau |" not in card
     assert "-orga me -f logs/ -name other-name" in card and "secret" not in card
+    # A run that was killed, whose names would be HTML and more cells
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["timesteps"], manifest["updates"]
+    manifest["dataset"]["spec"] = "x|`<b>`\n# y"
+    manifest["hyperparameters"]["gamma"] = {"value": "```\n|<i>", "source": "trial 0 of the study <img>|"}
+    manifest["working_folder"] = str(run.parent)
+    manifest |= {"module": "rl_zoo3.train", "arguments": ["--conf=own/c.yml", "-flogs", "--track", "-conf", "a\n```\n<b>"]}
+    path.write_text(json.dumps(manifest))
+    card = model_card(run, run / f"{ENV}.zip", "td3c", ENV, "me/x", RESULTS)
+    assert r"| data | `` x\|`<b>` # y ``: 20,000" in card
+    assert r'| gamma | ```` "```\n\|<i>" ```` | trial 0 of the study \<img\>\| |' in card
+    assert "````bash\npython -m rl_zoo3.train --conf=c.yml --track -conf 'a\n```\n<b>' --seed 1\n````" in card
+    assert "Seed 1, 420 interactions, 450 updates." in card
     # A run that an earlier version made
     (run / "manifest.json").unlink()
     assert "| return | -1000.0 ± 1.5 " in model_card(run, run / f"{ENV}.zip", "td3c", ENV, "me/x", RESULTS)
@@ -95,6 +110,12 @@ def test_the_card_of_a_run_without_evaluations_has_the_baseline_of_its_warm_up(t
         ("~/logs/d.zip", "d.zip"),
         ("https://github.com/DLR-RM/a/b", "https://github.com/DLR-RM/a/b"),
         ("mujoco/hopper/medium-v0", "mujoco/hopper/medium-v0"),
+        ("/data/my files/b.npz?episodes=3 + /c d/e.npz", "b.npz?episodes=3 + e.npz"),
+        ("dataset:'own/b.npz'", "dataset:'b.npz'"),
+        ("dataset:'../x/minari'", "dataset:'minari'"),
+        ("~me/logs/d.zip", "d.zip"),
+        ("file:///home/me/d.zip", "file:d.zip"),
+        (r"\\host\me\c.npz", "c.npz"),
     ],
 )
 def test_folders_of_this_machine_are_left_out(text: str, expected: str) -> None:
