@@ -35,9 +35,15 @@ def finished(folder: Path, **settings: Any) -> Path:
     return Path(manager.save_path)
 
 
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("evaluated"), eval_freq=210)
+
+
 @pytest.mark.parametrize("commands", ["rl_zoo3", "sb3_offline_ft.zoo"])
-def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_python: RunPython, commands: str) -> None:
-    run = finished(tmp_path, eval_freq=210)
+def test_a_champion_is_pushed_with_a_card_and_loaded_again(
+    evaluated: Path, tmp_path: Path, run_python: RunPython, commands: str
+) -> None:
     options = ["--algo", "td3c", "--env", ENV, "-orga", "me"]
     with serving() as hub:
         variables = {
@@ -46,7 +52,7 @@ def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_p
             "HF_HOME": str(tmp_path / "cache"),
             "NO_PROXY": "127.0.0.1",
         }
-        push = [*options, "-f", str(tmp_path / "logs"), "--load-best", "--no-render"]
+        push = [*options, "-f", str(evaluated.parents[1]), "--load-best", "--no-render"]
         pushed = run_python("-m", f"{commands}.push_to_hub", *push, **variables)
         assert pushed.returncode == 0, pushed.stderr
         files = hub.files[f"me/{NAME}"]
@@ -63,14 +69,14 @@ def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_p
     assert {"served", "at risk", "outcome", "served return", "J after pretraining", "lowest J while finetuning"} <= rows.keys()
     assert "dip depth" in rows
     assert "-orga me -f logs/\npython -m rl_zoo3.enjoy --algo td3c" in card and "TRUST_REMOTE_CODE" in card
-    assert str(tmp_path) not in card and "secret" not in card
+    assert str(evaluated) not in card and "secret" not in card
     # The policy, and no transitions
     assert not [name for name in files if "buffer" in name or name.endswith(".pkl")]
     saved = json.loads(zipfile.ZipFile(io.BytesIO(files[f"{NAME}.zip"])).read("data"))
     assert "replay_buffer" not in saved
 
     got = TD3C.load(tmp_path / "work" / "got" / "td3c" / f"{ENV}_1" / f"{ENV}.zip", device="cpu")
-    champion = TD3C.load(run / "best_model.zip", device="cpu").policy.state_dict()
+    champion = TD3C.load(evaluated / "best_model.zip", device="cpu").policy.state_dict()
     assert all(th.equal(value, champion[name]) for name, value in got.policy.state_dict().items())
 
 

@@ -3,9 +3,7 @@
 import argparse
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from sb3_offline_ft.common.live import weights_digest
 from sb3_offline_ft.zoo.command_line import last_value, without_options
 from sb3_offline_ft.zoo.manifest import MANIFEST, note_resume, read_manifest
 from sb3_offline_ft.zoo.trace import TRACE, Trace, compare
+from tests.conftest import Installation
 from tests.zoo_runs import SMALL, UNGUARDED, make_manager, run
 
 PARAMETERS = [
@@ -60,12 +59,11 @@ def write_data(path: Path, scale: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with two environments and ``VecNormalize``, whose seed was drawn."""
     folder = tmp_path_factory.mktemp("work")
     write_data(folder / "data.npz", 1.0)
-    command = [sys.executable, "-m", "sb3_offline_ft.zoo.train", *TRAIN]
-    process = subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    process = installation.run("-m", "sb3_offline_ft.zoo.train", *TRAIN, cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder / "logs" / "td3c" / "Pendulum-v1_1"
 
