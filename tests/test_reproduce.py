@@ -94,9 +94,10 @@ def test_a_run_comes_out_the_same_until_its_data_is_another(recorded: Path, tmp_
 
 def test_a_run_whose_data_is_gone_cannot_be_run(recorded: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(recorded, tmp_path / "run"))
-    change(copied, working_folder=str(tmp_path))
+    change(copied, working_folder=str(tmp_path), arguments=[*TRAIN, "policy_delay:'\x1b]0;title'"])
     gone = reproduce(copied)
     assert gone.exit_code == 2
+    assert "\x1b" not in gone.stderr and r"\x1b]0;title" in gone.stderr
     assert "could not be run again: exit code 1" in gone.stderr and "data.npz" in gone.stderr.splitlines()[-1]
 
 

@@ -238,11 +238,16 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _last_line(output: Path) -> str:
     lines = output.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return _visible(lines[-1]) if lines else "it said nothing"
 
 
 def _shown(command: list[str]) -> str:
-    return subprocess.list2cmdline(["python", *command[1:]])
+    return _visible(subprocess.list2cmdline(["python", *command[1:]]))
+
+
+def _visible(text: str) -> str:
+    """A text that a terminal only shows, whatever is in it."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def show_verdict(verdict: Verdict, console: Console | None = None) -> None:
@@ -254,5 +259,7 @@ def show_verdict(verdict: Verdict, console: Console | None = None) -> None:
         return
     table = Table("not the same now", "then", "now", title="Surroundings", title_justify="left")
     for name, values in verdict.surroundings.items():
-        table.add_row(name, *(Text("none" if value is None else str(value)[:60]) for value in values))
+        table.add_row(
+            Text(_visible(name)), *(Text("none" if value is None else _visible(str(value)[:60])) for value in values)
+        )
     console.print(table)
