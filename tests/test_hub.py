@@ -35,8 +35,15 @@ def finished(folder: Path, **settings: Any) -> Path:
     return Path(manager.save_path)
 
 
-def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_python: RunPython) -> None:
-    run = finished(tmp_path, eval_freq=210)
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("evaluated"), eval_freq=210)
+
+
+@pytest.mark.parametrize("commands", ["rl_zoo3", "sb3_offline_ft.zoo"])
+def test_a_champion_is_pushed_with_a_card_and_loaded_again(
+    evaluated: Path, tmp_path: Path, run_python: RunPython, commands: str
+) -> None:
     options = ["--algo", "td3c", "--env", ENV, "-orga", "me"]
     with serving() as hub:
         variables = {
@@ -45,11 +52,11 @@ def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_p
             "HF_HOME": str(tmp_path / "cache"),
             "NO_PROXY": "127.0.0.1",
         }
-        push = [*options, "-f", str(tmp_path / "logs"), "--load-best", "--no-render"]
-        pushed = run_python("-m", "rl_zoo3.push_to_hub", *push, **variables)
+        push = [*options, "-f", str(evaluated.parents[1]), "--load-best", "--no-render"]
+        pushed = run_python("-m", f"{commands}.push_to_hub", *push, **variables)
         assert pushed.returncode == 0, pushed.stderr
         files = hub.files[f"me/{NAME}"]
-        loaded = run_python("-m", "rl_zoo3.load_from_hub", *options, "-f", "got", TRUST_REMOTE_CODE="True", **variables)
+        loaded = run_python("-m", f"{commands}.load_from_hub", *options, "-f", "got", TRUST_REMOTE_CODE="True", **variables)
         assert loaded.returncode == 0, loaded.stderr
 
     _, metadata, card = files["README.md"].decode().split("---\n", 2)
@@ -62,14 +69,14 @@ def test_a_champion_is_pushed_with_a_card_and_loaded_again(tmp_path: Path, run_p
     assert {"served", "at risk", "outcome", "served return", "J after pretraining", "lowest J while finetuning"} <= rows.keys()
     assert "dip depth" in rows
     assert "-orga me -f logs/\npython -m rl_zoo3.enjoy --algo td3c" in card and "TRUST_REMOTE_CODE" in card
-    assert str(tmp_path) not in card and "secret" not in card
+    assert str(evaluated) not in card and "secret" not in card
     # The policy, and no transitions
     assert not [name for name in files if "buffer" in name or name.endswith(".pkl")]
     saved = json.loads(zipfile.ZipFile(io.BytesIO(files[f"{NAME}.zip"])).read("data"))
     assert "replay_buffer" not in saved
 
     got = TD3C.load(tmp_path / "work" / "got" / "td3c" / f"{ENV}_1" / f"{ENV}.zip", device="cpu")
-    champion = TD3C.load(run / "best_model.zip", device="cpu").policy.state_dict()
+    champion = TD3C.load(evaluated / "best_model.zip", device="cpu").policy.state_dict()
     assert all(th.equal(value, champion[name]) for name, value in got.policy.state_dict().items())
 
 
@@ -81,6 +88,20 @@ def test_the_card_of_a_run_without_evaluations_has_the_baseline_of_its_warm_up(t
     assert "| return of training episodes | mean -" in card
     assert "| batch_size | `16` | command line (-params) |" in card and "| tau |" not in card
     assert "-orga me -f logs/ -name other-name" in card and "secret" not in card
+    # A run that was killed, whose names would be HTML and more cells
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["timesteps"], manifest["updates"]
+    manifest["dataset"]["spec"] = "x|`<b>`\n# y"
+    manifest["hyperparameters"]["gamma"] = {"value": "```\n|<i>", "source": "trial 0 of the study <img>|"}
+    manifest["working_folder"] = str(run.parent)
+    manifest |= {"module": "rl_zoo3.train", "arguments": ["--conf=own/c.yml", "-flogs", "--track", "-conf", "a\n```\n<b>"]}
+    path.write_text(json.dumps(manifest))
+    card = model_card(run, run / f"{ENV}.zip", "td3c", ENV, "me/x", RESULTS)
+    assert r"| data | `` x\|`<b>` # y ``: 20,000" in card
+    assert r'| gamma | ```` "```\n\|<i>" ```` | trial 0 of the study \<img\>\| |' in card
+    assert "````bash\npython -m rl_zoo3.train --conf=c.yml --track -conf 'a\n```\n<b>' --seed 1\n````" in card
+    assert "Seed 1, 420 interactions, 450 updates." in card
     # A run that an earlier version made
     (run / "manifest.json").unlink()
     assert "| return | -1000.0 ± 1.5 " in model_card(run, run / f"{ENV}.zip", "td3c", ENV, "me/x", RESULTS)
@@ -95,6 +116,12 @@ def test_the_card_of_a_run_without_evaluations_has_the_baseline_of_its_warm_up(t
         ("~/logs/d.zip", "d.zip"),
         ("https://github.com/DLR-RM/a/b", "https://github.com/DLR-RM/a/b"),
         ("mujoco/hopper/medium-v0", "mujoco/hopper/medium-v0"),
+        ("/data/my files/b.npz?episodes=3 + /c d/e.npz", "b.npz?episodes=3 + e.npz"),
+        ("dataset:'own/b.npz'", "dataset:'b.npz'"),
+        ("dataset:'../x/minari'", "dataset:'minari'"),
+        ("~me/logs/d.zip", "d.zip"),
+        ("file:///home/me/d.zip", "file:d.zip"),
+        (r"\\host\me\c.npz", "c.npz"),
     ],
 )
 def test_folders_of_this_machine_are_left_out(text: str, expected: str) -> None:

@@ -3,9 +3,7 @@
 import argparse
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +19,10 @@ from typer.testing import CliRunner
 from sb3_offline_ft import load_dataset
 from sb3_offline_ft.cli import app
 from sb3_offline_ft.common.live import weights_digest
+from sb3_offline_ft.zoo.command_line import last_value, without_options
 from sb3_offline_ft.zoo.manifest import MANIFEST, note_resume, read_manifest
 from sb3_offline_ft.zoo.trace import TRACE, Trace, compare
+from tests.conftest import Installation
 from tests.zoo_runs import SMALL, UNGUARDED, make_manager, run
 
 PARAMETERS = [
@@ -35,8 +35,10 @@ PARAMETERS = [
     "n_envs:2",
     "normalize:dict(norm_reward=False)",
     "dataset:'data.npz'",
+    "finetuning_policy_delay:1",
 ]
-TRAIN = ["--algo", "td3c", "--env", "Pendulum-v1", "-n", "420", "--eval-freq", "-1", "-f", "logs", "-params", *PARAMETERS]
+TRAIN = ["--algo", "td3c", "--env", "Pendulum-v1", "-n420", "--eval-freq", "-1", "-f", "logs", "--tensorb", "tb", "--dev=cpu"]
+TRAIN = [*TRAIN, "-params", *PARAMETERS]
 
 
 def reproduce(*arguments: Path | str) -> Result:
@@ -57,12 +59,11 @@ def write_data(path: Path, scale: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with two environments and ``VecNormalize``, whose seed was drawn."""
     folder = tmp_path_factory.mktemp("work")
     write_data(folder / "data.npz", 1.0)
-    command = [sys.executable, "-m", "sb3_offline_ft.zoo.train", *TRAIN]
-    process = subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    process = installation.run("-m", "sb3_offline_ft.zoo.train", *TRAIN, cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder / "logs" / "td3c" / "Pendulum-v1_1"
 
@@ -75,6 +76,7 @@ def test_a_run_comes_out_the_same_until_its_data_is_another(recorded: Path, tmp_
     again = tmp_path / "kept" / "td3c" / "Pendulum-v1_1"
     assert Trace.read(again) == Trace.read(recorded)
     assert sorted(path.name for path in recorded.parent.iterdir()) == [recorded.name]
+    assert len(list(recorded.parents[2].glob("tb/*/*"))) == 1
 
     data = recorded.parents[2] / "data.npz"
     write_data(data, 2.0)
@@ -83,7 +85,7 @@ def test_a_run_comes_out_the_same_until_its_data_is_another(recorded: Path, tmp_
     finally:
         write_data(data, 1.0)
     assert other.exit_code == 1
-    assert "DIFFERENT: the same until update 0, weights differ after update 50" in other.stdout
+    assert "DIFFERENT: weights differ after update 60; training episode 1, ended at step 400, differs" in other.stdout
     assert "dataset's fingerprint" in other.stdout
 
     taken = reproduce(recorded, "--keep", tmp_path / "kept")
@@ -92,9 +94,10 @@ def test_a_run_comes_out_the_same_until_its_data_is_another(recorded: Path, tmp_
 
 def test_a_run_whose_data_is_gone_cannot_be_run(recorded: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(recorded, tmp_path / "run"))
-    change(copied, working_folder=str(tmp_path))
+    change(copied, working_folder=str(tmp_path), arguments=[*TRAIN, "policy_delay:'\x1b]0;title'"])
     gone = reproduce(copied)
     assert gone.exit_code == 2
+    assert "\x1b" not in gone.stderr and r"\x1b]0;title" in gone.stderr
     assert "could not be run again: exit code 1" in gone.stderr and "data.npz" in gone.stderr.splitlines()[-1]
 
 
@@ -120,14 +123,18 @@ def test_the_manifest_says_what_the_run_had_and_why(recorded: Path) -> None:
         "tau": (0.005, "default of the algorithm"),
         "n_envs": (2, "command line (-params)"),
         "n_timesteps": (420, "command line (-n)"),
-        "device": (manifest["device"], "rl-zoo3's default"),
+        "device": ("cpu", "command line (--device)"),
+        "seed": (manifest["seed"], "drawn by rl-zoo3"),
+        "verbose": (1, "rl-zoo3's default"),
+        "policy_delay": (1, "command line (-params), for the finetuning"),
     }
     found = {name: manifest["hyperparameters"][name] for name in expected}
     assert {name: (fact["value"], fact["source"]) for name, fact in found.items()} == expected
+    assert manifest["hyperparameters"]["policy_delay"]["in_pretraining"] == 2
     noise = manifest["hyperparameters"]["action_noise"]
     assert noise["value"]["_sigma"] == [0.1] and "made by rl-zoo3" in noise["source"]
     # What the run itself made of it
-    assert manifest["changed_hyperparameters"]["learning_starts"] == 0
+    assert manifest["changed_hyperparameters"] == {"learning_starts": 0}
     # rl_zoo3 adds a discount factor to what it was given
     assert manifest["hyperparameters"]["normalize"]["value"] == {"norm_reward": False}
     assert manifest["environments"]["normalization"]["gamma"] == 0.98
@@ -175,6 +182,8 @@ def test_where_two_runs_part() -> None:
     # A run that was stopped may go on
     assert compare(trace_of("a", "b", returns=(1.0,)), first, whole=False) is None
     assert compare(trace_of("a"), trace_of(), whole=False) is not None
+    early = compare(first, trace_of("a", "b", returns=(1.0,)), whole=False)
+    assert early is not None and early.ends == ((20, 20), (10, 10)) and early.updates is None
 
 
 def test_a_trace_goes_on_after_a_resume_without_what_was_lost(tmp_path: Path) -> None:
@@ -198,14 +207,29 @@ class FailAtStep(BaseCallback):
 
 
 class StopAtStep(BaseCallback):
+    def _init_callback(self) -> None:
+        self.model.gamma = 0.5  # type: ignore[attr-defined]
+
     def _on_step(self) -> bool:
         return self.num_timesteps < 70
 
 
+class InterruptAtStep(BaseCallback):
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 75:
+            raise KeyboardInterrupt
+        return True
+
+
 @pytest.mark.parametrize(
-    ("callback", "state", "error"), [("Fail", "failed", "RuntimeError: failed at step 70"), ("Stop", "stopped", None)]
+    ("callback", "state", "error", "step"),
+    [
+        ("Fail", "failed", "RuntimeError: failed at step 70", 70),
+        ("Stop", "stopped", None, 70),
+        ("Interrupt", "stopped", None, 75),
+    ],
 )
-def test_the_manifest_says_how_a_run_ended(tmp_path: Path, callback: str, state: str, error: str | None) -> None:
+def test_the_manifest_says_how_a_run_ended(tmp_path: Path, callback: str, state: str, error: str | None, step: int) -> None:
     callbacks = f"{__name__}.{callback}AtStep"
     manager = make_manager(
         tmp_path, hyperparams=SMALL | {"callback": callbacks, "warmup_steps": 20, "constraint_reference": "target"}
@@ -219,8 +243,15 @@ def test_the_manifest_says_how_a_run_ended(tmp_path: Path, callback: str, state:
     except RuntimeError:
         assert state == "failed"
     manifest = read_manifest(folder)
-    assert (manifest["state"], manifest["error"], manifest["timesteps"]) == (state, error, 70)
-    assert Trace.read(folder).end == (70, manifest["updates"])
+    assert (manifest["state"], manifest["error"], manifest["timesteps"]) == (state, error, step)
+    # Ctrl-C may come in the midst of an update, so these weights need not come again
+    is_interrupted = callback == "Interrupt"
+    assert (Trace.read(folder).end == (step, manifest["updates"])) is not is_interrupted
+    gamma = manifest["hyperparameters"]["gamma"]
+    if callback == "Stop":
+        assert gamma == {"given": 0.98, "value": 0.5, "source": "preset (td3c.yml), changed when the training began"}
+    else:
+        assert gamma == {"value": 0.98, "source": "preset (td3c.yml)"}
     note_resume(folder)
     resumed = read_manifest(folder)
     assert resumed["state"] == "running" and len(resumed["resumed"]) == 1
@@ -241,7 +272,9 @@ def test_a_run_that_goes_on_from_an_agent_names_its_file(tmp_path: Path) -> None
     assert sources["warmup_steps"] == "command line (-params)"
 
 
-def test_hyperparameters_of_a_trial_are_said_to_be_its(tmp_path: Path) -> None:
+def test_hyperparameters_of_a_trial_are_said_to_be_its(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["--storage=postgresql://me:hunter2@host/db", "dataset:'file:///a?b=1'"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *command])
     storage = str(tmp_path / "study.log")
     backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
     study = optuna.create_study(storage=backend, study_name="study")
@@ -252,7 +285,9 @@ def test_hyperparameters_of_a_trial_are_said_to_be_its(tmp_path: Path) -> None:
     manager = make_manager(tmp_path, storage=storage, study_name="study", trial_id=0)
     model, _ = manager.setup_experiment()
     model.env.close()
-    facts = read_manifest(Path(manager.save_path))["hyperparameters"]
+    manifest = read_manifest(Path(manager.save_path))
+    assert manifest["arguments"] == ["--storage=postgresql://me:***@host/db", command[1]]
+    facts = manifest["hyperparameters"]
     assert facts["gradient_steps"] == {"value": 1, "source": "trial 0 of the study study"}
     rate = facts["learning_rate"]
     assert rate["value"]["val"] == 2e-4 and rate["source"] == "trial 0 of the study study, for the finetuning"
@@ -279,6 +314,22 @@ def test_our_train_records_runs_of_other_algorithms(tmp_path: Path) -> None:
     assert [each["class"] for each in manifest["callbacks"]] == []
 
 
+def test_options_are_read_as_argparse_reads_them() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-n", "--n-timesteps")
+    parser.add_argument("-tb", "--tensorboard-log")
+    parser.add_argument("--track", action="store_true")
+    parser.add_argument("-params", nargs="+")
+    words = ["-n3", "--n-t=-1", "--tensor", "a b", "-tb=c", "--trac", "-params", "n:1", "seed:--track"]
+    parsed = parser.parse_args(words)
+    for name, value in (("-n", parsed.n_timesteps), ("-tb", parsed.tensorboard_log)):
+        names = (name, {"-n": "--n-timesteps", "-tb": "--tensorboard-log"}[name])
+        found = last_value(words, names)
+        assert found is not None and found[1] == value
+    left = parser.parse_args(without_options(words, ["-tb", "--tensorboard-log"], ["--track"]))
+    assert vars(left) == vars(parsed) | {"tensorboard_log": None, "track": False}
+
+
 def change(folder: Path, **facts: Any) -> None:
     path = folder / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
@@ -302,6 +353,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another run's": (overwrite_model, "is that of another run"),
     "own script": (lambda folder: change(folder, module="mine.py"), "started by mine.py"),
     "no trace": (lambda folder: (folder / TRACE).unlink(), "has no trace.jsonl"),
+    "empty trace": (lambda folder: (folder / TRACE).write_text(""), "or an empty one"),
+    "only a start": (
+        lambda folder: (folder / TRACE).write_text('{"event": "weights", "timestep": 0, "updates": 0, "sha256": "a"}\n'),
+        "has come to no update",
+    ),
     "trace": (lambda folder: (folder / TRACE).write_text('{"event": "weights"}\n'), "damaged or not the trace of a run"),
     "trace's start": (
         lambda folder: (folder / TRACE).write_text('{"event": "start"}\n' * 2),

@@ -21,7 +21,10 @@ LIBRARIES = (
     "pandas", "scipy.stats", "h5py", "minari", "optuna.visualization.matplotlib", "rich.progress", "typer",
 )  # fmt: skip
 # Read when a command runs. What libraries read while they are imported would come too late.
-READ_LATE = {"SB3_OFFLINE_FT_NO_HOOK", "PYTHONPATH", "MINARI_DATASETS_PATH", "MPLBACKEND", "COLUMNS", "NO_COLOR", "TERM"}
+READ_LATE = {
+    "SB3_OFFLINE_FT_NO_HOOK", "PYTHONPATH", "MINARI_DATASETS_PATH", "MPLBACKEND", "COLUMNS", "NO_COLOR", "TERM",
+    "HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "NO_PROXY", "TRUST_REMOTE_CODE",
+}  # fmt: skip
 # Without the hook, which each command begins with, and with the only backend that anyone asks for
 ENVIRONMENT = {"SB3_OFFLINE_FT_NO_HOOK": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 300
@@ -81,6 +84,7 @@ def _serve(hook: str) -> None:
     for number, path in enumerate([os.devnull, *request["output"]]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     importlib.invalidate_caches()
+    sys.orig_argv = [sys.executable, *request["arguments"]]
     exec(Path(hook).read_text())
     # NumPy's generator would be the same in each process
     sys.modules["numpy"].random.seed()

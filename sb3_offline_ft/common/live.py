@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
@@ -56,6 +57,9 @@ def _described(value: Any) -> Any:
         return value.value
     if isinstance(value, th.device):
         return str(value)
+    if isinstance(value, VectorizedActionNoise):
+        # What SB3 makes of a noise for several environments
+        return as_json(value.base_noise)
     if isinstance(value, partial):
         return {"class": "partial", "function": as_json(value.func), "arguments": as_json([value.args, value.keywords])}
     if hasattr(value, "__name__"):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +30,8 @@ from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.datasets.files.zoo import LEARNER_STATISTICS
 from sb3_offline_ft.deployment.champion_challenger import STATISTICS
-from sb3_offline_ft.tuning.storage import without_password
+from sb3_offline_ft.tuning.storage import SECRETS, without_password
+from sb3_offline_ft.zoo.command_line import last_value
 from sb3_offline_ft.zoo.trace import RunTrace
 
 MANIFEST = "manifest.json"
@@ -37,6 +40,7 @@ RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED", "ATEN_CPU_CAPABILITY")
 """Environment variables that rounding, or the order of things, may depend on."""
 COMMAND_LINE, AGENT, DEFAULT = "command line", "the agent that was loaded (-i)", "default of the algorithm"
+CHANGED = ", changed when the training began"
 OPTIONS = {
     "seed": ("--seed",),
     "device": ("--device",),
@@ -58,9 +62,10 @@ class RunRecord:
 
     def __init__(self, manager: Any, model: BaseAlgorithm, sources: Mapping[str, str]) -> None:
         self.folder = Path(manager.save_path)
-        self.trace = RunTrace(self.folder, lambda: self._write(dataset=_dataset(model)))
+        self.trace = RunTrace(self.folder, lambda: self._begin_training(model))
         self._clock = time.monotonic()
         self._arguments = live_arguments(model)
+        self._updates = _updates(model)
         if (self.folder / MANIFEST).is_file():
             # Only the folder of a run that goes on has one
             note_resume(self.folder)
@@ -77,6 +82,7 @@ class RunRecord:
         try:
             yield
         except BaseException as error:
+            self.trace.note_end()
             self._end(model, FAILED, f"{type(error).__name__}: {error}")
             raise
         else:
@@ -89,8 +95,21 @@ class RunRecord:
         if model_file.is_file():
             self._write(files={model_file.name: file_digest(model_file)})
 
+    def _begin_training(self, model: BaseAlgorithm) -> None:
+        if _updates(model) == self._updates:
+            # Others may have changed it since it was made
+            now = live_arguments(model)
+            for name in now.keys() & self.content["hyperparameters"].keys():
+                if now[name] != self._arguments[name]:
+                    fact = self.content["hyperparameters"][name]
+                    source = fact["source"].removesuffix(CHANGED) + CHANGED
+                    self.content["hyperparameters"][name] = (
+                        {"given": fact["value"]} | fact | {"value": now[name], "source": source}
+                    )
+            self._arguments = now
+        self._write(dataset=_dataset(model))
+
     def _end(self, model: BaseAlgorithm, state: str, error: str | None = None) -> None:
-        self.trace.finish()
         now = live_arguments(model)
         self._write(
             state=state,
@@ -99,7 +118,7 @@ class RunRecord:
             changed_hyperparameters={name: value for name, value in now.items() if value != self._arguments.get(name)},
             replay_buffer=buffer_facts(model),
             timesteps=model.num_timesteps,
-            updates=int(getattr(model, "_n_updates", 0)),
+            updates=_updates(model),
             warmup_end=getattr(model, "first_warmup_end", 0),
             finished=_now(),
             seconds=round(time.monotonic() - self._clock, 1),
@@ -112,6 +131,10 @@ class RunRecord:
         except OSError as error:
             # As with events: a disk that fails stops no training
             warn(f"{self.folder / MANIFEST} cannot be written ({error}). The training goes on.", RuntimeWarning)
+
+
+def _updates(model: BaseAlgorithm) -> int:
+    return int(getattr(model, "_n_updates", 0))
 
 
 def _begun(manager: Any, model: BaseAlgorithm, arguments: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
@@ -225,7 +248,7 @@ def config_source(algo: str, config: str) -> str:
             return f"preset ({path.name})"
     except ValueError:
         pass
-    return f"rl-zoo3's {path.name}" if path.parts[-3:-1] == ("rl_zoo3", "hyperparams") else f"-conf {config}"
+    return f"rl-zoo3's {path.name}" if path.parts[-3:-1] == ("rl_zoo3", "hyperparams") else f"-conf {shlex.quote(config)}"
 
 
 def _now() -> str:
@@ -236,11 +259,18 @@ def _command() -> dict[str, Any]:
     """How this process was started; ``module`` is that of ``python -m``, or the script."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return {
-        "command": [without_password(word) if "://" in word else word for word in sys.orig_argv],
+        "command": [_without_password(word) for word in sys.orig_argv],
         "module": spec.name if spec is not None else sys.argv[0],
-        "arguments": [without_password(word) if "://" in word else word for word in sys.argv[1:]],
+        "arguments": [_without_password(word) for word in sys.argv[1:]],
         "working_folder": os.getcwd(),
     }
+
+
+def _without_password(word: str) -> str:
+    url = re.search(r"[A-Za-z][\w+.-]*://.*", word, re.DOTALL)
+    if url is None or not any(text in word.lower() for text in ("@", *SECRETS)):
+        return word
+    return word[: url.start()] + without_password(url[0])
 
 
 def _checkout() -> dict[str, Any] | None:
@@ -334,23 +364,25 @@ def _hyperparameters(
         argument = name.removeprefix(FINETUNING_PREFIX)
         if argument not in found and name not in NOISE:
             found[name] = {"value": manager.configured.get(name), "source": source}
-        elif name != argument and argument in manager.configured:
-            found[argument]["in_pretraining"] = manager.configured[argument]
+        elif name != argument and not manager.continue_training:
+            found[argument]["in_pretraining"] = as_json(manager.pretraining.argument(argument, manager.configured))
     return found
 
 
 def _source(name: str, manager: Any, sources: Mapping[str, str]) -> str:
     if name in OPTIONS:
-        return _option(OPTIONS[name]) or "rl-zoo3's default"
+        return _option(OPTIONS[name]) or ("drawn by rl-zoo3" if name == "seed" else "rl-zoo3's default")
     if FINETUNING_PREFIX + name in sources:
         return f"{sources[FINETUNING_PREFIX + name]}, for the finetuning"
     if name == "action_noise" and "noise_type" in sources:
-        return f"made by rl-zoo3 of noise_type and noise_std, {sources['noise_std']}"
+        set_by = dict.fromkeys(sources[each] for each in ("noise_type", "noise_std") if each in sources)
+        return f"made by rl-zoo3 of noise_type and noise_std, {' and '.join(set_by)}"
     if manager.continue_training and (name not in sources or name in ("policy", "policy_kwargs")):
         return AGENT
     return sources.get(name, DEFAULT)
 
 
 def _option(names: tuple[str, ...]) -> str | None:
-    given = next((name for name in names for word in sys.argv[1:] if word.partition("=")[0] == name), None)
-    return None if given is None else f"{COMMAND_LINE} ({given})"
+    found = last_value(sys.argv[1:], names)
+    # rl_zoo3 takes a negative number for none
+    return None if found is None or found[1].startswith("-") else f"{COMMAND_LINE} ({found[0]})"

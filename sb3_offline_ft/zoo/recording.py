@@ -31,6 +31,7 @@ class RecordingManager(ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """As rl_zoo3's; what set them is remembered."""
+        overridden = {"env_kwargs": "command line (--env-kwargs)"} if self.env_kwargs else {}
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         # A copy: rl_zoo3 goes on to change what is in it
         self.configured = json_form(saved_hyperparams)
@@ -39,7 +40,8 @@ class RecordingManager(ExperimentManager):
         config = config_source(self.algo, self.config)
         trial = dict.fromkeys(self._of_trial, f"trial {self.trial_id} of the study {self.study_name}")
         given = dict.fromkeys(self.custom_hyperparams or {}, PARAMETERS)
-        self.sources = dict.fromkeys(self.configured, config) | trial | given
+        known = dict.fromkeys(self.configured, config) | trial | given
+        self.sources = {name: overridden.get(name, source) for name, source in known.items()}
         return hyperparams, saved_hyperparams
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sb3_offline_ft.datasets.specs import TRUST
+from sb3_offline_ft.zoo.command_line import without_options
 from sb3_offline_ft.zoo.manifest import FAILED, FINISHED, MANIFEST, VARIABLES, read_manifest
 from sb3_offline_ft.zoo.trace import TRACE, Difference, Position, Trace, compare
 
@@ -103,13 +104,16 @@ def reproduce(folder: Path, keep: Path | None = None, trust_pickle: bool = False
     first, trace = read_manifest(folder), Trace.read(folder)
     if not trace.weights:
         raise FileNotFoundError(f"{folder} has no {TRACE}, or an empty one: there is nothing to compare a run with.")
+    if trace.end[1] == next(iter(trace.weights))[1] and not trace.episodes:
+        raise ValueError(f"{folder} has come to no update and to no episode's end: there is nothing to compare a run with.")
     arguments = _arguments(first, trust_pickle)
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise FileExistsError(f"{keep} exists and is not an empty folder: choose another one with --keep.")
     with _log_folder(keep) as logs:
-        command = [sys.executable, "-m", "sb3_offline_ft.zoo.train", *arguments, "-f", str(logs)]
-        if any(word.split("=")[0] in ("-tb", "--tensorboard-log") for word in arguments):
-            command += ["-tb", str(logs / "tensorboard")]
+        # The last of an option is what counts
+        with_tensorboard = first["hyperparameters"].get("tensorboard_log", {}).get("value") is not None
+        tensorboard = str(logs / "tensorboard") if with_tensorboard else ""
+        command = [sys.executable, "-m", "sb3_offline_ft.zoo.train", *arguments, "-f", str(logs), "-tb", tensorboard]
         console.print(Text(f"Running again: {_shown(command)}"), soft_wrap=True)
         failure = _run(command, first, trace, logs, console)
         made = next((logs / first["algorithm"]).glob(f"*/{MANIFEST}"), None)
@@ -130,7 +134,7 @@ def _arguments(first: Mapping[str, Any], trust_pickle: bool) -> list[str]:
             f"The run was started by {first['module']}, not by `python -m rl_zoo3.train` or `sb3_offline_ft.zoo.train`: "
             "there is no command line to run again."
         )
-    words = [word for word in first["arguments"] if word != "--track"]
+    words = without_options(first["arguments"], flags=["--track"])
     if any(TRUST in word for word in words) and not trust_pickle:
         raise ValueError(
             "The run's data is a pickle file, and reading it runs code that it holds: add --trust-pickle if you trust it."
@@ -218,7 +222,7 @@ def surroundings(first: Mapping[str, Any], second: Mapping[str, Any]) -> Surroun
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("seed", "code", "python", "platform", "cpu", "cpu_model", "gpu", "device", "threads")
+    names = ("seed", "error", "code", "python", "platform", "cpu", "cpu_model", "gpu", "device", "threads")
     facts = {name: manifest.get(name) for name in names}
     facts |= {f"version of {name}": version for name, version in manifest["versions"].items()}
     facts |= {f"variable {name}": value for name, value in manifest["variables"].items()}
@@ -234,11 +238,16 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _last_line(output: Path) -> str:
     lines = output.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return _visible(lines[-1]) if lines else "it said nothing"
 
 
 def _shown(command: list[str]) -> str:
-    return subprocess.list2cmdline(["python", *command[1:]])
+    return _visible(subprocess.list2cmdline(["python", *command[1:]]))
+
+
+def _visible(text: str) -> str:
+    """A text that a terminal only shows, whatever is in it."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def show_verdict(verdict: Verdict, console: Console | None = None) -> None:
@@ -250,5 +259,7 @@ def show_verdict(verdict: Verdict, console: Console | None = None) -> None:
         return
     table = Table("not the same now", "then", "now", title="Surroundings", title_justify="left")
     for name, values in verdict.surroundings.items():
-        table.add_row(name, *(Text("none" if value is None else str(value)[:60]) for value in values))
+        table.add_row(
+            Text(_visible(name)), *(Text("none" if value is None else _visible(str(value)[:60])) for value in values)
+        )
     console.print(table)

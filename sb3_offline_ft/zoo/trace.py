@@ -35,12 +35,12 @@ class RunTrace(BaseCallback):
     soon after them as ``train`` returns, and the return of each training episode.
 
     :param folder: The run's folder, whose trace it goes on with if there is one
-    :param when_loaded: Called when the learner has loaded its data, before its first update
+    :param when_begun: Called when the learner has loaded its data, and again when it begins to act
     """
 
-    def __init__(self, folder: Path, when_loaded: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: Path, when_begun: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self._when_loaded = when_loaded
+        self._when_begun = when_begun
         self._log = EventLog(folder / TRACE)
         self._marked = -1
 
@@ -51,7 +51,10 @@ class RunTrace(BaseCallback):
         self._note_weights(model.num_timesteps)
 
     def _init_callback(self) -> None:
-        self._when_loaded()
+        self._when_begun()
+
+    def _on_training_start(self) -> None:
+        self._when_begun()
 
     def after_offline_updates(self) -> None:
         """Called by our learners while ``learn`` pretrains."""
@@ -66,8 +69,12 @@ class RunTrace(BaseCallback):
                 self._log.append({"event": EPISODE, "timestep": self.num_timesteps, **facts})
         return True
 
-    def finish(self) -> None:
-        """Note the weights at the end."""
+    def _on_training_end(self) -> None:
+        # Not after Ctrl-C, which may come in the midst of an update
+        self.note_end()
+
+    def note_end(self) -> None:
+        """Note the weights that the learner has at the end."""
         self._note_weights(self.model.num_timesteps)
 
     def _note_weights_if_due(self, timestep: int) -> None:
@@ -153,13 +160,14 @@ def compare(first: Trace, second: Trace, whole: bool = True) -> Difference | Non
     """
     :param first: A run
     :param second: The run that is to be the same
-    :param whole: Whether they must end at the same position; else the second may go on where the first one was stopped
+    :param whole: Whether they must end at the same position; else the second may go on where the first one was stopped, but
+        must have come as far
     :return: Where they part, None if they are the same
     """
     common = [position for position in first.weights if position in second.weights]
     parted = next((n for n, position in enumerate(common) if first.weights[position] != second.weights[position]), None)
     same = common if parted is None else common[:parted]
-    ends = (first.end, second.end) if whole and first.end != second.end else None
+    ends = (first.end, second.end) if (first.end != second.end if whole else first.end > second.end) else None
     episode = _first_different(first.episodes, second.episodes, whole)
     if parted is None and ends is None and episode is None and common:
         return None
