@@ -85,7 +85,7 @@ def _check_links(file: Any, name: str, where: str) -> None:
     for path in (name[:end].encode() for end, sign in enumerate(f"{name}/") if sign == "/"):
         try:
             is_hard = file.links.get_info(path).type == h5l.TYPE_HARD
-        except KeyError:
+        except RuntimeError:
             raise KeyError(f"there is no {path.decode()}") from None
         if not is_hard:
             raise ContentError(
