@@ -325,6 +325,27 @@ def test_yaml_makes_no_objects(marker: Path, tmp_path: Path) -> None:
     assert read_zoo_yaml(tmp_path / "args.yml") == {"env_kwargs": {"length": 2}}
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "frame_stack: 1\nframe_stack: 2\n",
+        "env_kwargs: {1: a, 0x1: b}\n",
+        "!!python/object/apply:collections.OrderedDict\n- - - frame_stack\n    - 1\n  - - frame_stack\n    - 2\n",
+    ],
+)
+def test_settings_of_rl_zoo3_that_are_there_twice_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yml.*twice"):
+        read_zoo_yaml(tmp_path / "config.yml")
+
+
+def test_a_model_that_is_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    np.savez(tmp_path / "evaluations.npz", timesteps=[1], results=[[0.0]], ep_lengths=[[1]])
+    os.mkfifo(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=r"model\.zip is .*a named pipe: expected a regular file"):
+        summarize_run(tmp_path)
+
+
 def test_what_rl_zoo3_writes_is_read(tmp_path: Path) -> None:
     config = OrderedDict(
         env_wrapper=["a.B", {"c.D": {"e": 1}}], frame_stack=4, train_freq=(1, "episode"), policy_kwargs=th.nn.ReLU

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from PIL import Image
 from sb3_offline_ft import load_dataset
 from sb3_offline_ft.collapse.events import read_events
 from sb3_offline_ft.common.io import naming_damage, read_npz
+from sb3_offline_ft.common.reading import free_in_groups, parse_json
 from sb3_offline_ft.common.strict_yaml import load_yaml
 from sb3_offline_ft.datasets import check_spec
 from sb3_offline_ft.datasets.files.column_map import ColumnMap
@@ -149,6 +151,52 @@ def test_an_array_that_says_another_size_than_it_has_is_damaged(tmp_path: Path) 
             load_dataset(str(path))
 
 
+def test_a_header_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    header = b"\x93NUMPY\x02\x00" + (2**32 - 1).to_bytes(4, "little") + b" " * 2**26
+    path = rewrite(npz(tmp_path / "data.npz"), lambda *_: header)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"data\.npz.*damaged or incomplete"):
+        load_dataset(str(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
+def test_a_header_that_no_parser_takes_is_damage(tmp_path: Path) -> None:
+    header = b"\x93NUMPY\x01\x00" + (9001).to_bytes(2, "little") + b"-" * 9000 + b"1"
+    path = rewrite(npz(tmp_path / "data.npz"), lambda *_: header)
+    with pytest.raises(ValueError, match=r"observations has no header of NumPy's: the file is damaged"):
+        load_dataset(str(path))
+
+
+@pytest.mark.parametrize("group", ["", "slice/job"])
+def test_limits_of_control_groups_count(group: str, tmp_path: Path) -> None:
+    names = {
+        "0::": ("", "memory.max", "memory.current", "inactive_file 20\nactive_file 30\n"),
+        "4:cpu,memory:": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "active_file 9\ntotal_active_file 50\n"),
+    }
+    for line, (root, limit, used, copies) in names.items():
+        folder = tmp_path / root / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in ((limit, "1000\n"), (used, "700\n"), ("memory.stat", f"anon 5\n{copies}")):
+            (folder / name).write_text(content)
+        (tmp_path / "process").write_text(f"7:pids:/other\n{line}/{group}\n")
+        assert list(free_in_groups(tmp_path, tmp_path / "process")) == [350]
+        (folder / limit).write_text("max\n")
+        assert list(free_in_groups(tmp_path, tmp_path / "process")) == []
+    assert list(free_in_groups(tmp_path, tmp_path / "none")) == []
+
+
+def test_values_of_lists_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = frame()[:1].drop(columns=["obs_0", "obs_1", "obs_2"])
+    made["observations"] = [np.zeros(2**24)]
+    made.to_parquet(tmp_path / "data.parquet")
+    assert (tmp_path / "data.parquet").stat().st_size < 2**20
+    monkeypatch.setattr("sb3_offline_ft.common.reading._free_memory", lambda: 2**27 - 1)
+    with pytest.raises(ValueError, match=r"data\.parquet needs 0\.1 GiB of memory"):
+        read_tables([tmp_path / "data.parquet"])
+
+
 # npz
 
 
@@ -156,7 +204,7 @@ def rewrite(path: Path, change: Callable[[str, bytes], bytes], only: str = "obse
     """Write an archive again with another member."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, change(name, content) if name == only else content)
     return path
@@ -201,6 +249,95 @@ def test_what_errors_quote_is_short_and_harmless(tmp_path: Path) -> None:
         with naming_damage(tmp_path / "x.bin", "an array"):
             raise OSError("\x1b[31m\x07" + "x" * 100_000)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
+
+
+def twice(path: Path, name: str) -> Any:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            archive.writestr(f"{name}.npy", "")
+    return load_dataset(str(path))
+
+
+def other_arrays(path: Path, name: str) -> Any:
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(100):
+            archive.writestr(f"{name}{number}.npy", "")
+    return load_dataset(str(path))
+
+
+def group_in_a_group(path: Path, name: str) -> Any:
+    path = hdf5(path.with_suffix(".hdf5"))
+    with h5py.File(path, "r+") as file:
+        del file["observations"]
+        file.create_group(f"observations/{name}")
+    return load_dataset(str(path))
+
+
+def other_hdf5(path: Path, name: str) -> Any:
+    path = hdf5(path.with_suffix(".hdf5"))
+    with h5py.File(path, "r+") as file:
+        del file["rewards"]
+        file[name] = 1
+    return load_dataset(str(path))
+
+
+def other_columns(path: Path, name: str) -> Any:
+    frame().rename(columns=lambda column: column.replace("obs_", name)).to_csv(path.with_suffix(".csv"))
+    return read_tables([path.with_suffix(".csv")])
+
+
+def same_columns(path: Path, name: str) -> Any:
+    path.with_suffix(".csv").write_text(f"{name},{name}\n1,2\n")
+    return read_tables([path.with_suffix(".csv")])
+
+
+def no_numbers(path: Path, name: str) -> Any:
+    frame().rename(columns={"obs_0": f"obs_{name}"}).assign(**{f"obs_{name}": name}).to_csv(path.with_suffix(".csv"))
+    return read_tables([path.with_suffix(".csv")], ColumnMap(observations=("obs_*",)))
+
+
+def unknown_key(path: Path, name: str) -> Any:
+    path.with_suffix(".yml").write_text(yaml.safe_dump({name: 1}))
+    return ColumnMap.from_file(path.with_suffix(".yml"))
+
+
+def json_twice(_: Path, name: str) -> Any:
+    return parse_json(f"{{{json.dumps(name)}: 1, {json.dumps(name)}: 2}}", "x")
+
+
+def yaml_twice(path: Path, name: str) -> Any:
+    entry = f"? {json.dumps(name)}\n: 1\n"
+    return load_yaml(2 * entry, path)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred\x07", "n" * 60_000])
+@pytest.mark.parametrize(
+    "read",
+    [
+        *(twice, other_arrays, group_in_a_group, other_hdf5, other_columns, same_columns, no_numbers, unknown_key),
+        *(json_twice, yaml_twice),
+    ],
+)
+def test_names_that_errors_quote_are_short_and_harmless(read: Callable[[Path, str], Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as raised:
+        read(tmp_path / "data.npz", name)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 20_000
+    assert name[:3] in str(raised.value) or "x1b[31mred" in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_truths_that_are_neither(suffix: str, tmp_path: Path) -> None:
+    wrong = arrays() | {"terminations": np.full(N, 7, np.uint8).view(bool)}
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **wrong)
+    else:
+        with h5py.File(path, "w") as file:
+            for name, array in wrong.items():
+                file[name] = array
+    with pytest.raises(ValueError, match="terminations must be booleans, found bytes that are neither true nor false"):
+        load_dataset(str(path))
 
 
 # HDF5
@@ -315,6 +452,15 @@ def test_an_index_of_pandas_is_a_column(tmp_path: Path) -> None:
         expected.set_index(index).to_parquet(tmp_path / "data.parquet")
         found = table(tmp_path / "data.parquet")
         assert np.array_equal(found.observations, expected[["obs_0", "obs_1", "obs_2"]].to_numpy(np.float32)[:-1])
+
+
+@pytest.mark.parametrize("kind", ["datetime64[ns]", "datetime64[ns, UTC]", "timedelta64[ns]"])
+def test_times_are_no_numbers(kind: str, tmp_path: Path) -> None:
+    made = frame()
+    made["obs_1"] = pd.Series(range(N)).astype(kind)
+    made.to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match=r"column 'obs_1', row 1: expected a number, found a Time"):
+        read_tables([tmp_path / "data.parquet"])
 
 
 def test_a_list_beside_scalars_is_part_of_a_vector(tmp_path: Path) -> None:

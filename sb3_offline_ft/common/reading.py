@@ -1,5 +1,6 @@
 """The one way in which files are read that others may have made: whole, regular, of bounded size, and checked before use."""
 
+import io
 import json
 import os
 import re
@@ -7,9 +8,9 @@ import stat
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, NoReturn
 
 import numpy as np
@@ -30,6 +31,8 @@ _NO_FILES = (
     (stat.S_ISBLK, "a device"),
 )
 _NPY = ".npy"
+_MOST_OF_HEADER = 2**14
+"""Bytes in front of an array's values, of which NumPy parses at most 10,000."""
 _MOST_OF_TEXT = 500
 
 
@@ -103,7 +106,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ContentError(f"{where} has {twice!r} twice: which one counts is not known. Leave one.")
+            raise ContentError(f"{where} has {shortened(repr(twice))} twice: which one counts is not known. Leave one.")
         return found
 
     try:
@@ -151,7 +154,9 @@ class ArrayFile:
         self._members = dict(names)
         for name, count in Counter(name for name, _ in names).items():
             if count > 1:
-                raise ContentError(f"{where} has {name} {count} times: which one counts is not known. Write it again.")
+                raise ContentError(
+                    f"{where} has {shortened(name)} {count} times: which one counts is not known. Write it again."
+                )
 
     @property
     def files(self) -> list[str]:
@@ -177,32 +182,38 @@ class ArrayFile:
             self._is_verified = True
         info = self._members[name]
         with self._archive.open(info) as member:
-            if member.read(len(npy.MAGIC_PREFIX)) != npy.MAGIC_PREFIX:
-                self._fail(name, "is no array of NumPy's. Write the file again with numpy.savez")
-        with self._archive.open(info) as member:
-            version = npy.read_magic(member)
-            if version not in ((1, 0), (2, 0)):
-                self._fail(name, f"has the version {version} of NumPy's format, expected 1.0 or 2.0")
-            read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, _, dtype = read_header(member)
-            if dtype.hasobject:
-                self._fail(name, "holds Python objects, expected numbers. Save it as a plain array")
-            if dtype.kind not in "biufU" or any(length < 0 for length in shape):
-                self._fail(name, f"is of type {dtype} and shape {shape}, expected numbers, truths or text")
-            promised = dtype.itemsize
-            for length in shape:
-                promised *= length
-            if promised != info.file_size - member.tell():
-                self._fail(
-                    name, f"should have {promised:,} bytes, as its shape is {shape} of {dtype}, found "
-                    f"{info.file_size - member.tell():,}: the file is damaged. Copy or download it again"
-                )  # fmt: skip
-        check_memory(promised, f"{self.where}: {name}")
+            # NumPy reads as much of a header as it says that it has, which may be gigabytes
+            start = io.BytesIO(member.read(_MOST_OF_HEADER))
+        if not start.getvalue().startswith(npy.MAGIC_PREFIX):
+            self._fail(name, "is no array of NumPy's. Write the file again with numpy.savez")
+        version = npy.read_magic(start)
+        if version not in ((1, 0), (2, 0)):
+            self._fail(name, f"has the version {version} of NumPy's format, expected 1.0 or 2.0")
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        try:
+            shape, _, dtype = read_header(start)
+        except MemoryError:
+            # Of Python's parser, about brackets within brackets
+            self._fail(name, "has no header of NumPy's: the file is damaged. Copy or download it again")
+        if dtype.hasobject:
+            self._fail(name, "holds Python objects, expected numbers. Save it as a plain array")
+        if dtype.kind not in "biufU" or any(length < 0 for length in shape):
+            self._fail(name, shortened(f"is of type {dtype} and shape {shape}, expected numbers, truths or text"))
+        promised = dtype.itemsize
+        for length in shape:
+            promised *= length
+        found = info.file_size - start.tell()
+        if promised != found:
+            self._fail(
+                name, f"should have {promised:,} bytes, as its shape is {shape} of {dtype}, found {found:,}: the file is "
+                "damaged. Copy or download it again"
+            )  # fmt: skip
+        check_memory(promised, f"{self.where}: {shortened(name)}")
         with self._archive.open(info) as member:
             return np.asarray(npy.read_array(member, allow_pickle=False))
 
     def _fail(self, name: str, problem: str) -> NoReturn:
-        raise ContentError(f"{self.where}: {name} {problem}.")
+        raise ContentError(f"{self.where}: {shortened(name)} {problem}.")
 
 
 def check_memory(n_bytes: int, where: str) -> None:
@@ -225,14 +236,14 @@ _ADVICE = "Read a smaller part, or use a machine with more memory."
 
 def reason_of(error: Exception) -> str:
     """What a library says about a damaged file, in one line of bounded length, without what a terminal would obey."""
-    text = " ".join(str(error).split()).rstrip(".")
-    text = shortened("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text))
+    text = shortened(" ".join(str(error).split()).rstrip("."))
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def shortened(text: str) -> str:
-    """A text for a message, which a file cannot make as long as it likes."""
-    return text if len(text) <= _MOST_OF_TEXT else f"{text[:_MOST_OF_TEXT]}..."
+    """A text of a file for a message: of bounded length, without what a terminal would obey."""
+    begin = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[:_MOST_OF_TEXT])
+    return begin if len(text) <= _MOST_OF_TEXT else f"{begin}..."
 
 
 def too_large(where: object, error: MemoryError) -> TooLargeError:
@@ -244,18 +255,50 @@ def _free_memory() -> int | None:
     """Bytes that this process may still take, as far as the system says."""
     if sys.platform != "linux":
         return None
-    free = [_kibibytes(Path("/proc/meminfo").read_text(), "MemAvailable", "SwapFree")]
     import resource
 
+    free = [*free_in_groups()]
+    of_system = _kibibytes(Path("/proc/meminfo"))
+    # Not every container says it
+    if "MemAvailable" in of_system:
+        free.append(of_system["MemAvailable"] + of_system.get("SwapFree", 0))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        free.append(limit - _kibibytes(Path("/proc/self/status").read_text(), "VmSize"))
-    return min(free)
+        free.append(limit - _kibibytes(Path("/proc/self/status")).get("VmSize", 0))
+    return min(free, default=None)
 
 
-def _kibibytes(text: str, *names: str) -> int:
-    found: Iterable[str] = re.findall(rf"^(?:{'|'.join(names)}):\s+(\d+) kB", text, re.MULTILINE)
-    return 1024 * sum(map(int, found))
+def _kibibytes(file: Path) -> dict[str, int]:
+    """The bytes in a file of the system, by name."""
+    return {name: 1024 * int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB", _content(file), re.MULTILINE)}
+
+
+def free_in_groups(system: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What the limits of the process's control groups leave, as containers and batch systems set them."""
+    for kinds, path in re.findall(r"^\d+:(.*?):(.*)$", _content(process), re.MULTILINE):
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        # Version 1 has names for its kinds, and a folder for each
+        root, limit, used, prefix = (
+            (system / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            if kinds
+            else (system, "memory.max", "memory.current", "")
+        )
+        parts = PurePath(path).parts[1:]
+        for depth in range(len(parts) + 1):
+            group = root.joinpath(*parts[:depth])
+            sizes = [_content(group / name).strip() for name in (limit, used)]
+            if all(map(str.isdigit, sizes)):
+                # Of the copies of files the system lets go
+                copies = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", _content(group / "memory.stat"), re.MULTILINE)
+                yield int(sizes[0]) - int(sizes[1]) + sum(map(int, copies))
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _gib(n_bytes: int) -> str:

@@ -22,7 +22,7 @@ _MOST_NODES = 1_000_000
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """YAML's safe loader that refuses what is nested deeply, holds itself, or grows by repetition."""
+    """YAML's safe loader that refuses what is nested deeply, holds itself, grows by repetition, or has a key twice."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -47,24 +47,26 @@ class BoundedLoader(yaml.SafeLoader):
                 self._refuse(f"has more than {_MOST_NODES:,} values, those that aliases repeat included", event)
         return node
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            # 1 and 0x1 are the same
+            name = self.construct_object(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {shortened(repr(key.value))} is given twice: leave one", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
     def _refuse(self, problem: str, event: Any) -> NoReturn:
         raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
 
 
 class _StrictLoader(BoundedLoader):
-    """YAML's safe loader that refuses keys given twice, and reads ``3e-4`` as a number as YAML 1.2 does."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice: leave one", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    """Reads ``3e-4`` as a number, as YAML 1.2 does."""
 
 
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -84,10 +86,12 @@ def load_yaml(text: str, file: Path, loader: type[BoundedLoader] = _StrictLoader
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = "" if mark is None else f", line {mark.line + 1}"
-        raise ValueError(f"{file}{where}: {problem or ' '.join(str(error).split())}.") from None
+        raise ValueError(f"{file}{where}: {shortened(problem or ' '.join(str(error).split()))}.") from None
     # PyYAML makes dates, numbers and binary data of text without care: AttributeError, OverflowError, ...
     except Exception as error:
-        raise ValueError(f"{file} holds a value that cannot be read ({type(error).__name__}: {error}).") from None
+        raise ValueError(
+            f"{file} holds a value that cannot be read ({type(error).__name__}: {shortened(str(error))})."
+        ) from None
 
 
 def flow(value: Any) -> str:

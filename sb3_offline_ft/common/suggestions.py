@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Collection, Iterable, Sequence
 
+from sb3_offline_ft.common.reading import shortened
+
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
     """At most so many of the known names that are most like what was written, perhaps none."""
@@ -25,4 +27,4 @@ def suggestion(name: str, known: Collection[str]) -> str:
 
 def first_of(names: Sequence[str], most: int) -> str:
     """The first names with commas between them, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(shortened, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

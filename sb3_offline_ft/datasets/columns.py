@@ -160,6 +160,9 @@ def as_flags(column: npt.ArrayLike, name: str, where: str) -> BoolArray:
     array = np.asarray(column)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{where}: {name} must be booleans, {_found(array)}")
+    if array.dtype.kind == "b" and array.view(np.uint8).max(initial=0) > 1:
+        # As a file may say, and NumPy adds and compares them as they are
+        raise ValueError(f"{where}: {name} must be booleans, found bytes that are neither true nor false")
     flags = array.astype(np.bool_)
     if array.dtype.kind != "b" and len(wrong := np.flatnonzero(array != flags)):
         raise ValueError(f"{where}: {name} must be booleans (or 0 and 1), found {array.flat[wrong[0]]} in row {wrong[0]}")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sb3_offline_ft.common.console import PlainConsole
 from sb3_offline_ft.common.io import naming_damage, read_npz
-from sb3_offline_ft.common.reading import open_file
+from sb3_offline_ft.common.reading import open_file, parse_json, read_member
 from sb3_offline_ft.datasets import OfflineDataset, load_dataset, without_trust
 from sb3_offline_ft.deployment.history import FIGURE as CONTEST_FIGURE
 from sb3_offline_ft.deployment.history import History
@@ -298,8 +298,9 @@ def _model_file(folder: Path) -> Path:
 
 
 def _model_facts(model_file: Path) -> dict[str, Any]:
-    with naming_damage(model_file, "a model that an algorithm has saved"), zipfile.ZipFile(model_file) as file:
-        facts: dict[str, Any] = json.loads(file.read("data"))
+    with naming_damage(model_file, "a model that an algorithm has saved"):
+        with open_file(model_file) as stream, zipfile.ZipFile(stream) as file:
+            facts: dict[str, Any] = parse_json(read_member(file, "data"), "data")
         for name in ("offline_steps_done", "_warmup_end", "num_timesteps"):
             if not isinstance(facts.get(name, 0), int):
                 raise ValueError(f"{name} must be a whole number, found {facts[name]!r:.60}")

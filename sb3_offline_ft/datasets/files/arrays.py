@@ -7,6 +7,8 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_offline_ft.common.observations import Array, map_observations, n_rows, named_arrays, take_rows
+from sb3_offline_ft.common.reading import shortened
+from sb3_offline_ft.common.suggestions import first_of
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, as_float, split_ends
 from sb3_offline_ft.datasets.files.reading import Source, by_column
@@ -20,6 +22,7 @@ ALIASES = {
 _REQUIRED = ("observations", "actions", "rewards", "terminations")
 _OPTIONAL = ("truncations", "dones", "next_observations", "action_low", "action_high")
 _OBSERVATIONS = ("observations", "next_observations")
+_MOST_NAMED = 30
 
 
 def is_column(name: str) -> bool:
@@ -36,7 +39,7 @@ def check_names(found: Collection[str], where: str) -> None:
     if missing:
         raise ValueError(
             f"{where} has no {' and no '.join(missing)}: expected the arrays {', '.join(_REQUIRED)} "
-            f"(optional: {', '.join(_OPTIONAL)}), found {', '.join(found) or 'none'}."
+            f"(optional: {', '.join(_OPTIONAL)}), found {first_of(list(found), _MOST_NAMED) or 'none'}."
         )
     for name in dict.fromkeys(ALIASES.values()):
         same = sorted((one for one in found if ALIASES.get(one, one) == name), key=lambda one: one != name)
@@ -45,7 +48,7 @@ def check_names(found: Collection[str], where: str) -> None:
     for name in _OBSERVATIONS:
         keys = [one for one in found if one.startswith(name + "/")]
         if name in found and keys:
-            raise ValueError(f"{where} has both {name} and {keys[0]}: keep either one array or one for each key.")
+            raise ValueError(f"{where} has both {name} and {shortened(keys[0])}: keep either one array or one for each key.")
     if ("action_low" in names) != ("action_high" in names):
         raise ValueError(f"{where} has only one of action_low and action_high: give both or none.")
 

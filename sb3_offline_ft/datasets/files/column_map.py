@@ -76,19 +76,19 @@ class ColumnMap:
         known = [field.name for field in fields(cls)]
         for key in content:
             if key not in known:
-                raise ValueError(f"{where}: unknown key {key!r}. {suggestion(str(key), known)}")
+                raise ValueError(f"{where}: unknown key {shortened(repr(key))}. {suggestion(str(key), known)}")
         values: dict[str, Any] = {}
         for key, value in content.items():
             if value is None:
                 continue
             if isinstance(value, Mapping) and key in _VECTORS and key != "actions":
-                values[key] = {str(name): _names(one, f"{key}[{name!r}]", where) for name, one in value.items()}
+                values[key] = {str(name): _names(one, f"{key}[{shortened(repr(name))}]", where) for name, one in value.items()}
             elif key in _VECTORS:
                 values[key] = _names(value, key, where)
             elif isinstance(value, str) and value.strip():
                 values[key] = value.strip()
             else:
-                raise ValueError(f"{where}: {key} must be the name of a column, found {value!r}.")
+                raise ValueError(f"{where}: {key} must be the name of a column, found {shortened(repr(value))}.")
         return cls(**values)
 
     @classmethod
@@ -185,7 +185,9 @@ class ColumnMap:
 def _names(value: Any, key: str, where: str) -> Names:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: {key} must be a list of columns, or their names with commas between, found {value!r}.")
+        raise ValueError(
+            f"{where}: {key} must be a list of columns, or their names with commas between, found {shortened(repr(value))}."
+        )
     stripped = tuple(name.strip() for name in names if name.strip())
     if not stripped:
         raise ValueError(f"{where}: {key} names no column.")
@@ -247,7 +249,7 @@ def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str, na
         if kinds:
             families[stem] = tuple(_by_number(kinds[0]))
     if len(families) > 1:
-        found = " and ".join(", ".join(family) for family in families.values())
+        found = " and ".join(first_of(family, MOST_NAMED) for family in families.values())
         raise ValueError(f"{where}: {key} could be {found}. Say which with {_named(key, named_by)}.")
     return next(iter(families.values()), None)
 
@@ -255,7 +257,9 @@ def _guess_vector(stems: Names, columns: Sequence[str], key: str, where: str, na
 def _guess_scalar(key: str, columns: Sequence[str], where: str, named_by: str) -> str | None:
     found = [name for name in columns if name.lower() in _SCALARS.get(key, ())]
     if len(found) > 1:
-        raise ValueError(f"{where}: {key} could be {' or '.join(found)}. Say which with {_named(key, named_by)}.")
+        raise ValueError(
+            f"{where}: {key} could be {' or '.join(map(shortened, found))}. Say which with {_named(key, named_by)}."
+        )
     return found[0] if found else None
 
 
@@ -273,5 +277,5 @@ def _named(key: str, named_by: str) -> str:
 
 def _near(name: str, columns: Sequence[str]) -> str:
     if near := nearest(name.strip("*?"), columns, 3):
-        return f". Did you mean {' or '.join(near)}?"
+        return f". Did you mean {' or '.join(map(shortened, near))}?"
     return f"; there are {first_of(columns, MOST_NAMED)}."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sb3_offline_ft.common.observations import Array
-from sb3_offline_ft.common.reading import ContentError, check_is_file, check_memory
+from sb3_offline_ft.common.reading import ContentError, check_is_file, check_memory, shortened
 from sb3_offline_ft.datasets.files.arrays import check_names, dataset_from_arrays, is_column
 from sb3_offline_ft.datasets.files.reading import Source, reading
 from sb3_offline_ft.datasets.offline_dataset import OfflineDataset
@@ -42,37 +42,55 @@ def open_hdf5(path: Path) -> Any:
     return h5py.File(path, "r")
 
 
-def open_array(file: Any, name: str, where: str, of_bytes: bool = False) -> Any:
+def open_array(file: Any, name: str, where: str, of_bytes: bool = False) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
     """
     Open an array for h5py's low level, without looking outside of the file for any of it.
 
-    :param file: h5py's ``FileID`` of the file
+    :param file: h5py's ``FileID`` of the file, or the ``GroupID`` of :func:`open_group`
     :param name: The array's path in it
     :param where: Names the file at the start of messages
     :param of_bytes: Whether each value is a series of bytes, such as a packed image, and not a number
-    :return: h5py's ``DatasetID``
+    :return: h5py's ``DatasetID``, the shape and the dtype of the array
     :raises ContentError: It is a link, its values are in another file, it holds no numbers, or it is too large
     :raises Exception: What h5py raises about a damaged file
     """
-    from h5py import check_vlen_dtype, h5d, h5l
+    from h5py import check_vlen_dtype, h5d
 
-    where = f"{where}: {name}"
+    where = f"{where}: {shortened(name)}"
+    _check_links(file, name, where)
+    stored = h5d.open(file, name.encode())
+    layout = stored.get_create_plist()
+    kind = layout.get_layout()
+    if kind == h5d.VIRTUAL or (kind == h5d.CONTIGUOUS and layout.get_external_count()):
+        raise ContentError(f"{where} has its values in another file, which is not read. Copy the array into the file.")
+    shape, dtype = stored.shape, stored.dtype
+    if shape is None or (of_bytes and check_vlen_dtype(dtype) != np.uint8):
+        found = "no values" if shape is None else f"values of type {dtype}"
+        raise ContentError(f"{where} holds {found}, expected an array of {'packed images' if of_bytes else 'numbers'}.")
+    check_memory(math.prod(shape) * dtype.itemsize, where)
+    return stored, shape, dtype
+
+
+def open_group(file: Any, name: str, where: str) -> Any:
+    """Open a group as :func:`open_array` does an array; many arrays are found sooner from there."""
+    from h5py import h5g
+
+    _check_links(file, name, f"{where}: {name}")
+    return h5g.open(file, name.encode())
+
+
+def _check_links(file: Any, name: str, where: str) -> None:
+    from h5py import h5l
+
     for path in (name[:end].encode() for end, sign in enumerate(f"{name}/") if sign == "/"):
-        if not file.links.exists(path):
-            raise KeyError(f"there is no {path.decode()}")
-        if file.links.get_info(path).type != h5l.TYPE_HARD:
+        try:
+            is_hard = file.links.get_info(path).type == h5l.TYPE_HARD
+        except RuntimeError:
+            raise KeyError(f"there is no {path.decode()}") from None
+        if not is_hard:
             raise ContentError(
                 f"{where} leads to another place by a link, which is not followed. Copy the array into the file."
             )
-    stored = h5d.open(file, name.encode())
-    layout = stored.get_create_plist()
-    if layout.get_layout() == h5d.VIRTUAL or layout.get_external_count():
-        raise ContentError(f"{where} has its values in another file, which is not read. Copy the array into the file.")
-    if stored.shape is None or (of_bytes and check_vlen_dtype(stored.dtype) != np.uint8):
-        found = "no values" if stored.shape is None else f"values of type {stored.dtype}"
-        raise ContentError(f"{where} holds {found}, expected an array of {'packed images' if of_bytes else 'numbers'}.")
-    check_memory(math.prod(stored.shape) * stored.dtype.itemsize, where)
-    return stored
 
 
 def _arrays_in(file: Any, source: Source) -> dict[str, Any]:
@@ -92,8 +110,8 @@ def _arrays_in(file: Any, source: Source) -> dict[str, Any]:
                 member = file[name].get(key, getlink=True)
                 if isinstance(member, h5py.HardLink) and file[name].get(key, getclass=True) is h5py.Group:
                     raise ContentError(
-                        f"{source.where}: {name}/{key} is a group within a group; nested observations are not supported, "
-                        "expected an array for each key."
+                        f"{source.where}: {name}/{shortened(key)} is a group within a group; nested observations are not "
+                        "supported, expected an array for each key."
                     )
                 stored[f"{name}/{key}"] = _array(file, f"{name}/{key}", source)
     return stored
@@ -102,7 +120,7 @@ def _arrays_in(file: Any, source: Source) -> dict[str, Any]:
 def _array(file: Any, name: str, source: Source) -> Any:
     import h5py
 
-    return h5py.Dataset(open_array(file.id, name, source.where)) if is_column(name) else None
+    return h5py.Dataset(open_array(file.id, name, source.where)[0]) if is_column(name) else None
 
 
 def _read_array(stored: Any) -> Array:

@@ -28,7 +28,7 @@ from sb3_offline_ft.common.reading import (
 )
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import FLAG_COLUMNS, as_flags, check_numbers
-from sb3_offline_ft.datasets.files.hdf5 import open_array, open_hdf5
+from sb3_offline_ft.datasets.files.hdf5 import open_array, open_group, open_hdf5
 from sb3_offline_ft.datasets.files.reading import Source, by_column, read_parquet, reading
 from sb3_offline_ft.datasets.keys import choose_keys, dict_of, leaf_spaces, no_keys, space_in_order
 from sb3_offline_ft.datasets.offline_dataset import KeyOrder, OfflineDataset
@@ -311,13 +311,14 @@ def _hdf5_episodes(file: Path, indices: Iterable[int], layout: dict[str, _Field]
         handle.id.set_mdc_config(cache)
         for index in indices:
             episode: _Episode = {}
+            group, here = open_group(handle.id, f"episode_{index}", where), f"{where}: episode_{index}"
             for name, field in layout.items():
                 if field.is_jpeg:
-                    frames = h5py.Dataset(open_array(handle.id, f"episode_{index}/{name}", where, of_bytes=True))[()]
+                    frames = h5py.Dataset(open_array(group, name, here, of_bytes=True)[0])[()]
                     episode[name] = _decode_jpeg((frame.tobytes() for frame in frames), len(frames), field)
                     continue
-                stored = open_array(handle.id, f"episode_{index}/{name}", where)
-                array = np.empty(stored.shape, stored.dtype)
+                stored, shape, dtype = open_array(group, name, here)
+                array = np.empty(shape, dtype)
                 stored.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
                 episode[name] = _as_rows(array, field)
             yield episode

@@ -98,5 +98,9 @@ def read_parquet(path: Path, columns: Sequence[str], **options: Any) -> Any:
     """Columns of a Parquet file as a table of PyArrow's, if there is memory for as many as it says."""
     check_is_file(path)
     with import_parquet().ParquetFile(path) as file:
-        check_memory(8 * file.metadata.num_rows * len(columns), str(path))
+        # Of lists, all their values
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        parts = [group.column(index) for group in groups for index in range(group.num_columns)]
+        wanted = [part for part in parts if any(f"{part.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+        check_memory(8 * sum(part.num_values for part in wanted), str(path))
         return file.read(columns=columns, **options)

@@ -13,6 +13,7 @@ from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_offline_ft.common.observations import Array, Observations, map_observations
 from sb3_offline_ft.common.reading import ArrayFile, ContentError, open_file, parse_json
+from sb3_offline_ft.common.suggestions import first_of
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets.columns import as_flags, as_float
 from sb3_offline_ft.datasets.files.npz import open_archive, read_array
@@ -48,7 +49,7 @@ def own_replay_buffer_reader(source: Source) -> Iterator[Callable[[], OfflineDat
         if not _is_own(archive.files):
             raise ValueError(
                 f"Dataset {str(source.path)!r}: expected a replay buffer saved by save_replay_buffer, found "
-                f"{', '.join(archive.files) or 'an empty archive'}."
+                f"{first_of(archive.files, 8) or 'an empty archive'}."
             )
         yield lambda: _read_own(archive, source)
 

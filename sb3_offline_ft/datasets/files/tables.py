@@ -264,7 +264,7 @@ class _Table:
                     first = pd.read_csv(text, sep=self.separator, keep_default_na=False, **header)
                 names = [str(name).strip() for name in first.iloc[0]]
         if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-            raise ValueError(f"{self.where} has more than one column {twice[0]!r}: rename all but one.")
+            raise ValueError(f"{self.where} has more than one column {shortened(repr(twice[0]))}: rename all but one.")
         return names
 
     def _read_frame(self) -> Any:
@@ -288,7 +288,7 @@ class _Table:
         return f"row {row + 1}" + ("" if self.is_parquet else f" (line {row + 2})")
 
     def _wrong(self, name: str, index: Any, problem: str) -> ValueError:
-        return ValueError(f"{self.where}, column {name!r}, {self._row(index)}: {shortened(problem)}")
+        return ValueError(f"{self.where}, column {shortened(repr(name))}, {self._row(index)}: {shortened(problem)}")
 
     def values(self, name: str) -> Any:
         """The values of a column, as pandas reads them."""
@@ -320,7 +320,9 @@ class _Table:
         import pandas as pd
 
         series = self.values(name)
-        if len(bad := np.flatnonzero(_are(_NESTED, series))):
+        # pandas counts nanoseconds
+        is_time = (isinstance(series.dtype, np.dtype) and series.dtype.kind in "mM") or hasattr(series.dtype, "tz")
+        if len(bad := np.arange(len(series)) if is_time else np.flatnonzero(_are(_NESTED, series))):
             found = type(series.iloc[bad[0]]).__name__
             raise self._wrong(name, bad[0], f"expected a number, found a {found}. Is this the right column?")
         values = pd.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)

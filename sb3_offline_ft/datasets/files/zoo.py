@@ -33,9 +33,19 @@ def _tuple(loader: _ZooLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
     return tuple(loader.construct_sequence(node, deep=True))
 
 
+def _ordered(loader: _ZooLoader, node: yaml.SequenceNode) -> dict[Any, Any]:
+    # A list of its pairs within a list
+    pairs = [pair for pairs in _tuple(loader, node) for pair in pairs]
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise yaml.constructor.ConstructorError(
+            problem="an OrderedDict has a key twice: leave one", problem_mark=node.start_mark
+        )
+    return found
+
+
 _ZooLoader.add_constructor(f"{_PYTHON}tuple", _tuple)
-# A list of its pairs within a list
-_ZooLoader.add_constructor(f"{_PYTHON}object/apply:collections.OrderedDict", lambda *at: dict(*_tuple(*at)))
+_ZooLoader.add_constructor(f"{_PYTHON}object/apply:collections.OrderedDict", _ordered)
 _ZooLoader.add_multi_constructor(_PYTHON, lambda loader, kind, node: _Unread(kind))
 
 
