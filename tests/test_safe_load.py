@@ -5,7 +5,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def with_traps(model: BaseAlgorithm, marker: Path, only: str | None = None) -> io.BytesIO:
-    """The model's zip file, whose pickles leave the marker when they are read."""
+def with_traps(model: BaseAlgorithm, marker: Path, more: Iterable[str] = ()) -> io.BytesIO:
+    """The model's zip file, whose pickles, and more settings as pickles, leave the marker when they are read."""
     saved, trapped = io.BytesIO(), io.BytesIO()
     model.save(saved)  # type: ignore[arg-type]
     trap = base64.b64encode(cloudpickle.dumps(Trap(marker))).decode()
@@ -60,8 +60,10 @@ def with_traps(model: BaseAlgorithm, marker: Path, only: str | None = None) -> i
             if name == "data":
                 settings = json.loads(content)
                 for key, entry in settings.items():
-                    if isinstance(entry, dict) and ":serialized:" in entry and only in (None, key):
+                    if isinstance(entry, dict) and ":serialized:" in entry:
                         entry[":serialized:"] = trap
+                    elif key in more:
+                        settings[key] = {":type:": str(type(entry)), ":serialized:": trap} | entry
                 content = json.dumps(settings).encode()
             new.writestr(name, content)
     trapped.seek(0)
@@ -91,6 +93,15 @@ def test_nothing_is_run_and_the_agent_acts_the_same(algorithm: type[BaseAlgorith
     with pytest.raises(Exception):  # noqa: B017  # whatever comes of a trap in place of a setting
         algorithm.load(with_traps(model, marker), device="cpu")
     assert marker.exists()
+
+
+def test_nothing_is_run_to_compare_what_is_given_with_the_file(tmp_path: Path) -> None:
+    model, marker = model_of(ReBRAC), tmp_path / "was here"
+    trapped = with_traps(model, marker, more=["policy_kwargs"])
+    assert ReBRAC.load(trapped, safe_load=True, policy_kwargs={"net_arch": [8, 8], "actor_value": "min"}).policy_kwargs
+    trapped.seek(0)
+    assert ReBRAC.load(trapped, safe_load=True, policy_kwargs={"net_arch": [8, 8]}).policy_kwargs == model.policy_kwargs
+    assert not marker.exists()
 
 
 def test_a_learner_of_ours_goes_on_as_if_it_had_been_unpickled() -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,42 @@ class TestSaving:
         stream.seek(0)
         assert TD3.load(stream).action_space == model.action_space
 
+    def test_links_modes_and_devices_stay_what_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file, link, pipe = (tmp_path / name for name in ("statistics.pkl", "link.pkl", "pipe"))
+        file.write_bytes(b"old")
+        file.chmod(0o600)
+        link.symlink_to(file)
+        WholeVecNormalize(make_vec_env("Pendulum-v1")).save(str(link))
+        assert link.is_symlink() and file.read_bytes() != b"old" and stat.S_IMODE(file.stat().st_mode) == 0o600
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        with atomic_write(pipe) as stream:
+            stream.write(b"x")
+        assert os.read(reader, 2) == b"x" and pipe.is_fifo()
+        os.close(reader)
+        monkeypatch.chdir(tmp_path)
+        with atomic_write("relative") as stream:
+            monkeypatch.chdir("/")
+            stream.write(b"x")
+        assert (tmp_path / "relative").read_bytes() == b"x" and not list(tmp_path.glob(".*"))
+
+    def test_threads_write_at_once_and_leave_the_umask(self, tmp_path: Path) -> None:
+        def write(number: int) -> None:
+            for _ in range(100):
+                with atomic_write(tmp_path / str(number % 2)) as file:
+                    file.write(bytes([number]) * 1000)
+
+        before = os.umask(0o027)
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(write, range(8)))
+        finally:
+            after = os.umask(before)
+        assert after == 0o027
+        for path in tmp_path.iterdir():
+            content = path.read_bytes()
+            assert len(content) == 1000 and len(set(content)) == 1 and stat.S_IMODE(path.stat().st_mode) == 0o640
+
 
 class TestLeftovers:
     def test_only_those_of_dead_processes_are_removed(self, tmp_path: Path) -> None:
@@ -113,6 +151,12 @@ class TestLeftovers:
         place, _, rest = own.split(".")[-3].partition("-")
         number, start = rest.split("-")
         dead = subprocess.Popen([sys.executable, "-c", ""])
+        # Nobody has asked yet how it ended
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        zombie = f".z.{place}-{dead.pid}-{_start_of_process(dead.pid)}.abcdefgh.tmp"
+        (tmp_path / zombie).write_bytes(b"half")
+        remove_leftovers(tmp_path)
+        assert not (tmp_path / zombie).exists()
         dead.wait()
         gone = [f".x.{place}-{dead.pid}-{start}.abcdefgh.tmp", f".x.{place}-{number}-{int(start) - 1}.abcdefgh"]
         stay = [own, f".x.00000000-{dead.pid}-{start}.abcdefgh.tmp", ".hidden", ".other.abcdefgh.tmp", "x.tmp"]
@@ -132,7 +176,28 @@ class TestLeftovers:
         assert [path.name for path in tmp_path.iterdir()] == ["ü" * 120]
 
 
+def _start_of_process(number: int) -> str:
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+
+
 class TestTermination:
+    def test_a_forked_process_ends_at_once_and_who_ignores_the_signal_goes_on_to(self) -> None:
+        with raising_terminated():
+            process = os.fork()
+            if not process:
+                try:
+                    signal.raise_signal(signal.SIGTERM)
+                finally:
+                    os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            with raising_terminated() as has_come:
+                signal.raise_signal(signal.SIGTERM)
+                assert not has_come()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_what_swallows_the_signal_gets_it_again(self) -> None:
         class Swallowing:

@@ -53,7 +53,7 @@ def written_whole(path: File, suffix: str) -> Iterator[Any]:
     if file.is_dir():
         warn(f"Path '{file}' is a folder. Will save instead to {file}_2")
         file = pathlib.Path(f"{file}_2")
-    with atomic_write(file.resolve()) as stream:
+    with atomic_write(file) as stream:
         yield stream
 
 
@@ -137,8 +137,8 @@ def arguments_for(
     # Those in the file are written by `save`
     refuse_keywords(replaced.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
     if cls.policy_defaults and "policy_kwargs" in replaced:
-        others = {name: value for name, value in {**(objects or {}), **given}.items() if name != "policy_kwargs"}
-        stored, _, _ = load_from_zip_file(path, custom_objects=others, device="cpu")
+        others = {name: value for name, value in given.items() if name != "policy_kwargs"}
+        stored, _, _ = load_from_zip_file(path, custom_objects=others | dict(objects or {}), device="cpu")
         complete = None if stored is None else with_policy_defaults(cls, stored["policy_class"], replaced["policy_kwargs"])
         if stored is not None and complete == stored["policy_kwargs"]:
             replaced = replaced | {"policy_kwargs": complete}
