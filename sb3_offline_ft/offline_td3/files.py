@@ -21,7 +21,7 @@ from stable_baselines3.td3.policies import TD3Policy
 from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.common.checks import constructor_arguments, known_keywords
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, atomic_write, naming_damage
-from sb3_offline_ft.common.plain_settings import add_plain_settings, without_pickle
+from sb3_offline_ft.common.plain_settings import add_plain_settings, naming_misfit, without_pickle
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import load_dataset, without_trust
 from sb3_offline_ft.offline_td3.acting import LEARNED_PREFIX
@@ -337,12 +337,14 @@ class SavedLearner(OfflineLearner):
         """
         known_keywords(cls, kwargs, f"{cls.__name__}.load", excluded=("policy", "env", "device", "_init_setup_model"))
         given = {**(custom_objects or {}), **kwargs}
+        named = path
         if safe_load:
             path, objects = without_pickle(path, cls, env, given)
             custom_objects = objects | (custom_objects or {})
-        kwargs = arguments_for(cls, path, kwargs, given, custom_objects)
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        take_up(model, kwargs, "dataset" in given)
+        with naming_misfit(named) if safe_load else nullcontext():
+            kwargs = arguments_for(cls, path, kwargs, given, custom_objects)
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            take_up(model, kwargs, "dataset" in given)
         if kwargs.get("seed") is not None:
             # A new seed asks for new random streams, not for the saved ones
             model._randomness.seed(kwargs["seed"])
