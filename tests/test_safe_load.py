@@ -5,7 +5,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def with_traps(model: BaseAlgorithm, marker: Path, only: str | None = None) -> io.BytesIO:
-    """The model's zip file, whose pickles leave the marker when they are read."""
+def with_traps(model: BaseAlgorithm, marker: Path, more: Iterable[str] = ()) -> io.BytesIO:
+    """The model's zip file, whose pickles, and more settings as pickles, leave the marker when they are read."""
     saved, trapped = io.BytesIO(), io.BytesIO()
     model.save(saved)  # type: ignore[arg-type]
     trap = base64.b64encode(cloudpickle.dumps(Trap(marker))).decode()
@@ -60,8 +60,10 @@ def with_traps(model: BaseAlgorithm, marker: Path, only: str | None = None) -> i
             if name == "data":
                 settings = json.loads(content)
                 for key, entry in settings.items():
-                    if isinstance(entry, dict) and ":serialized:" in entry and only in (None, key):
+                    if isinstance(entry, dict) and ":serialized:" in entry:
                         entry[":serialized:"] = trap
+                    elif key in more:
+                        settings[key] = {":type:": str(type(entry)), ":serialized:": trap} | entry
                 content = json.dumps(settings).encode()
             new.writestr(name, content)
     trapped.seek(0)
@@ -91,6 +93,15 @@ def test_nothing_is_run_and_the_agent_acts_the_same(algorithm: type[BaseAlgorith
     with pytest.raises(Exception):  # noqa: B017  # whatever comes of a trap in place of a setting
         algorithm.load(with_traps(model, marker), device="cpu")
     assert marker.exists()
+
+
+def test_nothing_is_run_to_compare_what_is_given_with_the_file(tmp_path: Path) -> None:
+    model, marker = model_of(ReBRAC), tmp_path / "was here"
+    trapped = with_traps(model, marker, more=["policy_kwargs"])
+    assert ReBRAC.load(trapped, safe_load=True, policy_kwargs={"net_arch": [8, 8], "actor_value": "min"}).policy_kwargs
+    trapped.seek(0)
+    assert ReBRAC.load(trapped, safe_load=True, policy_kwargs={"net_arch": [8, 8]}).policy_kwargs == model.policy_kwargs
+    assert not marker.exists()
 
 
 def test_a_learner_of_ours_goes_on_as_if_it_had_been_unpickled() -> None:
@@ -131,6 +142,75 @@ def test_dictionaries_of_observations_and_files_of_before(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="`train_freq`"):
         loaded = TD3BC.load(io.BytesIO(without.getvalue()), env=env, safe_load=True)
     assert loaded.observation_space == env.observation_space
+
+
+@pytest.mark.parametrize("space", [spaces.MultiBinary([2, 2]), spaces.MultiDiscrete([3, 4], np.int32, start=[0, 5])])
+def test_spaces_of_truths_and_choices_are_kept(space: spaces.Space[Any]) -> None:
+    env, stream = DictEnv(), io.BytesIO()
+    env.observation_space = spaces.Dict({"a": space})
+    TD3BC("MultiInputPolicy", env, policy_kwargs={"net_arch": [4]}, device="cpu").save(stream)  # type: ignore[arg-type]
+    stream.seek(0)
+    found = TD3BC.load(stream, device="cpu", safe_load=True).observation_space
+    assert found == env.observation_space and found["a"].dtype == space.dtype  # type: ignore[index]
+
+
+CHANGES: dict[str, Callable[[dict[str, bytes]], Any]] = {
+    "a list of settings": lambda members: members.update(data=json.dumps(list(json.loads(members["data"]).items())).encode()),
+    "plain settings that are none": lambda members: members.update({"plain_settings.json": b"[1, 2]"}),
+    "no weights": lambda members: members.pop("policy.pth"),
+    "weights that are none": lambda members: members.update({"policy.pth": b"junk"}),
+    "a folder above": lambda members: members.update({"../evil.pth": b"x"}),
+    "no space": lambda members: setting(members, "observation_space", None),
+    "a policy that is none": lambda members: setting(members, "policy_kwargs", 5),
+    "a negative size": lambda members: setting(members, "policy_kwargs", {"net_arch": [-1]}),
+    "a number for arrays": lambda members: setting(members, "_extra_state", 5),
+}
+
+
+def setting(members: dict[str, bytes], name: str, value: Any) -> None:
+    members["data"] = json.dumps(json.loads(members["data"]) | {name: value}).encode()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_does_not_fit_together_is_one_clear_error(change: str, tmp_path: Path) -> None:
+    model_of(TD3BC).save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    CHANGES[change](members)
+    with zipfile.ZipFile(tmp_path / "changed.zip", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"changed\.zip (is damaged|cannot be loaded)"):
+        safe_load(tmp_path / "changed.zip", TD3BC, device="cpu")
+    assert not (tmp_path.parent / "evil.pth").exists()
+
+
+def test_a_file_whose_bytes_changed_is_named(tmp_path: Path) -> None:
+    model_of(TD3BC).save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        place = archive.getinfo("policy.pth").header_offset + 500
+    content = bytearray((tmp_path / "model.zip").read_bytes())
+    content[place] ^= 255
+    (tmp_path / "model.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model is damaged .*policy\.pth"):
+        safe_load(tmp_path / "model", TD3BC, device="cpu")
+
+
+def test_noise_for_more_environments_than_there_can_be_is_left_out() -> None:
+    model, stream = model_of(TD3BC, action_noise=NormalActionNoise(np.zeros(1), np.ones(1))), io.BytesIO()
+    model.save(stream)  # type: ignore[arg-type]
+    changed = io.BytesIO()
+    with zipfile.ZipFile(stream) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "plain_settings.json":
+                plain = json.loads(content)
+                plain["action_noise"] = {"object": "VectorizedActionNoise", "of": [plain["action_noise"], 10**9]}
+                content = json.dumps(plain).encode()
+            new.writestr(name, content)
+    changed.seek(0)
+    with pytest.warns(UserWarning, match="`action_noise`"):
+        assert TD3BC.load(changed, device="cpu", safe_load=True).action_noise is None  # type: ignore[attr-defined]
 
 
 class OwnActivation(th.nn.ReLU):

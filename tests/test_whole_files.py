@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,19 @@ import pytest
 from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
+from typer.testing import CliRunner
 
 from sb3_offline_ft import TD3BC
+from sb3_offline_ft.cli import app
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.leftovers import owned_name, remove_leftovers, temporary_folder
 from sb3_offline_ft.common.reporting import reporting
 from sb3_offline_ft.common.statistics_file import WholeVecNormalize
 from sb3_offline_ft.common.termination import Terminated, held, raising_terminated
-from tests.conftest import REPOSITORY, Installation
-from tests.study_runs import write_study
+from sb3_offline_ft.study.engine.queue import StudyQueue
+from tests.conftest import REPOSITORY, RunPython
+from tests.made_up_study import result_of, write_study
+from tests.reported_studies import ONE_DATASET, methods
 
 SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu"}
 
@@ -104,6 +110,42 @@ class TestSaving:
         stream.seek(0)
         assert TD3.load(stream).action_space == model.action_space
 
+    def test_links_modes_and_devices_stay_what_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file, link, pipe = (tmp_path / name for name in ("statistics.pkl", "link.pkl", "pipe"))
+        file.write_bytes(b"old")
+        file.chmod(0o600)
+        link.symlink_to(file)
+        WholeVecNormalize(make_vec_env("Pendulum-v1")).save(str(link))
+        assert link.is_symlink() and file.read_bytes() != b"old" and stat.S_IMODE(file.stat().st_mode) == 0o600
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        with atomic_write(pipe) as stream:
+            stream.write(b"x")
+        assert os.read(reader, 2) == b"x" and pipe.is_fifo()
+        os.close(reader)
+        monkeypatch.chdir(tmp_path)
+        with atomic_write("relative") as stream:
+            monkeypatch.chdir("/")
+            stream.write(b"x")
+        assert (tmp_path / "relative").read_bytes() == b"x" and not list(tmp_path.glob(".*"))
+
+    def test_threads_write_at_once_and_leave_the_umask(self, tmp_path: Path) -> None:
+        def write(number: int) -> None:
+            for _ in range(100):
+                with atomic_write(tmp_path / str(number % 2)) as file:
+                    file.write(bytes([number]) * 1000)
+
+        before = os.umask(0o027)
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(write, range(8)))
+        finally:
+            after = os.umask(before)
+        assert after == 0o027
+        for path in tmp_path.iterdir():
+            content = path.read_bytes()
+            assert len(content) == 1000 and len(set(content)) == 1 and stat.S_IMODE(path.stat().st_mode) == 0o640
+
 
 class TestLeftovers:
     def test_only_those_of_dead_processes_are_removed(self, tmp_path: Path) -> None:
@@ -113,6 +155,12 @@ class TestLeftovers:
         place, _, rest = own.split(".")[-3].partition("-")
         number, start = rest.split("-")
         dead = subprocess.Popen([sys.executable, "-c", ""])
+        # Nobody has asked yet how it ended
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        zombie = f".z.{place}-{dead.pid}-{_start_of_process(dead.pid)}.abcdefgh.tmp"
+        (tmp_path / zombie).write_bytes(b"half")
+        remove_leftovers(tmp_path)
+        assert not (tmp_path / zombie).exists()
         dead.wait()
         gone = [f".x.{place}-{dead.pid}-{start}.abcdefgh.tmp", f".x.{place}-{number}-{int(start) - 1}.abcdefgh"]
         stay = [own, f".x.00000000-{dead.pid}-{start}.abcdefgh.tmp", ".hidden", ".other.abcdefgh.tmp", "x.tmp"]
@@ -132,7 +180,28 @@ class TestLeftovers:
         assert [path.name for path in tmp_path.iterdir()] == ["ü" * 120]
 
 
+def _start_of_process(number: int) -> str:
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+
+
 class TestTermination:
+    def test_a_forked_process_ends_at_once_and_who_ignores_the_signal_goes_on_to(self) -> None:
+        with raising_terminated():
+            process = os.fork()
+            if not process:
+                try:
+                    signal.raise_signal(signal.SIGTERM)
+                finally:
+                    os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            with raising_terminated() as has_come:
+                signal.raise_signal(signal.SIGTERM)
+                assert not has_come()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_what_swallows_the_signal_gets_it_again(self) -> None:
         class Swallowing:
@@ -175,71 +244,71 @@ class TestTermination:
         assert getattr(caught.value, "exit_code", None) == 143
         assert capsys.readouterr().err == "sb3-offline-ft study run: interrupted: go on\n"
 
-    def test_training_in_rl_zoo3_saves_its_model_and_ends_with_143(self, installation: Installation, tmp_path: Path) -> None:
+    def test_training_in_rl_zoo3_saves_its_model_and_ends_with_143(self, run_python: RunPython, tmp_path: Path) -> None:
         options = ["--algo", "td3bc", "--env", "Pendulum-v1", "-n", "1000000", "--eval-freq", "-1"]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1"}
-        command = [
-            installation.python,
-            "-m",
-            "rl_zoo3.train",
-            *options,
-            "-params",
-            "offline_steps:0",
-            "learning_starts:1000000",
-        ]
-        with subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process:
-            seen = b""
-            assert process.stdout is not None
-            while b"total_timesteps" not in seen and process.poll() is None:
-                seen += os.read(process.stdout.fileno(), 65536)
-            process.send_signal(signal.SIGTERM)
-            rest, _ = process.communicate(timeout=120)
-        assert process.returncode == 143 and b"Ended by SIGTERM: the model is saved in" in rest, seen + rest
-        assert b"Traceback" not in rest
+        hyperparams = ["-params", "offline_steps:0", "learning_starts:1000000"]
+        ended = run_python("-c", ENDED_AFTER_AN_EPISODE, *options, *hyperparams, cwd=tmp_path)
+        assert ended.returncode == 143 and "Ended by SIGTERM: the model is saved in" in ended.stderr, (
+            ended.stdout + ended.stderr
+        )
+        assert "Traceback" not in ended.stderr
         saved = tmp_path / "logs" / "td3bc" / "Pendulum-v1_1" / "Pendulum-v1.zip"
         assert TD3BC.load(saved).num_timesteps > 0
 
 
-WITHOUT_PRIVILEGE = """
-import ctypes, os, sys
-if os.geteuid() == 0:
+ENDED_AFTER_AN_EPISODE = """
+import os, runpy, signal, threading, time
+from pathlib import Path
+
+def end():
+    while not any(len(path.read_text().splitlines()) > 2 for path in Path("logs").rglob("*.monitor.csv")):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end, daemon=True).start()
+runpy.run_module("rl_zoo3.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def give_up_privilege() -> None:
+    """Let modes of files hold for root too, in this process."""
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     library = ctypes.CDLL(None)
     assert library.capget(header, data) == 0
     for place in range(3):
         data[place] &= ~2  # CAP_DAC_OVERRIDE
     assert library.capset(header, data) == 0
-from sb3_offline_ft.cli import app
-for arguments in sys.argv[1:]:
-    try:
-        app(arguments.split())
-    except SystemExit as error:
-        assert not error.code, arguments
-"""
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "capset"), reason="needs Linux")
 def test_a_study_that_cannot_be_written_to_can_be_looked_at(tmp_path: Path) -> None:
-    folder = write_study(tmp_path / "study", seeds=1, methods={"scratch": {"algorithm": "td3", "start": "scratch"}})
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "sb3_offline_ft", "study", "run", str(folder)]
-    subprocess.run(run, env=environment, check=True, capture_output=True, timeout=120)
+    protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3") | {"seeds": 1})
+    with StudyQueue(protocol) as queue:
+        queue.enqueue()
+        claim = queue.claim(list(queue.cells))
+        assert claim is not None and claim.finish(result_of(protocol, claim.cell))
+    folder, output, said = protocol.folder, tmp_path / "elsewhere" / "report.html", tmp_path / "said"
     places = [folder, *folder.rglob("*")]
     for path in places:
         path.chmod(path.stat().st_mode & ~0o222)
-    output = tmp_path / "elsewhere" / "report.html"
-    commands = [f"study status {folder}", f"study report {folder} --output {output} --format csv"]
+
+    def look() -> None:
+        give_up_privilege()
+        with pytest.raises(PermissionError):
+            (folder / "new").touch()
+        for arguments in (["status", str(folder)], ["report", str(folder), "--output", str(output), "--format", "csv"]):
+            result = CliRunner().invoke(app, ["study", *arguments])
+            with said.open("a") as file:
+                file.write(result.output)
+            assert result.exit_code == 0
+
     try:
-        shown = subprocess.run(
-            [sys.executable, "-c", WITHOUT_PRIVILEGE, *commands], env=environment, capture_output=True, text=True, timeout=120
-        )
+        code = in_child(look)
     finally:
         for path in places:
             path.chmod(path.stat().st_mode | 0o200)
-    assert shown.returncode == 0, shown.stderr
-    assert "tiny: 1 done" in shown.stdout and output.with_name("results.csv").is_file()
+    assert code == 0, said.read_text()
+    assert "1 done" in said.read_text() and output.with_name("results.csv").is_file()
 
 
 def test_the_committed_kills_lost_nothing() -> None:

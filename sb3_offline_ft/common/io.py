@@ -4,7 +4,8 @@ import base64
 import io
 import os
 import pathlib
-import tempfile
+import secrets
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any, BinaryIO
@@ -19,25 +20,34 @@ from sb3_offline_ft.common.reading import ArrayFile, TooLargeError, open_file, r
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     Open a temporary file beside ``path`` for writing; it takes the name ``path`` only if the block succeeds, and only when
-    the disk has all of it. What killed processes left there in the same way is removed.
+    the disk has all of it. What killed processes left there in the same way is removed. The mode of a file that is there is
+    kept.
 
-    :param path: Where the file shall be; missing folders are created
+    :param path: Where the file shall be, a link to it, or a device; missing folders are created
     :return: The open binary file
     """
-    target = pathlib.Path(path)
+    # A link stays one
+    target = pathlib.Path(os.path.realpath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():
+        # A device or a pipe can be written to, not replaced
+        with target.open("wb") as file:
+            yield file
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f"{owned_name(target.name)}.", suffix=".tmp")
+    if target.is_file():
+        # What may not be written to is not replaced either
+        target.open("r+b").close()
+    # Not tempfile's, whose files are private: ours follow the user's umask, or keep what was set
+    temporary = target.with_name(f"{owned_name(target.name)}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
+            if target.is_file():
+                shutil.copymode(target, temporary)
             yield file
-        # mkstemp's files are private, ours follow the user's umask like any other
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        replace_synced(pathlib.Path(temporary), target)
+        replace_synced(temporary, target)
     except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -12,7 +12,9 @@ from contextlib import suppress
 from functools import cache
 
 OLD_SECONDS = 7 * 24 * 3600
-"""Age at which what another machine's process made counts as left behind."""
+"""Age at which what another machine's process made, or one's of before a restart, counts as left behind."""
+NEVER = -1
+"""Start of a process that is dead, though nobody has asked how it ended."""
 NAME_CHARACTERS = 100
 """Of the name of what is written; the whole name must fit into a file system's 255 bytes."""
 _OWNED = re.compile(r"\..*\.(?P<place>[0-9a-f]{8})-(?P<process>\d+)-(?P<start>\d+)\.\w{8}(\.tmp)?", re.DOTALL)
@@ -40,8 +42,8 @@ def temporary_folder(parent: pathlib.Path, name: str) -> pathlib.Path:
 
 def remove_leftovers(folder: pathlib.Path) -> None:
     """
-    Remove temporary files and folders in a folder whose processes are dead, or were on another machine and are old. Others,
-    and whatever has other names, are left alone.
+    Remove temporary files and folders in a folder whose processes are dead, or were on another machine (or before this one was
+    started again) and are old. Others, and whatever has other names, are left alone.
 
     :param folder: The folder, not those in it
     """
@@ -77,19 +79,19 @@ def _is_left_behind(path: pathlib.Path, place: str, process: str, start: str) ->
 
 @cache
 def _place() -> str:
-    """A name for where process numbers mean the same: a machine, and on it a container."""
-    namespace = ""
+    """A name for where process numbers mean the same: a machine, which others may share the name of, and on it a container."""
+    facts = platform.node()
     with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    return f"{zlib.crc32(f'{platform.node()} {namespace}'.encode()):08x}"
+        facts += pathlib.Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(facts.encode()):08x}"
 
 
 def _start_of(process: int) -> int | None:
-    """When a process began, in the system's own unit; None if it is dead, or if this system does not tell."""
+    """When a process began, in the system's own unit, never if it is dead; None if this system does not tell."""
     try:
         facts = pathlib.Path(f"/proc/{process}/stat").read_text(errors="replace")
     except OSError:
         return None
     # The name before it, in brackets, may hold anything
     fields = facts.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    return NEVER if fields[0] in "ZX" else int(fields[19])

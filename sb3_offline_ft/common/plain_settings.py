@@ -7,7 +7,8 @@ import pathlib
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -25,13 +26,21 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json, naming_damage
 from sb3_offline_ft.common.plain_pickle import Name, NotPlainError
+from sb3_offline_ft.common.reading import parse_json, read_member, reason_of
 from sb3_offline_ft.common.schedules import GeometricSchedule
 from sb3_offline_ft.common.warning import warn
 
 MEMBER = "plain_settings.json"
 """The file in a model's zip; SB3 overlooks it."""
-NEEDED = ("policy_class", "policy_kwargs", "observation_space", "action_space")
-"""What nobody acts without."""
+NEEDED: dict[str, type] = {
+    "policy_class": type,
+    "policy_kwargs": dict,
+    "observation_space": spaces.Space,
+    "action_space": spaces.Space,
+}
+"""What nobody acts without, and what it is."""
+MOST_COPIES = 10_000
+"""Environments that a file may have noise for."""
 MADE_ANEW = frozenset(
     "_last_obs _last_original_obs _last_episode_starts ep_info_buffer ep_success_buffer lr_schedule "
     "exploration_schedule".split()
@@ -76,7 +85,24 @@ def safe_load(
     if "safe_load" in inspect.signature(algorithm.load).parameters:
         return algorithm.load(path, env=env, device=device, safe_load=True, **kwargs)
     stream, objects = without_pickle(path, algorithm, env, kwargs)
-    return algorithm.load(stream, env=env, device=device, custom_objects=objects, **kwargs)
+    with naming_misfit(path):
+        return algorithm.load(stream, env=env, device=device, custom_objects=objects, **kwargs)
+
+
+@contextmanager
+def naming_misfit(path: File) -> Iterator[None]:
+    """
+    :param path: What is loaded within the block
+    :raises ValueError: What SB3 and PyTorch raise, in other ways than about arguments, of a file that does not fit together
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{_shown(path)} cannot be loaded ({reason_of(error)}): it is damaged, or another algorithm's."
+        ) from error
 
 
 def without_pickle(
@@ -93,7 +119,8 @@ def without_pickle(
     """
     stream = content_of(path)
     settings, plain = read_settings(stream, path)
-    objects, defaults, unknown = {}, constructor_arguments(algorithm), []
+    objects: dict[str, Any] = {}
+    defaults, unknown = constructor_arguments(algorithm), []
     for name in (name for name, entry in settings.items() if is_pickled(entry)):
         try:
             objects[name] = rebuilt(name, settings, plain, algorithm.policy_aliases.values(), env)
@@ -106,6 +133,9 @@ def without_pickle(
             objects[name] = None if name in MADE_ANEW else defaults.get(name)
             if name not in MADE_ANEW:
                 unknown.append(name)
+    for name, kind in NEEDED.items():
+        if not isinstance(objects.get(name, settings.get(name)), kind):
+            raise ValueError(f"{_shown(path)} is damaged or of another kind: it does not tell {name}.")
     if objects.get("target_entropy") == "auto":
         # TQC would ask its environment, which there may not be
         objects["target_entropy"] = -float(np.prod(objects["action_space"].shape))
@@ -153,8 +183,12 @@ def content_of(path: File) -> io.BytesIO:
 def read_settings(stream: io.BytesIO, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings in a zip file as SB3 has written them, and those that are there in plain JSON too."""
     with naming_damage(_shown(path), "a zip file saved by a Stable-Baselines3 algorithm"), zipfile.ZipFile(stream) as archive:
-        settings = dict(json.loads(archive.read("data")))
-        plain = dict(json.loads(archive.read(MEMBER))) if MEMBER in archive.namelist() else {}
+        settings = parse_json(read_member(archive, "data"), "data")
+        plain = parse_json(read_member(archive, MEMBER), MEMBER) if MEMBER in archive.namelist() else {}
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} has changed")
+        if not (isinstance(settings, dict) and isinstance(plain, dict)):
+            raise ValueError("its settings are no JSON object")
     stream.seek(0)
     return settings, plain
 
@@ -229,17 +263,28 @@ def _box(low: np.ndarray, high: np.ndarray, shape: list[int], dtype: str) -> spa
     return spaces.Box(low, high, tuple(shape), kind)
 
 
+def _copies(noise: Any, count: int) -> VectorizedActionNoise:
+    if count > MOST_COPIES:
+        raise NotPlainError(f"it asks for {count:,} copies")
+    return VectorizedActionNoise(noise, count)
+
+
 _KINDS: dict[type, tuple[Callable[[Any], tuple[Any, ...]], Callable[..., Any]]] = {
     spaces.Box: (lambda it: (_compact(it.low), _compact(it.high), it.shape, it.dtype.str), _box),
     spaces.Dict: (lambda it: (list(it.spaces.items()),), lambda items: spaces.Dict(OrderedDict(items))),
     spaces.Discrete: (lambda it: (int(it.n), int(it.start)), lambda n, start: spaces.Discrete(n, start=start)),
+    spaces.MultiBinary: (lambda it: (it.shape,), spaces.MultiBinary),
+    spaces.MultiDiscrete: (
+        lambda it: (it.nvec, it.start, it.dtype.str),
+        lambda nvec, start, dtype: spaces.MultiDiscrete(nvec, np.dtype(dtype).type, start=start),
+    ),
     TrainFreq: (lambda it: (it.frequency, it.unit.value), lambda n, unit: TrainFreq(n, TrainFrequencyUnit(unit))),
     NormalActionNoise: (lambda it: (it._mu, it._sigma), NormalActionNoise),
     OrnsteinUhlenbeckActionNoise: (
         lambda it: (it._mu, it._sigma, it._theta, it._dt, it.initial_noise),
         OrnsteinUhlenbeckActionNoise,
     ),
-    VectorizedActionNoise: (lambda it: (it.base_noise, len(it.noises)), VectorizedActionNoise),
+    VectorizedActionNoise: (lambda it: (it.base_noise, len(it.noises)), _copies),
     LinearSchedule: (lambda it: (it.start, it.end, it.end_fraction), LinearSchedule),
     ConstantSchedule: (lambda it: (it.val,), ConstantSchedule),
     GeometricSchedule: (lambda it: (it.start, it.end), GeometricSchedule),

@@ -1,5 +1,6 @@
 """SIGTERM as an exception in the main thread, as Ctrl-C is one."""
 
+import os
 import signal
 import sys
 import threading
@@ -17,7 +18,8 @@ class Terminated(KeyboardInterrupt):
 @contextmanager
 def raising_terminated(again: bool = True) -> Iterator[Callable[[], bool]]:
     """
-    Let SIGTERM raise :class:`Terminated` within the block; in another thread than the main one, nothing changes.
+    Let SIGTERM raise :class:`Terminated` within the block; in another thread than the main one, or if whoever started the
+    process had it ignored, nothing changes. A process that is forked within the block ends as it would without.
 
     Python loses an exception that a signal raises where it cannot go on: in a destructor, a callback of a C library, a part
     of an import. So it is raised again until somebody deals with it.
@@ -25,14 +27,18 @@ def raising_terminated(again: bool = True) -> Iterator[Callable[[], bool]]:
     :param again: Whether to do so; not if somebody may catch it and go on
     :return: Tells whether SIGTERM has come
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None):
         yield lambda: False
         return
-    came = False
+    came, process = False, os.getpid()
     alarm = getattr(signal, "SIGALRM", None) if again else None
 
     def end(number: int, _: object) -> None:
         nonlocal came
+        if os.getpid() != process:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+            return
         came = True
         if alarm is not None:
             signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)

@@ -22,7 +22,7 @@ from sb3_offline_ft.buffers import OfflineToOnlineReplayBuffer
 from sb3_offline_ft.checkpoints import resume
 from sb3_offline_ft.common.checks import constructor_arguments, known_keywords
 from sb3_offline_ft.common.io import arrays_from_text, arrays_to_text, atomic_write, naming_damage
-from sb3_offline_ft.common.plain_settings import add_plain_settings, without_pickle
+from sb3_offline_ft.common.plain_settings import add_plain_settings, naming_misfit, without_pickle
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import load_dataset, without_trust
 from sb3_offline_ft.offline_td3.acting import LEARNED_PREFIX
@@ -54,7 +54,7 @@ def written_whole(path: File, suffix: str) -> Iterator[Any]:
     if file.is_dir():
         warn(f"Path '{file}' is a folder. Will save instead to {file}_2")
         file = pathlib.Path(f"{file}_2")
-    with atomic_write(file.resolve()) as stream:
+    with atomic_write(file) as stream:
         yield stream
 
 
@@ -138,8 +138,8 @@ def arguments_for(
     # Those in the file are written by `save`
     refuse_keywords(replaced.get("replay_buffer_kwargs") or {}, *N_STEP_KEYWORDS)
     if cls.policy_defaults and "policy_kwargs" in replaced:
-        others = {name: value for name, value in {**(objects or {}), **given}.items() if name != "policy_kwargs"}
-        stored, _, _ = load_from_zip_file(path, custom_objects=others, device="cpu")
+        others = {name: value for name, value in given.items() if name != "policy_kwargs"}
+        stored, _, _ = load_from_zip_file(path, custom_objects=others | dict(objects or {}), device="cpu")
         complete = None if stored is None else with_policy_defaults(cls, stored["policy_class"], replaced["policy_kwargs"])
         if stored is not None and complete == stored["policy_kwargs"]:
             replaced = replaced | {"policy_kwargs": complete}
@@ -391,12 +391,14 @@ class SavedLearner(OfflineLearner):
         """
         known_keywords(cls, kwargs, f"{cls.__name__}.load", excluded=("policy", "env", "device", "_init_setup_model"))
         given = {**(custom_objects or {}), **kwargs}
+        named = path
         if safe_load:
             path, objects = without_pickle(path, cls, env, given)
             custom_objects = objects | (custom_objects or {})
-        kwargs = arguments_for(cls, path, kwargs, given, custom_objects)
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        take_up(model, kwargs, "dataset" in given)
+        with naming_misfit(named) if safe_load else nullcontext():
+            kwargs = arguments_for(cls, path, kwargs, given, custom_objects)
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            take_up(model, kwargs, "dataset" in given)
         if kwargs.get("seed") is not None:
             # A new seed asks for new random streams, not for the saved ones
             model._randomness.seed(kwargs["seed"])
