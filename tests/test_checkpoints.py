@@ -167,6 +167,30 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(".")]
 
 
+def test_the_only_checkpoint_is_there_until_the_next_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Witness):
+        def _on_training_start(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(DiedError):
+        sac().learn(200, callback=[CheckpointRun(20, keep=1, path=tmp_path), DieAt(50)])
+    with (
+        monkeypatch.context() as patched,
+        pytest.warns(UserWarning, match="Input/output error"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        patched.setattr("sb3_offline_ft.checkpoints.folder.replace_synced", fail)
+        # Interrupted where it goes on, so that the last checkpoint is of the same place
+        resume(tmp_path, environments()).learn(200, callback=[CheckpointRun(20, keep=1), Interrupted()])
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path, environments()).learn(200, callback=[CheckpointRun(20, keep=1), Interrupted()])
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 1
+    assert goes_on_at(tmp_path) == 41
+
+
 def test_without_an_intact_checkpoint_there_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no intact checkpoint: expected one that `CheckpointRun` wrote"):
         resume(tmp_path, environments())

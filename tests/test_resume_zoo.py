@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
+from stable_baselines3 import SAC
 
 from sb3_offline_ft import TD3C
 from sb3_offline_ft.algorithms import preset_path
+from sb3_offline_ft.zoo.manifest import MANIFEST, read_manifest
+from sb3_offline_ft.zoo.trace import Trace, compare
 from sb3_offline_ft.zoo.train import main
 from tests.conftest import REPOSITORY
 from tests.resumed_runs import events, scalars
@@ -48,9 +51,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, module: str = "sb3_offline_ft.zoo.train") -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "sb3_offline_ft.zoo.train", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -109,9 +112,43 @@ def test_a_run_that_is_killed_twice_equals_one_that_is_not(tmp_path: Path, train
     evaluations = [np.load(run / "evaluations.npz") for run in (expected, folder)]
     assert all(np.array_equal(evaluations[0][name], evaluations[1][name]) for name in ("timesteps", "results"))
     assert events(expected, "deployment_events.jsonl") == events(folder, "deployment_events.jsonl")
+    assert compare(Trace.read(expected), Trace.read(folder)) is None
+    assert events(expected, "trace.jsonl") == events(folder, "trace.jsonl")
+    manifests = [read_manifest(run) for run in (expected, folder)]
+    assert [len(manifest["resumed"]) for manifest in manifests] == [0, 2]
+    assert all(manifests[0][name] == manifests[1][name] for name in ("state", "timesteps", "updates", "dataset"))
     logged = [scalars(tmp_path / f"{name}_tb" / ENV / "TD3C_1") for name in ("whole", "killed")]
     assert logged[0] == logged[1] and "offline/critic_loss" in logged[0] and "rollout/ep_rew_mean" in logged[0]
     assert sorted(path.name for path in (tmp_path / "killed_tb" / ENV).iterdir()) == ["TD3C_1"]
+
+
+def test_a_run_of_sb3_is_gone_on_with(tmp_path: Path, train: Callable[..., None]) -> None:
+    settings = {
+        "policy": "MlpPolicy",
+        "n_timesteps": 600,
+        "policy_kwargs": {"net_arch": [8]},
+        "batch_size": 8,
+        "callback": [{"sb3_offline_ft.CheckpointRun": {"save_freq": 100}}],
+    }
+    (tmp_path / "sac.yml").write_text(yaml.safe_dump({ENV: settings}))
+    arguments = ["--algo", "sac", "--env", ENV, "--seed", "1", "-conf", "sac.yml", "--verbose", "0", "--eval-freq", "-1"]
+    arguments += ["--num-threads", "1"]
+    train(*arguments, "-f", "whole")
+    expected = tmp_path / "whole" / "sac" / f"{ENV}_1"
+    for module in ("sb3_offline_ft.zoo.train", "rl_zoo3.train"):
+        folder = tmp_path / module / "sac" / f"{ENV}_1"
+        kill_at(start(tmp_path, *arguments, "-f", module, module=module), folder, "step_[2-4]??_*")
+        train("--resume", f"{module}/sac/{ENV}_1")
+        ones, others = (SAC.load(run / f"{ENV}.zip").policy.state_dict() for run in (expected, folder))
+        assert all(th.equal(ones[name], others[name]) for name in ones)
+        assert monitored(expected) == monitored(folder)
+        if module == "rl_zoo3.train":
+            # It began without one
+            assert not (folder / MANIFEST).exists()
+        else:
+            assert compare(Trace.read(expected), Trace.read(folder)) is None
+            manifest = read_manifest(folder)
+            assert (manifest["state"], manifest["timesteps"], len(manifest["resumed"])) == ("finished", 600, 1)
 
 
 def test_what_cannot_be_resumed_is_one_clear_error(train: Callable[..., None]) -> None:

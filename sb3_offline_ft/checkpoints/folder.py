@@ -71,6 +71,9 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._remove_unfinished()
         number = max((number or 0 for number, _ in self._by_number()), default=0) + 1
+        if target.exists():
+            # It may be the only one, and is not removed before this one is there
+            target = self.path / f"{name}_{number}"
         temporary = Path(tempfile.mkdtemp(dir=self.path, prefix=UNFINISHED))
         try:
             rows = self.ring.write(buffer)
@@ -80,8 +83,6 @@ class CheckpointFolder:
             manifest["sha256"] = {STATE: _sha256(temporary / STATE), MANIFEST: _sha256_of(manifest)}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             temporary.chmod(0o777 & ~_umask())
-            if target.exists():
-                self._remove(target)
             replace_synced(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -231,7 +231,8 @@ def note_resume(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         content = read_manifest(folder)
         facts = {"at": _now(), "command": _command()["command"], **machine_facts(("rl_zoo3", *PACKAGES))}
-        write_manifest(folder, content | {"state": RUNNING, "resumed": [*content.get("resumed", []), facts]})
+        # No digest of a model that is written anew: who is killed in between could not be resumed again
+        write_manifest(folder, content | {"state": RUNNING, "files": {}, "resumed": [*content.get("resumed", []), facts]})
 
 
 def file_digest(path: Path) -> str:

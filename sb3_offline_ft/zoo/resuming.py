@@ -20,6 +20,8 @@ from sb3_offline_ft.checkpoints.resuming import go_on_with
 from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import constructor_arguments
 from sb3_offline_ft.datasets.files.zoo import ARGUMENTS, CONFIG, OF_ENVIRONMENT, read_zoo_yaml
+from sb3_offline_ft.zoo.manifest import MANIFEST
+from sb3_offline_ft.zoo.recording import RecordingManager
 
 OF_A_RUN = {"callback", "monitor_kwargs", "n_envs", "n_timesteps", "noise_std", "noise_type"}
 """Hyperparameters of rl_zoo3 that are no arguments of an algorithm."""
@@ -30,6 +32,8 @@ class _Resumed:
 
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         print(f"Going on with {self.save_path}")
+        # The manifest has them from when the run began
+        self.configured, self.sources = self.saved_hyperparams, {}
         return dict(self.saved_hyperparams), dict(self.saved_hyperparams)
 
     def create_log_folder(self) -> None:
@@ -92,7 +96,8 @@ def resume_run(folder: Path) -> BaseAlgorithm:
 
 
 def _manager(args: argparse.Namespace, folder: Path, hyperparams: dict[str, Any]) -> Any:
-    cls = _resumed(ExperimentManager)
+    # A run of rl_zoo3's own train may have no manifest, and gets none when half of it is over
+    cls = _resumed(RecordingManager if (folder / MANIFEST).is_file() else ExperimentManager)
     manager: Any = cls(
         args,
         args.algo,

@@ -50,6 +50,15 @@ class RunTrace(BaseCallback):
         self._log.append({"event": "start", "timestep": model.num_timesteps})
         self._note_weights(model.num_timesteps)
 
+    def state_dict(self) -> dict[str, Any]:
+        """How far the trace is."""
+        return {"log": self._log.state_dict(), "marked": self._marked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: what came later is forgotten, also that the learner began anew."""
+        self._log.load_state_dict(state["log"])
+        self._marked = state["marked"]
+
     def _init_callback(self) -> None:
         self._when_begun()
 
