@@ -33,7 +33,7 @@ class _Resumed:
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         print(f"Going on with {self.save_path}")
         # The manifest has them from when the run began
-        self.configured, self.sources = self.saved_hyperparams, {}
+        self.configured, self.sources = self.saved_hyperparams, dict[str, str]()
         return dict(self.saved_hyperparams), dict(self.saved_hyperparams)
 
     def create_log_folder(self) -> None:
