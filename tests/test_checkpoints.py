@@ -8,8 +8,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import optuna
 import pytest
 from gymnasium import spaces
+from rl_zoo3.callbacks import TrialEvalCallback
 from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -45,6 +47,14 @@ def goes_on_at(path: Path) -> int:
 
 
 # What is written
+
+
+def test_trials_of_a_tuner_have_none(tmp_path: Path) -> None:
+    callbacks = [CheckpointRun(10), TrialEvalCallback(environments(), optuna.create_study().ask(), 1, eval_freq=50)]
+    sac().learn(60, callback=callbacks)
+    assert not callbacks[1].is_pruned and not list(tmp_path.iterdir())
+    sac().learn(60, callback=[CheckpointRun(10, path=tmp_path), callbacks[1]])
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_checkpoints_are_kept_without_pickles_and_with_the_rows_that_they_need(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_offline_ft.checkpoints.arguments import saved_arguments
@@ -21,6 +21,7 @@ from sb3_offline_ft.checkpoints.outputs import logger_state
 from sb3_offline_ft.checkpoints.ring import check_buffer
 from sb3_offline_ft.collapse.learner import is_pretraining
 from sb3_offline_ft.collapse.reporting import run_folder
+from sb3_offline_ft.common.callbacks import find_callbacks
 from sb3_offline_ft.common.checks import known_keywords, whole_number
 from sb3_offline_ft.common.warning import warn
 
@@ -66,8 +67,7 @@ class CheckpointRun(BaseCallback):
         self.save_freq = whole_number(save_freq, "save_freq", least=1)
         self.keep = whole_number(keep, "keep", least=1)
         self.path = None if path is None else Path(path)
-        self.is_off = False
-        """Whether it does nothing, as in trials of a tuner, which begin again when they die."""
+        self._is_off = False
         self._default_path: Path | None = None
         self._folder: CheckpointFolder | None = None
         self._before: tuple[bool, int] | None = None
@@ -98,7 +98,7 @@ class CheckpointRun(BaseCallback):
     # When
 
     def _init_callback(self) -> None:
-        if self.is_off or self._restore is not None:
+        if self._restore is not None:
             return
         self._call, self._before, self._signal = {}, None, None
         if not isinstance(self.model, OffPolicyAlgorithm):
@@ -106,11 +106,13 @@ class CheckpointRun(BaseCallback):
         check_buffer(self.model.replay_buffer)
 
     def _on_training_start(self) -> None:
-        if self.is_off:
-            return
         is_offline = is_pretraining(self.model)
+        callbacks = self.locals.get("callback") if not is_offline else self.locals["started"]
+        self._is_off = _is_in_trial(callbacks)
+        if self._is_off:
+            return
         if self._restore is None:
-            self._begin(self.locals.get("callback") if not is_offline else self.locals["started"])
+            self._begin(callbacks)
             self._call = {
                 "total_timesteps": int(self.locals["total_timesteps"]),
                 "begun_at": self.model._num_timesteps_at_start,
@@ -120,7 +122,8 @@ class CheckpointRun(BaseCallback):
 
     def on_offline_start(self, callbacks: BaseCallback) -> None:
         """Called between two updates of a pretraining."""
-        if self.is_off:
+        self._is_off = _is_in_trial(callbacks)
+        if self._is_off:
             return
         if not self._call:
             # Of the pretraining within `learn`, before callbacks start
@@ -134,7 +137,7 @@ class CheckpointRun(BaseCallback):
         self._at_boundary(callbacks)
 
     def _on_rollout_start(self) -> None:
-        if not self.is_off:
+        if not self._is_off:
             self._at_boundary(self.locals["callback"])
 
     def _on_step(self) -> bool:
@@ -287,3 +290,8 @@ class CheckpointRun(BaseCallback):
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         os.kill(os.getpid(), number)
+
+
+def _is_in_trial(callbacks: BaseCallback | None) -> bool:
+    """Whether rl_zoo3's tuner evaluates the run, which begins again when it dies."""
+    return any(hasattr(evaluation, "trial") for evaluation in find_callbacks(callbacks, EvalCallback))

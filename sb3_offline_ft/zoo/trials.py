@@ -9,7 +9,6 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_offline_ft.checkpoints import CheckpointRun
 from sb3_offline_ft.common.callbacks import callbacks_with, find_callbacks
 from sb3_offline_ft.common.search_space import (
     FINETUNING_PREFIX,
@@ -43,9 +42,6 @@ class TrialStart(BaseCallback):
 
     def _on_training_start(self) -> None:
         siblings = self.locals.get("callback")
-        for checkpoints in find_callbacks(siblings, CheckpointRun):
-            # A trial that dies begins again
-            checkpoints.is_off = True
         if self._pretrained is not None:
             for evaluation in find_callbacks(siblings, TrialEvalCallback):
                 # The evaluation before the first interaction is one more than rl_zoo3 counts
