@@ -4,6 +4,7 @@ import compileall
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -25,6 +26,10 @@ th.set_num_threads(1)
 # One server forks the processes of SubprocVecEnv and those that a test kills: what they import, it imports once. It begins
 # with the first test that needs it, so that a later one cannot ask for more.
 multiprocessing.set_forkserver_preload(["stable_baselines3", "sb3_offline_ft.trial.running", "tests.test_trial_running"])
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which some send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
 
