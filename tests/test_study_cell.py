@@ -471,7 +471,9 @@ def test_processes_that_write_the_same_folder_at_once_all_succeed(results: dict[
 
 
 def test_what_killed_writers_left_is_removed_when_it_is_old(results: dict[str, CellResult], tmp_path: Path) -> None:
-    names = [".seed1-0123abcd.x3_k9qwe", ".seed1-0123abcd.old.x3_k9qwe", ".seed2-0123abcd.fresh123", ".other", ".seedling"]
+    # Of another machine's processes
+    names = [f".{name}.00000000-1-1.x3_k9qwe" for name in ("seed1-0123abcd", "seed1-0123abcd.old", "seed2-0123abcd.fresh")]
+    names += [".other", ".seedling"]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").touch()
