@@ -200,7 +200,7 @@ def test_npz_without_next_observations_drops_only_what_is_unknown(tmp_path: Path
         expected += [kept] if len(kept.rewards) else []
     n_dropped = sum(episode.end == "truncated" for episode in episodes)
     if not expected:
-        with pytest.raises(ValueError, match="has no transition: in '.*episodes.npz' each episode has one row and goes on"):
+        with pytest.raises(ValueError, match=r"has no transition: in '.*episodes\.npz' each episode has one row and goes on"):
             load_dataset(path)
         return
     with pytest.warns(UserWarning, match=f"{n_dropped} last rows"):
