@@ -532,7 +532,7 @@ def test_the_configuration_pretrains_as_the_trials_were_and_finetunes_as_the_bes
     assert {name: whole_run[name] for name in changes} == changes
     assert (whole_run["learning_rate"], whole_run["offline_steps"], whole_run["n_timesteps"]) == (1e-3, 50, 300)
     champion = {"random_return": -1309, "worst_return": -1900}
-    assert whole_run["callback"][0]["sb3_offline_ft.ChampionChallenger"] == champion
+    assert whole_run["callback"][1]["sb3_offline_ft.ChampionChallenger"] == champion
     # What TD3C would learn from the data by this configuration is what TD3BC learned for the trials
     env = make_vec_env("Pendulum-v1")
     arguments = {name: value for name, value in whole_run.items() if name not in ("n_timesteps", "dataset", "callback")}
