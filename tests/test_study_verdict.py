@@ -154,17 +154,18 @@ class TestVerdict:
 
     def test_methods_are_compared_in_pairs(self, numbers: StudyNumbers) -> None:
         text = words(numbers, "Compared with TD3C")
-        # Five pairs give no p-value below 2 / 2^5, and Holm's correction makes the smallest of 15 as large as 15 times it:
-        # ends of five methods, means of four (not from scratch), dips and collapses of three (nor of the frozen policy)
+        # Five pairs give no p-value below 2 / 2^5, and Holm's correction makes the smallest of 19 as large as 19 times it: ends
+        # of five methods, what was served and means of four (not from scratch), dips and collapses of three (nor of the frozen)
         assert "higher" not in text and "lower" not in text
-        assert re.search(rf"no difference shown for .*plain TD3 \(-(69|70)\d, p = {15 * 2 / 2**5:.2f}\)", text)
+        assert re.search(rf"no difference shown for .*plain TD3 \(-(69|70)\d, p = {min(1, 19 * 2 / 2**5):.2f}\)", text)
         assert "With 5 pairs of runs, a paired test cannot give a p-value below 0.062" in words(numbers, "What remains")
 
     def test_what_is_not_alike_is_not_compared(self, numbers: StudyNumbers) -> None:
         compared = {name: {row.metric for row in numbers.tests.comparisons if row.method.name == name} for name in METHODS}
         assert compared["scratch"] == {"last_return"}
-        assert compared["offline"] == {"last_return", "mean_return"}
-        assert compared["td3"] == {"last_return", "mean_return", "dip_depth", "collapsed"} and not compared["td3c"]
+        assert compared["offline"] == {"served_mean_return", "last_return", "mean_return"}
+        assert compared["td3"] == {"served_mean_return", "last_return", "mean_return", "dip_depth", "collapsed"}
+        assert not compared["td3c"]
 
     def test_too_many_comparisons_for_any_difference_are_said(self, tmp_path: Path) -> None:
         changes = ONE_DATASET | methods("td3bc", "td3", "td3c") | {"interactions": 12_000, "seeds": 6}
@@ -172,7 +173,7 @@ class TestVerdict:
         write_runs(protocol)
         # A single test could: 2 / 2^6 is below 0.05
         expected = (
-            f"cannot give a p-value below 0.031, and Holm's correction for 8 tests makes {8 * 2 / 2**6:.2g} of it: no "
+            f"cannot give a p-value below 0.031, and Holm's correction for 10 tests makes {10 * 2 / 2**6:.2g} of it: no "
             "difference, however large, can be called significant."
         )
         assert expected in words(protocol, "What remains")
@@ -181,7 +182,7 @@ class TestVerdict:
         protocol = write_study(tmp_path / "study", ONE_DATASET | methods("td3bc", "td3", "td3c") | {"seeds": 10})
         write_runs(protocol)
         text = words(protocol, "Compared with TD3C")
-        p = 8 * 2 / 2**10  # two methods are compared by four numbers
+        p = 10 * 2 / 2**10  # two methods are compared by five numbers
         assert re.search(rf"Mean of the last 10 evaluations: lower for TD3BC kept \(-1,1\d\d, p = {p:.3f}\); plain TD3", text)
         assert re.search(rf"Dips: deeper for plain TD3 \(\+0\.9\d, p = {p:.3f}\)", text)
         assert f"Collapses: more often for plain TD3 (10 : 0 pairs, p = {p:.3f})" in text
