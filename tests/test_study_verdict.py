@@ -154,8 +154,9 @@ class TestVerdict:
 
     def test_methods_are_compared_in_pairs(self, numbers: StudyNumbers) -> None:
         text = words(numbers, "Compared with TD3C")
-        # Five pairs give no p-value below 2 / 2^5, and Holm's correction makes the smallest of 19 as large as 19 times it: ends
-        # of five methods, what was served and means of four (not from scratch), dips and collapses of three (nor of the frozen)
+        # Five pairs give no p-value below 2 / 2^5, and Holm's correction makes the smallest of 19 as large as 19 times it:
+        # ends of five methods, what was served and means of four (not from scratch), dips and collapses of three (nor of the
+        # frozen policy)
         assert "higher" not in text and "lower" not in text
         assert re.search(rf"no difference shown for .*plain TD3 \(-(69|70)\d, p = {min(1, 19 * 2 / 2**5):.2f}\)", text)
         assert "With 5 pairs of runs, a paired test cannot give a p-value below 0.062" in words(numbers, "What remains")
