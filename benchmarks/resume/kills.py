@@ -4,9 +4,9 @@ Runs that are killed at random moments and go on: do they come out as if nothing
     python benchmarks/resume/kills.py            # about ten minutes; writes kills.json and kills.md beside this file
     python benchmarks/resume/kills.py --kills 3  # a look
 
-In each row one run is killed with SIGKILL as often as asked for, each time at a random moment of one phase, and goes on after
-each kill. Then it is compared with a run that was left alone: weights, optimizers, replay buffer, returns, evaluations,
-random numbers.
+In each row a run is killed with SIGKILL, each time at a random moment of one phase, and goes on after each kill; if it ends
+before it was killed as often as asked for, there is another one. Each is compared with a run that was left alone: weights,
+optimizers, replay buffer, returns, evaluations, random numbers.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def digest(value: Any) -> str:
 
 
 def killed_run(setting: str, phase: str, kills: int, randomness: random.Random) -> dict[str, Any]:
-    """One row of the table."""
+    """One run, killed until it ends."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Path(scratch, "whole"), Path(scratch, "killed")
@@ -180,6 +180,18 @@ def killed_run(setting: str, phase: str, kills: int, randomness: random.Random) 
         first, second = (json.loads((folder / "outcome.json").read_text()) for folder in (whole, killed))
         different = sorted(name for name in first if first[name] != second.get(name))
     return {"setting": setting, "phase": phase, "kills": done, "compared": sorted(first), "different": different}
+
+
+def killed_runs(setting: str, phase: str, kills: int, randomness: random.Random) -> dict[str, Any]:
+    """One row of the table."""
+    row = killed_run(setting, phase, kills, randomness) | {"runs": 1}
+    while row["kills"] < kills:
+        if row["runs"] > kills:
+            raise RuntimeError(f"{setting}, {phase}: the runs end before they can be killed.")
+        another = killed_run(setting, phase, kills - row["kills"], randomness)
+        row["different"] = sorted({*row["different"], *another["different"]})
+        row |= {"kills": row["kills"] + another["kills"], "runs": row["runs"] + 1}
+    return row
 
 
 # Cost
@@ -247,10 +259,11 @@ def table(result: dict[str, Any]) -> str:
         "Written by `kills.py`. A run is the same if nothing of what is compared differs.",
         "",
     ]
-    lines += ["| run | killed in | kills | compared | different |", "|---|---|---|---|---|"]
+    lines += ["| run | killed in | kills | of runs | compared | different |", "|---|---|---|---|---|---|"]
     for row in result["runs"]:
         names = ", ".join(row["different"]) or "nothing"
-        lines.append(f"| {row['setting']} | {row['phase']} | {row['kills']} | {', '.join(row['compared'])} | {names} |")
+        what = ", ".join(row["compared"])
+        lines.append(f"| {row['setting']} | {row['phase']} | {row['kills']} | {row['runs']} | {what} | {names} |")
     lines += ["", "## Cost", "", "TD3C on Hopper-v5, two layers of 256 units, 10,000 new rows a checkpoint.", ""]
     lines += ["| rows of the buffer | first checkpoint | a later one (median) | longest |", "|---|---|---|---|"]
     for row in result["cost"]:
@@ -270,13 +283,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    randomness = random.Random(arguments.seed)
     th.set_num_threads(1)
     result: dict[str, Any] = {"cost": [measure_cost(100_000), measure_cost(1_000_000)], "speed": measure_speed(), "runs": []}
     result |= {"load": list(os.getloadavg()), "cores": os.cpu_count()}
-    for setting, phase in SETTINGS:
+    for number, (setting, phase) in enumerate(SETTINGS):
         began = time.monotonic()
-        row = killed_run(setting, phase, arguments.kills, randomness)
+        row = killed_runs(setting, phase, arguments.kills, random.Random(arguments.seed + 100 * number))
         result["runs"].append(row)
         print(
             f"{setting}, {phase}: {row['kills']} kills, different: {row['different']}, {time.monotonic() - began:.0f} s",
