@@ -47,7 +47,7 @@ SETTINGS = [
     *(("champion", phase) for phase in PHASES),
     *(("guard", phase) for phase in PHASES),
     ("sac", "finetuning"),
-    ("processes", "finetuning"),
+    *(("processes", phase) for phase in PHASES),
 ]
 
 
@@ -75,7 +75,7 @@ def make_env(setting: str) -> Any:
     def short() -> Any:
         return gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 30)
 
-    n_envs, subproc = {"champion": (1, False), "guard": (4, False), "processes": (2, True), "sac": (1, False)}[setting]
+    n_envs, subproc = {"champion": (1, False), "guard": (4, False), "processes": (4, True), "sac": (1, False)}[setting]
     return make_vec_env(short, n_envs, seed=3, vec_env_cls=SubprocVecEnv if subproc else None)
 
 
