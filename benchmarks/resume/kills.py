@@ -264,6 +264,8 @@ def table(result: dict[str, Any]) -> str:
         names = ", ".join(row["different"]) or "nothing"
         what = ", ".join(row["compared"])
         lines.append(f"| {row['setting']} | {row['phase']} | {row['kills']} | {row['runs']} | {what} | {names} |")
+    if note := result.get("note"):
+        lines += ["", note]
     lines += ["", "## Cost", "", "TD3C on Hopper-v5, two layers of 256 units, 10,000 new rows a checkpoint.", ""]
     lines += ["| rows of the buffer | first checkpoint | a later one (median) | longest |", "|---|---|---|---|"]
     for row in result["cost"]:
