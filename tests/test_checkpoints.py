@@ -1,6 +1,7 @@
 """Checkpoints on the disk: what is written, what is kept, and what is said when something is wrong."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -148,15 +149,18 @@ def test_a_signal_after_a_run_that_failed_is_not_swallowed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.pt", "rows"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "pipe"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(file: str, damage: str, tmp_path: Path) -> None:
     killed(tmp_path)
     path = newest(tmp_path) / file
     if file == "rows":
         path = tmp_path / "checkpoints" / "buffer" / manifests(tmp_path)[-1]["buffer"]["files"][-1][1]
     content = path.read_bytes()
-    if damage == "gone":
+    if damage in ("gone", "pipe"):
         path.unlink()
+        if damage == "pipe":
+            # Which nobody writes into: reading it would wait for ever
+            os.mkfifo(path)
     else:
         middle = len(content) // 2
         changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]

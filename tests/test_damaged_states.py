@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_offline_ft import TD3C, ChampionChallenger, CollapseGuard, LearnerSnapshot
 
 SMALL: dict[str, Any] = {"device": "cpu", "batch_size": 4, "seed": 0}
-ODD: tuple[Any, ...] = (None, "x", [], {}, -1.5, True, [[1]])
+ODD: tuple[Any, ...] = (None, "x", [], {}, -1.5, True, [[1]], 10**400)
 
 
 def state_of(model: OffPolicyAlgorithm) -> list[Any]:

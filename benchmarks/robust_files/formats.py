@@ -20,22 +20,36 @@ import torch as th
 import yaml
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
+from stable_baselines3.common.monitor import Monitor
 
-from sb3_offline_ft import TD3BC, LearnerSnapshot, load_dataset
+from sb3_offline_ft import (
+    TD3BC,
+    TD3C,
+    ChampionChallenger,
+    CheckpointRun,
+    CollapseGuard,
+    LearnerSnapshot,
+    load_dataset,
+    resume,
+)
 from sb3_offline_ft.buffers.files import read_arrays
 from sb3_offline_ft.collapse.events import encode_events, read_events
 from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.reading import read_text
+from sb3_offline_ft.controllers.contract import contract_file, read_contract, spaces_of
 from sb3_offline_ft.datasets import check_spec
 from sb3_offline_ft.datasets.files.column_map import ColumnMap
 from sb3_offline_ft.datasets.files.tables import read_tables
 from sb3_offline_ft.datasets.files.zoo import read_zoo_yaml
 from sb3_offline_ft.evaluation import summarize_run
 from sb3_offline_ft.evaluation.robustness.result import Policy, Response, RobustnessResult
+from sb3_offline_ft.export import export_policy
 from sb3_offline_ft.policies.guide import read_zip
 from sb3_offline_ft.study.design.protocol import Protocol
 from sb3_offline_ft.study.engine.folder import read_result
 from sb3_offline_ft.trial.journal import Journal
 from sb3_offline_ft.trial.reading import read_plan
+from sb3_offline_ft.trial.report import what_was_expected
 
 HERE = Path(__file__).parent
 ENV = "Pendulum-v1"
@@ -350,7 +364,87 @@ def read_guide(folder: Path) -> str:
         return repr(sorted(settings)) + repr({name: weight.sum().item() for name, weight in weights.items()})
 
 
+STATES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "guard": ("collapse_guard_state", lambda: CollapseGuard(verbose=0, signal_freq=0)),
+    "champion": ("champion_challenger_state", lambda: ChampionChallenger(verbose=0, random_return=-1600.0)),
+}
+
+
+def short_env() -> gym.Env[Any, Any]:
+    return Monitor(gym.make(ENV, max_episode_steps=5))
+
+
+def make_state(kind: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        name, callback = STATES[kind]
+        model = TD3C("MlpPolicy", short_env(), learning_starts=5, seed=0, **SMALL)
+        model.learn(80, callback=callback())
+        model.save(folder / "learner.zip")
+        (folder / "state.json").write_text(getattr(model, name))
+
+    return make
+
+
+def read_state(kind: str) -> Callable[[Path], str]:
+    """A state is an attribute of the learner; what is said of it when it cannot be taken up is a warning."""
+
+    def read(folder: Path) -> str:
+        name, callback = STATES[kind]
+        file = folder / "state.json"
+        model = TD3C.load(folder / "learner.zip", env=short_env(), safe_load=True)
+        setattr(model, name, read_text(file))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                model.learn(7, callback=callback(), reset_num_timesteps=False)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+        said = [text for one in caught if "cannot be taken up" in (text := str(one.message))]
+        if said:
+            raise ValueError(f"{file}: {said[0]}")
+        return str(getattr(model, name))
+
+    return read
+
+
+def make_checkpoint(folder: Path) -> None:
+    model = TD3C("MlpPolicy", short_env(), learning_starts=5, buffer_size=100, seed=0, **SMALL)
+    model.learn(40, callback=CheckpointRun(save_freq=20, path=folder))
+    # As if the run had died
+    for path in (folder / "checkpoints").glob("step_*"):
+        if int(path.name.split("_")[1]) > 20:
+            shutil.rmtree(path)
+
+
+def read_checkpoint(folder: Path) -> str:
+    model = resume(folder, short_env())
+    model.learn(40)
+    return repr(model.policy.state_dict())
+
+
+def make_expectations(folder: Path) -> None:
+    make_trial(folder)
+    chances = {kind: {"go": go, "no_go": 5, "trials": 100} for kind, go in (("better", 80), ("equal", 5), ("worse", 1))}
+    (folder / "plan.json").write_text(json.dumps(chances | {"digest": read_plan(folder).digest, "verdict": None}))
+
+
+def read_expectations(folder: Path) -> str:
+    return repr(what_was_expected(folder, read_plan(folder)))
+
+
+def make_contract(folder: Path) -> None:
+    learner().save(folder / "learner.zip")
+    export_policy(folder / "learner.zip", folder / "policy.pt", data="bundled:pendulum-medium?episodes=1")
+
+
+def read_contract_file(folder: Path) -> str:
+    policy = folder / "policy.pt"
+    contract = read_contract(policy)
+    return repr(contract and (contract, spaces_of(contract, contract_file(policy))))
+
+
 _RUN = f"td3bc/{ENV}_1"
+_CHECKPOINT = ("checkpoints/step_*/*", "checkpoints/buffer/*")
 _SEED = ("seed0/manifest.json", "seed0/evaluations.npz", "seed0/training.npz")
 
 FORMATS = {
@@ -374,6 +468,11 @@ FORMATS = {
     "snapshot": Format(make_snapshot, ("learner.pt",), read_snapshot, fits=never),
     "zoo run": Format(make_run, (f"{_RUN}/evaluations.npz", f"{_RUN}/0.monitor.csv", f"{_RUN}/{ENV}.zip"), read_run),
     "zoo config": Format(make_config, ("config.yml",), read_config),
+    "guard's state": Format(make_state("guard"), ("state.json",), read_state("guard")),
+    "champion's state": Format(make_state("champion"), ("state.json",), read_state("champion")),
+    "checkpoint": Format(make_checkpoint, _CHECKPOINT, read_checkpoint, fits=never),
+    "plan.json": Format(make_expectations, ("plan.json",), read_expectations),
+    "contract": Format(make_contract, ("policy.json",), read_contract_file),
     "guide": Format(make_guide, ("guide.zip",), read_guide, fits=never),
 }
 

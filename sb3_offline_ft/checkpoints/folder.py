@@ -14,6 +14,7 @@ import torch as th
 from sb3_offline_ft.checkpoints.ring import RingFiles
 from sb3_offline_ft.common.io import naming_damage, remove_unfinished, replace_synced
 from sb3_offline_ft.common.plain import from_plain, to_plain
+from sb3_offline_ft.common.reading import open_file, read_json
 from sb3_offline_ft.common.versions import installed_versions
 from sb3_offline_ft.common.warning import warn
 
@@ -159,9 +160,7 @@ def has_checkpoint(run: Path | str) -> bool:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     with naming_damage(path / MANIFEST, "the manifest of a checkpoint"):
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
+        content = read_json(path / MANIFEST)
         if _sha256_of({name: value for name, value in content.items() if name != "sha256"}) != content["sha256"][MANIFEST]:
             raise ValueError("it has changed since it was written")
         return content
@@ -184,7 +183,7 @@ def _sha256_of(facts: dict[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,7 +1,6 @@
 """The rows of a replay buffer in files that checkpoints share, named by their content, so that only new rows are written."""
 
 import hashlib
-import io
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.her import HerReplayBuffer
 
 from sb3_offline_ft.common.io import atomic_write, naming_damage
+from sb3_offline_ft.common.reading import ArrayFile, open_file
 
 ROWS_OF_A_FILE = 4096
 BYTES_OF_A_FILE = 2**24
@@ -100,8 +100,8 @@ class RingFiles:
     def _piece(self, name: str) -> Columns:
         path = self._folder / name
         with naming_damage(path, "rows of a replay buffer"):
-            # From memory: NumPy leaves a damaged file open
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+            with open_file(path) as stream:
+                content = ArrayFile(stream, name)
                 piece = {column: content[column] for column in sorted(content.files)}
             if f"{_digest(piece)}.npz" != name:
                 raise ValueError("its content has changed")

@@ -1,7 +1,6 @@
 """The contract of an exported policy: what it takes and gives, in a JSON file beside it."""
 
 import hashlib
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_offline_ft.common.io import naming_damage
+from sb3_offline_ft.common.reading import MOST_JSON, parse_json, read_bytes
 
 CONTRACT, VERSION = "sb3-offline-ft policy", 1
 OBSERVATION, ACTION = "observation", "action"
@@ -40,13 +40,13 @@ def read_contract(policy: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with naming_damage(path, "a contract that `sb3-offline-ft export` wrote"):
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path, MOST_JSON), str(path))
         if not isinstance(content, dict) or content.get("contract") != CONTRACT:
             return None
         if content["version"] != VERSION:
             raise ValueError(f"it has version {content['version']}, expected {VERSION}")
         sha256 = content["policy"]["sha256"]
-    if sha256 != hashlib.sha256(policy.read_bytes()).hexdigest():
+    if sha256 != hashlib.sha256(read_bytes(policy)).hexdigest():
         raise ValueError(
             f"{str(path)!r} is the contract of another file than {str(policy)!r}, whose contents have changed since: export "
             "the policy again, or move the contract away."

@@ -1,6 +1,7 @@
 """What a saved model holds of a contest."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -14,6 +15,8 @@ from sb3_offline_ft.deployment.contest import Contest
 STATE, POLICIES = "champion_challenger_state", "champion_challenger_policies"
 SAVED_ATTRIBUTES = (STATE, POLICIES)
 VERSION = 1
+MOST_COUNTED = 2**53
+"""Larger whole numbers are no floats."""
 OF_THE_BUDGET = ("risk_budget", "random_return", "worst_return")
 """Settings that a run keeps, since its promise is about the whole run."""
 
@@ -98,14 +101,20 @@ class SavedContest:
 
 
 def _check_numbers(contest: dict[str, Any]) -> None:
-    """``ValueError`` if anything that is counted with is no number."""
+    """``ValueError`` if anything that is counted with is no number that can be."""
     contenders = [facts for facts in contest["contenders"].values() if facts is not None]
     whole = [contest["n_tests"], contest["n_baseline"], *(facts["name"] for facts in contenders)]
     lists = [contest["exploration_losses"], *(contest["baseline"] or []), *(facts["returns"] for facts in contenders)]
-    if not all(type(number) is int for number in whole):
+    if (budget := contest["budget"]) is not None:
+        account = {**budget, **budget["baseline"]}
+        whole.append(account.pop("n_episodes"))
+        lists.append([value for name, value in account.items() if name != "baseline"])
+    if not all(type(number) is int and 0 <= number < MOST_COUNTED for number in whole):
         raise ValueError("its counts must be whole numbers")
-    if not all(type(values) is list and all(type(value) in (int, float) for value in values) for values in lists):
-        raise ValueError("its returns and losses must be lists of numbers")
+    if not all(
+        type(values) is list and all(type(one) in (int, float) and math.isfinite(one) for one in values) for values in lists
+    ):
+        raise ValueError("its returns and losses must be lists of finite numbers")
 
 
 def _warn(error: Exception) -> None:

@@ -313,11 +313,16 @@ def _expected_part(folder: Path, plan: TrialPlan, machine: TrialMachine) -> Part
         ["duration (hours)", number(planned * hours), number(len(machine.episodes) * hours)],
     ]
     table = TextTable("expected", ["", "planned", "so far"], rows)
-    return Part("expected", "Planned and spent", _expected(folder, plan), tables=[table])
+    return Part("expected", "Planned and spent", what_was_expected(folder, plan), tables=[table])
 
 
-def _expected(folder: Path, plan: TrialPlan) -> list[str]:
-    """What `trial plan` said before the start."""
+def what_was_expected(folder: Path, plan: TrialPlan) -> list[str]:
+    """
+    :param folder: A trial's folder
+    :param plan: The plan in force
+    :return: What `trial plan` said before the start, as sentences
+    :raises ValueError: What it wrote is damaged
+    """
     path = folder / PLAN_RESULT_FILE
     if not path.is_file():
         return ["What this plan can show was not asked before the start (trial plan)."]

@@ -25,6 +25,7 @@ from sb3_offline_ft.common.io import atomic_write, naming_damage
 from sb3_offline_ft.common.json_form import json_form
 from sb3_offline_ft.common.live import as_json, buffer_facts, live_arguments
 from sb3_offline_ft.common.machine import PACKAGES, machine_facts
+from sb3_offline_ft.common.reading import MOST_JSON, parse_json, read_bytes
 from sb3_offline_ft.common.search_space import FINETUNING_PREFIX, NOISE
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.datasets import OfflineDataset
@@ -183,7 +184,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "logs/td3c/Hopper-v5_1. Runs of earlier versions have none."
         )
     with naming_damage(path, "the manifest of a run"):
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path, MOST_JSON), str(path))
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise ValueError("expected facts by name with a `format`")
         if content["format"] > FORMAT:
