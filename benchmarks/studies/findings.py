@@ -36,7 +36,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
 OVERVIEW = "overview"
 """Name of the comments between which all studies share one table."""
 COMPARED = ("td3", "td3bc", "td3c", "td3c-guard")
-DRAWN = ("td3", "td3bc", "td3c")
+DRAWN = ("td3", "td3bc", "td3c", "champion")
 RESULTS, CURVES, ARCHIVE = "results.csv", "curves.png", "runs.tar.xz"
 DRAWN_FROM = "Results"
 """Text in the picture: the digest of the results that it was drawn with."""
@@ -178,14 +178,86 @@ def seeds_table(rows: Sequence[Row], protocol: Protocol, dataset: str) -> str:
     return _table(head, body)
 
 
+def has_champion(protocol: Protocol) -> bool:
+    """
+    :param protocol: A study's protocol
+    :return: Whether it is about what is served while a champion acts
+    """
+    return any(method.champion is not None for method in protocol.methods)
+
+
+def served_ratios(runs: Sequence[Row], levels: Mapping[str, str]) -> dict[str, float]:
+    """
+    :param runs: Runs of one method on a dataset
+    :param levels: Levels of the pretrained policies by seed
+    :return: By seed, what was served in the last third, as a multiple of the pretrained policy's level
+    """
+    return {
+        run["seed"]: float(run["served_last_third_return"]) / float(levels[run["seed"]])
+        for run in runs
+        if run["served_last_third_return"] and run["seed"] in levels
+    }
+
+
+def served_table(rows: Sequence[Row], protocol: Protocol, dataset: str) -> str:
+    """
+    :param rows: A study's runs
+    :param protocol: Its protocol
+    :param dataset: Label of the dataset
+    :return: A Markdown table of what each method has served, and of the policy that it ends with
+    """
+    levels = starts(row for row in rows if row["dataset"] == dataset)
+    body = []
+    for method in protocol.methods:
+        runs = of(rows, dataset, method.name)
+        if runs:
+            ratios = served_ratios(runs, levels)
+            fallen = sum(int(run["served_collapsed_episodes"]) for run in runs)
+            episodes = sum(int(run["served_episodes"]) for run in runs)
+            per_seed = ", ".join(_number(str(ratios[seed]), 2) if seed in ratios else NONE for seed in levels)
+            body.append([method.label, per_seed, _ratio(ratios), f"{fallen} of {episodes}", _mean(runs, "final_return")])
+    return _table(["method", "served / J0, per seed", "mean", "collapsed episodes", "final policy"], body)
+
+
+def _ratio(ratios: Mapping[str, float]) -> str:
+    return _number(str(np.mean([*ratios.values()])) if ratios else "", 2)
+
+
+def served_overview(studies: Sequence[tuple[Protocol, Sequence[Row]]]) -> str:
+    """
+    :param studies: Protocols and runs of studies with champions
+    :return: One Markdown table of what methods have served, a row for each dataset; empty without runs
+    """
+    ran = {row["method"] for _, rows in studies for row in rows}
+    labels = {method.name: method.label for protocol, _ in studies for method in protocol.methods if method.name in ran}
+    body = []
+    for protocol, rows in studies:
+        for dataset in protocol.datasets:
+            levels = starts(row for row in rows if row["dataset"] == dataset)
+            found = [served_ratios(of(rows, dataset, name), levels) for name in labels]
+            if levels:
+                cells = [f"{_ratio(ratios)} ({len(ratios)})" if ratios else NONE for ratios in found]
+                body.append([f"{protocol.env}, {dataset}, {protocol.interactions:,}", *cells])
+    if not body:
+        return ""
+    words = (
+        "Mean return of everything that acted in the last third of the interactions, as a multiple of what the pretrained "
+        "policy returned: 1 means that nothing was gained. In brackets the number of seeds."
+    )
+    return f"{words}\n\n{_table(['environment, data, interactions', *labels.values()], body)}"
+
+
 def overview(folders: Mapping[str, Path]) -> str:
     """
     :param folders: Studies by name
-    :return: One Markdown table of all studies with results, a row for each dataset; else why there is none
+    :return: Markdown tables of all studies with results, a row for each dataset; else why there are none
     """
     body, labels, compared = [], dict.fromkeys(COMPARED, ""), []
-    for folder in folders.values():
-        rows, protocol = read(folder), Protocol.load(folder / "study.yml")
+    all_studies = [(Protocol.load(folder / "study.yml"), read(folder)) for folder in folders.values()]
+    served = served_overview([(protocol, rows) for protocol, rows in all_studies if has_champion(protocol)])
+    for protocol, rows in all_studies:
+        if has_champion(protocol):
+            continue
         labels |= {method.name: method.label for method in protocol.methods if method.name in labels}
         for dataset in protocol.datasets:
             runs = {method: of(rows, dataset, method) for method in COMPARED}
@@ -197,14 +269,14 @@ def overview(folders: Mapping[str, Path]) -> str:
                 body.append([f"{protocol.env}, {dataset}", str(len({run["seed"] for run in all_runs})), start, *cells])
                 compared += all_runs
     if not body:
-        return NOT_YET
+        return served or NOT_YET
     words = (
         f"Mean return of the last {last(compared)} evaluations, and in brackets how many runs collapsed: fell in some "
         "evaluation by at least three quarters of the way from the pretrained policy to a random one. Means over few seeds, "
         "which rank nothing."
     )
     head = ["environment, data", "seeds", "pretrained policy", *(labels[name] for name in COMPARED)]
-    return f"{words}\n\n{_table(head, body)}"
+    return "\n\n".join(filter(None, [served, words, _table(head, body)]))
 
 
 def single(folder: Path, page: Path) -> str:
@@ -226,7 +298,8 @@ def single(folder: Path, page: Path) -> str:
             seeds = ", ".join(sorted({run["seed"] for run in runs}, key=int))
             levels = ", ".join(_number(level) for level in starts(runs).values())
             parts.append(f"**{dataset}**, seeds {seeds}, J0 {levels or NONE}:")
-            parts.append(seeds_table(rows, protocol, dataset))
+            make = served_table if has_champion(protocol) else seeds_table
+            parts.append(make(rows, protocol, dataset))
     return "\n\n".join(parts)
 
 
