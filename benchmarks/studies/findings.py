@@ -186,14 +186,16 @@ def has_champion(protocol: Protocol) -> bool:
     return any(method.champion is not None for method in protocol.methods)
 
 
-def served_ratios(runs: Sequence[Row], levels: Mapping[str, str]) -> dict[str, float]:
+def served_ratios(runs: Sequence[Row], levels: Mapping[str, str], random: float) -> dict[str, float]:
     """
     :param runs: Runs of one method on a dataset
     :param levels: Levels of the pretrained policies by seed
-    :return: By seed, what was served in the last third, as a multiple of the pretrained policy's level
+    :param random: Mean return of a random policy
+    :return: By seed, how far above that the return was that was served in the last third, as a multiple of how far the
+        pretrained policy's is
     """
     return {
-        run["seed"]: float(run["served_last_third_return"]) / float(levels[run["seed"]])
+        run["seed"]: (float(run["served_last_third_return"]) - random) / (float(levels[run["seed"]]) - random)
         for run in runs
         if run["served_last_third_return"] and run["seed"] in levels
     }
@@ -211,12 +213,12 @@ def served_table(rows: Sequence[Row], protocol: Protocol, dataset: str) -> str:
     for method in protocol.methods:
         runs = of(rows, dataset, method.name)
         if runs:
-            ratios = served_ratios(runs, levels)
+            ratios = served_ratios(runs, levels, protocol.random_return or 0.0)
             fallen = sum(int(run["served_collapsed_episodes"]) for run in runs)
             episodes = sum(int(run["served_episodes"]) for run in runs)
             per_seed = ", ".join(_number(str(ratios[seed]), 2) if seed in ratios else NONE for seed in levels)
             body.append([method.label, per_seed, _ratio(ratios), f"{fallen} of {episodes}", _mean(runs, "final_return")])
-    return _table(["method", "served / J0, per seed", "mean", "collapsed episodes", "final policy"], body)
+    return _table(["method", "served, per seed", "mean", "collapsed episodes", "final policy"], body)
 
 
 def _ratio(ratios: Mapping[str, float]) -> str:
@@ -234,15 +236,16 @@ def served_overview(studies: Sequence[tuple[Protocol, Sequence[Row]]]) -> str:
     for protocol, rows in studies:
         for dataset in protocol.datasets:
             levels = starts(row for row in rows if row["dataset"] == dataset)
-            found = [served_ratios(of(rows, dataset, name), levels) for name in labels]
+            random = protocol.random_return or 0.0
+            found = [served_ratios(of(rows, dataset, name), levels, random) for name in labels]
             if levels:
                 cells = [f"{_ratio(ratios)} ({len(ratios)})" if ratios else NONE for ratios in found]
                 body.append([f"{protocol.env}, {dataset}, {protocol.interactions:,}", *cells])
     if not body:
         return ""
     words = (
-        "Mean return of everything that acted in the last third of the interactions, as a multiple of what the pretrained "
-        "policy returned: 1 means that nothing was gained. In brackets the number of seeds."
+        "What was served: mean return of everything that acted in the last third of the interactions, above that of a random "
+        "policy, as a multiple of the pretrained policy's. 1 means that nothing was gained. In brackets the number of seeds."
     )
     return f"{words}\n\n{_table(['environment, data, interactions', *labels.values()], body)}"
 
