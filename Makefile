@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	@touch $@
 
-demo: setup  ## pretrain on bundled data, finetune online while a champion serves, show what happened: about 3 minutes
+demo: setup  ## pretrain on bundled data, finetune online while a champion serves, show what happened: about 3 minutes once all is installed
 	$(PY) -m rl_zoo3.train --algo td3c --env Pendulum-v1 -P -n 20000 --eval-freq -1 --seed 0 -f logs/demo \
 		--verbose 0 --log-interval -2 -params alpha:0.1 policy_kwargs:"dict(net_arch=[64,64])"
 	$(VENV)/bin/sb3-offline-ft summary $$(ls -td logs/demo/td3c/Pendulum-v1_* | head -n 1)

@@ -170,6 +170,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(file: str, dam
     assert "step_60_40 before it is used" in str(caught[0].message)
 
 
+@pytest.mark.parametrize("damage", ["changed", "pipe", "folder"])
+def test_rows_that_were_damaged_are_written_again(damage: str, tmp_path: Path) -> None:
+    killed(tmp_path)
+    path = tmp_path / "checkpoints" / "buffer" / manifests(tmp_path)[-1]["buffer"]["files"][-1][1]
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "changed":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.warns(UserWarning, match=path.name):
+        model = resume(tmp_path, environments())
+    with pytest.raises(DiedError):
+        # The same rows once more, since the run is the same
+        model.learn(200, callback=[CheckpointRun(20), DieAt(100)])
+    assert path.read_bytes() == content and goes_on_at(tmp_path) == 81
+
+
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
     killed(tmp_path, 50)
     for name in (".unfinished_abc", "buffer"):

@@ -110,7 +110,10 @@ def test_lost_moments_are_found_before_they_end_training(model: OffPolicyAlgorit
     ("callback", "attribute"),
     [
         (lambda: CollapseGuard(verbose=0, signal_freq=0), "collapse_guard_state"),
-        (lambda: ChampionChallenger(verbose=0, random_return=-1600.0), "champion_challenger_state"),
+        (
+            lambda: ChampionChallenger(verbose=0, random_return=-1600.0, min_updates=3, risk_budget=0.9),
+            "champion_challenger_state",
+        ),
     ],
 )
 def test_a_damaged_state_in_a_model_is_left_out_with_a_warning(callback: Callable[[], Any], attribute: str) -> None:

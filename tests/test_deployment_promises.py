@@ -67,3 +67,7 @@ def test_the_demo_was_measured_with_its_present_command() -> None:
     demo, content = load("demo"), json.loads((FOLDER / "demo.json").read_text())
     assert content["command"] == shlex.join(demo.demo_command())
     assert (FOLDER / "demo.md").read_text(encoding="utf-8") == demo.report(content["results"], content.get("note", ""))
+    (first,) = (one for one in content["results"] if one["seed"] == 0)
+    champion, learner = (f"−{-first[who]['mean']:.0f}" for who in ("champion", "learner"))
+    quickstart = " ".join((REPOSITORY / "docs" / "quickstart.md").read_text(encoding="utf-8").split())
+    assert f"this champion returned {champion}, and the learner, which had gone on learning, {learner}:" in quickstart

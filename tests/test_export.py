@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -574,6 +575,11 @@ def test_a_contract_that_is_not_that_of_the_file(exported: Path, tmp_path: Path)
         contract.write_text(damaged)
         with pytest.raises(ValueError, match=r"policy.json is damaged or not a contract that `sb3-offline-ft export` wrote"):
             load_controller(str(path))
+    contract.unlink()
+    os.mkfifo(contract)
+    with pytest.raises(ValueError, match=r"policy.json is a named pipe"):
+        load_controller(str(path))
+    contract.unlink()
     # Without one, and with one of something else, the model speaks for itself
     contract.write_text('{"mine": true}')
     check_fits(load_controller(str(path)), gym.make(ENV))

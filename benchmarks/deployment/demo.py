@@ -90,9 +90,9 @@ def report(results: list[dict[str, Any]], note: str = "") -> str:
         f"The champion at the end is better by at least {100 * VISIBLE:.0f} % of the pretrained policy's return with "
         f"{n_better} of {len(results)} seeds. "
         f"Pretrained policy: mean of the warm-up's episodes. Champion and learner: mean of {N_EPISODES} fresh episodes, ± one "
-        "standard error. Served: mean return of all episodes after the warm-up, trials and explorations included."
+        "standard error. All that acted: mean return of all episodes after the warm-up, trials and explorations included."
         f"{note and f' {note}'}\n\n"
-        "| seed | pretrained policy | served | champion | learner | promoted at interaction | better |\n"
+        "| seed | pretrained policy | all that acted | champion | learner | promoted at interaction | better |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 

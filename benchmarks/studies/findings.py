@@ -186,18 +186,20 @@ def has_champion(protocol: Protocol) -> bool:
     return any(method.champion is not None for method in protocol.methods)
 
 
-def served_ratios(runs: Sequence[Row], levels: Mapping[str, str], random: float) -> dict[str, float]:
+def served_ratios(runs: Sequence[Row], levels: Mapping[str, str], random: float | None) -> dict[str, float]:
     """
     :param runs: Runs of one method on a dataset
     :param levels: Levels of the pretrained policies by seed
-    :param random: Mean return of a random policy
+    :param random: Mean return of a random policy, None if it is not known
     :return: By seed, how far above that the return was that was served in the last third, as a multiple of how far the
-        pretrained policy's is
+        pretrained policy's is; only where the pretrained policy is better than a random one
     """
+    if random is None:
+        return {}
     return {
         run["seed"]: (float(run["served_last_third_return"]) - random) / (float(levels[run["seed"]]) - random)
         for run in runs
-        if run["served_last_third_return"] and run["seed"] in levels
+        if run["served_last_third_return"] and run["seed"] in levels and float(levels[run["seed"]]) > random
     }
 
 
@@ -213,11 +215,13 @@ def served_table(rows: Sequence[Row], protocol: Protocol, dataset: str) -> str:
     for method in protocol.methods:
         runs = of(rows, dataset, method.name)
         if runs:
-            ratios = served_ratios(runs, levels, protocol.random_return or 0.0)
-            fallen = sum(int(run["served_collapsed_episodes"]) for run in runs)
-            episodes = sum(int(run["served_episodes"]) for run in runs)
+            ratios = served_ratios(runs, levels, protocol.random_return)
+            counted = [run for run in runs if run["served_collapsed_episodes"]]
+            fallen = sum(int(run["served_collapsed_episodes"]) for run in counted)
+            episodes = sum(int(run["served_episodes"]) for run in counted)
+            collapsed = f"{fallen} of {episodes}" if counted else NONE
             per_seed = ", ".join(_number(str(ratios[seed]), 2) if seed in ratios else NONE for seed in levels)
-            body.append([method.label, per_seed, _ratio(ratios), f"{fallen} of {episodes}", _mean(runs, "final_return")])
+            body.append([method.label, per_seed, _ratio(ratios), collapsed, _mean(runs, "final_return")])
     return _table(["method", "served, per seed", "mean", "collapsed episodes", "final policy"], body)
 
 
@@ -236,8 +240,7 @@ def served_overview(studies: Sequence[tuple[Protocol, Sequence[Row]]]) -> str:
     for protocol, rows in studies:
         for dataset in protocol.datasets:
             levels = starts(row for row in rows if row["dataset"] == dataset)
-            random = protocol.random_return or 0.0
-            found = [served_ratios(of(rows, dataset, name), levels, random) for name in labels]
+            found = [served_ratios(of(rows, dataset, name), levels, protocol.random_return) for name in labels]
             if levels:
                 cells = [f"{_ratio(ratios)} ({len(ratios)})" if ratios else NONE for ratios in found]
                 body.append([f"{protocol.env}, {dataset}, {protocol.interactions:,}", *cells])

@@ -50,6 +50,8 @@ class CheckpointFolder:
 
     def __init__(self, run: Path) -> None:
         self.path = run / NAME
+        self._damaged: set[Path] = set()
+        """Checkpoints that cannot be resumed, which do not count among those to keep."""
         self.ring = RingFiles(self.path)
 
     def _by_number(self) -> list[tuple[int | None, Path]]:
@@ -58,7 +60,7 @@ class CheckpointFolder:
         for path in sorted(self.path.glob("step_*")):
             try:
                 found.append((int(_read_manifest(path)["number"]), path))
-            except (ValueError, KeyError, TypeError, OSError):
+            except (ValueError, KeyError, TypeError, OverflowError, OSError):
                 found.append((None, path))
         return sorted(found, key=lambda entry: (entry[0] is None, entry[0] or 0))
 
@@ -88,7 +90,7 @@ class CheckpointFolder:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         known = self._by_number()
-        kept = [path for number, path in known if number is not None][-keep:]
+        kept = [path for number, path in known if number is not None and path not in self._damaged][-keep:]
         for _, path in known:
             if path not in kept:
                 self._remove(path)
@@ -129,6 +131,7 @@ class CheckpointFolder:
                 checkpoint = self._read(path)
             except (ValueError, OSError) as error:
                 problems.append(str(error))
+                self._damaged.add(path)
                 continue
             for problem in problems:
                 warn(f"{problem} The checkpoint {path.name} before it is used.")
@@ -145,9 +148,10 @@ class CheckpointFolder:
         with naming_damage(path / MANIFEST, "the manifest of a checkpoint"):
             if facts["format"] != VERSION:
                 raise ValueError(f"it has the format {facts['format']}, expected {VERSION}")
-            if _sha256(path / STATE) != facts["sha256"][STATE]:
-                raise ValueError(f"{STATE} has changed since it was written")
+            expected = facts["sha256"][STATE]
         with naming_damage(path / STATE, "the state of a checkpoint"):
+            if _sha256(path / STATE) != expected:
+                raise ValueError("it has changed since it was written")
             state = from_plain(th.load(path / STATE, map_location="cpu", weights_only=True))
         self.ring.check(facts["buffer"])
         return Checkpoint(path, facts, state)

@@ -1,6 +1,8 @@
 """The rows of a replay buffer in files that checkpoints share, named by their content, so that only new rows are written."""
 
 import hashlib
+import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,23 @@ class RingFiles:
         if known == checksum and (self._folder / name).is_file():
             return name
         name = f"{_digest(piece)}.npz"
-        if not (self._folder / name).is_file():
+        if not self._holds(name):
             with atomic_write(self._folder / name) as file:
                 np.savez(file, **piece)  # type: ignore[arg-type]  # the stubs take names for savez's own keyword
         self._known[start, stop] = checksum, name
         return name
+
+    def _holds(self, name: str) -> bool:
+        """Whether these rows are in the file of their name; what else has that name is removed."""
+        path = self._folder / name
+        if not os.path.lexists(path):
+            return False
+        try:
+            self._piece(name)
+        except (ValueError, OSError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            return False
+        return True
 
     def keep(self, names: set[str]) -> None:
         """Remove the files that no checkpoint needs."""

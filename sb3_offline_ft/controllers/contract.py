@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def read_contract(policy: Path) -> dict[str, Any] | None:
     :raises ValueError: It is damaged, of a later version, or of another policy
     """
     path = contract_file(policy)
-    if not path.is_file():
+    # What is there and no file is an error, as `read_bytes` says
+    if not os.path.lexists(path):
         return None
     with naming_damage(path, "a contract that `sb3-offline-ft export` wrote"):
         content = parse_json(read_bytes(path, MOST_JSON), str(path))

@@ -56,8 +56,9 @@ class SavedContest:
             settings = content["settings"]
             if lacking := {*OF_THE_BUDGET, "segment_steps"} - settings.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-            _check_numbers(content["contest"])
-            return cls(content["contest"], settings, policies, *map(int, content["counts"]))
+            _check_numbers(content["contest"], content["counts"])
+            _check_agreement(content["contest"], settings)
+            return cls(content["contest"], settings, policies, *content["counts"])
         # Whoever reads half a state raises anything
         except Exception as error:
             _warn(error)
@@ -100,10 +101,10 @@ class SavedContest:
         return "; ".join(words)
 
 
-def _check_numbers(contest: dict[str, Any]) -> None:
+def _check_numbers(contest: dict[str, Any], counts: list[Any]) -> None:
     """``ValueError`` if anything that is counted with is no number that can be."""
     contenders = [facts for facts in contest["contenders"].values() if facts is not None]
-    whole = [contest["n_tests"], contest["n_baseline"], *(facts["name"] for facts in contenders)]
+    whole = [contest["n_tests"], contest["n_baseline"], *counts, *(facts["name"] for facts in contenders)]
     lists = [contest["exploration_losses"], *(contest["baseline"] or []), *(facts["returns"] for facts in contenders)]
     if (budget := contest["budget"]) is not None:
         account = {**budget, **budget["baseline"]}
@@ -115,6 +116,19 @@ def _check_numbers(contest: dict[str, Any]) -> None:
         type(values) is list and all(type(one) in (int, float) and math.isfinite(one) for one in values) for values in lists
     ):
         raise ValueError("its returns and losses must be lists of finite numbers")
+
+
+def _check_agreement(contest: dict[str, Any], settings: dict[str, Any]) -> None:
+    """``ValueError`` if parts that say the same do not, or what follows from others is missing."""
+    length, budget = settings["segment_steps"], contest["budget"]
+    if length is not None and not (type(length) is int and length >= 1):
+        raise ValueError("`segment_steps` must be a whole number of at least 1, or null")
+    if budget is not None:
+        returns = contest["contenders"]["champion"]["returns"]
+        if budget["share"] != settings["risk_budget"] or budget["lost_to_champion"] < 0:
+            raise ValueError("its account is not that of its settings")
+        if not returns or not math.isfinite(sum(returns)):
+            raise ValueError("its champion has no mean return")
 
 
 def _warn(error: Exception) -> None:

@@ -1,6 +1,7 @@
 """The report of a trial: one HTML page that needs nothing else, for those who decide and sign."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,7 +325,7 @@ def what_was_expected(folder: Path, plan: TrialPlan) -> list[str]:
     :raises ValueError: What it wrote is damaged
     """
     path = folder / PLAN_RESULT_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return ["What this plan can show was not asked before the start (trial plan)."]
     with naming_damage(path, "written by `sb3-offline-ft trial plan`"):
         said = read_json(path)

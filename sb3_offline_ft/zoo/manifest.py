@@ -178,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     :raises ValueError: It is damaged, of a later version, or that of another run
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(
             f"{folder} has no {MANIFEST}: expected the folder of a run of rl_zoo3 that this package recorded, such as "
             "logs/td3c/Hopper-v5_1. Runs of earlier versions have none."
