@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from sb3_offline_ft.deployment import Rules
+from sb3_offline_ft.pages.words import number
 from tests.conftest import REPOSITORY
 from tests.simulated_contests import load, simulation
 
@@ -68,6 +69,6 @@ def test_the_demo_was_measured_with_its_present_command() -> None:
     assert content["command"] == shlex.join(demo.demo_command())
     assert (FOLDER / "demo.md").read_text(encoding="utf-8") == demo.report(content["results"], content.get("note", ""))
     (first,) = (one for one in content["results"] if one["seed"] == 0)
-    champion, learner = (f"−{-first[who]['mean']:.0f}" for who in ("champion", "learner"))
+    champion, learner = (number(first[who]["mean"]) for who in ("champion", "learner"))
     quickstart = " ".join((REPOSITORY / "docs" / "quickstart.md").read_text(encoding="utf-8").split())
     assert f"this champion returned {champion}, and the learner, which had gone on learning, {learner}:" in quickstart
