@@ -335,11 +335,12 @@ def draw(results: StudyResults) -> None:
     protocol, looks = results.protocol, looks_of(DRAWN)
     methods = {method.name: method.label for method in protocol.methods if method.name in DRAWN}
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    n = len(protocol.datasets)
+    datasets = [name for name in protocol.datasets if any(run.cell.dataset == name for run in results.runs)]
+    n = len(datasets)
     figure, panels = plt.subplots(
         1, n, figsize=(max(6.0, 3.7 * n), 3.9), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
-    for axes, dataset in zip(panels[0], protocol.datasets, strict=True):
+    for axes, dataset in zip(panels[0], datasets, strict=True):
         of_dataset = [run for run in results.runs if run.cell.dataset == dataset]
         for name, label in methods.items():
             runs = [run.result for run in of_dataset if run.cell.method.name == name]
