@@ -85,10 +85,15 @@ class Step:
     actions: np.ndarray
     buffer_actions: np.ndarray
     actors: list[Kind]
-    champion: Contender
-    challenger: Contender | None
+    contenders: dict[str, Contender]
+    roles: list[str]
+    """Of those who acted in each environment."""
     rewards: np.ndarray
     dones: np.ndarray
+
+    @property
+    def champion(self) -> Contender:
+        return self.contenders["champion"]
 
 
 class Record(BaseCallback):
@@ -100,15 +105,14 @@ class Record(BaseCallback):
 
     def _on_step(self) -> bool:
         contest, model, found = self.contest.contest, self.model, self.locals
-        challenge = contest.challenge
         self.steps.append(
             Step(
                 copy.deepcopy(model._last_obs),  # type: ignore[attr-defined]
                 copy.deepcopy(model._last_original_obs),  # type: ignore[attr-defined]
                 *(np.array(found[name], copy=True) for name in ("actions", "buffer_actions")),
                 [episode.actor for episode in contest.running],
-                contest.champion,
-                None if challenge is None else challenge.challenger,
+                contest.contenders,
+                [episode.role for episode in contest.running],
                 *(np.array(found[name], copy=True) for name in ("rewards", "dones")),
             )
         )

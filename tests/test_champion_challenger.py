@@ -53,10 +53,9 @@ def check_who_acted(model: Any, record: Record) -> set[Kind]:
     expected: dict[int, list[tuple[int, Any]]] = {}
     contenders: dict[int, Any] = {}
     for index, step in enumerate(record.steps):
-        for one in (step.champion, step.challenger):
-            if one is not None:
-                contenders[id(one)] = one
-                expected.setdefault(id(one), []).append((index, step.observations))
+        for one in {role: step.contenders[role] for role in step.roles}.values():
+            contenders[id(one)] = one
+            expected.setdefault(id(one), []).append((index, step.observations))
     chosen: dict[tuple[int, int], np.ndarray] = {}
     for key, entries in expected.items():
         n = len(entries[0][1])
@@ -67,7 +66,8 @@ def check_who_acted(model: Any, record: Record) -> set[Kind]:
     for index, step in enumerate(record.steps):
         for place, actor in enumerate(step.actors):
             met.add(actor)
-            who = step.challenger if actor is Kind.TRIAL else step.champion
+            assert (actor is Kind.TRIAL) == (step.roles[place] != "champion")
+            who = step.contenders[step.roles[place]]
             difference = float(np.abs(step.actions[place] - chosen[id(who), index][place]).max())
             if actor is Kind.EXPLORE:
                 explored.append(difference)
@@ -500,8 +500,8 @@ def test_the_reference_of_td3c_goes_back_when_the_leader_is_given_up() -> None:
     model = make(TD3C, constraint_reference="pretrained", epsilon=1.0, warmup_steps=0, policy_averaging=0.0)
     model.set_parameters(make(TD3C).get_parameters())
     first = {name: value.clone() for name, value in model.actor.state_dict().items()}
-    # It cannot be proved in so few episodes
-    contest = ChampionChallenger(**{**QUICK, "risk_budget": 0.9}, false_promotion_rate=1e-9)
+    # It cannot be proved in so few episodes, and there is no newer one yet
+    contest = ChampionChallenger(**{**QUICK, "risk_budget": 0.9, "min_updates": 12}, false_promotion_rate=1e-9)
     followed: list[bool] = []
 
     class Look(Aim):
@@ -513,7 +513,7 @@ def test_the_reference_of_td3c_goes_back_when_the_leader_is_given_up() -> None:
     def break_challenger(_: Any) -> None:
         # Nothing else makes a frozen policy worse from one step to the next
         with th.no_grad():
-            for parameter in contest._cast.challenger.policy.parameters():
+            for parameter in contest._cast.policies["challenger"].policy.parameters():
                 parameter.fill_(float("nan"))
 
     model.learn(200, callback=[Aim(40), contest, Look(100, break_challenger)])

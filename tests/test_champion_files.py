@@ -162,8 +162,8 @@ def test_a_saved_run_goes_on_in_the_middle_of_a_trial(algorithm: type[OffPolicyA
     assert seen.steps[0].actors == [Kind.SERVE]
     since = again.events.index(of(again, "start")[-1])
     first = next(event for event in again.events[since:] if event["event"] == "episode")
-    if step.challenger is not None:
-        assert seen.steps[0].challenger is not None and seen.steps[0].challenger.name == step.challenger.name
+    if "challenger" in step.contenders:
+        assert seen.steps[0].contenders["challenger"].name == step.contenders["challenger"].name
     assert not first["counts"]
 
 

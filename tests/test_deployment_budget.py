@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sb3_offline_ft.deployment import Contender, Contest, Kind, Level, RiskBudget, Rules
-from sb3_offline_ft.deployment.contest import CONTROLS
+from sb3_offline_ft.deployment.contest import CONTROLS, Episode
 from tests.simulated_contests import simulation
 
 ROUNDING = 1e-9
@@ -87,7 +87,7 @@ TestAnyLearner.settings = settings(max_examples=40, stateful_step_count=50, dead
 
 
 def follow(
-    contest: Contest, totals: Callable[[Kind, int], float], n_episodes: int = 80, seed: int = 0, **options: Any
+    contest: Contest, totals: Callable[[Episode, int], float], n_episodes: int = 80, seed: int = 0, **options: Any
 ) -> tuple[Any, list[Any]]:
     """A run with the book beside its account, which is looked at after each episode."""
     rng, book, ended = np.random.default_rng(seed), simulation.Book(contest), []
@@ -98,7 +98,7 @@ def follow(
         rng,
         lambda: Contender(1),
         totals,
-        lambda kind: lengths[int(kind is Kind.TRIAL)] * rng.exponential(),
+        lambda episode: lengths[int(episode.kind is Kind.TRIAL)] * rng.exponential(),
         began=book.begin,
         **options,
     )
@@ -130,7 +130,12 @@ def test_adversarial_learners(
     rules: Rules, returns: dict[Kind, list[float]], n_places: int, explores: bool, seed: int
 ) -> None:
     contest = Contest(rules, Contender(0), n_places, seed)
-    follow(contest, lambda kind, i: -3 + 6 * returns[kind][i % len(returns[kind])], seed=seed, explores=explores)
+
+    def total(episode: Episode, i: int) -> float:
+        of_kind = returns[episode.actor]
+        return -3 + 6 * of_kind[i % len(of_kind)]
+
+    follow(contest, total, seed=seed, explores=explores)
 
 
 @pytest.mark.parametrize("controls", CONTROLS)
@@ -140,9 +145,9 @@ def test_a_challenger_that_falls_once_it_is_trusted(n_places: int, controls: str
     contest, promoted = Contest(Rules(risk_budget=0.5, controls=controls), Contender(0), n_places), []
     rng = np.random.default_rng(0)
 
-    def totals(kind: Kind, i: int) -> float:
-        falls = len(promoted) % 2
-        return float(rng.normal(1 + len(promoted), 0.1)) if kind is Kind.SERVE else 0.0 if falls else 3.0 + 2 * len(promoted)
+    def totals(episode: Episode, i: int) -> float:
+        falls, serves = len(promoted) % 2, episode.actor is Kind.SERVE
+        return float(rng.normal(1 + len(promoted), 0.1)) if serves else 0.0 if falls else 3.0 + 2 * len(promoted)
 
     book = simulation.Book(contest)
     for episode in simulation.play(contest, 400, rng, lambda: Contender(1), totals, explores=True, began=book.begin):
@@ -158,7 +163,7 @@ def test_a_challenger_that_falls_once_it_is_trusted(n_places: int, controls: str
 def test_no_budget() -> None:
     """Only the champion acts, whatever is offered."""
     contest = Contest(Rules(risk_budget=0), Contender(0), 3)
-    book, ended = follow(contest, lambda kind, i: 1.0 + i % 2, explores=True)
+    book, ended = follow(contest, lambda episode, i: 1.0 + i % 2, explores=True)
     assert {episode.kind for episode in ended} == {Kind.SERVE} and book.n_at_risk == 0
     assert contest.challenge is None and contest.budget is not None and contest.budget.lost == 0
 

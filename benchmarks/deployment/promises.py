@@ -28,7 +28,7 @@ from sb3_offline_ft.collapse.detectors import betting, ranks
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.deployment import budget as budget_of_risk
 from sb3_offline_ft.deployment import contest, promotion
-from sb3_offline_ft.deployment.contest import CONTROLS, Contender, Contest, Kind, Rules
+from sb3_offline_ft.deployment.contest import CONTROLS, Contender, Contest, Episode, Kind, Rules
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
@@ -108,8 +108,8 @@ def budget_run(seed: int) -> tuple[bool, float, int]:
             25,
             rng,
             lambda: Contender(1),
-            lambda kind, i: max(worst, total(kind, i)),
-            lambda kind: float(rng.exponential(scale if kind is Kind.TRIAL else 1.0)),
+            lambda episode, i: max(worst, total(episode.actor, i)),
+            lambda episode: float(rng.exponential(scale if episode.kind is Kind.TRIAL else 1.0)),
             explores=bool(seed % 2),
             began=book.begin,
         )
@@ -117,7 +117,7 @@ def budget_run(seed: int) -> tuple[bool, float, int]:
             book.end(episode.place, episode.total)
             is_kept &= book.is_kept
             if rng.random() < 0.02:
-                contest.stop_trial("broken")
+                contest.stop_trial(episode.place, "broken")
     return is_kept, book.largest_share, book.n_at_risk
 
 
@@ -207,8 +207,9 @@ def until_promotion(world: simulation.World, lead: float, controls: str, seed: i
     contest, n_verdicts, n_trials = Contest(rules, Contender(0, world.champion(1.0)), 1, seed), 0, 0
     challenger = world.challenger(1.0 + lead)
 
-    def total(kind: Kind, i: int) -> float:
-        return (challenger if kind is Kind.TRIAL else contest.champion.policy).draw(rng)
+    def total(episode: Episode, i: int) -> float:
+        policy: simulation.Policy = contest.contenders[episode.role].policy
+        return policy.draw(rng)
 
     for i, episode in enumerate(play(contest, LONGEST, rng, lambda: Contender(1, challenger), total)):
         n_trials += episode.kind is Kind.TRIAL

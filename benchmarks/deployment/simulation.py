@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
+from sb3_offline_ft.deployment.contest import Contender, Contest, Episode, Kind, Rules, Verdict
 
 Generator = np.random.Generator
 
@@ -39,8 +39,8 @@ def play(
     n_episodes: int,
     rng: Generator,
     offer: Callable[[], Contender | None],
-    total: Callable[[Kind, int], float],
-    length: Callable[[Kind], float] = lambda kind: 1.0,
+    total: Callable[[Episode, int], float],
+    length: Callable[[Episode], float] = lambda episode: 1.0,
     explores: bool = False,
     began: Callable[[int, Kind], None] = lambda place, kind: None,
 ) -> Iterator[Ended]:
@@ -51,7 +51,7 @@ def play(
     :param n_episodes: Episodes that end
     :param rng: Decides between episodes that end at the same time
     :param offer: Gives a challenger
-    :param total: Return of an episode of a kind that ends as the i-th
+    :param total: Return of an episode that ends as the i-th
     :param length: Duration of one that begins
     :param explores: Whether exploring differs from serving
     :param began: Is told of each episode that begins
@@ -59,16 +59,16 @@ def play(
     running: list[tuple[float, float, int]] = []
 
     def begin(place: int, now: float) -> None:
-        kind = contest.begin(place, offer, explores).kind
-        began(place, kind)
-        heapq.heappush(running, (now + length(kind), rng.random(), place))
+        episode = contest.begin(place, offer, explores)
+        began(place, episode.kind)
+        heapq.heappush(running, (now + length(episode), rng.random(), place))
 
     for place in range(len(contest.running)):
         begin(place, 0.0)
     for i in range(n_episodes):
         now, _, place = heapq.heappop(running)
         episode = contest.running[place]
-        kind, value = episode.kind, total(episode.actor, i)
+        kind, value = episode.kind, total(episode, i)
         yield Ended(place, kind, value, contest.end(place, value))
         begin(place, now)
 
@@ -232,9 +232,8 @@ def simulated_promotions(
     drift = world.drift(rng, n_episodes)
     contest = Contest(rules, Contender(0, world.champion(1.0)), world.n_places, seed)
 
-    def actor(kind: Kind) -> Policy:
-        one = contest.challenge.challenger if kind is Kind.TRIAL and contest.challenge is not None else contest.champion
-        policy: Policy = one.policy
+    def actor(episode: Episode) -> Policy:
+        policy: Policy = contest.contenders[episode.role].policy
         return policy
 
     def offer() -> Contender:
@@ -246,7 +245,7 @@ def simulated_promotions(
         n_episodes,
         rng,
         offer,
-        lambda kind, i: actor(kind).draw(rng) + drift[i],
-        lambda kind: actor(kind).length(rng),
+        lambda episode, i: actor(episode).draw(rng) + drift[i],
+        lambda episode: actor(episode).length(rng),
     )
     return [episode.verdict for episode in episodes if episode.verdict is not None], contest

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft.collapse import LearnerSnapshot
 from sb3_offline_ft.common.io import arrays_to_text
-from sb3_offline_ft.deployment.contest import Kind
+from sb3_offline_ft.deployment.contest import Contender, Episode, Kind
 
 STATISTICS = "obs_rms"
 
@@ -138,10 +138,14 @@ class FrozenPolicy:
             made = type(model.policy)(**model.policy._get_constructor_parameters())
         self.policy: BasePolicy = made.to(model.device).requires_grad_(False)
         self.policy.set_training_mode(False)
-        self.take(content)
+        self._be(content)
 
     def take(self, content: PolicyCopy) -> None:
         """Be this policy from now on."""
+        if content is not self._content:
+            self._be(content)
+
+    def _be(self, content: PolicyCopy) -> None:
         self.policy.load_state_dict(dict(content.state))
         self._content = content
 
@@ -166,7 +170,7 @@ class FrozenPolicy:
 
 class Cast:
     """
-    Decides the actions in training episodes in place of a learner: which of two frozen policies acts in which environment.
+    Decides the actions in training episodes in place of a learner: which of three frozen policies acts in which environment.
 
     :param model: The learner
     :param champion: The champion's policy
@@ -176,11 +180,22 @@ class Cast:
         self._model = model
         assert isinstance(model.action_space, spaces.Box)
         self.action_space: spaces.Box = model.action_space
-        self.champion, self.challenger = FrozenPolicy(model, champion), FrozenPolicy(model, champion)
-        self.actors = [Kind.SERVE] * model.n_envs
-        """Who acts in each environment."""
+        self.policies = {role: FrozenPolicy(model, champion) for role in ("champion", "challenger", "rival")}
+        self.running = [Episode() for _ in range(model.n_envs)]
+        """What runs in each environment, which says who acts."""
         self.broken: set[int] = set()
-        """Environments in which the challenger has chosen an action that is not finite; the champion has acted since."""
+        """Environments in which who is tried has chosen an action that is not finite; the champion has acted since."""
+
+    def take(self, contenders: Mapping[str, Contender]) -> None:
+        """Let the policies be those of these contenders, by their roles."""
+        for role, frozen in self.policies.items():
+            if role in contenders:
+                frozen.take(contenders[role].policy)
+
+    @property
+    def champion(self) -> FrozenPolicy:
+        """The champion's policy."""
+        return self.policies["champion"]
 
     @property
     def explores(self) -> bool:
@@ -190,10 +205,12 @@ class Cast:
     def choose(self) -> np.ndarray:
         """The actions in all environments for the learner's last observations, shape ``(n_envs, action_dim)``."""
         actions: np.ndarray = np.array(self.champion.act(deterministic=True), copy=True)
-        for kind in {*self.actors} - {Kind.SERVE}:
-            where = [place for place, actor in enumerate(self.actors) if actor is kind and place not in self.broken]
-            others = self.challenger.act(deterministic=True) if kind is Kind.TRIAL else self._explore()
-            for place in where:
+        acting = [(episode.actor, episode.role) for episode in self.running]
+        for kind, role in {*acting} - {(Kind.SERVE, "champion")}:
+            others = self._explore() if kind is Kind.EXPLORE else self.policies[role].act(deterministic=True)
+            for place, one in enumerate(acting):
+                if one != (kind, role) or place in self.broken:
+                    continue
                 if np.isfinite(others[place]).all():
                     actions[place] = others[place]
                 else:

@@ -35,7 +35,9 @@ class ChampionChallenger(BaseCallback):
     """
     Learn fast, serve safely. A *champion* acts, at first the pretrained policy, while the learner learns from what it does.
     From time to time a frozen copy of the learner's policy, the *challenger*, gets single episodes, paid from a risk budget,
-    until it is proved better and becomes the champion, or is given up. What is deployed at the end is the champion.
+    until it is proved better and becomes the champion, is given up, or is overtaken: after two of its episodes, and whenever they
+    have doubled, the learner's newer policy, the *rival*, gets one too, and takes its place if it is likely better. What is
+    deployed at the end is the champion.
 
     For every off-policy algorithm of SB3 and sb3-contrib with continuous actions. No evaluations are needed. In the unit of a
     *total loss*, from what the champion is expected to return down to ``random_return``:
@@ -267,8 +269,6 @@ class ChampionChallenger(BaseCallback):
             # Part of it may have been taken up
             saved, self._contest = None, Contest(self.rules, self._contender(), model.n_envs, self.seed)
         self._cast = Cast(model, self._contest.champion.policy)
-        if self._contest.challenge is not None:
-            self._cast.challenger.take(self._contest.challenge.challenger.policy)
         self._report = Reporter(model, folder, self.verbose, resume=saved is not None or exact is not None)
         self._seen_model, self._followed = model, self._contest.leader
         if exact is not None:
@@ -328,9 +328,6 @@ class ChampionChallenger(BaseCallback):
         contenders = self._contest.contenders
         self._followed = contenders[state["followed"]]
         self._last_updates, self._rejections_in_a_row = state["counts"]
-        self._cast.champion.take(self.champion.policy)
-        if "challenger" in contenders:
-            self._cast.challenger.take(contenders["challenger"].policy)
         self._totals, self._lengths = (values.copy() for values in state["episodes"])
         self._sync()
         self._cast.broken.update(state["broken"])
@@ -358,9 +355,9 @@ class ChampionChallenger(BaseCallback):
         self._lengths += 1
         ended = self.locals["dones"] | (self._lengths == self.segment_steps)
         tried = [place for place, episode in enumerate(self._contest.running) if episode.actor is Kind.TRIAL]
-        hurt = [place for place in tried if place in broken or not finite[place]]
-        if hurt:
-            self._decide(self._contest.stop_trial("non-finite action" if hurt[0] in broken else "non-finite reward"))
+        hurt = {place: "action" if place in broken else "reward" for place in tried if place in broken or not finite[place]}
+        for place, what in hurt.items():
+            self._decide(self._contest.stop_trial(place, f"non-finite {what}"))
         for place in np.flatnonzero(ended).tolist():
             self._end(place)
         for place in np.flatnonzero(ended).tolist():
@@ -385,7 +382,7 @@ class ChampionChallenger(BaseCallback):
             total = rules.worst_return if budget is None else budget.worst_return
             self._contest.running[place].counts = False
             episode.counts = False
-        then = self.champion, self._contest.challenge
+        then = self._contest.contenders, self._contest.challenge
         verdict = self._contest.end(place, total)
         self._report.episode(place, episode, total, length, self._contest, then)
         self._decide(verdict)
@@ -401,7 +398,6 @@ class ChampionChallenger(BaseCallback):
         if not challenger.policy.is_finite:
             self._refuse()
             return None
-        self._cast.challenger.take(challenger.policy)
         self._report.challenge(challenger, self._contest)
         return challenger
 
@@ -411,7 +407,8 @@ class ChampionChallenger(BaseCallback):
 
     def _sync(self) -> None:
         """Let act who is to act."""
-        self._cast.actors = [episode.actor for episode in self._contest.running]
+        self._cast.running = self._contest.running
+        self._cast.take(self._contest.contenders)
         self._cast.broken.clear()
 
     # Decisions
@@ -423,12 +420,13 @@ class ChampionChallenger(BaseCallback):
         self._last_updates = self.model._n_updates
         self._report.verdict(verdict, self._contest)
         if verdict.kind == "rejection":
-            self._rejections_in_a_row += 1
+            # Whoever was overtaken, or did not overtake, has not failed
+            self._rejections_in_a_row += self._contest.challenge is None
             if self.restore_after and self._rejections_in_a_row >= self.restore_after:
                 self._restore_learner()
         else:
             self._rejections_in_a_row = 0
-            self._cast.champion.take(self.champion.policy)
+            self._sync()
             self._write_champion()
         self._follow_leader()
         self._sync()

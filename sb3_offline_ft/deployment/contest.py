@@ -28,6 +28,8 @@ SPENDING = 2
 """The larger, the more evenly the false-promotion rate is spent over tests: for a run with about as many of them."""
 LEAST_TO_LEAD, LIKELY = 2, 0.9
 """Episodes of a challenger, and its chance of being better, from which on it leads."""
+RIVAL_AFTER = 2
+"""Episodes of a challenger after which a newer policy of the learner may have one, and again whenever they have doubled."""
 
 
 def share_of_test(i: int) -> float:
@@ -83,11 +85,20 @@ class Episode:
     """Whether one policy acts in it from beginning to end."""
     is_handed_back: bool = False
     """Whether the champion acts in what is left of it."""
+    is_rival: bool = False
+    """Whether it is the trial of the rival, not of the challenger."""
 
     @property
     def actor(self) -> Kind:
-        """Who acts now."""
+        """For what somebody acts now."""
         return Kind.SERVE if self.is_handed_back else self.kind
+
+    @property
+    def role(self) -> str:
+        """The role of the contender who acts now."""
+        if self.actor is not Kind.TRIAL:
+            return "champion"
+        return "rival" if self.is_rival else "challenger"
 
 
 @dataclass
@@ -97,10 +108,14 @@ class Challenge:
 
     :param challenger: Who challenges
     :param test: None until the challenger has survived its first episode, which costs nothing of the false-promotion rate
+    :param has_overtaken: Whether it took the place of another one, which it was better than in its first episode
     """
 
     challenger: Contender
     test: PromotionTest | None = None
+    has_overtaken: bool = False
+    n_rival: int = RIVAL_AFTER
+    """Episodes of the challenger at which the next rival may have one."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +188,8 @@ class Contest:
         self.champion = champion
         self.predecessor: Contender | None = None
         self.challenge: Challenge | None = None
+        self.rival: Contender | None = None
+        """A newer policy than the challenger's, which has an episode meanwhile: if it is better, it takes the place."""
         self.budget: RiskBudget | None = None
         """None until the baseline is known; before, only the champion acts."""
         self.running = [Episode(counts=False) for _ in range(n_places)]
@@ -190,7 +207,12 @@ class Contest:
     def contenders(self) -> dict[str, Contender]:
         """Those that there are, by their roles."""
         challenger = None if self.challenge is None else self.challenge.challenger
-        roles = {"champion": self.champion, "predecessor": self.predecessor, "challenger": challenger}
+        roles = {
+            "champion": self.champion,
+            "predecessor": self.predecessor,
+            "challenger": challenger,
+            "rival": self.rival,
+        }
         return {role: contender for role, contender in roles.items() if contender is not None}
 
     @property
@@ -226,8 +248,13 @@ class Contest:
             challenger = offer()
             if challenger is not None:
                 self.challenge = Challenge(challenger)
-        if self.challenge is not None:
-            self._draw(place, episode, self.challenge)
+        elif self._has_room_for_rival and offer is not None:
+            self.rival = offer()
+            episode.is_rival = self.rival is not None
+        if episode.is_rival:
+            episode.kind = Kind.TRIAL
+        elif self.challenge is not None:
+            self._draw(episode, self.challenge)
         elif explores and self._coin.random() < self.rules.exploration_share and self._covers_exploration(self.budget):
             episode.kind = Kind.EXPLORE
         if episode.kind is not Kind.SERVE:
@@ -246,8 +273,17 @@ class Contest:
         self.champion.returns = first
         self.budget = RiskBudget(self.rules.risk_budget, self.level, worst, self._n_baseline)
 
+    @property
+    def _has_room_for_rival(self) -> bool:
+        challenge = self.challenge
+        if challenge is None or challenge.test is None or self.rival is not None:
+            return False
+        return len(challenge.challenger.returns) >= challenge.n_rival
+
     def _abandon(self, place: int) -> None:
         """What runs here will not be finished."""
+        if self.running[place].is_rival:
+            self.rival = None
         if self.budget is not None:
             self.budget.abandon(place)
         if self.challenge is not None and self.challenge.test is not None and self.running[place].bet is not None:
@@ -258,7 +294,7 @@ class Contest:
         """Whether there are enough episodes of it to compare others with; of the first one, the baseline's are."""
         return len(self.champion.returns) >= LEAST_KNOWN or (self.predecessor is None and self.rules.controls == "concurrent")
 
-    def _draw(self, place: int, episode: Episode, challenge: Challenge) -> None:
+    def _draw(self, episode: Episode, challenge: Challenge) -> None:
         if challenge.test is None:
             others = (other.actor is Kind.TRIAL for other in self.running if other is not episode)
             episode.kind = Kind.SERVE if any(others) else Kind.TRIAL
@@ -289,22 +325,30 @@ class Contest:
     @property
     def leader(self) -> Contender:
         """Who is likely the best, without proof: whom a learner may follow."""
-        challenger = None if self.challenge is None else self.challenge.challenger
-        if challenger is None or len(challenger.returns) < LEAST_TO_LEAD:
+        challenge = self.challenge
+        if challenge is None or len(challenge.challenger.returns) < (1 if challenge.has_overtaken else LEAST_TO_LEAD):
             return self.champion
+        challenger = challenge.challenger
         is_likely = chance_of_lead(self.champion.returns, challenger.returns, self.unit, 0.0) > LIKELY
         return challenger if is_likely else self.champion
 
     # What came of it
 
-    def stop_trial(self, reason: str) -> Verdict | None:
+    def stop_trial(self, place: int, reason: str) -> Verdict | None:
         """
-        Give up the challenger within its episode, of which the champion acts in the rest.
+        Give up who is tried within its episode, of which the champion acts in the rest.
 
+        :param place: Where
         :param reason: Why, such as an action that was not finite
-        :return: What is decided; None if there is no challenger any more
+        :return: What is decided; None if nobody is tried there any more
         """
-        return None if self.challenge is None else self._reject(self.challenge, reason)
+        episode = self.running[place]
+        if self.challenge is None or episode.actor is not Kind.TRIAL:
+            return None
+        if not episode.is_rival:
+            return self._reject(self.challenge, reason)
+        self._hand_back(episode)
+        return self._reject_rival(self.challenge, reason)
 
     def end(self, place: int, total: float) -> Verdict | None:
         """
@@ -323,7 +367,10 @@ class Contest:
             if episode.kind is Kind.EXPLORE:
                 self._exploration_losses.append(loss)
         if not episode.counts or episode.kind is Kind.EXPLORE:
+            self.rival = None if episode.is_rival else self.rival
             return None
+        if episode.is_rival and challenge is not None:
+            return self._judge_rival(challenge, total)
         if bet is not None:
             bet.settle(total, episode.kind is Kind.TRIAL)
         if episode.kind is Kind.TRIAL and challenge is not None:
@@ -350,18 +397,40 @@ class Contest:
             self._begin_test(challenge)
         return None
 
+    def _judge_rival(self, challenge: Challenge, total: float) -> Verdict:
+        rival, challenger = self.rival, challenge.challenger
+        assert rival is not None
+        rival.returns.append(total)
+        if chance_of_lead(challenger.returns, rival.returns, self.unit, self.rules.least_lead) <= LIKELY:
+            return self._reject_rival(challenge, "behind the challenger")
+        self.rival = None
+        verdict = self._reject(challenge, f"overtaken by the policy of step {rival.name:,}")
+        self.challenge = Challenge(rival, has_overtaken=True)
+        self._begin_test(self.challenge)
+        return verdict
+
     # Decisions
 
+    @staticmethod
+    def _hand_back(episode: Episode) -> None:
+        episode.counts, episode.is_handed_back, episode.is_rival = False, True, False
+
     def _end_challenge(self) -> None:
-        self.challenge = None
+        """The challenger acts no more; a rival whose episode is running is the next one."""
+        self.challenge = None if self.rival is None else Challenge(self.rival)
+        self.rival = None
         for episode in self.running:
-            if episode.kind is Kind.TRIAL:
-                episode.counts, episode.is_handed_back = False, True
+            if episode.is_rival:
+                episode.is_rival = False
+            elif episode.kind is Kind.TRIAL:
+                self._hand_back(episode)
 
     def _enthrone(self, champion: Contender, predecessor: Contender | None) -> None:
-        self._end_challenge()
+        # Of the rival nobody knows whether it is better than this one
+        self.rival = None
         for episode in self.running:
-            episode.counts = False
+            episode.counts = episode.is_rival = False
+        self._end_challenge()
         self.champion, self.predecessor, self._watch = champion, predecessor, None
         known = [] if predecessor is None else predecessor.returns
         if len(known) >= LEAST_KNOWN and len({*known}) > 1:
@@ -376,6 +445,12 @@ class Contest:
     def _reject(self, challenge: Challenge, reason: str) -> Verdict:
         self._end_challenge()
         return Verdict("rejection", reason, challenge.challenger, self.champion)
+
+    def _reject_rival(self, challenge: Challenge, reason: str) -> Verdict:
+        rival, self.rival = self.rival, None
+        assert rival is not None
+        challenge.n_rival = 2 * len(challenge.challenger.returns)
+        return Verdict("rejection", reason, rival, self.champion)
 
     def _demote(self) -> Verdict:
         fallen, predecessor = self.champion, self.predecessor
@@ -417,10 +492,13 @@ class Contest:
                 "bet": next((place for place, bet in enumerate(bets) if bet is episode.bet), None),
                 "counts": episode.counts,
                 "is_handed_back": episode.is_handed_back,
+                "is_rival": episode.is_rival,
             }
             for episode in self.running
         ]
-        return self.state_dict() | {"budget": None, "whole_budget": budget, "test": kept, "running": running}
+        challenge = None if self.challenge is None else {n: getattr(self.challenge, n) for n in ("has_overtaken", "n_rival")}
+        whole = {"whole_budget": budget, "test": kept, "running": running, "challenge": challenge}
+        return self.state_dict() | {"budget": None, **whole, "rival": None if self.rival is None else self.rival.name}
 
     def load_run_state(self, state: dict[str, Any], policies: dict[str, Any]) -> None:
         """Go on from what :meth:`run_state` returned, with the policies of its contenders."""
@@ -430,14 +508,13 @@ class Contest:
         self.budget = None if state["whole_budget"] is None else RiskBudget.from_run_state(state["whole_budget"])
         self.challenge = None
         if (facts := contenders["challenger"]) is not None:
-            self.challenge = Challenge(Contender(facts["name"], policies["challenger"], list(facts["returns"])))
-            self.challenge.test = self._test_of(state["test"])
+            challenger = Contender(facts["name"], policies["challenger"], list(facts["returns"]))
+            self.challenge = Challenge(challenger, self._test_of(state["test"]), **state["challenge"])
+        self.rival = None if state["rival"] is None else Contender(state["rival"], policies["rival"])
         test = None if self.challenge is None else self.challenge.test
         bets: list[Any] = [] if test is None else list(test.open_bets)
         self.running = [
-            Episode(
-                Kind(one["kind"]), one["bet"] if one["bet"] is None else bets[one["bet"]], one["counts"], one["is_handed_back"]
-            )
+            Episode(**one | {"kind": Kind(one["kind"]), "bet": None if one["bet"] is None else bets[one["bet"]]})
             for one in state["running"]
         ]
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from sb3_offline_ft.deployment.history import DECISIONS, EVENTS_FILE, cost_words
 SERVED_WINDOW = 10
 """Episodes that the logged served return is the mean of."""
 
-Then = tuple[Contender, Challenge | None]
-"""The champion and the challenge while an episode ran, before anything was decided."""
+Then = tuple[Mapping[str, Contender], Challenge | None]
+"""The contenders and the challenge while an episode ran, before anything was decided."""
 
 
 class Reporter:
@@ -110,16 +111,17 @@ class Reporter:
 
     def episode(self, place: int, episode: Episode, total: float, length: int, contest: Contest, then: Then) -> None:
         """Tell of an episode that has ended."""
-        budget, (champion, challenge) = contest.budget, then
-        test = None if challenge is None else challenge.test
+        budget, (contenders, challenge) = contest.budget, then
+        challenger = contenders.get("rival" if episode.is_rival else "challenger")
+        test = None if challenge is None or episode.is_rival else challenge.test
         facts = {
             "kind": episode.kind.value,
             "env": place,
             "return": total,
             "length": length,
             "counts": episode.counts,
-            "champion": champion.name,
-            "challenger": None if challenge is None else challenge.challenger.name,
+            "champion": contenders["champion"].name,
+            "challenger": None if challenger is None else challenger.name,
             "evidence": None if test is None else test.evidence,
             "needed": None if test is None else test.threshold if math.isfinite(test.threshold) else None,
         }

@@ -33,7 +33,8 @@ class SavedContest:
 
     @classmethod
     def of(cls, contest: Contest, settings: dict[str, Any], last_updates: int, rejections_in_a_row: int) -> Self:
-        policies = {role: contender.policy for role, contender in contest.contenders.items()}
+        # The rival's only episode will not be finished
+        policies = {role: contender.policy for role, contender in contest.contenders.items() if role != "rival"}
         return cls(contest.state_dict(), settings, policies, last_updates, rejections_in_a_row)
 
     def write(self, model: OffPolicyAlgorithm) -> None:
