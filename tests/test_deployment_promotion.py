@@ -1,16 +1,21 @@
 """Who becomes champion has been proved to be better, at the promised rate of errors."""
 
+import copy
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scipy.stats import binomtest
 
 from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, HistoricalTest, Kind, Rules, Verdict
-from sb3_offline_ft.deployment.contest import CONTROLS
+from sb3_offline_ft.deployment.contest import CONTROLS, share_of_test
 from sb3_offline_ft.deployment.promotion import TrialEpisode
 from tests.simulated_contests import simulation
 
@@ -411,3 +416,91 @@ def test_what_becomes_of_a_rival_whose_episode_runs(what: str) -> None:
             assert contest.challenge is None and contest.running[place].role == "champion"
             contest.end(place, 13.0)
             assert contest.challenge is None and rival.returns == []
+
+
+class AnyContest(RuleBasedStateMachine):
+    """Episodes begin, are cut off, stopped and end in any order in several places, and the contest goes on from its state."""
+
+    @initialize(n_places=st.integers(1, 4), controls=st.sampled_from(CONTROLS), share=st.sampled_from([0.0, 0.5]))
+    def open(self, n_places: int, controls: str, share: float) -> None:
+        self.rules = Rules(
+            risk_budget=0.99, baseline_episodes=5, max_trial_episodes=6, exploration_share=share, controls=controls,
+            false_promotion_rate=0.5,
+        )  # fmt: skip
+        self.contest = Contest(self.rules, Contender(0, 0), n_places)
+        self.names = itertools.count(1)
+        self.ended = set(range(n_places))
+        for i in range(40):
+            # A rival is soon wanted
+            self.begin_all()
+            for place in range(n_places):
+                self.end(place, 14.0 if self.contest.running[place].kind is Kind.TRIAL else 9.0 + 2.0 * (i % 2))
+            if self.contest.challenge is not None and self.contest.challenge.challenger.returns:
+                break
+
+    def offer(self) -> Contender:
+        name = next(self.names)
+        return Contender(name, name)
+
+    @rule(place=st.integers(0, 3), has_learned=st.booleans())
+    def begin(self, place: int, has_learned: bool) -> None:
+        place %= len(self.contest.running)
+        self.contest.begin(place, self.offer if has_learned else None, explores=True)
+        self.ended.discard(place)
+
+    @precondition(lambda self: self.ended)
+    @rule()
+    def begin_all(self) -> None:
+        for place in sorted(self.ended):
+            self.begin(place, True)
+
+    @rule(place=st.integers(0, 3), total=st.sampled_from([0.0, 9.0, 10.0, 11.0, 14.0, 20.0]))
+    def end(self, place: int, total: float) -> None:
+        place %= len(self.contest.running)
+        if place not in self.ended:
+            self.contest.end(place, total)
+            self.ended.add(place)
+
+    @rule(place=st.integers(0, 3))
+    def stop(self, place: int) -> None:
+        place %= len(self.contest.running)
+        if place not in self.ended and self.contest.running[place].actor is Kind.TRIAL:
+            role = self.contest.running[place].role
+            tried = self.contest.contenders[role]
+            verdict = self.contest.stop_trial(place, "stopped")
+            assert verdict is not None and verdict.contender is tried
+            assert self.contest.running[place].role == "champion" and tried not in self.contest.contenders.values()
+
+    @rule()
+    def go_on_exactly(self) -> None:
+        state, policies = self.contest.run_state(), {role: one.policy for role, one in self.contest.contenders.items()}
+        again = Contest(self.rules, Contender(0, 0), len(self.contest.running))
+        again.load_run_state(copy.deepcopy(state), policies)
+        assert repr(again.run_state()) == repr(state)
+        self.contest = again
+
+    @rule()
+    def go_on_from_a_file(self) -> None:
+        state, policies = self.contest.state_dict(), {role: one.policy for role, one in self.contest.contenders.items()}
+        again = Contest(self.rules, Contender(0, 0), len(self.contest.running))
+        again.load_state_dict(json.loads(json.dumps(state)), policies)
+        self.contest, self.ended = again, set()
+
+    @invariant()
+    def a_rival_has_one_episode(self) -> None:
+        if not hasattr(self, "contest"):
+            return
+        running, rival = self.contest.running, self.contest.rival
+        assert sum(episode.is_rival for episode in running) == (rival is not None)
+        for place, episode in enumerate(running):
+            if place not in self.ended:
+                assert episode.role in self.contest.contenders
+        if rival is not None:
+            challenge = self.contest.challenge
+            assert challenge is not None and challenge.test is not None and rival.name > challenge.challenger.name
+        levels = self.rules.false_promotion_rate * sum(map(share_of_test, range(self.contest.n_tests)))
+        assert levels < self.rules.false_promotion_rate
+
+
+TestAnyContest = AnyContest.TestCase
+TestAnyContest.settings = settings(max_examples=60, stateful_step_count=80, deadline=None)

@@ -35,9 +35,9 @@ class ChampionChallenger(BaseCallback):
     """
     Learn fast, serve safely. A *champion* acts, at first the pretrained policy, while the learner learns from what it does.
     From time to time a frozen copy of the learner's policy, the *challenger*, gets single episodes, paid from a risk budget,
-    until it is proved better and becomes the champion, is given up, or is overtaken: after two of its episodes, and whenever they
-    have doubled, the learner's newer policy, the *rival*, gets one too, and takes its place if it is likely better. What is
-    deployed at the end is the champion.
+    until it is proved better and becomes the champion, is given up, or is overtaken: after two of its episodes, and whenever
+    they have doubled, a newer policy of the learner, the *rival*, gets one too, and takes its place if it is likely better.
+    What is deployed at the end is the champion.
 
     For every off-policy algorithm of SB3 and sb3-contrib with continuous actions. No evaluations are needed. In the unit of a
     *total loss*, from what the champion is expected to return down to ``random_return``:

@@ -360,6 +360,7 @@ class Contest:
         """
         episode, challenge = self.running[place], self.challenge
         bet, episode.bet = episode.bet, None
+        is_rival, episode.is_rival = episode.is_rival, False
         if self.budget is None:
             self._n_baseline += 1
         else:
@@ -367,9 +368,9 @@ class Contest:
             if episode.kind is Kind.EXPLORE:
                 self._exploration_losses.append(loss)
         if not episode.counts or episode.kind is Kind.EXPLORE:
-            self.rival = None if episode.is_rival else self.rival
+            self.rival = None if is_rival else self.rival
             return None
-        if episode.is_rival and challenge is not None:
+        if is_rival and challenge is not None:
             return self._judge_rival(challenge, total)
         if bet is not None:
             bet.settle(total, episode.kind is Kind.TRIAL)
