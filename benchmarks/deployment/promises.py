@@ -213,7 +213,8 @@ def until_promotion(world: simulation.World, lead: float, controls: str, seed: i
 
     for i, episode in enumerate(play(contest, LONGEST, rng, lambda: Contender(1, challenger), total)):
         n_trials += episode.kind is Kind.TRIAL
-        n_verdicts += episode.verdict is not None
+        # Newer policies that do not overtake the challenger end nothing
+        n_verdicts += episode.verdict is not None and episode.verdict.reason != "behind the challenger"
         if episode.verdict is not None and episode.verdict.kind == "promotion":
             return n_verdicts == 1, n_trials, i + 1.0 - rules.baseline_episodes
     return False, math.inf, math.inf

@@ -1,7 +1,10 @@
 """Finds out before a study starts what would fail only after minutes of it."""
 
+import os
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -37,6 +40,11 @@ def check_protocol(protocol: "Protocol", labels: Iterable[str]) -> None:
             _check_data(dataset, env, protocol.env, f"{protocol.file}: `datasets.{label}`")
         seen: list[Any] = []
         for method in protocol.methods:
+            if method.external is not None:
+                check_command(
+                    method.external["command"][0], protocol.folder, f"{protocol.file}: `methods.{method.name}.external`"
+                )
+                continue
             data = dataset if method.pretrained else None
             made = [(f"methods.{method.name}", method.algorithm, method.hyperparams)]
             if method.pretrained:
@@ -74,3 +82,13 @@ def _check_learner(
             learner_from_scratch(algorithm, arguments, env, 0, "cpu")
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         raise ValueError(f"{what} is not possible with {algorithm}: {error}") from None
+
+
+def check_command(word: str, folder: Path, what: str) -> None:
+    """
+    Check that there is a command; one with a path is looked for in the study's folder, others where the system looks.
+
+    :raises ValueError: There is none
+    """
+    if shutil.which(word if os.path.dirname(word) == "" else str(folder / word)) is None:
+        raise ValueError(f"{what} has the command {word!r}, which is not there or cannot be run. Install it, or name another.")

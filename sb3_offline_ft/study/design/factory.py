@@ -22,6 +22,7 @@ from sb3_offline_ft.study.design.learners import NOISES, PLAIN_TD3, algorithm_cl
 from sb3_offline_ft.study.design.methods import (
     CALLBACKS,
     ENSEMBLE_SIZE,
+    EXTERNAL,
     SET_BY_STUDY,
     Method,
     Preset,
@@ -48,7 +49,10 @@ WITHOUT_EFFECT_FROM_SCRATCH = frozenset(
 )
 _CALLBACK_PATHS = ("path", "save_snapshots", "verbose")
 
-METHOD_KEYS = ("label", "algorithm", "start", "frozen", *CALLBACKS, "hyperparams")
+METHOD_KEYS = ("label", "algorithm", "start", "frozen", *CALLBACKS, "hyperparams", "external")
+EXTERNAL_KEYS = ("command", "options")
+WITH_EXTERNAL = ("label", "start", "external")
+"""What a method that is a command can have."""
 STARTS = ("pretrained", "scratch")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MOST_OF_NAME = 150
@@ -145,8 +149,9 @@ class MethodFactory:
             self.reader.fail("methods", "must have at least one method.")
         combined = self.reader.truth(self.given.get("factors_combined", False), "factors_combined")
         listed = [self._method(name, entry) for name, entry in entries.items()]
-        self._check_shared({method.algorithm for method in listed})
-        for method in listed:
+        ours = [method for method in listed if method.external is None]
+        self._check_shared({method.algorithm for method in ours})
+        for method in ours:
             self._check_warmup(method, f"methods.{method.name}")
         self._check_different(listed)
         made: list[Method] = []
@@ -205,7 +210,7 @@ class MethodFactory:
                     )
 
     def _variants(self, method: Method, factors: Mapping[str, list[Any]], combined: bool) -> Iterator[dict[str, Any]]:
-        if method.frozen or not method.pretrained:
+        if method.frozen or not method.pretrained or method.external is not None:
             return
         known = known_hyperparams(method.algorithm)
         taken = {name: values for name, values in factors.items() if factor_path(name)[0] in known}
@@ -215,7 +220,7 @@ class MethodFactory:
             yield from ({name: value} for name, values in taken.items() for value in values)
 
     def _unused_factor(self, factor: str, listed: list[Method]) -> None:
-        ours = [method for method in listed if method.pretrained and not method.frozen]
+        ours = [method for method in listed if method.pretrained and not method.frozen and method.external is None]
         known = set().union({ENSEMBLE_SIZE}, *(known_hyperparams(method.algorithm) for method in ours))
         who = ", ".join(method.name for method in ours) or "none is pretrained and not frozen"
         self.reader.fail(
@@ -232,6 +237,9 @@ class MethodFactory:
             self.reader.fail(f"{key}.start", f"must be {' or '.join(STARTS)}, found {start!r}.")
         pretrained, frozen = start == "pretrained", self.reader.truth(given.get("frozen", False), f"{key}.frozen")
         label = self.reader.text(given["label"], f"{key}.label") if "label" in given else name
+        if "external" in given:
+            external = self._external(given, key)
+            return Method(name, label, EXTERNAL, pretrained, external=external, base=name)
         suffixes = [f"{factor}={_value_name(value)}" for factor, value in variant.items()]
         pretraining = self.pretraining_hyperparams(variant)
         method = Method(
@@ -247,6 +255,21 @@ class MethodFactory:
         hyperparams = self._hyperparams(method, given, pretraining)
         guard, champion = (self._callback(kind, method, given.get(kind)) for kind in ("guard", "champion"))
         return replace(method, hyperparams=hyperparams, guard=guard, champion=champion)
+
+    def _external(self, given: Mapping[str, Any], key: str) -> dict[str, Any]:
+        for other in given.keys() - {*WITH_EXTERNAL}:
+            self.reader.fail(f"{key}.{other}", "is not known to a command: write it in `external.options`, or leave it out.")
+        key = f"{key}.external"
+        external = self.reader.mapping(given["external"], key, EXTERNAL_KEYS)
+        command = external.get("command")
+        if not isinstance(command, list) or not command or not all(isinstance(word, str) and word for word in command):
+            self.reader.fail(f"{key}.command", f"must be a list of words, such as [python, learn.py], found {command!r}.")
+        options = self.reader.mapping(external.get("options"), f"{key}.options")
+        try:
+            json.dumps(options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            self.reader.fail(f"{key}.options", f"must be what JSON can hold: {error}.")
+        return {"command": list(command), "options": options}
 
     def _algorithm(self, given: Mapping[str, Any], key: str, pretrained: bool, frozen: bool) -> str:
         if "algorithm" not in given and not pretrained:

@@ -63,6 +63,8 @@ def method_facts(method: Method, pretraining: str) -> dict[str, Any]:
     :param method: The method
     :param pretraining: Algorithm of the pretraining that it starts from, if it does
     """
+    if method.external is not None:
+        return {"external": _canonical(method.external), "pretrained": method.pretrained}
     learns = not method.frozen
     return {
         "algorithm": method.algorithm if learns else None,

@@ -24,6 +24,7 @@ from sb3_offline_ft.study.design.learners import algorithm_class
 CALLBACKS: dict[str, type[BaseCallback]] = {"guard": CollapseGuard, "champion": ChampionChallenger}
 """What a method can have besides its algorithm, by the keys of a study."""
 ENSEMBLE_SIZE = "ensemble_size"
+EXTERNAL = "external"
 NOISE = frozenset({"noise_type", "noise_std"})
 SET_BY_STUDY = {
     "env": "`env` of the study",
@@ -45,9 +46,11 @@ class Method:
 
     :param name: Its name in the study, unique; a variant's is ``<method>+<factor>=<value>``
     :param label: Its name for people
-    :param algorithm: Name of its algorithm
+    :param algorithm: Name of its algorithm; :data:`EXTERNAL` if it is a command
     :param pretrained: Whether it starts from the pretrained policy
     :param frozen: Whether the pretrained policy stays as it is
+    :param external: The command that is the method, as ``command`` and ``options``; None if it is an algorithm here. It is
+        given the data, and pretrains by itself if ``pretrained``
     :param guard: Arguments of its :class:`CollapseGuard`, None if it has none
     :param champion: Arguments of its :class:`ChampionChallenger`, None if it has none
     :param hyperparams: All hyperparameters that are not the algorithm's defaults, as rl_zoo3 writes them
@@ -63,6 +66,7 @@ class Method:
     frozen: bool = False
     guard: Mapping[str, Any] | None = field(default=None, hash=False)
     champion: Mapping[str, Any] | None = field(default=None, hash=False)
+    external: Mapping[str, Any] | None = field(default=None, hash=False)
     hyperparams: Mapping[str, Any] = field(default_factory=dict, hash=False)
     pretraining_hyperparams: Mapping[str, Any] = field(default_factory=dict, hash=False)
     variant: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -75,8 +79,15 @@ class Method:
         return {name: arguments for name, arguments in given.items() if arguments is not None}
 
     @property
+    def uses_data(self) -> bool:
+        """Whether it is run on each dataset."""
+        return self.pretrained or self.external is not None
+
+    @property
     def learns_from_evaluations(self) -> bool:
         """Whether the learner needs evaluations of its own, as the reference ``"best"`` of TD3C does without a champion."""
+        if self.external is not None:
+            return False
         arguments = constructor_arguments(algorithm_class(self.algorithm))
         if self.frozen or self.champion is not None or "constraint_reference" not in arguments:
             return False

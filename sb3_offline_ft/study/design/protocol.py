@@ -1,5 +1,6 @@
 """What a study compares: its file, its methods, its cells."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -172,7 +173,7 @@ class Protocol:
         factors = read_factors(reader, given.get("factors"))
         factory = MethodFactory(reader, given, env, interactions, random_return)
         methods = factory.methods(factors)
-        if not datasets and any(method.pretrained for method in methods):
+        if not datasets and any(method.uses_data for method in methods):
             reader.fail("datasets", "must have at least one dataset, for the methods that start from a pretrained policy.")
         reference = given.get("reference_method")
         names = [method.name for method in methods]
@@ -212,8 +213,8 @@ class Protocol:
 
         :return: The cells; those without data come first in each seed
         """
-        with_data = [method for method in self.methods if method.pretrained]
-        without = [method for method in self.methods if not method.pretrained]
+        with_data = [method for method in self.methods if method.uses_data]
+        without = [method for method in self.methods if not method.uses_data]
         return [
             Cell(label, method, seed)
             for seed in self.seeds
@@ -308,6 +309,11 @@ class Protocol:
         :raises ValueError: There is no such module, or Gymnasium does not know the id
         """
         import_env(Reader(self.file), self.env)
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that are methods, as a shell has them."""
+        return [shlex.join(method.external["command"]) for method in self.methods if method.external is not None]
 
     @property
     def env_module(self) -> str:

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from sb3_offline_ft.evaluation.served import EXPLORE, TRIAL
 from sb3_offline_ft.offline_td3 import OfflineTD3
 from sb3_offline_ft.pretrained.cache import PretrainedCache
 from sb3_offline_ft.study.design.learners import learner_from_scratch, pretrained_learner, pretraining_recipe
+from sb3_offline_ft.study.engine.external import run_external
 from sb3_offline_ft.study.engine.folder import KINDS, CellResult
 from sb3_offline_ft.study.engine.measure import (
     FINETUNING,
@@ -63,6 +65,8 @@ def run_cell(
     :param device: Where to compute
     :return: The result
     """
+    if cell.method.external is not None:
+        return _run_command(protocol, cell, on_step, on_evaluation)
     # Before anything is imported late or edited meanwhile
     started, clock, machine = datetime.now(UTC), time.monotonic(), machine_facts()
     plan, tell = protocol.evaluation, on_step or (lambda phase, done, total: None)
@@ -97,6 +101,34 @@ def run_cell(
             **_own_evaluations(evaluation),
             **({} if champion is None else deployment(champion.events, ends)),
         )
+
+
+def _run_command(protocol: "Protocol", cell: "Cell", on_step: OnStep | None, on_evaluation: OnEvaluation | None) -> CellResult:
+    """As :func:`run_cell`, of a method that is a command."""
+    started, clock, machine = datetime.now(UTC), time.monotonic(), machine_facts()
+    assert cell.dataset is not None
+    request = {
+        "env": protocol.env,
+        "seed": cell.seed,
+        "interactions": protocol.interactions,
+        "evaluation": {**asdict(protocol.evaluation), "seed": derive_seed(cell.seed, MEASURED_STREAM)},
+    }
+    tell = on_step or (lambda phase, done, total: None)
+    arrays, facts = run_external(cell.method, request, protocol.dataset(cell.dataset), protocol.folder, tell, on_evaluation)
+    manifest = {
+        **_asked_for(protocol, cell),
+        "pretrained": None,
+        "guarded": False,
+        "champion": None,
+        "learner_evaluation_steps": 0,
+        **{name: value for name, value in facts.items() if name != "versions"},
+        "external": {**(cell.method.external or {}), "versions": facts["versions"]},
+        "seconds": {name: float(facts["seconds"].get(name, 0.0)) for name in ("preparation", "finetuning")},
+        "wall_seconds": round(time.monotonic() - clock, 1),
+        "started": started.isoformat(timespec="seconds"),
+        **machine,
+    }
+    return CellResult(**arrays, manifest=manifest)
 
 
 @contextmanager

@@ -483,6 +483,6 @@ def _losses(trials: list[FrozenTrial]) -> int:
 def _pretraining(cell: Cell) -> str | None:
     """What tells the pretraining of one cell from that of others, None without one."""
     method = cell.method
-    if not method.pretrained:
+    if not method.pretrained or method.external is not None:
         return None
     return json.dumps([cell.dataset, cell.seed, dict(method.pretraining_hyperparams)], sort_keys=True, default=str)

@@ -67,6 +67,8 @@ class StudyRun:
         protocol = self.settings.protocol()
         if protocol.env_module:
             console.print(Text(f"Importing {protocol.env_module}, as `env` of {protocol.file} says: that runs its code."))
+        for command in protocol.commands:
+            console.print(Text(f"Running `{command}`, as `methods` of {protocol.file} say: that runs their code."))
         protocol.import_env()
 
     def _open_queue(self) -> StudyQueue:

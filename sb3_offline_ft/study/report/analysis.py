@@ -88,8 +88,9 @@ class DatasetNumbers:
 
     @property
     def warmup_steps(self) -> int:
-        """Interactions in which all learning policies are frozen."""
-        return min((one.run.result.frozen_until for one in self.pretrained_runs if not one.method.frozen), default=0)
+        """Interactions in which all learning policies are frozen, but those of external methods."""
+        ours = [one for one in self.pretrained_runs if not one.method.frozen and one.method.external is None]
+        return min((one.run.result.frozen_until for one in ours), default=0)
 
     @property
     def noise_floor(self) -> float | None:

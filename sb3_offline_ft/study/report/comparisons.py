@@ -115,7 +115,7 @@ class PairedTests:
         which others have been run are left out.
         """
         sides = self._values_of_both(method, metric)
-        if self.reference is None or method.pretrained == self.reference.pretrained:
+        if self.reference is None or method.uses_data == self.reference.uses_data:
             strata: dict[str | None, list[tuple[float, float]]] = {}
             for key in sides[0]:
                 if key in sides[1]:
@@ -160,18 +160,18 @@ def improvement(
     """
     labels = list(dict.fromkeys(label for label, _ in cells))
     seeds = {label: [seed for other_label, seed in cells if other_label == label] for label in labels}
-    if not (reference.pretrained and other.pretrained):
+    if not (reference.uses_data and other.uses_data):
         everywhere = [seed for seed in seeds[labels[0]] if all(seed in seeds[label] for label in labels)] if labels else []
-        labels = labels if reference.pretrained or other.pretrained else labels[:1]
+        labels = labels if reference.uses_data or other.uses_data else labels[:1]
         seeds = {label: everywhere for label in labels if everywhere}
     if not seeds:
         return None
 
     def ends(method: Method) -> list[list[float]]:
         values = values_of(runs, method, "last_return")
-        return [[values[label if method.pretrained else None, seed] for seed in seeds[label]] for label in seeds]
+        return [[values[label if method.uses_data else None, seed] for seed in seeds[label]] for label in seeds]
 
     shared: Literal["x", "y"] | None = None
     if len(seeds) > 1:
-        shared = "x" if not reference.pretrained else "y" if not other.pretrained else None
+        shared = "x" if not reference.uses_data else "y" if not other.uses_data else None
     return Improvement(other, probability_of_improvement(ends(reference), ends(other), shared=shared))

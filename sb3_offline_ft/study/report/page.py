@@ -166,7 +166,7 @@ def _dataset_part(numbers: StudyNumbers, one: DatasetNumbers) -> Part:
     looks = looks_of(method.name for method in numbers.methods)
     draw = (figures.draw_served, figures.draw_curves, figures.draw_seeds, figures.draw_dips, figures.draw_collapses)
     texts = []
-    without_data = [group.label for group in one.groups if not group.method.pretrained]
+    without_data = [group.label for group in one.groups if not group.method.uses_data]
     if without_data and len(numbers.datasets) > 1:
         texts.append(f"{listed(without_data)}: the same runs are shown with every dataset, as they use none.")
     if left_out := len(one.groups) - len(one.shown):
