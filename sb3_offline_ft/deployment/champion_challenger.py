@@ -67,7 +67,7 @@ class ChampionChallenger(BaseCallback):
     :param false_promotion_rate: Probability of any false promotion in the run, in (0, 1)
     :param baseline_episodes: Episodes of the first champion before anything new is tried; their mean is the baseline, ``J0``.
         Of several environments, the first episodes of each count, of all as many
-    :param min_updates: Gradient steps between two challengers
+    :param min_updates: Gradient steps between two challengers, rivals included
     :param controls: What a challenger is compared with: ``"historical"``: what the champion returned before, which takes for
         granted that it would return the same now; ``"concurrent"``: what the champion returns meanwhile, in episodes that a
         coin decides about, which holds in an environment that changes too and takes about twice as many episodes

@@ -45,7 +45,7 @@ class Kind(Enum):
     EXPLORE = "explore"
     """The champion acts with the learner's exploration, to gather data."""
     TRIAL = "trial"
-    """The challenger acts as well as it can."""
+    """The challenger, or its rival, acts as well as it can."""
 
 
 @dataclass
