@@ -394,6 +394,10 @@ def test_a_challenger_that_is_given_up_hands_back_within_the_episode() -> None:
     model.set_env(make_vec_env(Staggered, n_envs=3, seed=0))
     model.learn(3000, callback=[record, contest])
     check_who_acted(model, record)
+    for event in episodes(contest, Kind.TRIAL):
+        # Who was tried is told, also if it has been given up since
+        place, begun = event["env"], record.steps[event["timestep"] // 3 - event["length"]]
+        assert begun.contenders[begun.roles[place]].name == event["challenger"]
     handed_back = [event for event in episodes(contest, Kind.TRIAL) if not event["counts"]]
     assert handed_back and all(event["challenger"] != event["champion"] for event in handed_back)
     # It was the champion that acted at the end of them

@@ -418,6 +418,64 @@ def test_what_becomes_of_a_rival_whose_episode_runs(what: str) -> None:
             assert contest.challenge is None and rival.returns == []
 
 
+@pytest.mark.parametrize("has_same_object", [True, False])
+def test_a_contest_goes_on_from_a_file_where_it_was(has_same_object: bool) -> None:
+    """But for episodes that were running, a rival's too."""
+    contest = with_champion()
+    names = itertools.count(1)
+    totals = {"champion": 10.0, "challenger": 16.0, "rival": 30.0}
+    while one(contest, totals, names)[0] != "rival":
+        pass
+    overtaken = Contest(contest.rules, Contender(0), 1)
+    overtaken.load_state_dict(contest.state_dict(), {"champion": None, "challenger": None})
+    assert overtaken.leader.name == contest.leader.name == 2
+    while contest.begin(0, lambda: Contender(next(names))).role != "rival":
+        contest.end(0, 30.0)
+    challenge = contest.challenge
+    assert challenge is not None
+    again = contest if has_same_object else Contest(contest.rules, Contender(0), 1)
+    again.load_state_dict(json.loads(json.dumps(contest.state_dict())), {"champion": None, "challenger": None})
+    assert again.rival is None and again.leader.name == 2 and again.challenge is not None
+    assert (again.challenge.n_rival, again.challenge.has_overtaken) == (challenge.n_rival, challenge.has_overtaken)
+    assert again.begin(0, lambda: Contender(9)).role == "rival"
+    assert again.end(0, 0.0) is not None and again.challenge.n_rival == 2 * len(challenge.challenger.returns)
+    # And from one that was written when there were no rivals
+    state = contest.state_dict()
+    del state["challenge"]
+    again.load_state_dict(state, {"champion": None, "challenger": None})
+    assert again.challenge is not None and again.challenge.challenger.name == 2
+    running = contest.run_state()
+    del running["challenge"], running["rival"], running["running"][0]["is_rival"], running["running"][0]["tried"]
+    again.load_run_state(running, {"champion": None, "challenger": None})
+    assert again.challenge is not None and again.challenge.challenger.name == 2 and again.rival is None
+
+
+def test_only_challengers_that_nobody_overtook_have_failed() -> None:
+    contest = with_champion(n_places=2, max_trial_episodes=4, false_promotion_rate=1e-4)
+    names = itertools.count(1)
+
+    def until_rival() -> int:
+        while contest.rival is None:
+            for place in range(2):
+                contest.begin(place, lambda: Contender(next(names)))
+            if contest.rival is None:
+                for place in range(2):
+                    contest.end(place, {"champion": 10.0, "challenger": 13.0}[contest.running[place].role])
+        return next(place for place, episode in enumerate(contest.running) if episode.is_rival)
+
+    place, verdict = until_rival(), None
+    while verdict is None:
+        # It is given up while a rival acts elsewhere, which is the next challenger
+        verdict = contest.end(1 - place, 10.0)
+        contest.begin(1 - place, None)
+    assert verdict.contender.name == 1 and verdict.is_failure and contest.challenge is not None
+    for total in (13.0, 99.0):
+        place = until_rival()
+        verdict = contest.end(place, total)
+        assert verdict is not None and not verdict.is_failure
+        contest.end(1 - place, 10.0)
+
+
 class AnyContest(RuleBasedStateMachine):
     """Episodes begin, are cut off, stopped and end in any order in several places, and the contest goes on from its state."""
 
@@ -479,11 +537,13 @@ class AnyContest(RuleBasedStateMachine):
         assert repr(again.run_state()) == repr(state)
         self.contest = again
 
-    @rule()
-    def go_on_from_a_file(self) -> None:
+    @rule(has_same_object=st.booleans())
+    def go_on_from_a_file(self, has_same_object: bool) -> None:
         state, policies = self.contest.state_dict(), {role: one.policy for role, one in self.contest.contenders.items()}
-        again = Contest(self.rules, Contender(0, 0), len(self.contest.running))
+        leader = self.contest.leader.name
+        again = self.contest if has_same_object else Contest(self.rules, Contender(0, 0), len(self.contest.running))
         again.load_state_dict(json.loads(json.dumps(state)), policies)
+        assert again.leader.name == leader
         self.contest, self.ended = again, set()
 
     @invariant()

@@ -205,6 +205,36 @@ def test_a_champion_goes_on_in_the_middle_of_a_trial(controls: str, tmp_path: Pa
     assert any(event["timestep"] <= 290 for event in trials) and any(event["timestep"] > 320 for event in trials)
 
 
+def test_a_champion_goes_on_in_the_middle_of_a_rivals_episode(tmp_path: Path) -> None:
+    def contest(folder: Path) -> ChampionChallenger:
+        rules: dict[str, Any] = {"random_return": -130.0, "worst_return": -200.0, "risk_budget": 0.9, "baseline_episodes": 5}
+        return ChampionChallenger(path=folder, **rules, min_updates=5, max_trial_episodes=20, futility=0.0, verbose=0)
+
+    def env() -> VecEnv:
+        return environments(2)
+
+    class Look(BaseCallback):
+        keeps_no_state = True
+        steps: list[int] = []  # noqa: RUF012
+
+        def _on_step(self) -> bool:
+            if looked_at.contest.rival is not None:
+                self.steps.append(self.num_timesteps)
+            return True
+
+    looked_at = contest(tmp_path / "first")
+    maker(TD3C, env, **OFFLINE)().learn(300, callback=[looked_at, Look()])
+    # Somewhere within the first rival's episode
+    step = Look.steps[5]
+    assert step + 2 in Look.steps
+    _, _, went_on = check_resume(
+        tmp_path, maker(TD3C, env, **OFFLINE), step + 2, callbacks=lambda folder: [contest(folder)], env=env, total=300,
+        save_freq=step,
+    )  # fmt: skip
+    assert went_on == step + 2
+    assert events(tmp_path / "whole", "deployment_events.jsonl") == events(tmp_path / "killed", "deployment_events.jsonl")
+
+
 class Counts(BaseCallback):
     """A callback of somebody else's, with plain attributes."""
 

@@ -67,7 +67,7 @@ class ChampionChallenger(BaseCallback):
     :param false_promotion_rate: Probability of any false promotion in the run, in (0, 1)
     :param baseline_episodes: Episodes of the first champion before anything new is tried; their mean is the baseline, ``J0``.
         Of several environments, the first episodes of each count, of all as many
-    :param min_updates: Gradient steps between two challengers
+    :param min_updates: Gradient steps between two challengers, rivals included
     :param controls: What a challenger is compared with: ``"historical"``: what the champion returned before, which takes for
         granted that it would return the same now; ``"concurrent"``: what the champion returns meanwhile, in episodes that a
         coin decides about, which holds in an environment that changes too and takes about twice as many episodes
@@ -78,7 +78,8 @@ class ChampionChallenger(BaseCallback):
     :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
     :param exploration_share: Probability with which an episode explores that is neither of the baseline nor of a trial, if the
         budget covers it
-    :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never
+    :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never. Those
+        that were overtaken, and rivals, do not count
     :param segment_steps: If given, what is compared are segments of so many steps in place of whole episodes, with hand-back
         within the episode; all returns, also those of the parameters, are those of segments then
     :param canary_envs: Number of environments, the first ones, in which anything but serving may happen; by default all
@@ -420,8 +421,7 @@ class ChampionChallenger(BaseCallback):
         self._last_updates = self.model._n_updates
         self._report.verdict(verdict, self._contest)
         if verdict.kind == "rejection":
-            # Whoever was overtaken, or did not overtake, has not failed
-            self._rejections_in_a_row += self._contest.challenge is None
+            self._rejections_in_a_row += verdict.is_failure
             if self.restore_after and self._rejections_in_a_row >= self.restore_after:
                 self._restore_learner()
         else:

@@ -45,7 +45,7 @@ class Kind(Enum):
     EXPLORE = "explore"
     """The champion acts with the learner's exploration, to gather data."""
     TRIAL = "trial"
-    """The challenger acts as well as it can."""
+    """The challenger, or its rival, acts as well as it can."""
 
 
 @dataclass
@@ -87,6 +87,8 @@ class Episode:
     """Whether the champion acts in what is left of it."""
     is_rival: bool = False
     """Whether it is the trial of the rival, not of the challenger."""
+    tried: int | None = None
+    """Name of whom it tries, also after it has been given up."""
 
     @property
     def actor(self) -> Kind:
@@ -127,12 +129,14 @@ class Verdict:
     :param reason: Why, in words
     :param contender: Who was promoted, rejected or demoted
     :param champion: The champion before
+    :param is_failure: Whether a challenger was given up that no newer policy has overtaken
     """
 
     kind: Literal["promotion", "rejection", "demotion"]
     reason: str
     contender: Contender
     champion: Contender
+    is_failure: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,8 @@ class Contest:
             self._draw(episode, self.challenge)
         elif explores and self._coin.random() < self.rules.exploration_share and self._covers_exploration(self.budget):
             episode.kind = Kind.EXPLORE
+        if episode.kind is Kind.TRIAL:
+            episode.tried = self.contenders[episode.role].name
         if episode.kind is not Kind.SERVE:
             self.budget.begin(place, self.level)
         return episode
@@ -405,7 +411,7 @@ class Contest:
         if chance_of_lead(challenger.returns, rival.returns, self.unit, self.rules.least_lead) <= LIKELY:
             return self._reject_rival(challenge, "behind the challenger")
         self.rival = None
-        verdict = self._reject(challenge, f"overtaken by the policy of step {rival.name:,}")
+        verdict = self._reject(challenge, f"overtaken by the policy of step {rival.name:,}", is_failure=False)
         self.challenge = Challenge(rival, has_overtaken=True)
         self._begin_test(self.challenge)
         return verdict
@@ -443,9 +449,9 @@ class Contest:
         self._enthrone(new, before)
         return Verdict("promotion", f"mean return {new.mean:.1f} against {before.mean:.1f}", new, before)
 
-    def _reject(self, challenge: Challenge, reason: str) -> Verdict:
+    def _reject(self, challenge: Challenge, reason: str, is_failure: bool = True) -> Verdict:
         self._end_challenge()
-        return Verdict("rejection", reason, challenge.challenger, self.champion)
+        return Verdict("rejection", reason, challenge.challenger, self.champion, is_failure)
 
     def _reject_rival(self, challenge: Challenge, reason: str) -> Verdict:
         rival, self.rival = self.rival, None
@@ -466,12 +472,13 @@ class Contest:
         The state in the form of JSON, without policies. Episodes that are running will not be finished: those at risk are
         charged their worst case, and a test begins anew, since which episodes are cut off may depend on who acts.
         """
-        budget = self.budget
+        budget, challenge = self.budget, self.challenge
         return {
             "contenders": {
                 role: {"name": one.name, "returns": one.returns} if (one := self.contenders.get(role)) else None
                 for role in ("champion", "predecessor", "challenger")
             },
+            "challenge": None if challenge is None else {n: getattr(challenge, n) for n in ("has_overtaken", "n_rival")},
             "budget": None if budget is None else budget.state_dict(),
             "n_tests": self.n_tests,
             "baseline": self._baseline if budget is None else None,
@@ -494,11 +501,11 @@ class Contest:
                 "counts": episode.counts,
                 "is_handed_back": episode.is_handed_back,
                 "is_rival": episode.is_rival,
+                "tried": episode.tried,
             }
             for episode in self.running
         ]
-        challenge = None if self.challenge is None else {n: getattr(self.challenge, n) for n in ("has_overtaken", "n_rival")}
-        whole = {"whole_budget": budget, "test": kept, "running": running, "challenge": challenge}
+        whole = {"whole_budget": budget, "test": kept, "running": running}
         return self.state_dict() | {"budget": None, **whole, "rival": None if self.rival is None else self.rival.name}
 
     def load_run_state(self, state: dict[str, Any], policies: dict[str, Any]) -> None:
@@ -510,8 +517,9 @@ class Contest:
         self.challenge = None
         if (facts := contenders["challenger"]) is not None:
             challenger = Contender(facts["name"], policies["challenger"], list(facts["returns"]))
-            self.challenge = Challenge(challenger, self._test_of(state["test"]), **state["challenge"])
-        self.rival = None if state["rival"] is None else Contender(state["rival"], policies["rival"])
+            # Before there were rivals, nothing was written of them
+            self.challenge = Challenge(challenger, self._test_of(state["test"]), **state.get("challenge") or {})
+        self.rival = None if state.get("rival") is None else Contender(state["rival"], policies["rival"])
         test = None if self.challenge is None else self.challenge.test
         bets: list[Any] = [] if test is None else list(test.open_bets)
         self.running = [
@@ -544,7 +552,9 @@ class Contest:
         champion, challenger = contenders["champion"], contenders["challenger"]
         assert champion is not None
         self.champion, self.predecessor = champion, contenders["predecessor"]
-        self.challenge = None if challenger is None else Challenge(challenger)
+        # Before there were rivals, nothing was written of them
+        self.challenge = None if challenger is None else Challenge(challenger, **state.get("challenge") or {})
+        self.rival = None
         self.budget = None if state["budget"] is None else RiskBudget.from_state_dict(state["budget"])
         self.n_tests, self._n_baseline = state["n_tests"], state["n_baseline"]
         if state["baseline"] is not None and len(state["baseline"]) == len(self.running):

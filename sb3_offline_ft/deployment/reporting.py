@@ -112,8 +112,8 @@ class Reporter:
     def episode(self, place: int, episode: Episode, total: float, length: int, contest: Contest, then: Then) -> None:
         """Tell of an episode that has ended."""
         budget, (contenders, challenge) = contest.budget, then
-        challenger = contenders.get("rival" if episode.is_rival else "challenger")
-        test = None if challenge is None or episode.is_rival else challenge.test
+        challenger = None if challenge is None else challenge.challenger.name
+        test = None if challenge is None or episode.tried not in (None, challenger) else challenge.test
         facts = {
             "kind": episode.kind.value,
             "env": place,
@@ -121,7 +121,7 @@ class Reporter:
             "length": length,
             "counts": episode.counts,
             "champion": contenders["champion"].name,
-            "challenger": None if challenger is None else challenger.name,
+            "challenger": challenger if episode.tried is None else episode.tried,
             "evidence": None if test is None else test.evidence,
             "needed": None if test is None else test.threshold if math.isfinite(test.threshold) else None,
         }

@@ -106,6 +106,8 @@ def _check_numbers(contest: dict[str, Any], counts: list[Any]) -> None:
     """``ValueError`` if anything that is counted with is no number that can be."""
     contenders = [facts for facts in contest["contenders"].values() if facts is not None]
     whole = [contest["n_tests"], contest["n_baseline"], *counts, *(facts["name"] for facts in contenders)]
+    if (challenge := contest.get("challenge")) is not None:
+        whole.append(challenge["n_rival"])
     lists = [contest["exploration_losses"], *(contest["baseline"] or []), *(facts["returns"] for facts in contenders)]
     if (budget := contest["budget"]) is not None:
         account = {**budget, **budget["baseline"]}
