@@ -5,8 +5,9 @@ d3rlpy 2.8's algorithms as methods of a study: pretrained and finetuned its own 
 
 Settings are those of d3rlpy's scripts in `reproductions/` for MuJoCo tasks, where there is one: `offline/td3_plus_bc.py`,
 `offline/rebrac.py`, `offline/iql.py`, and `finetuning/awac_finetune.py` and `finetuning/cal_ql_finetune.py` without what they
-have for the sparse rewards of AntMaze. Finetuning goes on with the same object in a FIFO buffer that is filled with the data, as
-`finetuning/iql_finetune.py` and the finetuning tutorial do; Cal-QL mixes both in halves, as its script does.
+have for the sparse rewards of AntMaze. Finetuning goes on with the same object in a FIFO buffer that is filled with the data,
+as `finetuning/iql_finetune.py` and the finetuning tutorial do; Cal-QL mixes both in halves, as its script does, and updates
+1,000 times after each 1,000 interactions.
 
 It deviates in this: as many gradient steps offline as the study's methods have (`offline_steps`) in place of 500,000 to
 1,000,000, and no cosine decay of IQL's learning rate, whose period is that of a whole run. TD3+BC and ReBRAC explore with
@@ -68,10 +69,10 @@ def main() -> None:
     algorithm, offline_steps = exchange.options["algorithm"], int(exchange.options.get("offline_steps", 50_000))
     d3rlpy.seed(exchange.seed)
     rows = exchange.dataset()
-    data = MDPDataset(
-        rows["observations"], rows["actions"], rows["rewards"], rows["terminations"].astype(np.float32),
-        timeouts=rows["truncations"].astype(np.float32),
-    )  # fmt: skip
+    ends = np.zeros(len(rows["rewards"]), np.float32)
+    ends[rows["episode_starts"][1:] - 1] = ends[-1] = 1
+    terminals = rows["terminations"].astype(np.float32)
+    data = MDPDataset(rows["observations"], rows["actions"], rows["rewards"], terminals, timeouts=ends * (1 - terminals))
     learner = config(algorithm, exchange.request["env"]).create()
     options = {"logger_adapter": NoopAdapterFactory(), "show_progress": False}
 

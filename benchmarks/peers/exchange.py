@@ -83,7 +83,8 @@ class Exchange:
         return cls(parser.parse_args().request)
 
     def dataset(self) -> dict[str, np.ndarray]:
-        """The data: rows of observations, actions, rewards, next_observations, terminations, truncations, episode_starts."""
+        """The data: rows of observations, actions, rewards, next_observations, terminations and truncations, and the index
+        of the row in which each episode begins, ``episode_starts``."""
         with np.load(self.request["dataset"]) as file:
             return {name: file[name] for name in file.files}
 
@@ -105,27 +106,20 @@ class Exchange:
         if self._measured is None:
             self._seconds["preparation"], self._clock = time.monotonic() - self._clock, time.monotonic()
             self._measured = gym.make(self.request["env"])
-            # Seeded once, so that methods are measured in the same episodes
-            self._measured.reset(seed=self._evaluation_seed)
-            self._is_fresh = True
         returns, lengths = [], []
+        # Seeded once, and reset after the last episode too, so that all methods are measured in the same episodes
+        observation, _ = self._measured.reset(seed=None if self.timesteps else self._evaluation_seed)
         for _ in range(self._episodes):
-            observation, total, length, ended = self._first(), 0.0, 0, False
+            total, length, ended = 0.0, 0, False
             while not ended:
                 observation, reward, terminated, truncated, _ = self._measured.step(act(observation))
                 total, length, ended = total + float(reward), length + 1, terminated or truncated
             returns.append(total)
             lengths.append(length)
+            observation, _ = self._measured.reset()
         self.timesteps.append(0 if not self.timesteps else self.timesteps[-1] + self._every)
         self.returns.append(returns)
         self.lengths.append(lengths)
-
-    def _first(self) -> np.ndarray:
-        assert self._measured is not None
-        if self._is_fresh:
-            self._is_fresh = False
-            return self._measured.reset(seed=self._evaluation_seed)[0]
-        return self._measured.reset()[0]
 
     def measure_if_due(self, act: Act) -> None:
         """To be called after each interaction."""

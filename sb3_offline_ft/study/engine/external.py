@@ -108,6 +108,8 @@ def written(dataset: OfflineDataset, folder: Path) -> Path:
         arrays = {name: getattr(dataset, name) for name in COLUMNS}
         if isinstance(arrays["observations"], dict):
             raise ExternalError(f"{dataset.name} has `Dict` observations: commands are given data with one array of them.")
+        if any(part.weight is not None for part in dataset.sources):
+            raise ExternalError(f"{dataset.name} has weighted parts, of which commands know nothing: leave out the weights.")
         with atomic_write(path) as file:
             np.savez(file, **arrays)
     return path
@@ -129,17 +131,18 @@ def _run(command: list[str], folder: Path, tell: OnStep) -> None:
     except OSError as error:
         raise ExternalError(f"`{command[0]}` cannot be run in {folder}: {error.strerror}.") from None
     last: deque[str] = deque(maxlen=LAST_LINES)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            text = line.decode(errors="replace").rstrip()
-            if not _told(text, tell):
-                last.append(text)
-        code = process.wait()
-    finally:
-        _end(process)
+    assert process.stdout is not None
+    with process.stdout as lines:
+        try:
+            for line in lines:
+                text = line.decode(errors="replace").rstrip()
+                if not _told(text, tell):
+                    last.append(text)
+            code = process.wait()
+        finally:
+            _end(process)
     if code:
-        said = shortened("\n".join(last)) if last else "nothing was printed"
+        said = "\n".join(map(shortened, last)) or "nothing was printed"
         ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
         raise ExternalError(f"`{' '.join(command[:-1])}` {ended}: {said}")
 
