@@ -2,15 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sb3_offline_ft.evaluation.served import WINDOW
-from sb3_offline_ft.pages.words import NONE
+from sb3_offline_ft.pages.words import NONE, number
 from sb3_offline_ft.study import Cell, Protocol, write_report
 from sb3_offline_ft.study.report.analysis import StudyNumbers
 from sb3_offline_ft.study.report.runs import Group
+from sb3_offline_ft.study.report.summary import headline, summary_table
 from tests.made_up_study import (
     COLLAPSED_TO,
     EPISODES,
@@ -172,3 +174,44 @@ def test_results_have_it(study: Protocol) -> None:
     for row, one in zip(rows, numbers_of(study).runs, strict=True):
         for name, value in one.served.values().items():
             assert (float(row[name]) if row[name] else None) == value, name
+
+
+# What is read first
+
+
+def first_words(protocol: Protocol) -> str:
+    return headline(numbers_of(protocol)).replace("\N{MINUS SIGN}", "-")
+
+
+def test_the_headline_says_who_served_most_and_what_tests_say(tmp_path: Path) -> None:
+    def study(name: str, seeds: int, **changes: Any) -> Protocol:
+        protocol = write_study(tmp_path / name, ONE_DATASET | {"seeds": seeds} | methods("offline", "td3", "td3c") | changes)
+        write_runs(protocol)
+        return protocol
+
+    many = study("many", 12)
+    served = {group.label: group.values("served_mean_return") for group in numbers_of(many).datasets[0].groups}
+    (most, highest), (second, _), *_ = sorted(served.items(), key=lambda row: -np.mean(row[1]))
+    text = first_words(many)
+    assert text.startswith(f"On medium, {most} served most, {np.mean(highest):,.0f} on average (12 seeds; lost episodes ")
+    assert f"before {second} with" in text and (most, second) == ("plain TD3", "TD3C")
+    assert "Paired tests say that TD3C served less than plain TD3 and more than offline policy as it is." in text
+    # However large a difference is, two pairs prove nothing
+    few = first_words(study("few", 2))
+    assert "Paired tests do not tell TD3C from offline policy as it is and plain TD3, as there are too few pairs." in few
+    assert "names no reference method" in first_words(study("none", 2, reference_method=None))
+    assert "Nothing is tested: no other method has two runs" in first_words(study("one", 1))
+
+
+def test_the_first_table_and_picture_are_of_what_was_served(study: Protocol) -> None:
+    table, numbers = summary_table(numbers_of(study)), numbers_of(study)
+    assert [row[0] for row in table.rows] == [method.label for method in numbers.methods]
+    assert len({len(row) for row in [table.columns, *table.rows]}) == 1
+    for row, group in zip(table.rows, numbers.datasets[0].groups, strict=True):
+        for text, name in zip(row[1:3], ("served_mean_return", "final_return"), strict=True):
+            estimate = group.estimate(name)
+            assert text == NONE if estimate is None else text.startswith(number(estimate.value))
+    write_report(study.folder, formats=["html"])
+    page = (study.folder / "report.html").read_text(encoding="utf-8")
+    order = [page.index(what) for what in ('id="summary"', headline(numbers)[:40], "served-medium", 'id="verdict"')]
+    assert order == sorted(order)

@@ -180,12 +180,13 @@ class TestFiles:
     def test_tables_are_markdown(self, study: Protocol) -> None:
         text = (study.folder / "tables.md").read_text(encoding="utf-8")
         tables = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
-        assert len(tables) == 7
+        assert len(tables) == 8
         for table in tables:
             widths = {line.count("|") - line.count("\\|") for line in table.splitlines()}
             assert len(widths) == 1
             assert set(table.splitlines()[1]) == set("| -")
-        assert text.startswith("# made up\n\n## What was served\n\n- Mean return of everything that acted on medium in 30,000")
+        assert text.startswith("# made up\n\nOn medium, plain TD3 served most, 1,389 on average (5 seeds; lost episodes ")
+        assert "\n\n## What was served\n\n- Mean return of everything that acted on medium in 30,000" in text
         assert "\n\n## In short\n\n- On medium, plain TD3 collapsed in 5 of 5 seeds" in text
         assert re.findall("^### .*", text, re.MULTILINE)[:2] == ["### Served return on medium", "### Returns on medium"]
 

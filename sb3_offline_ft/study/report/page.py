@@ -25,6 +25,7 @@ from sb3_offline_ft.study.report.provenance import (
     missing_table,
     provenance,
 )
+from sb3_offline_ft.study.report.summary import headline, summary_table
 from sb3_offline_ft.study.report.verdict import Sections, verdict
 
 FORMATS = ("html", "figures", "csv", "md")
@@ -89,7 +90,8 @@ def write_report(
     if not numbers.runs:
         name, why = next(iter(numbers.unusable.items()))
         raise ValueError(f"No finished run of {protocol.name} can be measured; {name}: {why}")
-    parts, sections = _parts(numbers), verdict(numbers)
+    first, sections = _summary_part(numbers), verdict(numbers)
+    parts = [first, *_parts(numbers)]
     page = Path(output) if output is not None else protocol.folder / PAGE
     contents: dict[Path, bytes] = {}
     colours = {light: f"var({variable})" for variable, light, _ in page_colours()}
@@ -105,9 +107,9 @@ def write_report(
         contents[page.parent / RESULTS] = tables.results_csv(numbers)
     if "md" in formats:
         open_tables = [table for part in parts for table in part.tables]
-        contents[page.parent / TABLES] = tables.markdown(protocol.name, sections, open_tables)
+        contents[page.parent / TABLES] = tables.markdown(protocol.name, first.text, sections, open_tables)
     if "html" in formats:
-        contents[page] = _page(numbers, parts, sections, data_card(numbers, facts))
+        contents[page] = _page(numbers, first, parts[1:], sections, data_card(numbers, facts))
     say("writing")
     for path, content in contents.items():
         with atomic_write(path) as file:
@@ -149,6 +151,12 @@ def _other_runs(results: StudyResults) -> str:
     )
 
 
+def _summary_part(numbers: StudyNumbers) -> Part:
+    looks = looks_of(method.name for method in numbers.methods)
+    drawings = _drawn(figures.draw_served(one, looks) for one in numbers.datasets)
+    return Part("summary", "In half a minute", headline(numbers), drawings, [summary_table(numbers)])
+
+
 def _parts(numbers: StudyNumbers) -> list[Part]:
     return [
         *(_dataset_part(numbers, one) for one in numbers.datasets),
@@ -164,7 +172,7 @@ def _drawn(drawings: Iterable[Drawing | None]) -> list[Drawing]:
 
 def _dataset_part(numbers: StudyNumbers, one: DatasetNumbers) -> Part:
     looks = looks_of(method.name for method in numbers.methods)
-    draw = (figures.draw_served, figures.draw_curves, figures.draw_seeds, figures.draw_dips, figures.draw_collapses)
+    draw = (figures.draw_curves, figures.draw_seeds, figures.draw_dips, figures.draw_collapses)
     texts = []
     without_data = [group.label for group in one.groups if not group.method.uses_data]
     if without_data and len(numbers.datasets) > 1:
@@ -224,7 +232,7 @@ def _guard_part(numbers: StudyNumbers) -> list[Part]:
     return [Part("guard", "What the guard did", tables.guard_words(numbers), tables=[table])] if table.rows else []
 
 
-def _page(numbers: StudyNumbers, parts: list[Part], sections: Sections, card: TextTable) -> bytes:
+def _page(numbers: StudyNumbers, first: Part, parts: list[Part], sections: Sections, card: TextTable) -> bytes:
     protocol, missing = numbers.protocol, missing_table(numbers)
     appendix = [
         ("measured", "How it was measured"), ("data", "Data"), ("protocol", "Protocol"),
@@ -238,6 +246,7 @@ def _page(numbers: StudyNumbers, parts: list[Part], sections: Sections, card: Te
         name=protocol.name,
         subtitle=_subtitle(numbers),
         notices=_notices(numbers),
+        summary=first,
         verdict=sections,
         parts=parts,
         appendix=appendix,

@@ -346,9 +346,10 @@ def _recovery(group: Group) -> str:
     return f"{text}, after {number(float(np.median(times)), 0)}" if times else text
 
 
-def markdown(title: str, sections: Sequence[tuple[str, Sequence[str]]], tables: Sequence[TextTable]) -> bytes:
-    """A Markdown file of the verdict's headings with their sentences, and of the tables."""
-    lines = [f"# {title}\n"]
+def markdown(title: str, headline: str, sections: Sequence[tuple[str, Sequence[str]]], tables: Sequence[TextTable]) -> bytes:
+    """A Markdown file of the headline, the first table, the verdict's headings with their sentences, and the other tables."""
+    first, *tables = tables
+    lines = [f"# {title}\n", f"{headline}\n", first.as_markdown()]
     for heading, texts in sections:
         lines += [f"## {heading}\n", *(f"- {text}" for text in texts), ""]
     lines += ["## Tables\n", *(table.as_markdown() for table in tables)]
