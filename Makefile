@@ -4,8 +4,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 # On Linux, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the CUDA libraries.
 TORCH_INDEX ?=
+# Runs of studies at the same time, each with one thread
+WORKERS ?= 2
 
-.PHONY: setup demo test lint format check type docs benchmark clean
+.PHONY: setup demo test lint format check type docs benchmark evidence clean
 
 setup: $(VENV)/.installed  ## a virtual environment with the package and all tools
 
@@ -58,9 +60,15 @@ benchmark: setup  ## results, tables and figures of all benchmarks: many hours, 
 	$(PY) benchmarks/off_policy/accuracy.py
 	$(PY) benchmarks/robust_files/run.py
 	$(PY) benchmarks/studies/interval_coverage.py
-	for study in hopper pendulum; do \
-		$(VENV)/bin/sb3-offline-ft study run benchmarks/studies/$$study --workers 2 && \
-		$(VENV)/bin/sb3-offline-ft study report benchmarks/studies/$$study || exit 1; done
+	$(MAKE) evidence
+
+evidence: setup  ## what is missing of all studies, then the tables of README.md and docs/findings.md: many hours, can be stopped and resumed
+	for file in benchmarks/studies/*/study.yml; do \
+		study=$$(dirname $$file); \
+		if [ ! -e $$study/runs ] && [ -e $$study/runs.tar.xz ]; then tar -C $$study -xJf $$study/runs.tar.xz || exit 1; fi; \
+		$(VENV)/bin/sb3-offline-ft study run $$study --workers $(WORKERS) && \
+		$(VENV)/bin/sb3-offline-ft study report $$study && \
+		tar -C $$study -cJf $$study/runs.tar.xz runs || exit 1; done
 	$(PY) benchmarks/studies/findings.py
 
 clean:  ## what the other targets made
