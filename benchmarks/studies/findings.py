@@ -36,7 +36,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
 OVERVIEW = "overview"
 """Name of the comments between which all studies share one table."""
 COMPARED = ("td3", "td3bc", "td3c", "td3c-guard")
-DRAWN = ("td3", "td3bc", "td3c", "champion")
+DRAWN = ("offline", "td3", "td3bc", "td3c", "champion")
 RESULTS, CURVES, ARCHIVE = "results.csv", "curves.png", "runs.tar.xz"
 DRAWN_FROM = "Results"
 """Text in the picture: the digest of the results that it was drawn with."""
