@@ -160,7 +160,7 @@ def test_a_study_with_commands_is_run_and_reported(tmp_path: Path) -> None:
     assert "no luck" in said and f"Running `{sys.executable} learn.py`" in said
     results = load_results(protocol)
     assert {one.cell.method.name for one in results.runs} == {"offline", "gain", "scratch"}
-    write_report(tmp_path)
+    write_report(tmp_path, formats=["md"])
     tables = (tmp_path / "tables.md").read_text()
     assert "a gain" in tables and "Served return on medium" in tables
 
@@ -175,6 +175,10 @@ def test_a_study_with_commands_is_run_and_reported(tmp_path: Path) -> None:
         (LEARN.replace("exchange.finish", "env.returns[0] = 1e400\nexchange.finish"), "Out of range float|not JSON compliant"),
         (LEARN.replace("exchange.finish", "exchange.returns[1].pop()\nexchange.finish"), "`returns` must be numbers"),
         (LEARN.replace("exchange.finish", "exchange.timesteps[1] = 150\nexchange.finish"), "must be after 0, 200, 400"),
+        (LEARN.replace("exchange.finish", "env.returns[0] = '7'\nexchange.finish"), "`training_returns` must be numbers"),
+        (LEARN.replace("exchange.finish", "env.returns[0] = 10**400\nexchange.finish"), "`training_returns` must be numbers"),
+        (LEARN.replace("=env.n_steps)", "=-1)"), "`updates` must have numbers of at least 0"),
+        (LEARN.replace("=env.n_steps)", "=1, frozen_until=450)"), "`frozen_until` must be from -1 to below"),
         (LEARN.replace("exchange.finish", "env.ends.reverse()\nexchange.finish"), "the one later than the other"),
         (LEARN.replace("exchange.finish", "env.ends.pop()\nexchange.finish"), "must be of the same episodes"),
         (LEARN.replace("exchange.finish", "env.n_steps = 400\nexchange.finish"), "at least 450, found 400"),

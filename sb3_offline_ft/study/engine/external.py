@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ REQUEST, RESULT, DATA = "request.json", "result.json", "external_data"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LAST_LINES = 20
 """Of what a command printed, in the message if it fails."""
+MOST_OF_LINE = 65536
 END_SECONDS = 5
 ARRAYS = {
     "timesteps": (np.int64, 1),
@@ -134,7 +136,7 @@ def _run(command: list[str], folder: Path, tell: OnStep) -> None:
     assert process.stdout is not None
     with process.stdout as lines:
         try:
-            for line in lines:
+            for line in iter(lambda: lines.readline(MOST_OF_LINE), b""):
                 text = line.decode(errors="replace").rstrip()
                 if not _told(text, tell):
                     last.append(text)
@@ -173,12 +175,21 @@ def _checked(content: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[di
     for name, kind in FACTS.items():
         if not isinstance(content.get(name), kind) or isinstance(content[name], bool):
             raise ValueError(f"`{name}` must be a {kind.__name__}, found {content.get(name)!r:.60}")
+    for name in ("updates", "seconds"):
+        if not all(type(one) in (int, float) and 0 <= one < math.inf for one in content[name].values()):
+            raise ValueError(f"`{name}` must have numbers of at least 0, found {content[name]!r:.60}")
+    if not -1 <= content["frozen_until"] < request["interactions"]:
+        raise ValueError(f"`frozen_until` must be from -1 to below the interactions, found {content['frozen_until']}")
     arrays: dict[str, Any] = {}
     for name, (dtype, n_dimensions) in ARRAYS.items():
+        values = content.get(name)
         try:
-            array = np.array(content[name], dtype=np.float64)
-        except (KeyError, ValueError, TypeError):
-            raise ValueError(f"`{name}` must be numbers, found {content.get(name)!r:.60}") from None
+            array = np.array(values, dtype=np.float64)
+            are_numbers = all(type(one) in (int, float) for one in np.array(values, dtype=object).flat)
+        except (ValueError, TypeError, OverflowError):
+            are_numbers = False
+        if not are_numbers:
+            raise ValueError(f"`{name}` must be numbers, found {values!r:.60}")
         array = array.reshape(0) if not array.size and n_dimensions == 1 else array
         if array.ndim != n_dimensions or not np.isfinite(array).all() or (dtype is np.int64 and (array % 1).any()):
             raise ValueError(f"`{name}` must be finite numbers in {n_dimensions} dimensions, found shape {array.shape}")
