@@ -243,14 +243,14 @@ def served_overview(studies: Sequence[tuple[Protocol, Sequence[Row]]]) -> str:
             found = [served_ratios(of(rows, dataset, name), levels, protocol.random_return) for name in labels]
             if levels:
                 cells = [f"{_ratio(ratios)} ({len(ratios)})" if ratios else NONE for ratios in found]
-                body.append([f"{protocol.env}, {dataset}, {protocol.interactions:,}", *cells])
+                body.append([protocol.name, f"{protocol.env}, {dataset}, {protocol.interactions:,}", *cells])
     if not body:
         return ""
     words = (
         "What was served: mean return of everything that acted in the last third of the interactions, above that of a random "
         "policy, as a multiple of the pretrained policy's. 1 means that nothing was gained. In brackets the number of seeds."
     )
-    return f"{words}\n\n{_table(['environment, data, interactions', *labels.values()], body)}"
+    return f"{words}\n\n{_table(['study', 'environment, data, interactions', *labels.values()], body)}"
 
 
 def overview(folders: Mapping[str, Path]) -> str:
