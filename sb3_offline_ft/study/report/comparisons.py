@@ -14,7 +14,9 @@ from sb3_offline_ft.study.report.runs import RunNumbers
 
 SIGNIFICANT = 0.05
 COLLAPSED = "collapsed"
-COMPARED = ("served_mean_return", "last_return", "mean_return", "dip_depth", COLLAPSED)
+FAMILIES = (("served_mean_return",), ("last_return", "mean_return", "dip_depth", COLLAPSED))
+"""Metrics that are corrected together: what a study asks first, and what explains it."""
+COMPARED = tuple(metric for family in FAMILIES for metric in family)
 
 Values = Mapping[tuple[str | None, int], float]
 """Of the runs of a method, by dataset and seed."""
@@ -41,8 +43,9 @@ class Comparison:
     :param difference: Mean of the method's value minus the reference's, None for collapses
     :param only_method: Pairs in which only the method collapsed
     :param only_reference: Pairs in which only the reference collapsed
-    :param p_corrected: The p-value, corrected for all comparisons of the study
+    :param p_corrected: The p-value, corrected for all comparisons of the metric's family
     :param smallest_p_corrected: The least that it could be with so many pairs and comparisons
+    :param n_tests: Comparisons of the family
     """
 
     method: Method
@@ -55,6 +58,7 @@ class Comparison:
     only_reference: int = 0
     p_corrected: float = 1.0
     smallest_p_corrected: float = 1.0
+    n_tests: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,20 @@ class PairedTests:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """
-        The tests. The correction is for all of them, of all methods and metrics: a study of methods that do not differ shows
-        any difference with a probability of at most :data:`SIGNIFICANT`.
+        The tests. The correction is for all methods and metrics of a family: a study of methods that do not differ shows any
+        difference in what was served with a probability of at most :data:`SIGNIFICANT`, and so for the other metrics together.
         """
-        made = [row for metric in COMPARED for method in self.methods if (row := self._compare(method, metric)) is not None]
-        corrected, smallest = holm([row.p for row in made]), holm([row.smallest_p for row in made])
-        made = [
-            replace(row, p_corrected=float(p), smallest_p_corrected=float(least))
-            for row, p, least in zip(made, corrected, smallest, strict=True)
-        ]
+        made = [row for family in FAMILIES for row in self._family(family)]
         order = {method.name: position for position, method in enumerate(self.methods)}
         return sorted(made, key=lambda row: order[row.method.name])
+
+    def _family(self, metrics: Iterable[str]) -> list[Comparison]:
+        made = [row for metric in metrics for method in self.methods if (row := self._compare(method, metric)) is not None]
+        corrected, smallest = holm([row.p for row in made]), holm([row.smallest_p for row in made])
+        return [
+            replace(row, p_corrected=float(p), smallest_p_corrected=float(least), n_tests=len(made))
+            for row, p, least in zip(made, corrected, smallest, strict=True)
+        ]
 
     @cached_property
     def not_compared(self) -> dict[str, list[Method]]:

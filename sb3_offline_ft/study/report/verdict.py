@@ -21,7 +21,7 @@ from sb3_offline_ft.pages.words import (
     some,
 )
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
-from sb3_offline_ft.study.report.comparisons import COLLAPSED, SIGNIFICANT, Comparison
+from sb3_offline_ft.study.report.comparisons import COLLAPSED, FAMILIES, SIGNIFICANT, Comparison
 from sb3_offline_ft.study.report.runs import Group, last_evaluations
 from sb3_offline_ft.study.report.shortcomings import shortcomings
 
@@ -309,11 +309,21 @@ def _compared(numbers: StudyNumbers, reference: str) -> list[str]:
         texts.insert(
             0,
             f"pairs are runs with the same data and seed. Numbers are mean differences to {reference}, p-values are after "
-            f"Holm's correction for all {counted(len(numbers.tests.comparisons), 'test')} of the study, and one below "
-            f"{SIGNIFICANT:g} is called a difference. So a study of methods that are all alike shows any with a probability "
-            f"of at most {100 * SIGNIFICANT:g}{NBSP}%.",
+            f"Holm's correction, for {_families(numbers)}. One below {SIGNIFICANT:g} is called a difference. So a study of "
+            f"methods that are all alike shows any, of those corrected together, with a probability of at most "
+            f"{100 * SIGNIFICANT:g}{NBSP}%.",
         )
     return texts
+
+
+def _families(numbers: StudyNumbers) -> str:
+    """How many tests are corrected together."""
+    served, others = (
+        next((row.n_tests for row in numbers.tests.comparisons if row.metric in family), 0) for family in FAMILIES
+    )
+    if not (served and others):
+        return counted(served or others, "test")
+    return f"{counted(served, 'test')} of what was served and, apart from them, {counted(others, 'test')} of all else"
 
 
 def _one_measure(rows: Sequence[Comparison], what: str, more: str, less: str) -> str:
@@ -353,11 +363,11 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
     tested = [row for row in numbers.tests.comparisons if row.method in shown]
     weak = [row for row in tested if row.smallest_p_corrected >= SIGNIFICANT]
     if weak:
-        row = min(weak, key=lambda one: one.n)
+        row = min(weak, key=lambda one: (one.n, -one.smallest_p_corrected))
         which = "" if len(weak) == len(tested) else f", as for {listed(dict.fromkeys(one.method.label for one in weak))}"
         texts.append(
             f"With {counted(row.n, 'pair')} of runs{which}, a paired test cannot give a p-value below {row.smallest_p:.2g}, "
-            f"and Holm's correction for {counted(len(numbers.tests.comparisons), 'test')} makes "
+            f"and Holm's correction for {counted(row.n_tests, 'test')} makes "
             f"{row.smallest_p_corrected:.2g} of it: no difference, however large, can be called significant. "
             "More seeds or fewer methods would help."
         )
