@@ -150,8 +150,11 @@ def test_a_signal_after_a_run_that_failed_is_not_swallowed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("damage", "file"),
-    [("cut", "manifest.json"), ("changed", "manifest.json"), ("gone", "manifest.json"), ("changed", "state.pt")]
-    + [("pipe", "state.pt"), ("cut", "rows"), ("changed", "rows"), ("gone", "rows")],
+    [
+        *(("cut", "manifest.json"), ("changed", "manifest.json"), ("gone", "manifest.json")),
+        *(("changed", "state.pt"), ("pipe", "state.pt")),
+        *(("cut", "rows"), ("changed", "rows"), ("gone", "rows")),
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(file: str, damage: str, tmp_path: Path) -> None:
     killed(tmp_path)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sb3_offline_ft.deployment import Contender, Contest, Kind, Level, RiskBudget, Rules
-from sb3_offline_ft.deployment.contest import CONTROLS, Episode
+from sb3_offline_ft.deployment.roles import Episode
+from sb3_offline_ft.deployment.rules import CONTROLS
 from tests.simulated_contests import simulation
 
 ROUNDING = 1e-9

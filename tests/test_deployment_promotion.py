@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scipy.stats import binomtest
 
 from sb3_offline_ft.deployment import ConcurrentTest, Contender, Contest, HistoricalTest, Kind, Rules, Verdict
-from sb3_offline_ft.deployment.contest import CONTROLS, share_of_test
 from sb3_offline_ft.deployment.promotion import TrialEpisode
+from sb3_offline_ft.deployment.rules import CONTROLS, share_of_test
 from tests.simulated_contests import simulation
 
 CHAMPION = [9.0, 10.0, 11.0]

@@ -27,8 +27,10 @@ from tqdm import tqdm
 from sb3_offline_ft.collapse.detectors import betting, ranks
 from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.deployment import budget as budget_of_risk
-from sb3_offline_ft.deployment import contest, promotion
-from sb3_offline_ft.deployment.contest import CONTROLS, Contender, Contest, Episode, Kind, Rules
+from sb3_offline_ft.deployment import contest, promotion, roles, rules
+from sb3_offline_ft.deployment.contest import Contest
+from sb3_offline_ft.deployment.roles import Contender, Episode, Kind
+from sb3_offline_ft.deployment.rules import CONTROLS, Rules
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
@@ -57,6 +59,7 @@ MEASURED = (
     ("historical", "4 places, short challengers"),
 )
 """What the rate of false promotions is measured of."""
+MEASURED_CODE = (contest, roles, rules, promotion, budget_of_risk, betting, ranks, simulation)
 
 Cell = dict[str, Any]
 
@@ -225,7 +228,7 @@ def until_promotion(world: simulation.World, lead: float, controls: str, seed: i
 
 def code() -> str:
     """Of what is measured: cells of other code are measured again."""
-    sources = [inspect.getsource(part).encode() for part in (contest, promotion, budget_of_risk, betting, ranks, simulation)]
+    sources = [inspect.getsource(part).encode() for part in MEASURED_CODE]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 

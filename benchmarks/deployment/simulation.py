@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sb3_offline_ft.deployment.contest import Contender, Contest, Episode, Kind, Rules, Verdict
+from sb3_offline_ft.deployment.contest import Contest
+from sb3_offline_ft.deployment.roles import Contender, Episode, Kind, Verdict
+from sb3_offline_ft.deployment.rules import Rules
 
 Generator = np.random.Generator
 

@@ -7,8 +7,10 @@ from sb3_offline_ft.common.lazy import lazy_names
 if TYPE_CHECKING:
     from sb3_offline_ft.deployment.budget import Level, RiskBudget
     from sb3_offline_ft.deployment.champion_challenger import ChampionChallenger
-    from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
+    from sb3_offline_ft.deployment.contest import Contest
     from sb3_offline_ft.deployment.promotion import ConcurrentTest, HistoricalTest, PromotionTest
+    from sb3_offline_ft.deployment.roles import Contender, Kind, Verdict
+    from sb3_offline_ft.deployment.rules import Rules
 
 __all__ = [
     "ChampionChallenger",
@@ -29,7 +31,9 @@ __getattr__, __dir__ = lazy_names(
     {
         "budget": ("Level", "RiskBudget"),
         "champion_challenger": ("ChampionChallenger",),
-        "contest": ("Contender", "Contest", "Kind", "Rules", "Verdict"),
+        "contest": ("Contest",),
         "promotion": ("ConcurrentTest", "HistoricalTest", "PromotionTest"),
+        "roles": ("Contender", "Kind", "Verdict"),
+        "rules": ("Rules",),
     },
 )

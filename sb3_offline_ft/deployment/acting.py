@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_offline_ft.collapse import LearnerSnapshot
 from sb3_offline_ft.common.io import arrays_to_text
-from sb3_offline_ft.deployment.contest import Contender, Episode, Kind
+from sb3_offline_ft.deployment.roles import Contender, Episode, Kind
 
 STATISTICS = "obs_rms"
 

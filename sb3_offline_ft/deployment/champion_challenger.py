@@ -20,9 +20,11 @@ from sb3_offline_ft.common.io import atomic_write
 from sb3_offline_ft.common.statistics_file import save_statistics
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.acting import Cast, PolicyCopy, normalizing_as
-from sb3_offline_ft.deployment.contest import Contender, Contest, Kind, Rules, Verdict
+from sb3_offline_ft.deployment.contest import Contest
 from sb3_offline_ft.deployment.history import FIGURE, History
 from sb3_offline_ft.deployment.reporting import Reporter
+from sb3_offline_ft.deployment.roles import Contender, Kind, Verdict
+from sb3_offline_ft.deployment.rules import Rules
 from sb3_offline_ft.deployment.state import SAVED_ATTRIBUTES, SavedContest
 
 if TYPE_CHECKING:

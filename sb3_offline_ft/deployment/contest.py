@@ -1,177 +1,18 @@
 """Champion and challenger: who acts next, what it may cost, and who is proved to be better. Knows no environment."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from sb3_offline_ft.collapse.detectors import BettingDetector
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 from sb3_offline_ft.deployment.budget import Level, RiskBudget
-from sb3_offline_ft.deployment.promotion import (
-    Bet,
-    ConcurrentTest,
-    HistoricalTest,
-    PromotionTest,
-    TrialEpisode,
-    chance_of_lead,
-)
+from sb3_offline_ft.deployment.promotion import ConcurrentTest, HistoricalTest, PromotionTest, chance_of_lead
+from sb3_offline_ft.deployment.roles import Challenge, Contender, Episode, Kind, Verdict
+from sb3_offline_ft.deployment.rules import LEAST_KNOWN, LEAST_TO_LEAD, LIKELY, Rules, share_of_test
 
-CONTROLS = ("historical", "concurrent")
-LEAST_KNOWN = 5
-"""Episodes of a champion without which nobody can tell whether another is better or worse."""
 WATCH_HORIZON = 1000
-SPENDING = 2
-"""The larger, the more evenly the false-promotion rate is spent over tests: for a run with about as many of them."""
-LEAST_TO_LEAD, LIKELY = 2, 0.9
-"""Episodes of a challenger, and its chance of being better, from which on it leads."""
-RIVAL_AFTER = 2
-"""Episodes of a challenger after which a newer policy of the learner may have one, and again whenever they have doubled."""
-
-
-def share_of_test(i: int) -> float:
-    """Share of the false-promotion rate that the i-th test of a run has, counted from 0; all of them sum to 1."""
-    return SPENDING / ((i + SPENDING) * (i + SPENDING + 1))
-
-
-class Kind(Enum):
-    """What an episode is for."""
-
-    SERVE = "serve"
-    """The champion acts as well as it can."""
-    EXPLORE = "explore"
-    """The champion acts with the learner's exploration, to gather data."""
-    TRIAL = "trial"
-    """The challenger, or its rival, acts as well as it can."""
-
-
-@dataclass
-class Contender:
-    """
-    A policy that acts, and what it returned.
-
-    :param name: What it is called in events: the time at which the learner had this policy
-    :param policy: The policy, whatever it is
-    :param returns: Of its whole episodes, in order
-    """
-
-    name: int
-    policy: Any = None
-    returns: list[float] = field(default_factory=list)
-
-    @property
-    def mean(self) -> float:
-        """Mean return; not a number without episodes."""
-        return sum(self.returns) / len(self.returns) if self.returns else math.nan
-
-    @property
-    def standard_error(self) -> float:
-        """Of the mean; not a number with fewer than two episodes."""
-        n = len(self.returns)
-        return float(np.std(self.returns, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-
-
-@dataclass
-class Episode:
-    """An episode, or a segment of one, that is running."""
-
-    kind: Kind = Kind.SERVE
-    bet: Bet | TrialEpisode | None = None
-    """The test's, if there is one."""
-    counts: bool = True
-    """Whether one policy acts in it from beginning to end."""
-    is_handed_back: bool = False
-    """Whether the champion acts in what is left of it."""
-    is_rival: bool = False
-    """Whether it is the trial of the rival, not of the challenger."""
-    tried: int | None = None
-    """Name of whom it tries, also after it has been given up."""
-
-    @property
-    def actor(self) -> Kind:
-        """For what somebody acts now."""
-        return Kind.SERVE if self.is_handed_back else self.kind
-
-    @property
-    def role(self) -> str:
-        """The role of the contender who acts now."""
-        if self.actor is not Kind.TRIAL:
-            return "champion"
-        return "rival" if self.is_rival else "challenger"
-
-
-@dataclass
-class Challenge:
-    """
-    A challenger's trial: a first episode that can only end it, then a test.
-
-    :param challenger: Who challenges
-    :param test: None until the challenger has survived its first episode, which costs nothing of the false-promotion rate
-    :param has_overtaken: Whether it took the place of another one, which it was better than in its first episode
-    """
-
-    challenger: Contender
-    test: PromotionTest | None = None
-    has_overtaken: bool = False
-    n_rival: int = RIVAL_AFTER
-    """Episodes of the challenger at which the next rival may have one."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """
-    A decision.
-
-    :param kind: What happens: a challenger becomes champion, a challenger is given up, or the champion is put down
-    :param reason: Why, in words
-    :param contender: Who was promoted, rejected or demoted
-    :param champion: The champion before
-    :param is_failure: Whether a challenger was given up that no newer policy has overtaken
-    """
-
-    kind: Literal["promotion", "rejection", "demotion"]
-    reason: str
-    contender: Contender
-    champion: Contender
-    is_failure: bool = False
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The rules of a contest; they are described at :class:`ChampionChallenger`."""
-
-    risk_budget: float = 0.1
-    random_return: float = 0.0
-    worst_return: float = 0.0
-    false_promotion_rate: float = 0.1
-    controls: str = "historical"
-    baseline_episodes: int = 10
-    trial_share: float = 0.5
-    futility: float = 0.1
-    least_lead: float = 0.05
-    max_trial_episodes: int = 10
-    exploration_share: float = 0.3
-    canary_envs: int | None = None
-
-    def __post_init__(self) -> None:
-        shares = ("risk_budget", "futility", "least_lead", "exploration_share")
-        for name in (*shares, "false_promotion_rate", "trial_share"):
-            value, may_be_zero = getattr(self, name), name in shares
-            if not (0 <= value < 1 and (value > 0 or may_be_zero)):
-                raise ValueError(f"`{name}` must be {'at least' if may_be_zero else 'above'} 0 and below 1, found {value!r}.")
-        if self.controls not in CONTROLS:
-            raise ValueError(f"`controls` must be one of {', '.join(map(repr, CONTROLS))}, found {self.controls!r}.")
-        if self.controls == "historical" and self.baseline_episodes < LEAST_KNOWN:
-            raise ValueError(
-                f"`controls='historical'` compares with at least {LEAST_KNOWN} episodes, found "
-                f"`baseline_episodes={self.baseline_episodes}`: give more, or choose 'concurrent'."
-            )
-        for name in ("random_return", "worst_return"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"`{name}` must be finite, found {getattr(self, name)!r}.")
 
 
 class Contest:

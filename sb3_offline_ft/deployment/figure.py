@@ -20,8 +20,8 @@ from sb3_offline_ft.common.drawing import (
     save_png,
     say_in,
 )
-from sb3_offline_ft.deployment.contest import Kind
 from sb3_offline_ft.deployment.history import COLLAPSED, DECISIONS, History, column, counted
+from sb3_offline_ft.deployment.roles import Kind
 
 # Told from one another by form and brightness too
 LOOKS: dict[Kind, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from scipy import stats
 
 from sb3_offline_ft.collapse.events import Event, read_events
 from sb3_offline_ft.common.io import naming_damage
-from sb3_offline_ft.deployment.contest import Kind
+from sb3_offline_ft.deployment.roles import Kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

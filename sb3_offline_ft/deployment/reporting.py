@@ -14,8 +14,9 @@ from sb3_offline_ft.collapse.events import Event, EventLog
 from sb3_offline_ft.collapse.reporting import start_log
 from sb3_offline_ft.common.warning import warn
 from sb3_offline_ft.deployment.budget import RiskBudget
-from sb3_offline_ft.deployment.contest import Challenge, Contender, Contest, Episode, Kind, Verdict
+from sb3_offline_ft.deployment.contest import Contest
 from sb3_offline_ft.deployment.history import DECISIONS, EVENTS_FILE, cost_words, counted, level_words, lived, mean_interval
+from sb3_offline_ft.deployment.roles import Challenge, Contender, Episode, Kind, Verdict
 
 SERVED_WINDOW = 10
 """Episodes that the logged served return is the mean of."""
