@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from sb3_offline_ft import load_dataset
 from sb3_offline_ft.evaluation import finetuning_metrics
 from sb3_offline_ft.pages.words import NONE
-from sb3_offline_ft.study import study_results, write_report
+from sb3_offline_ft.study import Protocol, study_results, write_report
 from sb3_offline_ft.study.engine.folder import read_result
 from tests.conftest import REPOSITORY
 from tests.made_up_study import COLLAPSED_TO, write_runs, write_study
@@ -42,7 +43,7 @@ def test_pages_say_what_the_results_say(findings: ModuleType) -> None:
         text = page.read_text(encoding="utf-8")
         assert text == findings.filled(text, page, folders)
         marked[page.name] = sorted(name for _, name, _ in findings.BLOCK.findall(text))
-    assert marked == {"README.md": ["overview"], "findings.md": sorted(folders)}
+    assert marked == {"README.md": ["overview"], "findings.md": sorted([*folders, "regimes"])}
 
 
 def check_that_results_are_of_all_runs(folder: Path, rows: list[dict[str, str]], unpacked: Path) -> None:
@@ -104,6 +105,27 @@ def test_results_become_tables_and_a_picture(findings: ModuleType, tmp_path: Pat
     ends = ", ".join(f"{float(row['last_return']):.0f}" for row in rows)
     assert f"| {ends} |" in text
     assert text == findings.filled(text, tmp_path / "docs" / "page.md", folders)
+
+
+def test_a_rule_is_compared_with_who_ended_higher(findings: ModuleType, tmp_path: Path) -> None:
+    assert findings.regimes({}) == findings.NOT_YET
+    folder = write_study(tmp_path / "made-up", {"seeds": 3}).folder
+    write_runs(Protocol.load(folder))
+    write_report(folder, formats=["csv"])
+    data = {label: load_dataset(spec).episode_returns.mean() for label, spec in Protocol.load(folder).datasets.items()}
+    text = findings.regimes(findings.studies(tmp_path))
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| made up |")]
+    assert [row[1] for row in rows] == list(data)
+    unit = 3857.8 - 24.8
+    for _, label, start, of_data, says, near, plain, higher in rows:
+        assert float(of_data) == pytest.approx(data[label], abs=0.5)
+        lead = (float(start) - float(of_data)) / unit
+        assert says == ("the policy" if lead > 0.05 else "the data" if lead < -0.05 else "either")
+        # Plain TD3 falls in all runs, and TD3C in none
+        assert float(near.removeprefix("TD3C: ")) > float(plain) + 0.05 * unit and higher == "3 of 3"
+    told = [row for row in rows if row[4] != "either"]
+    n_right = sum(row[4] == "the policy" for row in told)
+    assert f"Of the {len(told)} rows" in text and text.endswith(f"ended higher in {n_right}.")
 
 
 def test_results_of_other_runs_and_runs_that_did_not_learn_are_noticed(findings: ModuleType, tmp_path: Path) -> None:

@@ -10,17 +10,20 @@ unpacked. Nothing between the comments is written by hand. Results of other sett
 
 import csv
 import hashlib
+import json
 import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image
 
+from sb3_offline_ft.datasets.reference_scores import reference_scores_for
 from sb3_offline_ft.pages.words import NONE, number
 from sb3_offline_ft.study import Protocol, StudyResults, study_results
 from sb3_offline_ft.study.engine.folder import RUNS
@@ -35,6 +38,11 @@ ROOT = HERE.parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
 OVERVIEW = "overview"
 """Name of the comments between which all studies share one table."""
+REGIMES = "regimes"
+"""Name of the comments between which it says whether a rule from the literature predicted who ends higher."""
+KEEPS_POLICY, PLAIN = ("td3c", "champion"), "td3"
+EITHER, MARGIN = "either", 0.05
+"""Of the way from a random policy to an expert, within which the rule calls policy and data alike."""
 COMPARED = ("td3", "td3bc", "td3c", "td3c-guard")
 DRAWN = ("offline", "td3", "td3bc", "td3c", "champion")
 RESULTS, CURVES, ARCHIVE = "results.csv", "curves.png", "runs.tar.xz"
@@ -66,6 +74,21 @@ def read(study: Path) -> list[Row]:
         return list(csv.DictReader(lines))
 
 
+@contextmanager
+def unpacked(study: Path) -> Iterator[Path]:
+    """
+    :param study: Folder of a study
+    :return: A context in which its runs are in the folder that is given, from its archive if they are not in its own
+    """
+    if (study / RUNS).exists() or not (study / ARCHIVE).exists():
+        yield study
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(study / ARCHIVE) as archive:
+            archive.extractall(folder, filter="data")
+        yield Path(folder)
+
+
 def check(study: Path) -> None:
     """
     Check that a study's results, if it has some, are of what its file describes now, and its picture of the same runs.
@@ -77,14 +100,9 @@ def check(study: Path) -> None:
     if not rows:
         return
     protocol = Protocol.load(study)
-    with tempfile.TemporaryDirectory() as folder:
+    with unpacked(study) as folder:
         # Facts about data that is not here are in the runs
-        unpacked = study
-        if not (study / RUNS).exists() and (study / ARCHIVE).exists():
-            unpacked = Path(folder)
-            with tarfile.open(study / ARCHIVE) as archive:
-                archive.extractall(unpacked, filter="data")
-        remember_data_of_runs(protocol.changed(folder=unpacked))
+        remember_data_of_runs(protocol.changed(folder=folder))
     others = {row["key"] for row in rows} - {protocol.cell_key(cell) for cell in protocol.cells()}
     if others:
         raise ValueError(
@@ -285,6 +303,64 @@ def overview(folders: Mapping[str, Path]) -> str:
     return "\n\n".join(filter(None, [served, words, _table(head, body)]))
 
 
+def data_returns(study: Path) -> dict[str, float]:
+    """
+    :param study: Folder of a study
+    :return: Mean returns of its datasets by label, as its runs found them
+    """
+    with unpacked(study) as folder:
+        manifests = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{RUNS}/*/*/*/manifest.json")]
+    found = [manifest["dataset"] for manifest in manifests if manifest.get("dataset")]
+    return {str(facts["label"]): float(facts["mean_return"]) for facts in found}
+
+
+def regimes(folders: Mapping[str, Path]) -> str:
+    """
+    Whether the rule of Li et al. (arXiv 2510.01460) predicts who ends higher: keep whichever returns more, the pretrained
+    policy (TD3C, which stays near it) or the data (plain TD3, of whose batches one half is offline).
+
+    :param folders: Studies by name
+    :return: A Markdown table with a row for each dataset on which both were run, and how often the rule was right
+    """
+    body, told = [], []
+    for folder in folders.values():
+        rows, protocol = read(folder), Protocol.load(folder / "study.yml")
+        scores = reference_scores_for(protocol.env)
+        keeper = next((method for method in protocol.methods if method.name in KEEPS_POLICY), None)
+        if not rows or scores is None or keeper is None:
+            continue
+        returns = data_returns(folder)
+        for dataset in protocol.datasets:
+            levels = starts(row for row in rows if row["dataset"] == dataset)
+            pair = (of(rows, dataset, name) for name in (keeper.name, PLAIN))
+            near, plain = ({run["seed"]: run["last_return"] for run in runs} for runs in pair)
+            seeds = [seed for seed in levels if seed in near and seed in plain]
+            if not seeds:
+                continue
+            values = [np.array([float(known[seed]) for seed in seeds]) for known in (levels, near, plain)]
+            start, end, other = (float(one.mean()) for one in values)
+            unit = scores.expert - scores.random
+            says, higher = _kept((start - returns[dataset]) / unit), _kept((end - other) / unit)
+            if EITHER not in (says, higher):
+                told.append(says == higher)
+            level, of_data, end_near, end_plain = (_number(str(one)) for one in (start, returns[dataset], end, other))
+            above = f"{np.sum(values[1] > values[2])} of {len(seeds)}"
+            body.append([protocol.name, dataset, level, of_data, says, f"{keeper.label}: {end_near}", end_plain, above])
+    if not body:
+        return NOT_YET
+    head = ["study", "data", "J0", "return of the data", "rule: keep", "near the policy", "plain TD3", "near is higher"]
+    words = (
+        f"Of the {len(told)} rows in which the rule names one and the ends differ by more than its margin, the one that it "
+        f"names ended higher in {sum(told)}."
+    )
+    return f"{_table(head, body)}\n\n{words}"
+
+
+def _kept(lead: float) -> str:
+    """What is better, by the lead of the policy in normalised scores."""
+    return "the policy" if lead > MARGIN else "the data" if lead < -MARGIN else EITHER
+
+
 def single(folder: Path, page: Path) -> str:
     """
     :param folder: A study
@@ -322,7 +398,8 @@ def filled(text: str, page: Path, folders: Mapping[str, Path]) -> str:
         check(folder)
 
     def replace(block: re.Match[str]) -> str:
-        content = overview(folders) if block[2] == OVERVIEW else single(folders[block[2]], page)
+        of_all = {OVERVIEW: overview, REGIMES: regimes}
+        content = of_all[block[2]](folders) if block[2] in of_all else single(folders[block[2]], page)
         return f"{block[1]}\n{content}\n\n{block[3]}"
 
     return BLOCK.sub(replace, text)
