@@ -58,7 +58,10 @@ def check_that_results_are_of_all_runs(folder: Path, rows: list[dict[str, str]],
         for name in ("initial_return", "lowest_return", "last_return"):
             value = getattr(metrics, name)
             assert (float(reported[key][name]) if value is not None else None) == pytest.approx(value)
-        if not run.manifest["frozen"]:
+        if "external" in run.manifest:
+            # What a command remembers it does not say
+            assert run.manifest["updates"]["online"] > 0 and run.manifest["interactions"] >= run.timesteps[-1]
+        elif not run.manifest["frozen"]:
             check_that_it_learned(run.manifest)
 
 
