@@ -1,6 +1,7 @@
 """What a study's report says of served returns is what everything that acted in its runs earned."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,57 @@ def test_the_headline_says_who_served_most_and_what_tests_say(tmp_path: Path) ->
     few = first_words(study("few", 2))
     assert "Paired tests do not tell TD3C from offline policy as it is and plain TD3, as there are too few pairs." in few
     assert "names no reference method" in first_words(study("none", 2, reference_method=None))
-    assert "Nothing is tested: no other method has two runs" in first_words(study("one", 1))
+    assert "What was served is not tested: no other method has two runs" in first_words(study("one", 1))
+    unfinished = study("unfinished", 2, reference_method="td3c")
+    shutil.rmtree(unfinished.folder / "runs" / "medium" / "td3c")
+    assert "Nothing is tested, as no run of td3c, its reference, has finished." in first_words(unfinished)
+    assert "No run of td3c, the reference, has finished" in words(unfinished, "What remains")
+
+
+def test_who_served_alike_is_named_together(tmp_path: Path) -> None:
+    protocol = write_study(tmp_path / "tie", ONE_DATASET | {"seeds": 2} | methods("td3", "td3bc"))
+    write_runs(protocol, curve=lambda cell, share: np.full(share.shape, 500.0))
+    text = first_words(protocol)
+    assert re.match(r"On medium, (plain TD3|TD3BC kept) and (plain TD3|TD3BC kept) served 500 on average \(2 seeds", text)
+    assert "before" not in text and "most" not in text
+
+
+def test_only_what_is_measured_over_the_same_interactions_is_ranked_and_tested(tmp_path: Path) -> None:
+    """The one is measured from its first step, the others after their warm-up, in which they do not earn more."""
+    compared = methods("offline", "td3", "scratch") | {"reference_method": "td3"}
+    protocol = write_study(tmp_path / "study", ONE_DATASET | {"seeds": 8} | compared)
+    write_runs(protocol, curve=lambda cell, share: np.where(share > 0.5, 900.0, 100.0) + (cell.method.name == "scratch"))
+    tests = {(row.method.name, row.metric) for row in numbers_of(protocol).tests.comparisons}
+    assert ("offline", "served_mean_return") in tests and ("scratch", "last_return") in tests
+    assert not tests & {("scratch", "served_mean_return"), ("scratch", "mean_return")}
+    assert "from scratch" not in first_words(protocol)
+
+
+def test_seeds_in_the_headline_are_those_of_its_numbers(tmp_path: Path) -> None:
+    protocol = write_study(tmp_path / "study", ONE_DATASET | {"seeds": 2} | methods("td3"))
+    write_runs(protocol)
+    without = protocol.cells()[-1]
+    result = result_of(protocol, without)
+    result.training_timesteps, result.training_returns = np.zeros(0, np.int64), np.zeros(0)
+    result.training_kinds = np.zeros(0, np.int64)
+    write_run(protocol, without, result)
+    assert re.search(r"plain TD3 served [\d,]+ on average \(1 seed;", first_words(protocol))
+    assert groups_of(numbers_of(protocol))["td3"].served_curve(protocol.interactions) is not None
+
+
+def test_the_level_of_the_pretrained_policy_is_not_that_of_commands(tmp_path: Path) -> None:
+    command = {"label": "a command", "external": {"command": ["true"]}}
+    compared = {"methods": {"td3": METHODS["td3"], "own": command}, "reference_method": "td3"}
+    protocol = write_study(tmp_path / "study", ONE_DATASET | {"seeds": 2} | compared)
+    for cell in protocol.cells():
+        result = result_of(protocol, cell, lambda cell, share: np.full(share.shape, J0 if cell.method.name == "td3" else 30.0))
+        if cell.method.external is not None:
+            result.manifest |= {"external": cell.method.external, "pretrained": None}
+            del result.manifest["replay_buffer"]
+        write_run(protocol, cell, result)
+    numbers = numbers_of(protocol)
+    assert numbers.datasets[0].initial_return == pytest.approx(J0, rel=0.05)
+    assert "did not record all" not in words(numbers, "What remains")
 
 
 def test_the_first_table_and_picture_are_of_what_was_served(study: Protocol) -> None:

@@ -1,5 +1,6 @@
 """Methods of a study that are commands: what they are given, what is read back, and what becomes of those that fail."""
 
+import re
 import shutil
 import sys
 import time
@@ -46,6 +47,15 @@ for _ in range(exchange.interactions):
     exchange.measure_if_due(act)
 exchange.finish("gain", {"gain": gain, "rows": len(data["rewards"])}, [], offline_updates=10, online_updates=env.n_steps)
 """
+EXCHANGE_WITH = (
+    LEARN.replace("{", "{{").replace("}", "}}")
+    + """
+import json
+path = exchange.request["result"]
+content = json.load(open(path)) | {{{}}}
+json.dump(content, open(path, "w"))
+"""
+)
 COMMAND = [sys.executable, "learn.py"]
 PLAN: dict[str, Any] = {"interactions": 450, "evaluation": {"every": 200, "episodes": 2}, "seeds": 1}
 
@@ -82,7 +92,7 @@ def test_a_command_learns_from_the_data_and_is_measured_as_others_are(protocol: 
     assert result.training_timesteps.tolist() == [200, 400] and np.isfinite(result.training_returns).all()
     assert len({*result.returns.mean(axis=1).round(6)}) == 3
     manifest = result.manifest
-    assert manifest["algorithm"] == "gain" and manifest["interactions"] == 450 and manifest["frozen_until"] == -1
+    assert manifest["algorithm"] == "gain" and manifest["interactions"] == 450 and manifest["frozen_until"] == 0
     assert manifest["hyperparams"]["rows"] == len(load_dataset("bundled:pendulum-medium"))
     assert manifest["hyperparams"]["gain"] == pytest.approx(0.45) and manifest["updates"] == {"offline": 10, "online": 450}
     assert manifest["external"]["command"] == COMMAND and manifest["external"]["versions"]["numpy"] == np.__version__
@@ -138,6 +148,12 @@ def test_what_it_depends_on_is_its_command_and_options(tmp_path: Path) -> None:
     known = key()
     assert key() == known
     assert key(options={"speed": 0.002}) != known and key(command=[sys.executable, "other.py"]) != known
+    assert key(timeout=7) == known
+    # Others than what replay buffers have by default, and 1 is not true
+    options: list[dict[str, Any]] = [{}, {"replay_buffer_kwargs": 1}, {"replay_buffer_kwargs": {}}, {"a": 1}, {"a": True}]
+    named = {f"m{i}": {"external": {"command": COMMAND, "options": one}} for i, one in enumerate(options)}
+    made = study(tmp_path, methods=named)
+    assert len({made.cell_key(cell) for cell in made.cells()}) == len(options)
     first = study(tmp_path)
     # Its name and label, and other methods, do not matter
     assert first.cell_key(cell_of(first)) == known
@@ -168,8 +184,8 @@ def test_a_study_with_commands_is_run_and_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("raise ValueError('the data is strange')", "exit status 1: .*the data is strange"),
-        ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL: nothing was printed"),
+        ("raise ValueError('the data is strange')", "the data is strange\n`.*learn.py` failed with exit status 1"),
+        ("import os; os.kill(os.getpid(), 9)", "nothing was printed\n.* was ended by SIGKILL"),
         ("print('done')", "ended without a result"),
         (LEARN.replace('"gain", {', '3, {'), "`algorithm` must be a str, found 3"),
         (LEARN.replace("exchange.finish", "env.returns[0] = 1e400\nexchange.finish"), "Out of range float|not JSON compliant"),
@@ -182,6 +198,12 @@ def test_a_study_with_commands_is_run_and_reported(tmp_path: Path) -> None:
         (LEARN.replace("exchange.finish", "env.ends.reverse()\nexchange.finish"), "the one later than the other"),
         (LEARN.replace("exchange.finish", "env.ends.pop()\nexchange.finish"), "must be of the same episodes"),
         (LEARN.replace("exchange.finish", "env.n_steps = 400\nexchange.finish"), "at least 450, found 400"),
+        (LEARN.replace("exchange.finish", "exchange.lengths.pop()\nexchange.finish"), "`lengths` must be those of the epis"),
+        (LEARN.replace("exchange.finish", "exchange.lengths[0][0] = 0\nexchange.finish"), "`lengths` must be those of the e"),
+        (LEARN.replace("exchange.finish", "env.ends[0] = 10**300\nexchange.finish"), "`training_timesteps` must be finite"),
+        (LEARN.replace("exchange.finish", "env.returns[0] = 1.7e308\nexchange.finish"), "`training_returns` must be finite"),
+        (EXCHANGE_WITH.format('"updates": {"offline": 1}'), "`updates` must have numbers of at least 0, offline and online"),
+        (EXCHANGE_WITH.format('"seconds": {"preparation": 10**400, "finetuning": 1}'), "`seconds` must have numbers"),
     ],
 )  # fmt: skip
 def test_a_command_that_fails_says_why(script: str, message: str, tmp_path: Path) -> None:
@@ -189,10 +211,61 @@ def test_a_command_that_fails_says_why(script: str, message: str, tmp_path: Path
         run(study(tmp_path, script))
 
 
-def test_lines_that_only_look_like_progress_are_said_if_it_fails(tmp_path: Path) -> None:
-    script = "print('{\"phase\": 1}'); print('{broken'); raise SystemExit(1)"
-    with pytest.raises(ExternalError, match=r"(?s)\{.phase.: 1\}.*\{broken"):
+@pytest.mark.parametrize("line", [
+    '{"phase": 1}', "{broken", '{"phase": "a", "done": 1e999, "total": 2}', '{"phase": "a", "done": 3, "total": 2}',
+    '{"phase": "a", "done": true, "total": 2}', f'{{"phase": "a", "done": 1, "total": {10**400}}}',
+])  # fmt: skip
+def test_lines_that_only_look_like_progress_are_said_if_it_fails(line: str, tmp_path: Path) -> None:
+    script = f"print({line!r}, flush=True); print(); raise SystemExit(1)"
+    told: list[Any] = []
+    with pytest.raises(ExternalError, match=f"^{re.escape(line[:40])}"):
+        run(study(tmp_path, script), on_step=lambda *step: told.append(step))
+    assert not told
+
+
+def test_the_last_line_of_an_error_says_how_it_ended(tmp_path: Path) -> None:
+    """It is what is shown where there is room for one; what was printed is cut, the end of the command is not."""
+    script = "import os\nfor _ in range(30): print('y' * 600 + chr(10), flush=True)\nos.kill(os.getpid(), 60)"
+    with pytest.raises(ExternalError) as caught:
         run(study(tmp_path, script))
+    *said, end = str(caught.value).splitlines()
+    assert end.endswith("learn.py` was ended by signal 60") and all(line.strip() for line in said)
+    assert len(str(caught.value)) < 5000
+
+
+def test_a_command_ends_though_what_it_started_keeps_its_output_open(tmp_path: Path) -> None:
+    """And ignores that it is to end."""
+    script = (
+        LEARN
+        + """
+import subprocess, sys
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", code])
+open("pids", "w").write(f"{child.pid}")
+"""
+    )
+    begun = time.monotonic()
+    assert run(study(tmp_path, script)).timesteps.size == 3
+    assert time.monotonic() - begun < 60
+    _wait_for_end(int((tmp_path / "pids").read_text()))
+
+
+def test_a_command_may_be_given_so_long(tmp_path: Path) -> None:
+    entry = {"external": {"command": COMMAND, "timeout": 1.5}}
+    told: list[Any] = []
+    with pytest.raises(ExternalError, match=r"nothing was printed\n`.*learn.py` did not end within 1.5 seconds"):
+        run(study(tmp_path, "import time; time.sleep(600)", methods={"gain": entry}), on_step=lambda *step: told.append(step))
+    # Who runs it notices so whether there is anybody to tell
+    assert told and {*told} == {("runs", 0, 1)}
+
+
+def test_a_damaged_file_of_the_data_is_written_again(tmp_path: Path) -> None:
+    data = load_dataset("bundled:pendulum-medium?episodes=2")
+    path = written(data, tmp_path)
+    content = path.read_bytes()
+    for damaged in (b"", content[:-100]):
+        path.write_bytes(damaged)
+        assert written(data, tmp_path).read_bytes() == content
 
 
 def test_an_interrupted_command_leaves_no_process(tmp_path: Path) -> None:
@@ -210,7 +283,10 @@ time.sleep(600)
 
     with pytest.raises(KeyboardInterrupt):
         run(study(tmp_path, script), on_step=interrupt)
-    pid = int((tmp_path / "pids").read_text())
+    _wait_for_end(int((tmp_path / "pids").read_text()))
+
+
+def _wait_for_end(pid: int) -> None:
     end = time.monotonic() + 10
     while time.monotonic() < end and _runs(pid):
         time.sleep(0.05)
@@ -233,8 +309,11 @@ def _runs(pid: int) -> bool:
         ({"external": {"command": COMMAND, "option": {}}}, "`methods.gain.external.option` is no known key. .*'options'"),
         (
             {"external": {"command": COMMAND, "options": {"x": float("inf")}}},
-            "external.options` must be what JSON",
+            "external.options.x` must be what JSON can hold .*found inf: write it as a text",
         ),
+        ({"external": {"command": COMMAND, "options": {"a": [{1: 2}]}}}, r"options.a\[0\]` must have texts for keys.*found 1"),
+        ({"external": {"command": [*COMMAND, "a\0b"]}}, "must be a list of words"),
+        ({"external": {"command": COMMAND, "timeout": 0}}, "timeout` must be a number of seconds above 0, found 0"),
         ({"external": {"command": COMMAND}, "algorithm": "td3"}, "`methods.gain.algorithm` is not known to a command"),
         ({"external": {"command": COMMAND}, "champion": True}, "`methods.gain.champion` is not known to a command"),
         ({"external": {"command": COMMAND}, "hyperparams": {"gamma": 1}}, "`methods.gain.hyperparams` is not known"),
@@ -249,6 +328,11 @@ def test_what_would_fail_later_is_found_before_the_run(tmp_path: Path) -> None:
     for command in ("./nowhere/python", "no-such-command"):
         with pytest.raises(ValueError, match=f"`methods.gain.external` has the command '{command}', which is not there"):
             study(tmp_path, command=[command]).check()
+    # On a machine that has others only
+    study(tmp_path, command=["./nowhere/python"]).check(commands={"offline"})
+    weighted = {"medium": "0.5*bundled:pendulum-medium + 0.5*bundled:pendulum-medium?episodes=2"}
+    with pytest.raises(ValueError, match=r"`datasets.medium`: .* has weighted parts"):
+        study(tmp_path, datasets=weighted).check()
     with pytest.raises(ValueError, match="`datasets` must have at least one dataset"):
         study(tmp_path, methods={"gain": {"start": "scratch", "external": {"command": COMMAND}}}, datasets={})
     study(tmp_path).check()

@@ -146,7 +146,7 @@ class Exchange:
         :param packages: Names of the packages whose versions count
         :param offline_updates: Gradient steps of the critic before the first interaction
         :param online_updates: The same since then
-        :param frozen_until: Interactions in which the pretrained policy acted as it was; -1 if there was none
+        :param frozen_until: Interactions in which the pretrained policy acted as it was; -1 if there were none
         """
         assert self.env is not None
         self._seconds["finetuning"] = time.monotonic() - self._clock

@@ -3,7 +3,7 @@
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 SMALL_BUFFER = 1000
 
 
-def check_protocol(protocol: "Protocol", labels: Iterable[str]) -> None:
+def check_protocol(protocol: "Protocol", labels: Iterable[str], commands: Collection[str] | None = None) -> None:
     """
     Make the environment, load the data with these labels, construct each method's learner.
+
+    :param protocol: The protocol
+    :param labels: Labels of the datasets
+    :param commands: Names of the methods whose commands must be there, by default all
 
     :raises FileNotFoundError: A dataset is not there
     :raises ValueError: The data does not fit the environment, or a hyperparameter is not possible
@@ -38,12 +42,17 @@ def check_protocol(protocol: "Protocol", labels: Iterable[str]) -> None:
         for label in labels:
             dataset = protocol.dataset(label)
             _check_data(dataset, env, protocol.env, f"{protocol.file}: `datasets.{label}`")
+            if protocol.commands:
+                try:
+                    check_for_commands(dataset)
+                except ValueError as error:
+                    raise ValueError(f"{protocol.file}: `datasets.{label}`: {error}") from None
         seen: list[Any] = []
         for method in protocol.methods:
             if method.external is not None:
-                check_command(
-                    method.external["command"][0], protocol.folder, f"{protocol.file}: `methods.{method.name}.external`"
-                )
+                if commands is None or method.name in commands:
+                    where = f"{protocol.file}: `methods.{method.name}.external`"
+                    check_command(method.external["command"][0], protocol.folder, where)
                 continue
             data = dataset if method.pretrained else None
             made = [(f"methods.{method.name}", method.algorithm, method.hyperparams)]
@@ -82,6 +91,18 @@ def _check_learner(
             learner_from_scratch(algorithm, arguments, env, 0, "cpu")
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         raise ValueError(f"{what} is not possible with {algorithm}: {error}") from None
+
+
+def check_for_commands(dataset: OfflineDataset) -> None:
+    """
+    Check that methods which are commands can be given a dataset.
+
+    :raises ValueError: They cannot
+    """
+    if isinstance(dataset.observations, dict):
+        raise ValueError(f"{dataset.name} has `Dict` observations: commands are given data with one array of them.")
+    if any(part.weight is not None for part in dataset.sources):
+        raise ValueError(f"{dataset.name} has weighted parts, of which commands know nothing: leave out the weights.")
 
 
 def check_command(word: str, folder: Path, what: str) -> None:

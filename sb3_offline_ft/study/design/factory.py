@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -50,7 +51,7 @@ WITHOUT_EFFECT_FROM_SCRATCH = frozenset(
 _CALLBACK_PATHS = ("path", "save_snapshots", "verbose")
 
 METHOD_KEYS = ("label", "algorithm", "start", "frozen", *CALLBACKS, "hyperparams", "external")
-EXTERNAL_KEYS = ("command", "options")
+EXTERNAL_KEYS = ("command", "options", "timeout")
 WITH_EXTERNAL = ("label", "start", "external")
 """What a method that is a command can have."""
 STARTS = ("pretrained", "scratch")
@@ -262,14 +263,31 @@ class MethodFactory:
         key = f"{key}.external"
         external = self.reader.mapping(given["external"], key, EXTERNAL_KEYS)
         command = external.get("command")
-        if not isinstance(command, list) or not command or not all(isinstance(word, str) and word for word in command):
+        words: list[Any] = command if isinstance(command, list) else []
+        if not words or not all(isinstance(word, str) and word and "\0" not in word for word in words):
             self.reader.fail(f"{key}.command", f"must be a list of words, such as [python, learn.py], found {command!r}.")
         options = self.reader.mapping(external.get("options"), f"{key}.options")
-        try:
-            json.dumps(options, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            self.reader.fail(f"{key}.options", f"must be what JSON can hold: {error}.")
-        return {"command": list(command), "options": options}
+        self._check_json(options, f"{key}.options")
+        timeout = external.get("timeout")
+        if timeout is not None and self.reader.number(timeout, f"{key}.timeout") <= 0:
+            self.reader.fail(f"{key}.timeout", f"must be a number of seconds above 0, found {timeout!r}.")
+        return {"command": words, "options": options, **({} if timeout is None else {"timeout": float(timeout)})}
+
+    def _check_json(self, value: Any, key: str) -> None:
+        """Check that a request can hold an option, and that it will be read back as it is."""
+        if isinstance(value, Mapping):
+            for name, entry in value.items():
+                if not isinstance(name, str):
+                    self.reader.fail(key, f"must have texts for keys, as JSON has, found {name!r}: write it in quotes.")
+                self._check_json(entry, f"{key}.{name}")
+        elif isinstance(value, list):
+            for position, entry in enumerate(value):
+                self._check_json(entry, f"{key}[{position}]")
+        elif not (value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))):
+            self.reader.fail(
+                key, f"must be what JSON can hold (texts, numbers, truth values, lists, mappings), found {value!r}: write "
+                "it as a text."
+            )  # fmt: skip
 
     def _algorithm(self, given: Mapping[str, Any], key: str, pretrained: bool, frozen: bool) -> str:
         if "algorithm" not in given and not pretrained:

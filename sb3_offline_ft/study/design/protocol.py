@@ -1,7 +1,7 @@
 """What a study compares: its file, its methods, its cells."""
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -320,15 +320,16 @@ class Protocol:
         """The module that ``env`` names before the id, empty if there is none."""
         return self.env.rpartition(":")[0]
 
-    def check(self, labels: Iterable[str] | None = None) -> None:
+    def check(self, labels: Iterable[str] | None = None, commands: Collection[str] | None = None) -> None:
         """
         Find out now what would fail only later: make the environment, load the data, construct each method's learner.
 
         :param labels: Labels of the datasets to load, by default all
+        :param commands: Names of the methods whose commands must be there, by default all
         :raises FileNotFoundError: A dataset is not there
         :raises ValueError: The data does not fit the environment, or a hyperparameter is not possible
         """
         from sb3_offline_ft.study.design.checking import check_protocol
 
         self.import_env()
-        check_protocol(self, self.datasets if labels is None else labels)
+        check_protocol(self, self.datasets if labels is None else labels, commands)

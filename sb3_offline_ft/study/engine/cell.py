@@ -122,6 +122,8 @@ def _run_command(protocol: "Protocol", cell: "Cell", on_step: OnStep | None, on_
         "champion": None,
         "learner_evaluation_steps": 0,
         **{name: value for name, value in facts.items() if name != "versions"},
+        # What it returned before its first interaction is the level that it can fall from
+        "frozen_until": max(0, facts["frozen_until"]) if cell.method.pretrained else -1,
         "external": {**(cell.method.external or {}), "versions": facts["versions"]},
         "seconds": {name: float(facts["seconds"].get(name, 0.0)) for name in ("preparation", "finetuning")},
         "wall_seconds": round(time.monotonic() - clock, 1),

@@ -4,11 +4,14 @@ import contextlib
 import json
 import math
 import os
+import selectors
+import shlex
 import signal
 import subprocess
 import tempfile
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ from sb3_offline_ft.common.io import atomic_write, naming_damage
 from sb3_offline_ft.common.reading import parse_json, read_json, shortened
 from sb3_offline_ft.datasets import OfflineDataset
 from sb3_offline_ft.datasets.columns import COLUMNS
+from sb3_offline_ft.study.design.checking import check_for_commands
 from sb3_offline_ft.study.engine.measure import OnEvaluation, OnStep
 
 if TYPE_CHECKING:
@@ -31,7 +35,10 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LAST_LINES = 20
 """Of what a command printed, in the message if it fails."""
 MOST_OF_LINE = 65536
-END_SECONDS = 5
+MOST_SAID = 4000
+"""Characters of them."""
+MOST_OF_PHASE, MOST_STEPS, LARGEST = 40, 2**53, 1e100
+END_SECONDS, QUIET_SECONDS = 5, 1
 ARRAYS = {
     "timesteps": (np.int64, 1),
     "returns": (np.float64, 2),
@@ -50,6 +57,8 @@ FACTS: dict[str, Any] = {
     "seconds": dict,
 }
 """What it says besides, with types."""
+NUMBERS = {"updates": {"offline", "online"}, "seconds": {"preparation", "finetuning"}}
+"""Those that hold numbers, which must have these."""
 
 
 class ExternalError(RuntimeError):
@@ -88,10 +97,10 @@ def run_external(
             "result": str(result),
         }
         (Path(own) / REQUEST).write_text(json.dumps(asked, indent=1))
-        _run([*method.external["command"], str(Path(own) / REQUEST)], folder, tell)
+        _run([*method.external["command"], str(Path(own) / REQUEST)], folder, tell, method.external.get("timeout"))
         try:
-            with naming_damage(f"The result of `{' '.join(method.external['command'])}`", "one that a study asked for"):
-                arrays, facts = _checked(read_json(result), request)
+            with naming_damage(f"The result of `{shlex.join(method.external['command'])}`", "one that a study asked for"):
+                arrays, facts = _checked(read_json(result), request, method.pretrained)
         except FileNotFoundError:
             raise ExternalError(f"{method.name}: the command ended without a result in {RESULT}.") from None
         except ValueError as error:
@@ -103,22 +112,32 @@ def run_external(
 
 
 def written(dataset: OfflineDataset, folder: Path) -> Path:
-    """The file of a dataset for commands, which is written if it is missing: a NumPy archive of plain arrays."""
+    """The file of a dataset for commands, which is written if it is missing or damaged: a NumPy archive of plain arrays."""
+    try:
+        check_for_commands(dataset)
+    except ValueError as error:
+        raise ExternalError(str(error)) from None
     path = folder / DATA / f"{dataset.fingerprint[:16]}.npz"
-    if not path.exists():
+    arrays = {name: getattr(dataset, name) for name in COLUMNS}
+    if not _holds(path, arrays):
         path.parent.mkdir(exist_ok=True)
-        arrays = {name: getattr(dataset, name) for name in COLUMNS}
-        if isinstance(arrays["observations"], dict):
-            raise ExternalError(f"{dataset.name} has `Dict` observations: commands are given data with one array of them.")
-        if any(part.weight is not None for part in dataset.sources):
-            raise ExternalError(f"{dataset.name} has weighted parts, of which commands know nothing: leave out the weights.")
         with atomic_write(path) as file:
             np.savez(file, **arrays)
     return path
 
 
-def _run(command: list[str], folder: Path, tell: OnStep) -> None:
+def _holds(path: Path, arrays: Mapping[str, Any]) -> bool:
+    try:
+        with path.open("rb") as file, np.load(file) as known:
+            return all(np.array_equal(known[name], value) for name, value in arrays.items())
+    # Whoever reads a damaged archive raises anything
+    except Exception:
+        return False
+
+
+def _run(command: list[str], folder: Path, tell: OnStep, timeout: float | None = None) -> None:
     threads = {name: str(th.get_num_threads()) for name in THREADS}
+    what = shortened(shlex.join(command[:-1]))
     try:
         process = subprocess.Popen(
             command,
@@ -130,70 +149,104 @@ def _run(command: list[str], folder: Path, tell: OnStep) -> None:
             # A group of its own, so that all of it can be ended
             start_new_session=True,
         )
-    except OSError as error:
-        raise ExternalError(f"`{command[0]}` cannot be run in {folder}: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise ExternalError(f"`{what}` cannot be run in {folder}: {getattr(error, 'strerror', None) or error}.") from None
     last: deque[str] = deque(maxlen=LAST_LINES)
+    ends = math.inf if timeout is None else time.monotonic() + timeout
     assert process.stdout is not None
-    with process.stdout as lines:
+    with process.stdout as output:
         try:
-            for line in iter(lambda: lines.readline(MOST_OF_LINE), b""):
-                text = line.decode(errors="replace").rstrip()
-                if not _told(text, tell):
+            told = "runs", 0, 1
+            for line in _lines(process, output.fileno(), ends):
+                text = "" if line is None else line.decode(errors="replace").rstrip()
+                step = _step_of(text)
+                if line is None or step is not None:
+                    # Again and again, as who is told may not be there any more
+                    tell(*(told := step or told))
+                elif text:
                     last.append(text)
-            code = process.wait()
+            code = process.poll()
         finally:
             _end(process)
-    if code:
-        said = "\n".join(map(shortened, last)) or "nothing was printed"
-        ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
-        raise ExternalError(f"`{' '.join(command[:-1])}` {ended}: {said}")
+    if code == 0:
+        return
+    if code is None:
+        ended = f"did not end within {timeout:,g} seconds (`timeout`), and was ended"
+    elif code < 0:
+        ended = f"was ended by {signal.Signals(-code).name if -code in {*signal.Signals} else f'signal {-code}'}"
+    else:
+        ended = f"failed with exit status {code}"
+    said = "\n".join(map(shortened, last))[-MOST_SAID:] or "nothing was printed"
+    # The last line is what is shown of an error where there is room for one
+    raise ExternalError(f"{said}\n`{what}` {ended}")
 
 
-def _told(text: str, tell: OnStep) -> bool:
-    """Whether a line says how far the command is: ``{"phase": ..., "done": ..., "total": ...}``."""
+def _lines(process: "subprocess.Popen[bytes]", output: int, ends: float) -> Iterator[bytes | None]:
+    """
+    What a command prints, until it or the time has ended; None from time to time, when it prints nothing. What it has
+    started may keep the output open after its end.
+    """
+    begun = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while time.monotonic() < ends:
+            has_ended = process.poll() is not None
+            if has_ended:
+                ends = min(ends, time.monotonic() + END_SECONDS)
+            if not selector.select(0 if has_ended else QUIET_SECONDS):
+                if has_ended:
+                    break
+                yield None
+                continue
+            content = os.read(output, MOST_OF_LINE)
+            *lines, begun = (begun + content).split(b"\n")
+            yield from lines
+            begun = begun[:MOST_OF_LINE]
+            if not content:
+                # It may have closed its output, and still run
+                selector.unregister(output)
+                break
+    yield begun
+    while process.poll() is None and time.monotonic() < ends:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(QUIET_SECONDS, max(0.0, ends - time.monotonic())))
+            break
+        yield None
+
+
+def _step_of(text: str) -> tuple[str, int, int] | None:
+    """How far a line says that the command is, ``{"phase": ..., "done": ..., "total": ...}``; None if it does not."""
     if not text.startswith("{"):
-        return False
+        return None
     try:
         step = parse_json(text, "a line")
-        tell(str(step["phase"]), int(step["done"]), int(step["total"]))
+        phase, done, total = step["phase"], step["done"], step["total"]
     except (ValueError, KeyError, TypeError):
-        return False
-    return True
+        return None
+    if not (isinstance(phase, str) and type(done) is type(total) is int and 0 <= done <= total < MOST_STEPS):
+        return None
+    return phase[:MOST_OF_PHASE], done, total
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End what may still run of a command."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(OSError):
+    """End what may still run of a command: it and those that it has started, in its group."""
+    ends, number = time.monotonic() + END_SECONDS, int(signal.SIGTERM)
+    with contextlib.suppress(OSError):
+        while time.monotonic() < ends:
+            # Its entry is there until it has been asked for
+            process.poll()
             os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_SECONDS)
-            return
+            number = 0
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def _checked(content: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    for name, kind in FACTS.items():
-        if not isinstance(content.get(name), kind) or isinstance(content[name], bool):
-            raise ValueError(f"`{name}` must be a {kind.__name__}, found {content.get(name)!r:.60}")
-    for name in ("updates", "seconds"):
-        if not all(type(one) in (int, float) and 0 <= one < math.inf for one in content[name].values()):
-            raise ValueError(f"`{name}` must have numbers of at least 0, found {content[name]!r:.60}")
-    if not -1 <= content["frozen_until"] < request["interactions"]:
-        raise ValueError(f"`frozen_until` must be from -1 to below the interactions, found {content['frozen_until']}")
-    arrays: dict[str, Any] = {}
-    for name, (dtype, n_dimensions) in ARRAYS.items():
-        values = content.get(name)
-        try:
-            array = np.array(values, dtype=np.float64)
-            are_numbers = all(type(one) in (int, float) for one in np.array(values, dtype=object).flat)
-        except (ValueError, TypeError, OverflowError):
-            are_numbers = False
-        if not are_numbers:
-            raise ValueError(f"`{name}` must be numbers, found {values!r:.60}")
-        array = array.reshape(0) if not array.size and n_dimensions == 1 else array
-        if array.ndim != n_dimensions or not np.isfinite(array).all() or (dtype is np.int64 and (array % 1).any()):
-            raise ValueError(f"`{name}` must be finite numbers in {n_dimensions} dimensions, found shape {array.shape}")
-        arrays[name] = array.astype(dtype)
+def _checked(
+    content: Mapping[str, Any], request: Mapping[str, Any], pretrained: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    _check_facts(content, request["interactions"], pretrained)
+    arrays = {name: _array(content.get(name), name, *form) for name, form in ARRAYS.items()}
     plan, interactions = request["evaluation"], request["interactions"]
     expected = list(range(0, interactions + 1, plan["every"]))
     if arrays["timesteps"].tolist() != expected or arrays["returns"].shape != (len(expected), plan["episodes"]):
@@ -201,8 +254,8 @@ def _checked(content: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[di
             f"its evaluations must be after {_in_short(expected)} interactions, of {plan['episodes']} episodes each, found "
             f"{_in_short(arrays['timesteps'].tolist())}, shape {arrays['returns'].shape}"
         )
-    if content["interactions"] < interactions:
-        raise ValueError(f"`interactions` must be at least {interactions}, found {content['interactions']}")
+    if arrays["lengths"].shape != arrays["returns"].shape or (arrays["lengths"] < 1).any():
+        raise ValueError(f"`lengths` must be those of the episodes of `returns`, found shape {arrays['lengths'].shape}")
     steps = arrays["training_timesteps"]
     if (np.diff(steps, prepend=0) <= 0).any():
         raise ValueError("`training_timesteps` must be the ends of episodes, the one later than the other")
@@ -211,6 +264,38 @@ def _checked(content: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[di
     within = steps <= interactions
     arrays |= {name: arrays[name][within] for name in ("training_timesteps", "training_returns")}
     return arrays, {name: content[name] for name in FACTS}
+
+
+def _check_facts(content: Mapping[str, Any], interactions: int, pretrained: bool) -> None:
+    for name, kind in FACTS.items():
+        if not isinstance(content.get(name), kind) or isinstance(content[name], bool):
+            raise ValueError(f"`{name}` must be a {kind.__name__}, found {content.get(name)!r:.60}")
+    for name, keys in NUMBERS.items():
+        given = content[name]
+        if not (keys <= given.keys() and all(type(one) in (int, float) and 0 <= one < LARGEST for one in given.values())):
+            raise ValueError(f"`{name}` must have numbers of at least 0, {' and '.join(sorted(keys))}, found {given!r:.60}")
+    if not -1 <= content["frozen_until"] < interactions:
+        raise ValueError(f"`frozen_until` must be from -1 to below the interactions, found {content['frozen_until']}")
+    if not pretrained and content["frozen_until"] != -1:
+        raise ValueError(f"`frozen_until` must be -1 with `start: scratch`, found {content['frozen_until']}")
+    if content["interactions"] < interactions:
+        raise ValueError(f"`interactions` must be at least {interactions}, found {content['interactions']}")
+
+
+def _array(values: Any, name: str, dtype: type, n_dimensions: int) -> Any:
+    try:
+        array = np.array(values, dtype=np.float64)
+        are_numbers = all(type(one) in (int, float) for one in np.array(values, dtype=object).flat)
+    except (ValueError, TypeError, OverflowError):
+        are_numbers = False
+    if not are_numbers:
+        raise ValueError(f"`{name}` must be numbers, found {values!r:.60}")
+    array = array.reshape(0) if not array.size and n_dimensions == 1 else array
+    if array.ndim != n_dimensions or not (np.abs(array) < LARGEST).all():
+        raise ValueError(f"`{name}` must be finite numbers in {n_dimensions} dimensions, found shape {array.shape}")
+    if dtype is np.int64 and ((array % 1).any() or (array < 0).any() or (array > MOST_STEPS).any()):
+        raise ValueError(f"`{name}` must be whole numbers of steps")
+    return array.astype(dtype)
 
 
 def _in_short(numbers: list[int]) -> str:

@@ -32,7 +32,7 @@ class RunDisplay:
             TextColumn("{task.fields[counts]}"), console=console,
         )  # fmt: skip
         self._workers = Progress(
-            TextColumn("{task.description}", markup=False), TextColumn("{task.fields[phase]}"), BarColumn(),
+            TextColumn("{task.description}", markup=False), TextColumn("{task.fields[phase]}", markup=False), BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("{task.fields[last]}"), console=console,
         )  # fmt: skip
         self._overall = self._all.add_task("", total=None, counts="")

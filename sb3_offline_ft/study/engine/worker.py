@@ -23,7 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from sb3_offline_ft.pretrained.cache import default_folder
 from sb3_offline_ft.study.design.protocol import Protocol, study_file
 from sb3_offline_ft.study.engine.cell import run_cell
-from sb3_offline_ft.study.engine.queue import Claim, StudyQueue, trying_again
+from sb3_offline_ft.study.engine.queue import CellState, Claim, StudyQueue, trying_again
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 DISK_FULL_WORDS = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")
@@ -212,7 +212,8 @@ class Worker:
     def check(self) -> None:
         """Check what all cells need, so that they do not fail one by one."""
         self.queue.check_data()
-        self.protocol.check()
+        waiting = [each.cell for each in self.queue.statuses(self.keys) if each.state is not CellState.DONE]
+        self.protocol.check(commands={cell.method.name for cell in waiting})
 
     def run(self) -> None:
         """

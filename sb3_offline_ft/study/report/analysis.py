@@ -73,8 +73,8 @@ class DatasetNumbers:
 
     @property
     def pretrained_runs(self) -> list[RunNumbers]:
-        """Runs that started from a pretrained policy."""
-        return [one for one in self.runs if one.metrics.initial_return is not None]
+        """Runs that started from one of the study's pretrained policies, which those of commands are not."""
+        return [one for one in self.runs if one.metrics.initial_return is not None and one.method.external is None]
 
     @cached_property
     def initial_return(self) -> float | None:
@@ -88,9 +88,8 @@ class DatasetNumbers:
 
     @property
     def warmup_steps(self) -> int:
-        """Interactions in which all learning policies are frozen, but those of external methods."""
-        ours = [one for one in self.pretrained_runs if not one.method.frozen and one.method.external is None]
-        return min((one.run.result.frozen_until for one in ours), default=0)
+        """Interactions in which all learning policies are frozen, but those of commands."""
+        return min((one.run.result.frozen_until for one in self.pretrained_runs if not one.method.frozen), default=0)
 
     @property
     def noise_floor(self) -> float | None:

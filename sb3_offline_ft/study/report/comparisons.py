@@ -141,13 +141,18 @@ class PairedTests:
         reference = self.reference
         if reference is None or method == reference:
             return {}, {}
-        if metric in ("served_mean_return", "mean_return") and method.pretrained != reference.pretrained:
-            # The first steps from scratch count, those of the warm-up do not
+        if metric in ("served_mean_return", "mean_return") and not are_alike(self.runs, method, reference):
             return {}, {}
         if metric in ("dip_depth", COLLAPSED) and (method.frozen or reference.frozen):
             # A policy that does not change has no dip: what seems so is noise
             return {}, {}
         return values_of(self.runs, method, metric), values_of(self.runs, reference, metric)
+
+
+def are_alike(runs: Iterable[RunNumbers], *methods: Method) -> bool:
+    """Whether methods are measured over the same interactions: those of a warm-up do not count, and from scratch all do."""
+    names = {method.name for method in methods}
+    return len({one.served_from for one in runs if one.method.name in names} - {None}) <= 1
 
 
 def values_of(runs: Iterable[RunNumbers], method: Method, metric: str) -> Values:

@@ -102,6 +102,11 @@ class RunNumbers:
         }
 
     @property
+    def served_from(self) -> int | None:
+        """Interactions after which what is served counts as that of a learner; None for a policy that never changes."""
+        return None if self.method.frozen else self.run.result.frozen_until
+
+    @property
     def seconds(self) -> float | None:
         """Wall time of the finetuning."""
         seconds = (self.manifest.get("seconds") or {}).get("finetuning")
@@ -151,9 +156,9 @@ class Group:
         return curve_band(self.runs[0].run.result.timesteps[:n], [[one.means[:n] for one in self.runs]], "mean")
 
     def served_curve(self, interactions: int) -> Band | None:
-        """Mean served return over the runs in so many interactions at most; None if no run has recorded what acted."""
+        """Mean served return over the runs in so many interactions at most; None if none has recorded what acted."""
         width = interactions / SERVED_POINTS
-        acted = [one.acted for one in self.runs if one.acted is not None]
+        acted = [one.acted for one in self.runs if one.acted is not None and one.acted.lengths.sum() >= width]
         n = min((min(SERVED_POINTS, int(each.lengths.sum() / width)) for each in acted), default=0)
         if n == 0:
             return None

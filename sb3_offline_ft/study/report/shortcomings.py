@@ -8,6 +8,7 @@ from sb3_offline_ft.pages.words import counted, some
 FEW = 0.75
 """Batches with less than this share of distinct rows repeat a few transitions."""
 NEEDED = ("interactions", "updates", "replay_buffer", "learner_evaluation_steps")
+NOT_OF_COMMANDS = ("replay_buffer",)
 
 
 def shortcomings(runs: Mapping[str, Mapping[str, Any]], interactions: int) -> list[str]:
@@ -21,7 +22,8 @@ def shortcomings(runs: Mapping[str, Mapping[str, Any]], interactions: int) -> li
         found.setdefault(what, []).append(f"{name} ({numbers})" if numbers else name)
 
     for name, facts in learning.items():
-        if missing := [fact for fact in NEEDED if fact not in facts]:
+        unknown = NOT_OF_COMMANDS if facts.get("external") else ()
+        if missing := [fact for fact in NEEDED if fact not in facts and fact not in unknown]:
             note("did not record all that they were", name, some(missing))
         done, updates = facts.get("interactions", interactions), facts.get("updates")
         if done < interactions:

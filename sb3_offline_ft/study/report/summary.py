@@ -4,7 +4,7 @@ from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.tables import TextTable
 from sb3_offline_ft.pages.words import NONE, capital, counted, listed, number, ranged
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
-from sb3_offline_ft.study.report.comparisons import SIGNIFICANT
+from sb3_offline_ft.study.report.comparisons import SIGNIFICANT, are_alike
 from sb3_offline_ft.study.report.runs import Group
 
 SERVED = "served_mean_return"
@@ -20,34 +20,58 @@ def headline(numbers: StudyNumbers) -> str:
     return f"{capital('; '.join(texts))}. {_tested(numbers)}"
 
 
-def _ranked(one: DatasetNumbers) -> list[tuple[Group, Estimate]]:
+def _ranked(numbers: StudyNumbers, one: DatasetNumbers) -> list[tuple[Group, Estimate]]:
+    """
+    What was served, the most first, by methods that are measured over the same interactions: as the reference method is, or
+    as most are.
+    """
     known = [(group, estimate) for group in one.shown if (estimate := group.estimate(SERVED)) is not None]
-    return sorted(known, key=lambda row: -row[1].value)
+    alike = [[row for row in known if are_alike(one.runs, row[0].method, group.method)] for group, _ in known]
+    of_reference = [rows for rows, (group, _) in zip(alike, known, strict=True) if group.method == numbers.reference]
+    chosen = max(of_reference or alike, key=len, default=[])
+    return sorted(chosen, key=lambda row: -row[1].value)
 
 
 def _first(numbers: StudyNumbers, one: DatasetNumbers) -> str:
-    ranked = _ranked(one)
+    ranked = _ranked(numbers, one)
     if not ranked:
         return ""
-    group, estimate = ranked[0]
-    seeds, lost = counted(len(group.runs), "seed"), group.estimate("served_collapsed_share")
-    if lost is not None:
-        seeds += f"; lost episodes {number(100 * lost.value, 1)} %"
+    most = number(ranked[0][1].value)
+    first = [group for group, estimate in ranked if number(estimate.value) == most]
+    labels, rest = listed(group.label for group in first), ranked[len(first) :]
+    facts = "; ".join(dict.fromkeys(map(_seeds, first)))
     start = "" if one.initial_return is None else f", where the pretrained policy earns {number(one.initial_return)}"
-    if len(ranked) == 1:
-        return f"on {one.title}, {group.label} served {number(estimate.value)} on average ({seeds}){start}"
-    second, other = ranked[1]
-    first = f"{group.label} served most, {number(estimate.value)} on average ({seeds})"
-    return f"on {one.title}, {first}, before {second.label} with {number(other.value)}{start}"
+    if not rest:
+        return f"on {one.title}, {labels} served {most} on average ({facts}){start}"
+    second, other = rest[0]
+    return (
+        f"on {one.title}, {labels} served most, {most} on average ({facts}), before {second.label} with "
+        f"{number(other.value)}{start}"
+    )
+
+
+def _seeds(group: Group) -> str:
+    """Of how many seeds the means are, and how many episodes were lost."""
+    n, losses = len(group.values(SERVED)), group.values("served_collapsed_share")
+    text = counted(n, "seed")
+    if not losses:
+        return text
+    of = "" if len(losses) == n else f" of {counted(len(losses), 'seed')}"
+    return f"{text}; lost episodes{of} {number(100 * sum(losses) / len(losses), 1)} %"
 
 
 def _tested(numbers: StudyNumbers) -> str:
     reference = numbers.reference
     rows = [row for row in numbers.tests.comparisons if row.metric == SERVED]
     if reference is None:
-        return "Nothing is tested, as the study names no reference method."
+        name = numbers.protocol.reference_method
+        why = "the study names no reference method" if name is None else f"no run of {name}, its reference, has finished"
+        return f"Nothing is tested, as {why}."
     if not rows:
-        return f"Nothing is tested: no other method has two runs with the data and seed of {reference.label}."
+        return (
+            f"What was served is not tested: no other method has two runs with the data and seed of {reference.label} that "
+            "are measured over the same interactions."
+        )
     found = [row for row in rows if row.p_corrected < SIGNIFICANT and row.difference is not None]
     more, less = (
         [row.method.label for row in found if row.difference is not None and sign * row.difference.value > 0]

@@ -29,13 +29,13 @@ from sb3_offline_ft.study.report.factors import Levels
 from sb3_offline_ft.study.report.runs import Group, RunNumbers, last_evaluations
 
 TEST_WORDS = (
-    "Pairs are runs with the same data and seed, which start from the same pretrained policy; a run without data is paired "
-    "with the mean of those of its seed. Sign-flip permutation tests of the mean difference, for collapses McNemar's exact "
-    "test; two-sided. Holm's correction is for all tests of what was served, which a study asks first, and apart from them "
-    "for all others of this table. For collapses the difference is the pairs in which only the first : only the second "
-    "collapsed. A dip depth below 0 counts as 0 here, no dip, but not in the other tables. Not tested: dips and collapses of "
-    "a policy that does not change, which are noise, and a method from scratch by what was served and by its mean over time, "
-    "which begin with its first step, while those of pretrained methods begin after the warm-up."
+    "Pairs are runs with the same data and seed, which start from the same pretrained policy, but for commands, which "
+    "pretrain their own; a run without data is paired with the mean of those of its seed. Sign-flip permutation tests of the "
+    "mean difference, for collapses McNemar's exact test; two-sided. Holm's correction is for all tests of what was served, "
+    "which a study asks first, and apart from them for all others of this table. For collapses the difference is the pairs in "
+    "which only the first : only the second collapsed. A dip depth below 0 counts as 0 here, no dip, but not in the other "
+    "tables. Not tested: dips and collapses of a policy that does not change, which are noise, and what was served and means "
+    "over time, which begin after the warm-up, of methods with different warm-ups or, as from scratch, none."
 )
 GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation", "warning")
 

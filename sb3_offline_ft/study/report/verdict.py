@@ -372,9 +372,9 @@ def _uncertain(numbers: StudyNumbers) -> list[str]:
             "More seeds or fewer methods would help."
         )
     if numbers.reference is None and len(numbers.methods) > 1:
-        texts.append(
-            "The protocol names no reference_method, so methods are not compared in pairs and nothing is called a difference."
-        )
+        name = numbers.protocol.reference_method
+        why = "The protocol names no reference_method" if name is None else f"No run of {name}, the reference, has finished"
+        texts.append(f"{why}, so methods are not compared in pairs and nothing is called a difference.")
     for metric, methods in numbers.tests.not_compared.items():
         if names := listed(method.label for method in methods if method in shown):
             texts.append(f"{MEASURES[metric][1]} cannot be compared for {names}: there are fewer than two pairs of runs.")
