@@ -64,7 +64,7 @@ hyperparams: {hyperparams}
 
 # Keys of a method: label, algorithm, start (pretrained or scratch), frozen, guard (true, or arguments of CollapseGuard),
 # champion (true, or arguments of ChampionChallenger) and hyperparams. Any algorithm of Stable-Baselines3 can start from
-# scratch: sac: {{algorithm: sac, start: scratch}}. A method can be a command, mine: {{external: {{command: [python, learn.py]}}}}
+# scratch: sac: {{algorithm: sac, start: scratch}}. A method can be a command: external: {{command: [python, learn.py]}}
 methods:
 {methods}
 
