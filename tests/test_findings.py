@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sb3_offline_ft import load_dataset
+from sb3_offline_ft.datasets.tools.report import RULE_HELD
 from sb3_offline_ft.evaluation import finetuning_metrics
 from sb3_offline_ft.pages.words import NONE
 from sb3_offline_ft.study import Protocol, study_results, write_report
@@ -44,6 +45,12 @@ def test_pages_say_what_the_results_say(findings: ModuleType) -> None:
         assert text == findings.filled(text, page, folders)
         marked[page.name] = sorted(name for _, name, _ in findings.BLOCK.findall(text))
     assert marked == {"README.md": ["overview"], "findings.md": sorted([*folders, "regimes"])}
+
+
+def test_reports_on_data_say_what_the_studies_say(findings: ModuleType) -> None:
+    right, told = RULE_HELD
+    text = findings.regimes(findings.studies())
+    assert f"Of the {told} rows" in text and text.endswith(f"ended higher in {right}.")
 
 
 def check_that_results_are_of_all_runs(folder: Path, rows: list[dict[str, str]], unpacked: Path) -> None:
