@@ -37,6 +37,8 @@ LAST_LINES = 20
 MOST_OF_LINE = 65536
 MOST_SAID = 4000
 """Characters of them."""
+RUNS = "runs"
+"""The phase of a command that has not said which one it is in."""
 MOST_OF_PHASE, MOST_STEPS, LARGEST = 40, 2**53, 1e100
 END_SECONDS, QUIET_SECONDS = 5, 1
 ARRAYS = {
@@ -156,15 +158,14 @@ def _run(command: list[str], folder: Path, tell: OnStep, timeout: float | None =
     assert process.stdout is not None
     with process.stdout as output:
         try:
-            told = "runs", 0, 1
+            told = RUNS, 0, 1
             for line in _lines(process, output.fileno(), ends):
-                text = "" if line is None else line.decode(errors="replace").rstrip()
+                text = line.decode(errors="replace").rstrip()
                 step = _step_of(text)
-                if line is None or step is not None:
-                    # Again and again, as who is told may not be there any more
-                    tell(*(told := step or told))
-                elif text:
+                if text and step is None:
                     last.append(text)
+                # Whatever it says, as there may be nobody to be told any more
+                tell(*(told := step or told))
             code = process.poll()
         finally:
             _end(process)
@@ -181,9 +182,9 @@ def _run(command: list[str], folder: Path, tell: OnStep, timeout: float | None =
     raise ExternalError(f"{said}\n`{what}` {ended}")
 
 
-def _lines(process: "subprocess.Popen[bytes]", output: int, ends: float) -> Iterator[bytes | None]:
+def _lines(process: "subprocess.Popen[bytes]", output: int, ends: float) -> Iterator[bytes]:
     """
-    What a command prints, until it or the time has ended; None from time to time, when it prints nothing. What it has
+    What a command prints, until it or the time has ended; empty lines from time to time, when it prints nothing. What it has
     started may keep the output open after its end.
     """
     begun = b""
@@ -196,7 +197,7 @@ def _lines(process: "subprocess.Popen[bytes]", output: int, ends: float) -> Iter
             if not selector.select(0 if has_ended else QUIET_SECONDS):
                 if has_ended:
                     break
-                yield None
+                yield b""
                 continue
             content = os.read(output, MOST_OF_LINE)
             *lines, begun = (begun + content).split(b"\n")
@@ -211,7 +212,7 @@ def _lines(process: "subprocess.Popen[bytes]", output: int, ends: float) -> Iter
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(QUIET_SECONDS, max(0.0, ends - time.monotonic())))
             break
-        yield None
+        yield b""
 
 
 def _step_of(text: str) -> tuple[str, int, int] | None:
