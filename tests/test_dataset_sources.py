@@ -556,3 +556,11 @@ def test_vec_env_of_sb3_is_what_the_buffer_was_filled_with(tmp_path: Path) -> No
     together = load_dataset([PENDULUM, f"{tmp_path / 'pendulum.pkl'}?trust_pickle=1&min_length=200"])
     assert together.n_episodes == 102
     assert load_dataset(together.spec or "", trust_pickle=True).fingerprint == together.fingerprint
+
+
+def test_bundled_data_is_read_once() -> None:
+    first, second = load_dataset(PENDULUM), load_dataset(f"{PENDULUM}?episodes=100")
+    assert np.shares_memory(first.observations, load_dataset(PENDULUM).observations)
+    assert not first.observations.flags.writeable and len(second) == len(first)
+    first.provenance["author"] = "somebody else"
+    assert load_dataset(PENDULUM).provenance["author"] != "somebody else"

@@ -3,7 +3,9 @@
 import importlib.resources
 import os
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +204,8 @@ def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDat
         if source.given is None or _is_whole(source.given):
             # It is saved with models and results, from which no consent shall come
             spec = part.text(source.spec, needs_trust=False)
-        with _READERS[source.kind](source) as read:
-            dataset = read()
+        dataset = _read_bundled(source) if source.kind == "bundled" and not progress_bar else _read(source)
+        dataset = dataset.with_facts(provenance=deepcopy(dataset.provenance))
         # Minari data is read without the other keys
         if part.keys is not None and dataset.key_order != "named":
             dataset = dataset.select_keys(part.keys)
@@ -212,6 +214,17 @@ def _load_part(part: PartSpec, download: bool, progress_bar: bool) -> OfflineDat
     if part.clip_actions:
         dataset = with_clipping(dataset)
     return dataset.with_facts(spec=spec, name=name)
+
+
+def _read(source: Source) -> OfflineDataset:
+    with _READERS[source.kind](source) as read:
+        return read()
+
+
+@lru_cache(maxsize=4)
+def _read_bundled(source: Source) -> OfflineDataset:
+    """The files do not change, nor do the columns of a dataset: all learners in a process share them."""
+    return _read(source)
 
 
 def _resolve(part: PartSpec, download: bool) -> Source:
