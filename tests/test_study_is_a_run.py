@@ -181,8 +181,10 @@ def assert_same_run(result: CellResult, model: OfflineTD3, measure: Measure, run
         assert th.equal(value, saved.policy.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "guard"),
+    [*((algorithm, "unguarded") for algorithm in ALGORITHMS), *zip(ALGORITHMS, [*GUARDS][1:], strict=True)],
+)
 @pytest.mark.filterwarnings("ignore:The file was not saved by TD3C")
 def test_a_cell_is_the_run_that_a_user_makes(
     results: dict[str, CellResult], pretrained_zip: Path, run_python: RunPython, tmp_path: Path, algorithm: str, guard: str
