@@ -92,7 +92,7 @@ def test_online_the_kernels_agree_under_an_active_constraint(device: str) -> Non
     """TD3C from the same pretrained policy on the same transitions; its multiplier and what is logged agree too."""
     distances = []
     names = ["actor_loss", "critic_loss", "mean_abs_q", "policy_distance", "constraint_violation", "multiplier", "epsilon"]
-    for seed in range(2):
+    for seed in range(3):  # a median of two is their mean
         models = []
         for kernel in ("fast", "autograd"):
             model = make(TD3C, seed=seed, device=device, kernel="autograd", batch_size=256, warmup_steps=0,
