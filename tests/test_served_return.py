@@ -22,7 +22,7 @@ def test_a_known_run():
     # J0 is 100; free episodes: 150, 20, 25, 100, 200 of 100 interactions each
     metrics = served_metrics(run([90.0, 110.0, 150.0, 20.0, 25.0, 100.0, 200.0]), J_RANDOM)
     assert metrics.initial_return == 100 and metrics.initial_standard_error == pytest.approx(10)
-    assert metrics.mean_return == pytest.approx((150 + 20 + 25 + 100 + 200) / 5)
+    assert metrics.mean_return == pytest.approx((90 + 110 + 150 + 20 + 25 + 100 + 200) / 7)
     # The last third is of 700 / 3 interactions: two episodes and a third of the one before
     assert metrics.last_third_return == pytest.approx((200 + 100 + 25 / 3) / (7 / 3))
     losses = metrics.losses
@@ -78,7 +78,9 @@ def test_own_evaluations_act_and_take_interactions():
     metrics = served_metrics(acted, J_RANDOM)
     # Of three episodes, the last of which is twice as long
     assert metrics.initial_return == 100 and metrics.warmup_return == 95
-    assert metrics.mean_return == pytest.approx((50 * 30 + 100 * (100 + 130 + 140) + 50 * 600) / 500)
+    assert metrics.mean_return == pytest.approx(
+        (50 * (100 + 120) + 100 * 80 + 50 * 30 + 100 * (100 + 130 + 140) + 50 * 600) / 700
+    )
     assert metrics.losses.collapsed_episodes == 2
     assert metrics.losses_by_kind["evaluation"].collapsed_episodes == 2
     assert metrics.losses_by_kind["serve"].collapsed_episodes == 0
@@ -86,7 +88,7 @@ def test_own_evaluations_act_and_take_interactions():
 
 def test_runs_are_compared_at_equal_interactions():
     acted = run([100.0] * 4 + [200.0] * 96, warmup=2)
-    assert served_metrics(acted, J_RANDOM, 600).mean_return == pytest.approx((100 + 100 + 200 + 200) / 4)
+    assert served_metrics(acted, J_RANDOM, 600).mean_return == pytest.approx((4 * 100 + 2 * 200) / 6)
     assert served_metrics(acted, J_RANDOM, 600).losses.episodes == 4
     # What the run did later is told apart from that
     assert served_metrics(acted, J_RANDOM, 600).return_at[10_000] == 200

@@ -64,10 +64,11 @@ def test_what_acted_is_what_the_files_say(run):
     # After 0, 100 and 200 interactions, and the training episode of the warm-up
     assert acted.n_warmup == 7 and acted.warmup_end == 7 * 200
     frozen = [*evaluations["results"][:3].ravel(), summary.training_returns[0]]
-    free = [*evaluations["results"][3:].ravel(), *summary.training_returns[1:]]
     lines = shown(summary)
     served = next(line for line in lines if "served return" in line)
-    assert f"{np.mean(frozen):.1f} in the warm-up, {np.mean(free):.1f} after it, " in served and "3,400 interactions" in served
+    all_of_them = np.mean([*evaluations["results"].ravel(), *summary.training_returns])
+    means = f"{all_of_them:.1f} in all, {np.mean(frozen):.1f} in the warm-up, "
+    assert means in served and "3,400 interactions" in served
     random = summary.random_return
     shortfall = np.cumsum((np.mean(frozen) - acted.returns[7:]) / abs(np.mean(frozen) - random))
     line = next(line for line in lines if "served shortfall" in line)

@@ -167,10 +167,11 @@ class RunSummary:
             yield "served return", f"not known: {self._not_served_since}"
             return
         served, n = served_metrics(acted, self.random_return), f"{acted.interactions:,} interactions"
-        known = {"in the warm-up": served.warmup_return, "after it": served.mean_return}
-        if served.warmup_return is None:
-            known = {"in all": served.mean_return}
-        known["in the last third"] = served.last_third_return
+        known = {
+            "in all": served.mean_return,
+            "in the warm-up": served.warmup_return,
+            "in the last third": served.last_third_return,
+        }
         means = [f"{value:.1f} {when}" for when, value in known.items() if value is not None]
         yield "served return", f"{', '.join(means)}  (of {n}, evaluations included)"
         at = [f"{value:.1f} at {steps:,}" for steps, value in served.return_at.items() if value is not None]

@@ -160,14 +160,13 @@ class ServedMetrics:
     """
     The served return of a run. What cannot be said is None.
 
-    If nothing ended after the warm-up, as with a policy that is frozen all the time, everything counts as after it, as in
-    :class:`FinetuningMetrics`.
+    If nothing ended after the warm-up, as with a policy that is frozen all the time, losses are those of all episodes.
 
     :param initial_return: ``J0``: mean return of the episodes that ended in the warm-up, evaluations included
     :param initial_standard_error: Its standard error; None if there was only one episode. A shortfall is uncertain by it
         times the number of episodes
     :param warmup_return: Mean served return in the warm-up
-    :param mean_return: Mean served return after it
+    :param mean_return: Mean served return over all interactions, those of the warm-up included
     :param last_third_return: Mean served return over the last third of the interactions
     :param return_at: After 5,000, 10,000, 30,000 and 100,000 interactions: mean over the 5,000 before; None if the run was
         shorter
@@ -209,9 +208,9 @@ def served_metrics(
     until = episodes.interactions if interactions is None else min(interactions, episodes.interactions)
     is_counted = episodes.ends <= until
     is_warmup = np.arange(len(is_counted)) < episodes.n_warmup
-    free_from, is_free = episodes.warmup_end, is_counted & ~is_warmup
+    is_free = is_counted & ~is_warmup
     if not is_free.any():
-        free_from, is_free = 0, is_counted
+        is_free = is_counted
     baseline = episodes.returns[is_counted & is_warmup]
     initial = float(baseline.mean()) if baseline.size else None
     kinds, returns = np.array(episodes.kinds, dtype=object), episodes.returns
@@ -219,7 +218,7 @@ def served_metrics(
         initial_return=initial,
         initial_standard_error=float(stats.sem(baseline)) if baseline.size > 1 else None,
         warmup_return=episodes.mean_return(0, min(episodes.warmup_end, until)),
-        mean_return=episodes.mean_return(free_from, until),
+        mean_return=episodes.mean_return(0, until),
         last_third_return=episodes.mean_return(2 / 3 * until, until),
         return_at={
             steps: episodes.mean_return(steps - WINDOW, steps) if steps <= episodes.interactions else None for steps in AT

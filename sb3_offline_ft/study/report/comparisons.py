@@ -137,22 +137,21 @@ class PairedTests:
         return [pairs] if pairs else []
 
     def _values_of_both(self, method: Method, metric: str) -> tuple[Values, Values]:
-        """Values of a method and of the reference, none if they are not alike."""
+        """Values of a method and of the reference, none if they cannot be compared."""
         reference = self.reference
         if reference is None or method == reference:
             return {}, {}
-        if metric in ("served_mean_return", "mean_return") and not are_alike(self.runs, method, reference):
+        if metric == "mean_return" and not self._are_alike(method, reference):
             return {}, {}
         if metric in ("dip_depth", COLLAPSED) and (method.frozen or reference.frozen):
             # A policy that does not change has no dip: what seems so is noise
             return {}, {}
         return values_of(self.runs, method, metric), values_of(self.runs, reference, metric)
 
-
-def are_alike(runs: Iterable[RunNumbers], *methods: Method) -> bool:
-    """Whether methods are measured over the same interactions: those of a warm-up do not count, and from scratch all do."""
-    names = {method.name for method in methods}
-    return len({one.served_from for one in runs if one.method.name in names} - {None}) <= 1
+    def _are_alike(self, *methods: Method) -> bool:
+        """Whether evaluations count from the same interaction on, after a warm-up; from scratch all do."""
+        names = {method.name for method in methods if not method.frozen}
+        return len({one.run.result.frozen_until for one in self.runs if one.method.name in names}) <= 1
 
 
 def values_of(runs: Iterable[RunNumbers], method: Method, metric: str) -> Values:

@@ -46,7 +46,7 @@ def draw_served(numbers: DatasetNumbers, looks: Looks) -> Drawing | None:
         _legend(figure)
 
     ends = [f"{group.label} {_estimate(group, 'served_mean_return')}" for group, _ in curves]
-    words = f"Mean served return after the warm-up, with 95 % intervals: {listed(ends, ';')}."
+    words = f"Mean served return of all interactions, with 95 % intervals: {listed(ends, ';')}."
     caption = (
         "What everything that acted earned, own evaluations included, against all interactions that this took; of runs that "
         f"took more the first {interactions:,}. Mean over the seeds, with 95 % bootstrap intervals.{_level_caption(numbers)}"

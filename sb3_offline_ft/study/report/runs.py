@@ -102,11 +102,6 @@ class RunNumbers:
         }
 
     @property
-    def served_from(self) -> int | None:
-        """Interactions after which what is served counts as that of a learner; None for a policy that never changes."""
-        return None if self.method.frozen else self.run.result.frozen_until
-
-    @property
     def seconds(self) -> float | None:
         """Wall time of the finetuning."""
         seconds = (self.manifest.get("seconds") or {}).get("finetuning")
@@ -267,13 +262,16 @@ def measure_runs(
 def acted_in(run: Run, interactions: int) -> ActedEpisodes | None:
     """
     All that acted in a run, its own evaluations included; None if these were not recorded. A policy that is frozen in all of
-    it would have served episodes like those in which it was measured: one after the other, for so many interactions.
+    it would have served episodes like those in which it was measured: one after the other, for so many interactions or as
+    many as were measured.
     """
     result = run.result
     if run.cell.method.frozen:
         ends = np.cumsum(result.lengths.ravel(), dtype=np.int64)
         n = 1 + int((ends < interactions).sum())
-        return acted_episodes(ends[:n], result.returns.ravel()[:n], interactions, interactions=interactions)
+        return acted_episodes(
+            ends[:n], result.returns.ravel()[:n], interactions, interactions=min(interactions, int(ends[-1]))
+        )
     if not result.knows_own_evaluations:
         return None
     return acted_episodes(

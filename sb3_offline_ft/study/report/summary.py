@@ -4,7 +4,7 @@ from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.tables import TextTable
 from sb3_offline_ft.pages.words import NONE, capital, counted, listed, number, ranged
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
-from sb3_offline_ft.study.report.comparisons import SIGNIFICANT, are_alike
+from sb3_offline_ft.study.report.comparisons import SIGNIFICANT
 from sb3_offline_ft.study.report.runs import Group
 
 SERVED = "served_mean_return"
@@ -14,26 +14,20 @@ MOST_DATASETS = 3
 
 def headline(numbers: StudyNumbers) -> str:
     """Who served most on each dataset and what it lost, and what the tests say of it."""
-    texts = [text for one in numbers.datasets if (text := _first(numbers, one))]
+    texts = [text for one in numbers.datasets if (text := _first(one))]
     if not texts:
         return "What was served is not known of any run."
     return f"{capital('; '.join(texts))}. {_tested(numbers)}"
 
 
-def _ranked(numbers: StudyNumbers, one: DatasetNumbers) -> list[tuple[Group, Estimate]]:
-    """
-    What was served, the most first, by methods that are measured over the same interactions: as the reference method is, or
-    as most are.
-    """
+def _ranked(one: DatasetNumbers) -> list[tuple[Group, Estimate]]:
+    """What was served, the most first."""
     known = [(group, estimate) for group in one.shown if (estimate := group.estimate(SERVED)) is not None]
-    alike = [[row for row in known if are_alike(one.runs, row[0].method, group.method)] for group, _ in known]
-    of_reference = [rows for rows, (group, _) in zip(alike, known, strict=True) if group.method == numbers.reference]
-    chosen = max(of_reference or alike, key=len, default=[])
-    return sorted(chosen, key=lambda row: -row[1].value)
+    return sorted(known, key=lambda row: -row[1].value)
 
 
-def _first(numbers: StudyNumbers, one: DatasetNumbers) -> str:
-    ranked = _ranked(numbers, one)
+def _first(one: DatasetNumbers) -> str:
+    ranked = _ranked(one)
     if not ranked:
         return ""
     most = number(ranked[0][1].value)
@@ -68,10 +62,7 @@ def _tested(numbers: StudyNumbers) -> str:
         why = "the study names no reference method" if name is None else f"no run of {name}, its reference, has finished"
         return f"Nothing is tested, as {why}."
     if not rows:
-        return (
-            f"What was served is not tested: no other method has two runs with the data and seed of {reference.label} that "
-            "are measured over the same interactions."
-        )
+        return f"What was served is not tested: no other method has two runs with the data and seed of {reference.label}."
     found = [row for row in rows if row.p_corrected < SIGNIFICANT and row.difference is not None]
     more, less = (
         [row.method.label for row in found if row.difference is not None and sign * row.difference.value > 0]
@@ -108,7 +99,7 @@ def summary_table(numbers: StudyNumbers) -> TextTable:
         rows.append([*row, NONE if not lost else number(100 * sum(lost) / len(lost), 1)])
     return TextTable(
         "summary", [*columns, "lost episodes (%)"], rows, "",
-        f"Served is the mean return of everything that acted in {counted(numbers.protocol.interactions, 'interaction')}, own "
-        "evaluations included, after the warm-up (from scratch from the first step). Means over the seeds, with 95 % "
-        "bootstrap intervals. Lost episodes earned at most a quarter of what the pretrained policy has over a random one.",
+        f"Served is the mean return of everything that acted in {counted(numbers.protocol.interactions, 'interaction')}, "
+        "warm-up and own evaluations included. Means over the seeds, with 95 % bootstrap intervals. Lost episodes, of those "
+        "after the warm-up, earned at most a quarter of what the pretrained policy has over a random one.",
     )  # fmt: skip

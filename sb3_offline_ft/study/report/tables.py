@@ -34,8 +34,8 @@ TEST_WORDS = (
     "mean difference, for collapses McNemar's exact test; two-sided. Holm's correction is for all tests of what was served, "
     "which a study asks first, and apart from them for all others of this table. For collapses the difference is the pairs in "
     "which only the first : only the second collapsed. A dip depth below 0 counts as 0 here, no dip, but not in the other "
-    "tables. Not tested: dips and collapses of a policy that does not change, which are noise, and what was served and means "
-    "over time, which begin after the warm-up, of methods with different warm-ups or, as from scratch, none."
+    "tables. Not tested: dips and collapses of a policy that does not change, which are noise, and means over time of methods "
+    "with different warm-ups or, as from scratch, none, after which they begin."
 )
 GUARD_EVENTS = ("alarm", "rollback", "promotion", "escalation", "warning")
 
@@ -77,8 +77,8 @@ DIP_COLUMNS = (
     Column("recovery_time", "recovery (interactions)", 0),
 )
 SERVED_COLUMNS = (
-    Column("served_warmup_return", "in the warm-up"),
-    Column("served_mean_return", "after it"),
+    Column("served_mean_return", "all interactions"),
+    Column("served_warmup_return", "warm-up"),
     Column("served_last_third_return", "last third"),
     *(Column(f"served_return_at_{steps}", f"at {steps:,}") for steps in AT),
     Column("served_initial_return", "J₀ served"),
@@ -152,8 +152,7 @@ def _served_table(numbers: DatasetNumbers) -> TextTable:
         f"served-{numbers.slug}", ["method", "seeds", *(column.title for column in columns)], rows,
         f"Served return on {numbers.title}",
         "What everything that acted earned, own evaluations included, against all interactions that this took. Means over the "
-        "seeds, with 95 % bootstrap intervals, within as many interactions as the study has; after the warm-up is from the "
-        "first step if a method has none, and the warm-up of one with own evaluations is longer. Only at is of whole runs: "
+        "seeds, with 95 % bootstrap intervals, within as many interactions as the study has. Only at is of whole runs: "
         f"the mean over the {WINDOW:,} interactions before. J₀ served is the mean over episodes of the warm-up, the other "
         "returns are means over interactions. Shortfall is against J₀ served, at the end and at its largest, in episodes in "
         "which all is lost; below 0 more was earned. Lost episodes have at most a quarter of what J₀ served has over a "

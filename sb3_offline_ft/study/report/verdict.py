@@ -57,7 +57,7 @@ def _served(one: DatasetNumbers) -> list[str]:
     texts = [
         f"mean return of everything that acted on {one.title} in {n}, own evaluations included, {when}: "
         f"{_values([(group.label, estimate) for group, estimate in rows])}."
-        for when, rows in (("after the warm-up", means), ("in the last third", thirds))
+        for when, rows in (("in all", means), ("in the last third", thirds))
         if rows
     ]
     losses = [
@@ -285,7 +285,7 @@ def _selected(groups: Sequence[Group]) -> list[str]:
 
 
 MEASURES = {
-    "served_mean_return": ("what was served after the warm-up", "What was served after the warm-up", "more", "less"),
+    "served_mean_return": ("what was served", "What was served", "more", "less"),
     "last_return": ("mean of the last {last} evaluations", "Ends", "higher", "lower"),
     "mean_return": (
         "mean over the whole run after the warm-up", "Means over the whole run after the warm-up", "higher", "lower"
