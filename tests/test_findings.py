@@ -1,5 +1,6 @@
 """What the pages say of our studies is what their committed results say, and these are what their runs say."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sb3_offline_ft import load_dataset
@@ -19,11 +21,12 @@ from sb3_offline_ft.study import Protocol, study_results, write_report
 from sb3_offline_ft.study.engine.folder import read_result
 from tests.conftest import REPOSITORY
 from tests.made_up_study import COLLAPSED_TO, write_runs, write_study
+from tests.reported_studies import METHODS
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 STUDIES = BENCHMARKS / "studies"
 FOLDERS = sorted(file.parent for file in STUDIES.glob("*/study.yml"))
-MARKED = "# A page\n\n<!-- results:overview begin -->\n<!-- results:overview end -->\n\nAnd\n\n"
+MARKED = "# A page\n\n<!-- results:answer begin -->\n<!-- results:answer end -->\n\nAnd\n\n"
 MARKED += "<!-- results:made-up begin -->\n| old | table |\n<!-- results:made-up end -->\n\nits end.\n"
 
 
@@ -44,7 +47,7 @@ def test_pages_say_what_the_results_say(findings: ModuleType) -> None:
         text = page.read_text(encoding="utf-8")
         assert text == findings.filled(text, page, folders)
         marked[page.name] = sorted(name for _, name, _ in findings.BLOCK.findall(text))
-    assert marked == {"README.md": ["overview"], "findings.md": sorted([*folders, "regimes"])}
+    assert marked == {"README.md": ["answer"], "findings.md": sorted([*folders, "answer", "regimes"])}
 
 
 def test_reports_on_data_say_what_the_studies_say(findings: ModuleType) -> None:
@@ -108,7 +111,6 @@ def test_results_become_tables_and_a_picture(findings: ModuleType, tmp_path: Pat
     text = findings.filled(MARKED, tmp_path / "docs" / "page.md", folders)
     assert "old" not in text and "![Curves of made up](../made-up/curves.png)" in text
     assert text.count("| plain TD3 | 3 of 3 |") == text.count("| TD3C | 0 of 3 |") == 2
-    assert "| Hopper-v5, medium | 3 |" in text and "| Hopper-v5, best | 3 |" in text
     rows = findings.of(findings.read(tmp_path / "made-up"), "medium", "td3")
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
     assert all(float(row["lowest_return"]) < 2 * COLLAPSED_TO for row in rows)
@@ -209,9 +211,9 @@ def test_tables_are_of_all_methods_and_seeds(findings: ModuleType, tmp_path: Pat
     write_report(study.folder, formats=["csv"])
     text = findings.filled(MARKED, tmp_path / "page.md", findings.studies(tmp_path))
     # Two of the three seeds are those of other methods, and a dataset has none of this one
-    assert "| Hopper-v5, medium | 3 | 11" in text and "**best**, seeds 0, 1, 2, J0 1" in text
+    assert "**best**, seeds 0, 1, 2, J0 1" in text
     assert re.search(rf"\| plain TD3 \| 1 of 1 \| {NONE}, 0\.9\d, {NONE} \| {NONE}, 1\d{{3}}, {NONE} \|", text)
-    assert "last 10 evaluations" in text and "last 10, per seed" in text
+    assert "last 10, per seed" in text
 
 
 def test_how_many_evaluations_make_the_end_is_said_as_it_is(findings: ModuleType, tmp_path: Path) -> None:
@@ -219,7 +221,31 @@ def test_how_many_evaluations_make_the_end_is_said_as_it_is(findings: ModuleType
     write_runs(study, [cell for cell in study.cells() if cell.method.name in ("td3", "td3c")])
     write_report(study.folder, formats=["csv"])
     text = findings.filled(MARKED, tmp_path / "page.md", findings.studies(tmp_path))
-    assert "last 6 evaluations" in text and "last 6, per seed" in text and "ten" not in text.split()
+    assert "last 6, per seed" in text and "ten" not in text.split()
+
+
+def test_what_was_served_is_one_table_of_all_studies_that_ask_for_it(findings: ModuleType, tmp_path: Path) -> None:
+    compared = {"offline": METHODS["offline"], "td3c": METHODS["td3c"] | {"champion": True}}
+    asked = {"seeds": 2, "methods": compared, "reference_method": "td3c"}
+    study = write_study(tmp_path / "hopper-champion", asked)
+    write_runs(study)
+    write_report(study.folder, formats=["csv"])
+    findings.draw(study_results(study.folder))
+    write_study(tmp_path / "another", asked)
+    text = findings.answer(findings.studies(tmp_path))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == 2 * [method["label"] for method in compared.values()]
+    assert [row[0] != "" for row in rows] == [True, False, True, False]
+    assert all(re.fullmatch(r"Hopper-v5, (medium|best), 30,000; J0 11\d\d", row[0]) for row in rows[::2])
+    made = findings.read(study.folder)
+    for row, (dataset, method) in zip(rows, itertools.product(study.datasets, compared), strict=True):
+        runs = findings.of(made, dataset, method)
+        numbers = [row[2], *(cell.split(" (")[0] for cell in row[3:])]
+        names = "served_mean_return", "served_last_third_return", "served_collapsed_share", "final_return"
+        means = [np.mean([float(run[name]) for run in runs]) * (100 if "share" in name else 1) for name in names]
+        assert numbers == ["2", *(f"{mean:.{digits}f}" for mean, digits in zip(means, (0, 0, 1, 0), strict=True))]
+        low, high = (float(bound) for bound in row[3].split(" (")[1].rstrip(")").split(" to "))
+        assert low <= float(numbers[1]) <= high
 
 
 def test_a_comment_that_names_no_study_is_an_error(findings: ModuleType, tmp_path: Path) -> None:

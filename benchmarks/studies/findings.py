@@ -24,11 +24,13 @@ import numpy as np
 from PIL import Image
 
 from sb3_offline_ft.datasets.reference_scores import reference_scores_for
-from sb3_offline_ft.pages.words import NONE, number
+from sb3_offline_ft.evaluation.statistics import aggregate
+from sb3_offline_ft.pages.words import NONE, number, ranged
 from sb3_offline_ft.study import Protocol, StudyResults, study_results
 from sb3_offline_ft.study.engine.folder import RUNS
-from sb3_offline_ft.study.engine.results import remember_data_of_runs
+from sb3_offline_ft.study.engine.results import Run, remember_data_of_runs
 from sb3_offline_ft.study.report.looks import looks_of
+from sb3_offline_ft.study.report.runs import SERVED_POINTS, Array, acted_in
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,15 +38,16 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "findings.md")
-OVERVIEW = "overview"
-"""Name of the comments between which all studies share one table."""
+ANSWER = "answer"
+"""Name of the comments between which the studies of what is served share one table."""
+ASKED = ("hopper-champion", "halfcheetah-champion", "walker2d-champion", "pendulum-champion")
+"""These studies."""
 REGIMES = "regimes"
 """Name of the comments between which it says whether a rule from the literature predicted who ends higher."""
 KEEPS_POLICY, PLAIN = ("td3c", "champion"), "td3"
 EITHER, MARGIN = "either", 0.05
 """Of the way from a random policy to an expert, within which the rule calls policy and data alike."""
-COMPARED = ("td3", "td3bc", "td3c", "td3c-guard")
-DRAWN = ("offline", "td3", "td3bc", "td3c", "champion")
+DRAWN = ("offline", "td3", "td3bc", "td3c", "champion", "td3-champion")
 RESULTS, CURVES, ARCHIVE = "results.csv", "curves.png", "runs.tar.xz"
 DRAWN_FROM = "Results"
 """Text in the picture: the digest of the results that it was drawn with."""
@@ -161,8 +164,12 @@ def _number(text: str, digits: int = 0) -> str:
 
 
 def _mean(runs: Sequence[Row], metric: str) -> str:
-    values = [float(run[metric]) for run in runs if run[metric]]
-    return _number(str(np.mean(values)) if values else "")
+    return _average(run[metric] for run in runs)
+
+
+def _average(values: Iterable[str], unit: float = 1.0, digits: int = 0) -> str:
+    known = [float(value) / unit for value in values if value]
+    return _number(str(np.mean(known)) if known else "", digits)
 
 
 def _collapsed(runs: Sequence[Row]) -> str:
@@ -247,60 +254,39 @@ def _ratio(ratios: Mapping[str, float]) -> str:
     return _number(str(np.mean([*ratios.values()])) if ratios else "", 2)
 
 
-def served_overview(studies: Sequence[tuple[Protocol, Sequence[Row]]]) -> str:
-    """
-    :param studies: Protocols and runs of studies with champions
-    :return: One Markdown table of what methods have served, a row for each dataset; empty without runs
-    """
-    ran = {row["method"] for _, rows in studies for row in rows}
-    labels = {method.name: method.label for protocol, _ in studies for method in protocol.methods if method.name in ran}
-    body = []
-    for protocol, rows in studies:
-        for dataset in protocol.datasets:
-            levels = starts(row for row in rows if row["dataset"] == dataset)
-            found = [served_ratios(of(rows, dataset, name), levels, protocol.random_return) for name in labels]
-            if levels:
-                cells = [f"{_ratio(ratios)} ({len(ratios)})" if ratios else NONE for ratios in found]
-                body.append([protocol.name, f"{protocol.env}, {dataset}, {protocol.interactions:,}", *cells])
-    if not body:
-        return ""
-    words = (
-        "What was served: mean return of everything that acted in the last third of the interactions, above that of a random "
-        "policy, as a multiple of the pretrained policy's. 1 means that nothing was gained. In brackets the number of seeds."
-    )
-    return f"{words}\n\n{_table(['study', 'environment, data, interactions', *labels.values()], body)}"
-
-
-def overview(folders: Mapping[str, Path]) -> str:
+def answer(folders: Mapping[str, Path]) -> str:
     """
     :param folders: Studies by name
-    :return: Markdown tables of all studies with results, a row for each dataset; else why there are none
+    :return: One Markdown table of what methods have served and ended with, a row for each method on each dataset
     """
-    body, labels, compared = [], dict.fromkeys(COMPARED, ""), []
-    all_studies = [(Protocol.load(folder / "study.yml"), read(folder)) for folder in folders.values()]
-    served = served_overview([(protocol, rows) for protocol, rows in all_studies if has_champion(protocol)])
-    for protocol, rows in all_studies:
-        if has_champion(protocol):
-            continue
-        labels |= {method.name: method.label for method in protocol.methods if method.name in labels}
+    body = []
+    for folder in (folders[name] for name in ASKED if name in folders):
+        rows, protocol = read(folder), Protocol.load(folder / "study.yml")
         for dataset in protocol.datasets:
-            runs = {method: of(rows, dataset, method) for method in COMPARED}
-            all_runs = [run for found in runs.values() for run in found]
-            if all_runs:
-                cells = [f"{_mean(found, 'last_return')} ({_collapsed(found)})" if found else NONE for found in runs.values()]
-                levels = starts(row for row in rows if row["dataset"] == dataset)
-                start = _number(str(np.mean([float(level) for level in levels.values()])) if levels else "")
-                body.append([f"{protocol.env}, {dataset}", str(len({run["seed"] for run in all_runs})), start, *cells])
-                compared += all_runs
+            level = _average(starts(row for row in rows if row["dataset"] == dataset).values())
+            about = f"{protocol.env}, {dataset}, {protocol.interactions:,}; J0 {level}"
+            for method in protocol.methods:
+                if runs := of(rows, dataset, method.name):
+                    means = (_interval(runs, f"served_{part}_return") for part in ("mean", "last_third"))
+                    lost = _average((run["served_collapsed_share"] for run in runs), unit=0.01, digits=1)
+                    body.append([about, method.label, str(len(runs)), *means, lost, _interval(runs, "final_return")])
+                    about = ""
     if not body:
-        return served or NOT_YET
+        return NOT_YET
+    head = ["environment, data, interactions", "method", "seeds", "served", "last third", "lost episodes (%)", "final policy"]
     words = (
-        f"Mean return of the last {last(compared)} evaluations, and in brackets how many runs collapsed: fell in some "
-        "evaluation by at least three quarters of the way from the pretrained policy to a random one. Means over few seeds, "
-        "which rank nothing."
+        "*Served* is the mean return of everything that acted, over all interactions, and over their last third. J0 is the "
+        "return of the pretrained policies. A *lost episode*, of those after the warm-up, has at most a quarter of what the "
+        "pretrained policy has over a random one. The *final policy* is what would be deployed: the champion where there is "
+        "one, else the learner. Means over the seeds, in brackets 95 % bootstrap intervals, which are too narrow where seeds "
+        "are few."
     )
-    head = ["environment, data", "seeds", "pretrained policy", *(labels[name] for name in COMPARED)]
-    return "\n\n".join(filter(None, [served, words, _table(head, body)]))
+    return f"{_table(head, body)}\n\n{words}"
+
+
+def _interval(runs: Sequence[Row], metric: str) -> str:
+    values = [float(run[metric]) for run in runs if run[metric]]
+    return ranged(aggregate([values], "mean"), 0).replace(",", "") if values else NONE
 
 
 def data_returns(study: Path) -> dict[str, float]:
@@ -373,7 +359,8 @@ def single(folder: Path, page: Path) -> str:
     parts = []
     if (folder / CURVES).exists():
         parts.append(f"![Curves of {protocol.name}]({Path(os.path.relpath(folder / CURVES, page.parent)).as_posix()})")
-        parts.append("Thin lines are seeds, thick ones their means.")
+        what = "What was served. " if has_champion(protocol) else ""
+        parts.append(f"{what}Thin lines are seeds, thick ones their means.")
     for dataset in protocol.datasets:
         runs = [row for row in rows if row["dataset"] == dataset]
         if runs:
@@ -398,11 +385,26 @@ def filled(text: str, page: Path, folders: Mapping[str, Path]) -> str:
         check(folder)
 
     def replace(block: re.Match[str]) -> str:
-        of_all = {OVERVIEW: overview, REGIMES: regimes}
+        of_all = {ANSWER: answer, REGIMES: regimes}
         content = of_all[block[2]](folders) if block[2] in of_all else single(folders[block[2]], page)
         return f"{block[1]}\n{content}\n\n{block[3]}"
 
     return BLOCK.sub(replace, text)
+
+
+def curve(run: Run, protocol: Protocol) -> tuple[Array, Array]:
+    """
+    :param run: A run
+    :param protocol: Its study's protocol
+    :return: Interactions and returns of what is drawn of it: what it served if the study is about that, else its evaluations
+    """
+    if not has_champion(protocol):
+        return np.asarray(run.result.timesteps, np.float64), np.asarray(run.result.returns.mean(axis=1), np.float64)
+    acted, width = acted_in(run, protocol.interactions), protocol.interactions / SERVED_POINTS
+    if acted is None:
+        return np.zeros(0), np.zeros(0)
+    ends = width * np.arange(1, 1 + int(min(acted.lengths.sum(), protocol.interactions) / width))
+    return ends, np.array([acted.mean_return(end - width, end) for end in ends])
 
 
 def draw(results: StudyResults) -> None:
@@ -420,23 +422,21 @@ def draw(results: StudyResults) -> None:
     for axes, dataset in zip(panels[0], datasets, strict=True):
         of_dataset = [run for run in results.runs if run.cell.dataset == dataset]
         for name, label in methods.items():
-            runs = [run.result for run in of_dataset if run.cell.method.name == name]
-            if not runs:
-                continue
+            curves = [curve(run, protocol) for run in of_dataset if run.cell.method.name == name]
             # A guard may end a run early: the mean is of what all have
-            length = min(len(run.timesteps) for run in runs)
-            thousands = runs[0].timesteps[:length] / 1000
-            curves = np.stack([run.returns[:length].mean(axis=1) for run in runs])
-            for run in runs:
-                means = run.returns.mean(axis=1)
-                axes.plot(run.timesteps / 1000, means, color=looks[name].light, linewidth=0.7, alpha=0.45)
-            axes.plot(thousands, curves.mean(axis=0), color=looks[name].light, linewidth=2.4, label=label)
+            length = min((len(values) for _, values in curves), default=0)
+            if length:
+                for interactions, values in curves:
+                    axes.plot(interactions / 1000, values, color=looks[name].light, linewidth=0.7, alpha=0.45)
+                mean = np.mean([values[:length] for _, values in curves], axis=0)
+                axes.plot(curves[0][0][:length] / 1000, mean, color=looks[name].light, linewidth=2.4, label=label)
         warmup = min((run.result.frozen_until for run in of_dataset), default=0) / 1000
         axes.axvspan(0, warmup, color="0.93", label="warm-up, policy unchanged")
         axes.set(title=f"{protocol.env}, {dataset}", xlabel="interactions (thousands)", xlim=(0, protocol.interactions / 1000))
-    panels[0, 0].set_ylabel(f"return, {protocol.evaluation.episodes} episodes")
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * n), frameon=False)
+    shown = "served return" if has_champion(protocol) else f"return, {protocol.evaluation.episodes} episodes"
+    panels[0, 0].set_ylabel(shown)
+    handles = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=max(2, n), frameon=False)
     figure.savefig(protocol.folder / CURVES, dpi=100, metadata={"Software": None, DRAWN_FROM: digest(protocol.folder)})
     plt.close(figure)
 
