@@ -229,7 +229,7 @@ def test_what_was_served_is_one_table_of_all_studies_that_ask_for_it(findings: M
     asked = {"seeds": 2, "methods": compared, "reference_method": "td3c"}
     study = write_study(tmp_path / "hopper-champion", asked)
     write_runs(study)
-    write_report(study.folder, formats=["csv"])
+    write_report(study.folder, formats=["csv", "md"])
     findings.draw(study_results(study.folder))
     write_study(tmp_path / "another", asked)
     text = findings.answer(findings.studies(tmp_path))
@@ -246,6 +246,9 @@ def test_what_was_served_is_one_table_of_all_studies_that_ask_for_it(findings: M
         assert numbers == ["2", *(f"{mean:.{digits}f}" for mean, digits in zip(means, (0, 0, 1, 0), strict=True))]
         low, high = (float(bound) for bound in row[3].split(" (")[1].rstrip(")").split(" to "))
         assert low <= float(numbers[1]) <= high
+    of_study = findings.single(study.folder, tmp_path / "page.md")
+    assert "Paired tests do not tell TD3C from offline policy as it is, as there are too few pairs." in of_study
+    assert of_study.index("Paired tests") < of_study.index("curves.png") < of_study.index("**medium**")
 
 
 def test_a_comment_that_names_no_study_is_an_error(findings: ModuleType, tmp_path: Path) -> None:

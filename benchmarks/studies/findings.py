@@ -48,7 +48,7 @@ KEEPS_POLICY, PLAIN = ("td3c", "champion"), "td3"
 EITHER, MARGIN = "either", 0.05
 """Of the way from a random policy to an expert, within which the rule calls policy and data alike."""
 DRAWN = ("offline", "td3", "td3bc", "td3c", "champion", "td3-champion")
-RESULTS, CURVES, ARCHIVE = "results.csv", "curves.png", "runs.tar.xz"
+RESULTS, TABLES, CURVES, ARCHIVE = "results.csv", "tables.md", "curves.png", "runs.tar.xz"
 DRAWN_FROM = "Results"
 """Text in the picture: the digest of the results that it was drawn with."""
 NOT_YET = "No results of this are in the repository yet, so nothing is claimed."
@@ -246,8 +246,10 @@ def served_table(rows: Sequence[Row], protocol: Protocol, dataset: str) -> str:
             episodes = sum(int(run["served_episodes"]) for run in counted)
             collapsed = f"{fallen} of {episodes}" if counted else NONE
             per_seed = ", ".join(_number(str(ratios[seed]), 2) if seed in ratios else NONE for seed in levels)
-            body.append([method.label, per_seed, _ratio(ratios), collapsed, _mean(runs, "final_return")])
-    return _table(["method", "served, per seed", "mean", "collapsed episodes", "final policy"], body)
+            final = {run["seed"]: _number(run["final_return"]) for run in runs}
+            ends = ", ".join(final.get(seed, NONE) for seed in levels)
+            body.append([method.label, per_seed, _ratio(ratios), collapsed, ends])
+    return _table(["method", "last third in J0, per seed", "mean", "lost episodes", "final policy, per seed"], body)
 
 
 def _ratio(ratios: Mapping[str, float]) -> str:
@@ -347,6 +349,14 @@ def _kept(lead: float) -> str:
     return "the policy" if lead > MARGIN else "the data" if lead < -MARGIN else EITHER
 
 
+def headline(folder: Path) -> str:
+    """
+    :param folder: Folder of a study that has results
+    :return: What its report says first: who served most, and what the tests prove
+    """
+    return (folder / TABLES).read_text(encoding="utf-8").split("\n\n")[1]
+
+
 def single(folder: Path, page: Path) -> str:
     """
     :param folder: A study
@@ -356,7 +366,7 @@ def single(folder: Path, page: Path) -> str:
     rows, protocol = read(folder), Protocol.load(folder / "study.yml")
     if not rows:
         return NOT_YET
-    parts = []
+    parts = [headline(folder)] if has_champion(protocol) else []
     if (folder / CURVES).exists():
         parts.append(f"![Curves of {protocol.name}]({Path(os.path.relpath(folder / CURVES, page.parent)).as_posix()})")
         what = "What was served. " if has_champion(protocol) else ""
@@ -403,7 +413,8 @@ def curve(run: Run, protocol: Protocol) -> tuple[Array, Array]:
     acted, width = acted_in(run, protocol.interactions), protocol.interactions / SERVED_POINTS
     if acted is None:
         return np.zeros(0), np.zeros(0)
-    ends = width * np.arange(1, 1 + int(min(acted.lengths.sum(), protocol.interactions) / width))
+    n = int(min(acted.lengths.sum(), protocol.interactions) / width)
+    ends = np.asarray(width * np.arange(1, n + 1), np.float64)
     return ends, np.array([acted.mean_return(end - width, end) for end in ends])
 
 

@@ -2,7 +2,7 @@
 
 from sb3_offline_ft.evaluation.statistics import Estimate
 from sb3_offline_ft.pages.tables import TextTable
-from sb3_offline_ft.pages.words import NONE, capital, counted, listed, number, ranged
+from sb3_offline_ft.pages.words import NONE, capital, counted, listed, number, probability, ranged
 from sb3_offline_ft.study.report.analysis import DatasetNumbers, StudyNumbers
 from sb3_offline_ft.study.report.comparisons import SIGNIFICANT
 from sb3_offline_ft.study.report.runs import Group
@@ -65,7 +65,11 @@ def _tested(numbers: StudyNumbers) -> str:
         return f"What was served is not tested: no other method has two runs with the data and seed of {reference.label}."
     found = [row for row in rows if row.p_corrected < SIGNIFICANT and row.difference is not None]
     more, less = (
-        [row.method.label for row in found if row.difference is not None and sign * row.difference.value > 0]
+        [
+            f"{row.method.label} ({probability(row.p_corrected)})"
+            for row in found
+            if row.difference is not None and sign * row.difference.value > 0
+        ]
         for sign in (1, -1)
     )
     open_ = [row for row in rows if row not in found]
