@@ -160,11 +160,34 @@ def test_evidence_of_ranks() -> None:
     # Ranks, not distances, and one return among many says little
     assert settle(HistoricalTest(0.05, reference, 10.0, 9), 9.5) == pytest.approx(evidence[0])
     test = HistoricalTest(0.05, reference, 10.0, 9)
-    assert settle(test, 4.5) < 0 and settle(test, -100.0) < 0
+    assert settle(test, -100.0) < 0 and settle(test, -200.0) < 0
     # The probability that two more are above ten is 1 / 66
     assert not HistoricalTest(0.005, reference, 10.0, 9).is_proved
     test = HistoricalTest(0.005, reference, 10.0, 9)
     assert all(settle(test, 100.0) < test.threshold for _ in range(2))
+
+
+@pytest.mark.parametrize("finds", [True, False], ids=["finds more", "falls less"])
+def test_leads_in_some_episodes_are_proved_whichever_they_are(finds: bool) -> None:
+    """
+    The challenger is ahead in a part of its episodes only: high ones that the champion does not have, or low ones that it does
+    not have itself.
+    """
+    rng = np.random.default_rng(0)
+    champion, challenger = ((0.0, 0.5), (2.0, 0.5)) if finds else ((-2.0, 0.5), (0.0, 0.5))
+
+    def returns(kind: tuple[float, float], n: int) -> list[float]:
+        other, share = kind
+        return list(np.where(rng.random(n) < share, other, 0.0) + rng.normal(0.0, 0.3, n))
+
+    n_proved = 0
+    for _ in range(100):
+        test = HistoricalTest(0.02, returns(champion, 20), 10.0, 39)
+        for total in returns(challenger, 39):
+            settle(test, total)
+        n_proved += test.is_proved
+    # If 9 of 10 are proved, fewer than 80 of 100 have a probability below 0.001
+    assert n_proved >= 80
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
@@ -306,14 +329,14 @@ def test_the_leader_needs_no_proof(controls: str) -> None:
 # A newer policy than the one that is tested
 
 
-def with_champion(n_places: int = 1, **rules: Any) -> Contest:
+def with_champion(n_places: int = 1, spread: float = 1.0, **rules: Any) -> Contest:
     """A contest whose champion returns about 10 in its first episodes."""
     contest = Contest(Rules(risk_budget=0.99, baseline_episodes=10, **rules), Contender(0), n_places)
     for i in range(40):
         for place in range(n_places):
             contest.begin(place, None)
         for place in range(n_places):
-            contest.end(place, 9.0 + 2.0 * (i % 2))
+            contest.end(place, 10.0 - spread + 2 * spread * (i % 2))
     return contest
 
 
@@ -322,6 +345,16 @@ def one(contest: Contest, totals: dict[str, float], names: Iterator[int]) -> tup
     episode = contest.begin(0, lambda: Contender(next(names)))
     role = episode.role
     return role, contest.end(0, totals[role])
+
+
+@pytest.mark.parametrize(("spread", "given", "length"), [(0.5, None, 10), (1.2, None, 20), (9.0, None, 40), (9.0, 7, 7)])
+def test_trials_are_as_long_as_the_spread_asks_for(spread: float, given: int | None, length: int) -> None:
+    contest, names, verdict = with_champion(spread=spread, max_trial_episodes=given, futility=0.0), itertools.count(1), None
+    # Half of the champion's returns are higher, so it is not proved
+    totals = {"champion": 10.0, "challenger": 10.0 + 0.6 * spread, "rival": 10.0}
+    while verdict is None or verdict.reason == "behind the challenger":
+        _, verdict = one(contest, totals, names)
+    assert verdict.reason == "undecided" and len(verdict.contender.returns) == length
 
 
 @pytest.mark.parametrize("controls", CONTROLS)

@@ -74,10 +74,12 @@ class ChampionChallenger(BaseCallback):
         granted that it would return the same now; ``"concurrent"``: what the champion returns meanwhile, in episodes that a
         coin decides about, which holds in an environment that changes too and takes about twice as many episodes
     :param trial_share: Probability with which that coin chooses the challenger
-    :param futility: Chance of leading by ``least_lead``, by a normal model, below which a challenger is given up
+    :param futility: Chance of leading by ``least_lead``, and by what its trial could prove, by a normal model, below which a
+        challenger is given up
     :param least_lead: A lead that is worth a trial, in total losses; a learner that still learns has better challengers to
         come, for which one that is about as good as the champion makes no room
-    :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one
+    :param max_trial_episodes: Episodes of a challenger after which it is given up for a newer one; by default 10, 20 or 40,
+        the more the champion's returns spread, so that a lead of a tenth of a total loss can be proved
     :param exploration_share: Probability with which an episode explores that is neither of the baseline nor of a trial, if the
         budget covers it
     :param restore_after: Challengers given up in a row after which the learner is put back to the champion; 0 for never. Those
@@ -115,7 +117,7 @@ class ChampionChallenger(BaseCallback):
         trial_share: float = 0.5,
         futility: float = 0.1,
         least_lead: float = 0.05,
-        max_trial_episodes: int = 10,
+        max_trial_episodes: int | None = None,
         exploration_share: float = 0.3,
         restore_after: int = 0,
         segment_steps: int | None = None,
@@ -135,7 +137,9 @@ class ChampionChallenger(BaseCallback):
             trial_share=number(trial_share, "trial_share"),
             futility=number(futility, "futility"),
             least_lead=number(least_lead, "least_lead"),
-            max_trial_episodes=whole_number(max_trial_episodes, "max_trial_episodes", least=2),
+            max_trial_episodes=(
+                None if max_trial_episodes is None else whole_number(max_trial_episodes, "max_trial_episodes", least=2)
+            ),
             exploration_share=number(exploration_share, "exploration_share"),
             canary_envs=None if canary_envs is None else whole_number(canary_envs, "canary_envs", least=1),
         )

@@ -1,5 +1,6 @@
 """Champion and challenger: who acts next, what it may cost, and who is proved to be better. Knows no environment."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 from sb3_offline_ft.collapse.detectors import BettingDetector
 from sb3_offline_ft.common.io import arrays_from_json, arrays_to_json
 from sb3_offline_ft.deployment.budget import Level, RiskBudget
-from sb3_offline_ft.deployment.promotion import ConcurrentTest, HistoricalTest, PromotionTest, chance_of_lead
+from sb3_offline_ft.deployment.promotion import ConcurrentTest, HistoricalTest, PromotionTest, chance_of_lead, spread_of
 from sb3_offline_ft.deployment.roles import Challenge, Contender, Episode, Kind, Verdict
-from sb3_offline_ft.deployment.rules import LEAST_KNOWN, LEAST_TO_LEAD, LIKELY, Rules, share_of_test
+from sb3_offline_ft.deployment.rules import LEAST_KNOWN, LEAST_TO_LEAD, LIKELY, PROVABLE, Rules, share_of_test, trial_length
 
 WATCH_HORIZON = 1000
 
@@ -154,15 +155,30 @@ class Contest:
     def _begin_test(self, challenge: Challenge) -> None:
         # The levels sum to the whole rate
         level = self.rules.false_promotion_rate * share_of_test(self.n_tests)
+        challenge.max_episodes = self._trial_length
         if self.rules.controls == "historical":
             ties = int(self._coin.integers(2**32))
-            n_left = max(1, self.rules.max_trial_episodes - len(challenge.challenger.returns))
+            n_left = max(1, challenge.max_episodes - len(challenge.challenger.returns))
             challenge.test = HistoricalTest(level, self.champion.returns, self.unit, n_left, ties)
         else:
             challenge.test = ConcurrentTest(level)
         self.n_tests += 1
         for episode in self.running:
             episode.bet = None
+
+    @property
+    def _champion_spread(self) -> float:
+        """Standard deviation of the champion's returns, in total losses."""
+        return spread_of(self.champion.returns, self.unit) / self.unit
+
+    @property
+    def _trial_length(self) -> int:
+        return self.rules.max_trial_episodes or trial_length(self._champion_spread)
+
+    def _provable_lead(self, challenge: Challenge) -> float:
+        """The lead, in total losses, that the whole trial could just prove."""
+        length = self._trial_length if challenge.test is None else challenge.max_episodes
+        return PROVABLE * self._champion_spread * math.sqrt(1 / length + 1 / len(self.champion.returns))
 
     def _covers_exploration(self, budget: RiskBudget) -> bool:
         """Whether it can be paid without keeping the next challenger waiting."""
@@ -237,9 +253,10 @@ class Contest:
             return None
         if challenge.test is not None and challenge.test.is_proved and challenger.mean > champion.mean:
             return self._promote(challenge)
-        if chance_of_lead(champion.returns, challenger.returns, self.unit, self.rules.least_lead) < self.rules.futility:
+        worth = max(self.rules.least_lead, self._provable_lead(challenge))
+        if chance_of_lead(champion.returns, challenger.returns, self.unit, worth) < self.rules.futility:
             return self._reject(challenge, "hopeless")
-        if len(challenger.returns) >= self.rules.max_trial_episodes:
+        if challenge.test is not None and len(challenger.returns) >= challenge.max_episodes:
             return self._reject(challenge, "undecided")
         if challenge.test is None:
             self._begin_test(challenge)
@@ -319,7 +336,9 @@ class Contest:
                 role: {"name": one.name, "returns": one.returns} if (one := self.contenders.get(role)) else None
                 for role in ("champion", "predecessor", "challenger")
             },
-            "challenge": None if challenge is None else {n: getattr(challenge, n) for n in ("has_overtaken", "n_rival")},
+            "challenge": None
+            if challenge is None
+            else {n: getattr(challenge, n) for n in ("has_overtaken", "n_rival", "max_episodes")},
             "budget": None if budget is None else budget.state_dict(),
             "n_tests": self.n_tests,
             "baseline": self._baseline if budget is None else None,

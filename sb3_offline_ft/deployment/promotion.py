@@ -198,10 +198,12 @@ class HistoricalTest(PromotionTest):
     returns, whatever their distribution.
 
     Ranks among all returns of both count by their Savage scores (Savage 1956), the expected order statistics of an exponential
-    distribution: high ones count most, since a challenger that learns is often much better in some of its episodes and as good
-    in the others.
+    distribution, by which either the high ones count most or the low ones: of both sums, the larger. A challenger is often
+    much better in some of its episodes and as good in the others: it finds what the champion does not, or does not fall where
+    the champion does.
 
-    :param level: Probability of promoting a challenger that is not better, in (0, 1), which each episode spends as much of
+    :param level: Probability of promoting a challenger that is not better, in (0, 1); up to the k-th of n episodes the share
+        ``sqrt(k / n)`` of it is spent, so that a long test proves large leads about as soon as a short one
     :param champion: Returns of the champion, at least five
     :param unit: A total loss, ``|J - J_random|``, above 0
     :param max_episodes: Episodes of the challenger that count, at most
@@ -225,7 +227,7 @@ class HistoricalTest(PromotionTest):
 
     @property
     def evidence(self) -> float:
-        """The sum of the challenger's scores, in standard deviations from what shuffled returns give."""
+        """The larger sum of the challenger's scores, in standard deviations from what shuffled returns give."""
         self._count()
         return self._evidence
 
@@ -279,7 +281,7 @@ class HistoricalTest(PromotionTest):
     def _look(self) -> None:
         n = len(self._returns)
         ranks = np.argsort(np.lexsort((self._ties, self._returns)))
-        self._evidence = float(_statistic(_savage_scores(n)[ranks[self._n_champion :]], n))
+        self._evidence = float(_statistic(ranks[self._n_champion :], n))
         self._was_proved |= self._evidence >= self._thresholds[n - self._n_champion - 1]
 
 
@@ -290,10 +292,11 @@ def _savage_scores(n: int) -> npt.NDArray[np.float64]:
     return np.asarray(scores / np.std(scores, ddof=1), dtype=np.float64)
 
 
-def _statistic(scores: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.float64]:
-    """The sum of a challenger's scores among n, in standard deviations from what shuffled returns give."""
-    n_trials = len(scores)
-    total = scores.sum(axis=0) / math.sqrt(n_trials * (n - n_trials) / n)
+def _statistic(ranks: npt.NDArray[np.integer], n: int) -> npt.NDArray[np.float64]:
+    """The larger sum of scores, by a challenger's ranks among n, in standard deviations from what shuffled returns give."""
+    n_trials, high = len(ranks), _savage_scores(n)
+    low = -high[::-1]
+    total = np.maximum(high[ranks].sum(axis=0), low[ranks].sum(axis=0)) / math.sqrt(n_trials * (n - n_trials) / n)
     return np.asarray(np.round(total, DECIMALS), dtype=np.float64)
 
 
@@ -314,9 +317,9 @@ def _thresholds(level: float, n_champion: int, max_episodes: int) -> npt.NDArray
         # The rank of the last of shuffled returns among all is uniform, whatever the ranks before
         ranks[k - 1] = rng.integers(n, size=n_shuffles)
         ranks[: k - 1] += ranks[: k - 1] >= ranks[k - 1]
-        statistics = _statistic(_savage_scores(n)[ranks[:k]], n)
+        statistics = _statistic(ranks[:k], n)
         left = np.sort(statistics[is_left])
-        n_allowed = int(level * k / max_episodes * n_shuffles + 1e-9) - (n_shuffles - len(left))
+        n_allowed = int(level * math.sqrt(k / max_episodes) * n_shuffles + 1e-9) - (n_shuffles - len(left))
         # With equal values at the border, none of them is taken
         taken = left[left > left[-1 - n_allowed]]
         thresholds.append(taken[0] if len(taken) else math.inf)

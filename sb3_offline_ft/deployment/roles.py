@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sb3_offline_ft.deployment.promotion import Bet, PromotionTest, TrialEpisode
+from sb3_offline_ft.deployment.rules import TRIAL_LENGTHS
 
 RIVAL_AFTER = 2
 """Episodes of a challenger after which a newer policy of the learner may have one, and again whenever they have doubled."""
@@ -94,6 +95,8 @@ class Challenge:
     has_overtaken: bool = False
     n_rival: int = RIVAL_AFTER
     """Episodes of the challenger at which the next rival may have one."""
+    max_episodes: int = TRIAL_LENGTHS[0]
+    """Episodes of the challenger after which it is given up; planned when its test begins."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,12 @@ LEAST_KNOWN = 5
 """Episodes of a champion without which nobody can tell whether another is better or worse."""
 LEAST_TO_LEAD, LIKELY = 2, 0.9
 """Episodes of a challenger, and its chance of being better, from which on it leads."""
+TRIAL_LENGTHS = (10, 20, 40)
+"""Episodes that a trial may have, the more the champion's returns spread."""
+PROVED_LEAD, POWER = 0.1, 3.0
+"""In total losses, a lead that trials shall be long enough for; in standard errors of its mean, how large it is then."""
+PROVABLE = 2.0
+"""Standard errors: what leads by less after a whole trial is hardly ever proved to be better."""
 SPENDING = 2
 """The larger, the more evenly the false-promotion rate is spent over tests: for a run with about as many of them."""
 
@@ -15,6 +21,17 @@ SPENDING = 2
 def share_of_test(i: int) -> float:
     """Share of the false-promotion rate that the i-th test of a run has, counted from 0; all of them sum to 1."""
     return SPENDING / ((i + SPENDING) * (i + SPENDING + 1))
+
+
+def trial_length(spread: float) -> int:
+    """
+    How many episodes a trial is planned for.
+
+    :param spread: Standard deviation of the champion's returns, in total losses
+    :return: The fewest of :data:`TRIAL_LENGTHS` whose mean proves a lead of :data:`PROVED_LEAD`, or the most of them
+    """
+    needed = (POWER * spread / PROVED_LEAD) ** 2
+    return next((length for length in TRIAL_LENGTHS if length >= needed), TRIAL_LENGTHS[-1])
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Rules:
     trial_share: float = 0.5
     futility: float = 0.1
     least_lead: float = 0.05
-    max_trial_episodes: int = 10
+    max_trial_episodes: int | None = None
     exploration_share: float = 0.3
     canary_envs: int | None = None
 
