@@ -175,10 +175,11 @@ def _what_it_means(facts: DatasetFacts, diversity: Diversity) -> list[str]:
         f"named ended higher in {RULE_HELD[0]} of the {RULE_HELD[1]} cases in which it named one: little can be built on it."
     )
     texts.append(
-        "Let a champion serve while another policy learns (ChampionChallenger), whatever the data. Which learner belongs "
-        "behind it depended on the data in the two cases that we have tried, both on Hopper: TD3C for recordings of one "
-        "policy, plain TD3 with half of each batch offline for all that a learner had done. That is little evidence: compare "
-        "them on your data with sb3-offline-ft study init."
+        "Let a champion serve while another policy learns (ChampionChallenger): on Hopper and HalfCheetah more was served "
+        "than the pretrained policy earns. On Pendulum, where returns depend on the start more than on the policy, TD3BC with "
+        "its behavior cloning kept served more. Which learner belongs behind a champion depended on the data: TD3C for "
+        "recordings of one policy, plain TD3 with half of each batch offline for all that a learner had done. That is little "
+        "evidence: compare them on your data with sb3-offline-ft study init."
     )
     return texts
 
