@@ -185,7 +185,7 @@ class TestFiles:
             widths = {line.count("|") - line.count("\\|") for line in table.splitlines()}
             assert len(widths) == 1
             assert set(table.splitlines()[1]) == set("| -")
-        assert text.startswith("# made up\n\nOn medium, plain TD3 served most, 1,389 on average (5 seeds; lost episodes ")
+        assert text.startswith("# made up\n\nOn medium, plain TD3 served most, 1,373 on average (5 seeds; lost episodes ")
         assert "\n\n## What was served\n\n- Mean return of everything that acted on medium in 30,000" in text
         assert "\n\n## In short\n\n- On medium, plain TD3 collapsed in 5 of 5 seeds" in text
         assert re.findall("^### .*", text, re.MULTILINE)[:2] == ["### Served return on medium", "### Returns on medium"]
